@@ -1,0 +1,1 @@
+"""The equations and methods of source-free adaptation."""

@@ -1,0 +1,394 @@
+"""Source-free adaptation: one Brain for every method; what a method is, its object in `adaptation/` says.
+
+Nothing in this module opens a label of the target, but for the one method that declares `uses_labels`.
+"""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import json
+import logging
+import math
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import speechbrain as sb
+import torch
+from safetensors.torch import save
+from speechbrain.dataio.dataset import DynamicItemDataset
+from speechbrain.utils.epoch_loop import EpochCounter
+from speechbrain.utils.seed import seed_everything
+from speechbrain.utils.train_logger import FileTrainLogger
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+
+from speechbrain_mifuse.adaptation.method import AdaptationMethod, Teachers
+from speechbrain_mifuse.brains.training import ResumableBrain, quiet_epochs, same_settings, watched
+from speechbrain_mifuse.corpora.manifest import atomic_write
+from speechbrain_mifuse.features.dataset import frame_batches
+from speechbrain_mifuse.inference import load_classifier, recogniser_digest
+from speechbrain_mifuse.progress import progress
+
+logger = logging.getLogger(__name__)
+
+
+def ema_decay(window: float, steps: int) -> float:
+    """Decay whose averaging window is a share of the run: `alpha = 1 - 1 / (window * steps)`.
+
+    A fixed decay means another thing for each length of run: at 0.999 and 200 steps the average is still the start.
+
+    Parameters
+    ----------
+    window : float
+        Share of the run.
+    steps : int
+        Optimiser steps of the run.
+
+    Returns
+    -------
+    float
+        alpha.
+
+    Example
+    -------
+    >>> ema_decay(0.5, 200)
+    0.99
+    """
+    return 1 - 1 / max(window * steps, 1.0)
+
+
+def ema_copy(model: torch.nn.Module, decay: float) -> AveragedModel:
+    """Copy a model as the start of its exponential moving average `S <- alpha S + (1 - alpha) student`.
+
+    Parameters
+    ----------
+    model : torch.nn.Module
+        The student, as it starts.
+    decay : float
+        alpha.
+
+    Returns
+    -------
+    AveragedModel
+        In evaluation mode, without gradients, buffers averaged too.
+
+    Example
+    -------
+    >>> student = torch.nn.Linear(1, 1, bias=False)
+    >>> teacher = ema_copy(student, 0.75)
+    >>> before = float(teacher.module.weight)
+    >>> _ = torch.nn.init.constant_(student.weight, before + 1.0)
+    >>> teacher.update_parameters(student)
+    >>> round(float(teacher.module.weight) - before, 4)
+    0.25
+    """
+    average = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(decay), use_buffers=True)
+    # At 0 the first update would copy the student, and the teacher forget where it came from.
+    average.n_averaged.fill_(1)
+    return average.requires_grad_(False).eval()
+
+
+class AdaptationBrain(ResumableBrain):
+    """Train `modules.student` towards the targets of one method.
+
+    Beyond `ResumableBrain`'s, `hparams` must hold `method` (an `AdaptationMethod`), `passes` (K_S, Monte-Carlo dropout
+    passes of the classifier teacher) and `ema` (from `ema_copy`).
+
+    Example
+    -------
+    >>> issubclass(AdaptationBrain, ResumableBrain)
+    True
+    """
+
+    def teachers(self, batch) -> Teachers:
+        """Collect what the language model and the EMA classifier say of a batch."""
+        classifier = functools.partial(self.classifier_samples, batch)
+        return Teachers(batch.lalm, batch.lalm_mask, classifier, getattr(batch, "reference", None))
+
+    @torch.no_grad()
+    def classifier_samples(self, batch) -> torch.Tensor:
+        """Monte-Carlo dropout predictions `[B, K_S, C]` of the EMA classifier."""
+        frames, lengths = batch.feats
+        return self.hparams.ema.module.stochastic_logits(frames, lengths, self.hparams.passes).softmax(-1)
+
+    def compute_forward(self, batch, stage):
+        """Logits `[B, C]` of the student."""
+        batch = batch.to(self.device)
+        return self.modules.student(*batch.feats)
+
+    def compute_objectives(self, predictions, batch, stage):
+        """Loss of the method, with its statistics counted for the log."""
+        method = self.hparams.method
+        loss = method.loss(predictions, method.targets(self.teachers(batch)))
+        self.count(**getattr(method, "statistics", {}))
+        return loss
+
+    def on_fit_batch_end(self, batch, outputs, loss, should_step):
+        """Let the classifier teacher follow the student."""
+        if should_step:
+            self.hparams.ema.update_parameters(self.modules.student)
+
+    @torch.inference_mode()
+    def predict(self, dataset, **loader) -> dict[str, list[float]]:
+        """Class probabilities of the student.
+
+        Parameters
+        ----------
+        dataset : DynamicItemDataset
+            Gives `id` and `feats`.
+        **loader
+            Loader options.
+
+        Returns
+        -------
+        dict of str to list of float
+            `[C]` by utterance id.
+        """
+        self.modules.eval()
+        found = {}
+        for batch in self.make_dataloader(dataset, sb.Stage.TEST, ckpt_prefix=None, **loader):
+            probs = self.compute_forward(batch, sb.Stage.TEST).softmax(-1).cpu()
+            found.update(zip(batch.id, probs.tolist(), strict=True))
+        return found
+
+
+def adapt(
+    name: str,
+    hparams: Mapping,
+    datasets: Mapping[str, DynamicItemDataset],
+    front,
+    recogniser: str | Path,
+    run_opts: Mapping | None = None,
+) -> dict[str, list[float]]:
+    """Run one method to its end, or find it ended, and predict the test utterances.
+
+    Parameters
+    ----------
+    name : str
+        A key of `hparams["methods"]`.
+    hparams : mapping
+        As the recipe's YAML defines.
+    datasets : mapping of str to DynamicItemDataset
+        `adapt` gives `id, feats, lalm, lalm_mask` (and `reference` for a method with `uses_labels`); `test` the same.
+    front : StoredFrames
+        Gives the frames.
+    recogniser : str or pathlib.Path
+        Folder of the source recogniser.
+    run_opts : mapping, optional
+        SpeechBrain's run options.
+
+    Returns
+    -------
+    dict of str to list of float
+        Probabilities `[C]` by utterance id; an utterance that the predictor has no answer to is missing.
+
+    Example
+    -------
+    >>> adapt.__name__  # runs in `recipes/RAVDESS/mifuse/train.py`
+    'adapt'
+    """
+    method: AdaptationMethod = hparams["methods"][name]
+    folder = Path(hparams["output_folder"]) / name
+    predictions = folder / "predictions.json"
+    settings = adaptation_settings(hparams, front, recogniser)
+    settings["data"] = fingerprint_answers(datasets, method.answers_for)
+    if same_settings(folder / "settings.json", settings) and predictions.exists():
+        logger.info("%s: done already, skipped.", folder)
+        return json.loads(predictions.read_text())
+    seed_everything(hparams["seed"])
+    student = load_classifier(recogniser, hparams["labels"], front.store.fingerprint)
+    brain = make_brain(method, hparams, student, len(datasets["adapt"]), folder, run_opts)
+    if method.trains:
+        fit(brain, datasets["adapt"], hparams["batch_size"], name)
+        atomic_write(folder / "student.safetensors", save(student.cpu().state_dict()))
+        student.to(brain.device)
+    found = PREDICTORS[method.predictor](brain, datasets["test"], hparams["batch_size"])
+    atomic_write(predictions, json.dumps(found))
+    return found
+
+
+def adaptation_settings(hparams: Mapping, front, recogniser: str | Path) -> dict:
+    """Everything but the data that decides the adapted weights.
+
+    Parameters
+    ----------
+    hparams, front, recogniser
+        As for `adapt`.
+
+    Returns
+    -------
+    dict
+        Of JSON's types.
+
+    Example
+    -------
+    >>> adaptation_settings({}, None, "/nowhere")
+    Traceback (most recent call last):
+    ...
+    KeyError: 'seed'
+    """
+    names = ("seed", "number_of_steps", "batch_size", "learning_rate", "ema_window", "passes", "diversity_weight")
+    chosen = {name: hparams[name] for name in (*names, "temperature", "layer")}
+    return {**chosen, "features": front.store.fingerprint, "source": recogniser_digest(recogniser)}
+
+
+def fingerprint_answers(datasets: Mapping[str, DynamicItemDataset], answers_for: Sequence[str]) -> str:
+    """Hash of which utterances a run sees and what the language model said of them.
+
+    Parameters
+    ----------
+    datasets : mapping of str to DynamicItemDataset
+        As for `adapt`.
+    answers_for : sequence of str
+        Datasets whose answers the method reads.
+
+    Returns
+    -------
+    str
+        Hexadecimal digits.
+
+    Example
+    -------
+    >>> len(fingerprint_answers({}, ()))
+    64
+    """
+    digest = hashlib.sha256()
+    for name in sorted(datasets):
+        for key, row in sorted(datasets[name].data.items()):
+            digest.update(f"{name} {key}".encode())
+            if name in answers_for:
+                digest.update(row["lalm"].numpy().tobytes() + row["lalm_mask"].numpy().tobytes())
+    return digest.hexdigest()
+
+
+def make_brain(method, hparams: Mapping, student, utterances: int, folder: Path, run_opts) -> AdaptationBrain:
+    """Wire an `AdaptationBrain` with its EMA teacher, epoch counter, log and checkpointer.
+
+    Parameters
+    ----------
+    method : AdaptationMethod
+        The method.
+    hparams, run_opts
+        As for `adapt`.
+    student : EmotionClassifier
+        At its start.
+    utterances : int
+        Size of the adaptation set: with the batch size it turns steps into epochs.
+    folder : pathlib.Path
+        The method's output folder.
+
+    Returns
+    -------
+    AdaptationBrain
+        Ready to fit.
+
+    Example
+    -------
+    >>> make_brain.__name__  # runs in `recipes/RAVDESS/mifuse/train.py`
+    'make_brain'
+    """
+    steps_per_epoch = max(utterances // hparams["batch_size"], 1)
+    epochs = math.ceil(hparams["number_of_steps"] / steps_per_epoch)
+    ema = ema_copy(student, ema_decay(hparams["ema_window"], epochs * steps_per_epoch))
+    counter = EpochCounter(epochs)
+    folder.mkdir(parents=True, exist_ok=True)
+    own = {
+        "seed": hparams["seed"],
+        "method": method,
+        "passes": hparams["passes"],
+        "ema": ema,
+        "epoch_counter": counter,
+        "log_interval": max(epochs // 5, 1),
+        "train_logger": FileTrainLogger(folder / "train_log.txt"),
+    }
+    brain = AdaptationBrain(
+        modules={"student": student},
+        opt_class=hparams["opt_class"],
+        hparams=own,
+        run_opts={**(run_opts or {}), "noprogressbar": True},
+        checkpointer=sb.utils.checkpoints.Checkpointer(
+            folder / "save", {"student": student, "ema": ema, "counter": counter}
+        ),
+    )
+    ema.to(brain.device)
+    return brain
+
+
+def fit(brain: AdaptationBrain, dataset: DynamicItemDataset, batch_size: int, name: str) -> None:
+    """Train the student; a killed run goes on from its last checkpoint.
+
+    Parameters
+    ----------
+    brain : AdaptationBrain
+        The Brain.
+    dataset : DynamicItemDataset
+        The adaptation set.
+    batch_size : int
+        Utterances in a batch; all, when there are fewer.
+    name : str
+        For the progress bar.
+
+    Example
+    -------
+    >>> fit.__name__  # runs in `recipes/RAVDESS/mifuse/train.py`
+    'fit'
+    """
+    # A small last batch would make the diversity term, a statistic of the batch, mean something else.
+    loader = frame_batches(batch_size=min(batch_size, len(dataset)), shuffle=True, drop_last=True)
+    counter = brain.hparams.epoch_counter
+    with quiet_epochs(), progress(total=counter.limit, desc=name, unit="epoch") as bar:
+        brain.fit(watched(counter, bar), dataset, train_loader_kwargs=loader)
+
+
+def student_predictions(brain: AdaptationBrain, test: DynamicItemDataset, batch_size: int) -> dict[str, list[float]]:
+    """Probabilities of the student; see `AdaptationBrain.predict`.
+
+    Parameters
+    ----------
+    brain : AdaptationBrain
+        Trained, or at its start.
+    test : DynamicItemDataset
+        Test utterances.
+    batch_size : int
+        Of the loader.
+
+    Returns
+    -------
+    dict of str to list of float
+        `[C]` by utterance id.
+
+    Example
+    -------
+    >>> sorted(PREDICTORS)
+    ['lalm', 'student']
+    """
+    return brain.predict(test, **frame_batches(batch_size=batch_size))
+
+
+def lalm_predictions(brain: AdaptationBrain, test: DynamicItemDataset, batch_size: int) -> dict[str, list[float]]:
+    """Mean distribution of the language model on each test utterance that it answered.
+
+    Parameters
+    ----------
+    brain, test, batch_size
+        As for `student_predictions`; the stored answers need neither Brain nor loader.
+
+    Returns
+    -------
+    dict of str to list of float
+        `[C]` by utterance id.
+
+    Example
+    -------
+    >>> sorted(PREDICTORS)
+    ['lalm', 'student']
+    """
+    found = {}
+    for key, row in test.data.items():
+        teachers = Teachers(row["lalm"][None], row["lalm_mask"][None], classifier=lambda: None)
+        if teachers.lalm_available[0]:
+            found[key] = teachers.lalm_mean[0].tolist()
+    return found
+
+
+PREDICTORS = {"student": student_predictions, "lalm": lalm_predictions}

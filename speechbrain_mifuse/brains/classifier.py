@@ -1,0 +1,271 @@
+"""Supervised training of the emotion classifier, on stored frames or with the encoder."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+from collections.abc import Mapping
+from pathlib import Path
+
+import speechbrain as sb
+import torch
+from speechbrain.dataio.dataset import DynamicItemDataset
+from speechbrain.utils.seed import seed_everything
+from torch.nn import functional as F
+
+from speechbrain_mifuse.brains.training import ResumableBrain, quiet_epochs, same_settings, watched
+from speechbrain_mifuse.corpora.manifest import atomic_write
+from speechbrain_mifuse.evaluation.metrics import scores
+from speechbrain_mifuse.features.dataset import encoded_rows, frame_batches, label_index
+from speechbrain_mifuse.inference import export_recogniser
+from speechbrain_mifuse.progress import progress
+
+logger = logging.getLogger(__name__)
+
+
+def class_weights(labels: torch.Tensor, n_classes: int) -> torch.Tensor:
+    """Weights that let each class count the same: `N / (C N_c)`.
+
+    Parameters
+    ----------
+    labels : torch.Tensor
+        `[N]`, class indices.
+    n_classes : int
+        C.
+
+    Returns
+    -------
+    torch.Tensor
+        `[C]`; 0 for a class that does not occur.
+
+    Example
+    -------
+    >>> class_weights(torch.tensor([0, 0, 0, 1]), 2).tolist()
+    [0.666..., 2.0]
+    """
+    counts = torch.bincount(labels, minlength=n_classes).float()
+    return torch.where(counts > 0, len(labels) / (n_classes * counts.clamp(min=1)), 0.0)
+
+
+class ClassifierBrain(ResumableBrain):
+    """Cross-entropy training of `modules.front` and `modules.classifier`.
+
+    Beyond `ResumableBrain`'s, `hparams` must hold `class_weight`: `[C]` or `None`.
+
+    Example
+    -------
+    >>> issubclass(ClassifierBrain, ResumableBrain)
+    True
+    """
+
+    def compute_forward(self, batch, stage):
+        """Logits `[batch, C]` of one batch."""
+        batch = batch.to(self.device)
+        return self.modules.classifier(*self.modules.front(*batch.feats))
+
+    def compute_objectives(self, predictions, batch, stage):
+        """Cross-entropy, weighted by class if asked for."""
+        weight = self.hparams.class_weight
+        return F.cross_entropy(predictions, batch.label, weight=None if weight is None else weight.to(self.device))
+
+    @torch.inference_mode()
+    def predict(self, dataset, **loader) -> dict[str, list[float]]:
+        """Class probabilities of every utterance.
+
+        Parameters
+        ----------
+        dataset : DynamicItemDataset
+            Gives `id` and `feats`.
+        **loader
+            Loader options.
+
+        Returns
+        -------
+        dict of str to list of float
+            `[C]` by utterance id.
+        """
+        self.modules.eval()
+        found = {}
+        for batch in self.make_dataloader(dataset, sb.Stage.TEST, ckpt_prefix=None, **loader):
+            probs = self.compute_forward(batch, sb.Stage.TEST).softmax(-1).cpu()
+            found.update(zip(batch.id, probs.tolist(), strict=True))
+        return found
+
+
+def labelled_dataset(manifest: str | Path, front, labels) -> DynamicItemDataset:
+    """Frames and class index of each utterance of a manifest.
+
+    Parameters
+    ----------
+    manifest : str or pathlib.Path
+        A labelled manifest.
+    front : StoredFrames or FinetunedEncoder
+        Reads `feats`.
+    labels : sequence of str
+        The fixed label order.
+
+    Returns
+    -------
+    DynamicItemDataset
+        With `id`, `feats`, `label`.
+
+    Raises
+    ------
+    CorpusError
+        If a label is unknown or no utterance is left.
+
+    Example
+    -------
+    >>> labelled_dataset("missing.json", None, ("angry",))
+    Traceback (most recent call last):
+    ...
+    speechbrain_mifuse.corpora.manifest.CorpusError: ...corpus.json: not found. Run the recipe's preparation first.
+    """
+    rows = encoded_rows(manifest, getattr(front, "store", None))
+    data = {key: {"wav": row["wav"], "label": label_index(labels, row, key)} for key, row in rows.items()}
+    dataset = DynamicItemDataset(data)
+    dataset.add_dynamic_item(front.read, takes=["id", "wav"], provides="feats")
+    dataset.set_output_keys(["id", "feats", "label"])
+    return dataset
+
+
+def train_classifier(hparams: Mapping, front, run_opts=None) -> Path:
+    """Train a classifier, or find it trained, and export it as a recogniser.
+
+    A finished training with the same settings is not repeated; a killed one goes on where it was.
+
+    Parameters
+    ----------
+    hparams : mapping
+        As `hparams/base/classifier.yaml` defines.
+    front : StoredFrames or FinetunedEncoder
+        Gives the frames.
+    run_opts : dict, optional
+        SpeechBrain's run options.
+
+    Returns
+    -------
+    pathlib.Path
+        Folder of the recogniser, for `EmotionRecognizer.from_hparams`.
+
+    Raises
+    ------
+    SettingsError
+        If the output folder holds a classifier trained otherwise.
+
+    Example
+    -------
+    >>> train_classifier.__name__  # runs in `recipes/RAVDESS/classifier/train.py`
+    'train_classifier'
+    """
+    folder = Path(hparams["output_folder"])
+    recogniser = folder / "recogniser"
+    settings = classifier_settings(hparams, front)
+    if same_settings(folder / "settings.json", settings) and (recogniser / "about.json").exists():
+        logger.info("%s: classifier is trained already, training skipped.", folder)
+        return recogniser
+    seed_everything(hparams["seed"])
+    train = labelled_dataset(hparams["train_manifest"], front, hparams["labels"])
+    classifier = hparams["classifier"](input_size=front.dim, n_classes=len(hparams["labels"]), n_layers=front.n_layers)
+    brain = make_brain(hparams, front, classifier, train, run_opts)
+    batch_size = min(hparams["batch_size"], len(train))
+    loader = frame_batches(batch_size=batch_size, shuffle=True, drop_last=True)
+    counter = hparams["epoch_counter"]
+    with quiet_epochs(), progress(total=counter.limit, desc=f"classifier {hparams['name']}", unit="epoch") as bar:
+        brain.fit(watched(counter, bar), train, train_loader_kwargs=loader)
+    validation = validate(brain, hparams, front)
+    export_recogniser(recogniser, classifier.cpu(), front, hparams, {**settings, "validation": validation})
+    return recogniser
+
+
+def classifier_settings(hparams: Mapping, front) -> dict:
+    """Everything that decides the trained weights.
+
+    Parameters
+    ----------
+    hparams, front
+        As for `train_classifier`.
+
+    Returns
+    -------
+    dict
+        Of JSON's types.
+
+    Example
+    -------
+    >>> classifier_settings({}, None)
+    Traceback (most recent call last):
+    ...
+    KeyError: 'train_manifest'
+    """
+    manifest = hashlib.sha256(Path(hparams["train_manifest"]).read_bytes()).hexdigest()
+    features = front.store.fingerprint if hasattr(front, "store") else {"finetuned": hparams["encoder"]}
+    names = ("seed", "labels", "batch_size", "learning_rate", "number_of_epochs", "class_balanced", "dropout", "layer")
+    chosen = {name: hparams[name] for name in names}
+    return {"train_manifest": manifest, "features": features, **chosen}
+
+
+def make_brain(hparams: Mapping, front, classifier, train, run_opts) -> ClassifierBrain:
+    """Wire a `ClassifierBrain` with its checkpointer.
+
+    Parameters
+    ----------
+    hparams, front, run_opts
+        As for `train_classifier`.
+    classifier : EmotionClassifier
+        To be trained.
+    train : DynamicItemDataset
+        Gives the class counts.
+
+    Returns
+    -------
+    ClassifierBrain
+        Ready to fit.
+
+    Example
+    -------
+    >>> make_brain.__name__  # runs in `recipes/RAVDESS/classifier/train.py`
+    'make_brain'
+    """
+    labels = torch.tensor([row["label"] for row in train.data.values()])
+    weight = class_weights(labels, len(hparams["labels"])) if hparams["class_balanced"] else None
+    recoverables = {"front": front, "classifier": classifier, "counter": hparams["epoch_counter"]}
+    checkpointer = sb.utils.checkpoints.Checkpointer(Path(hparams["output_folder"]) / "save", recoverables)
+    return ClassifierBrain(
+        modules={"front": front, "classifier": classifier},
+        opt_class=hparams["opt_class"],
+        hparams={**hparams, "class_weight": weight},
+        run_opts={**(run_opts or {}), "noprogressbar": True},
+        checkpointer=checkpointer,
+    )
+
+
+def validate(brain: ClassifierBrain, hparams: Mapping, front) -> dict:
+    """Score held-out speakers of the training corpus and keep the result beside the classifier.
+
+    Parameters
+    ----------
+    brain : ClassifierBrain
+        Trained.
+    hparams, front
+        As for `train_classifier`.
+
+    Returns
+    -------
+    dict
+        `UA`, `WA`, `macro_F1`, `n`.
+
+    Example
+    -------
+    >>> validate.__name__  # runs in `recipes/RAVDESS/classifier/train.py`
+    'validate'
+    """
+    valid = labelled_dataset(hparams["valid_manifest"], front, hparams["labels"])
+    probs = brain.predict(valid, **frame_batches(batch_size=hparams["batch_size"]))
+    predicted = torch.tensor([probs[key] for key in valid.data_ids]).argmax(-1)
+    reference = torch.tensor([valid.data[key]["label"] for key in valid.data_ids])
+    found = {**scores(predicted, reference, len(hparams["labels"])), "n": len(reference)}
+    atomic_write(Path(hparams["output_folder"]) / "validation.json", json.dumps(found, indent=1))
+    logger.info("%s: held-out speakers of its own corpus: UA %.3f (n = %d)", hparams["name"], found["UA"], found["n"])
+    return found

@@ -1,0 +1,161 @@
+"""What the Brains of this package share: exact resumption, sparse logging, settings kept beside results."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import logging
+from collections.abc import Mapping
+from pathlib import Path
+
+import speechbrain as sb
+import torch
+from speechbrain.utils.epoch_loop import EpochCounter
+
+from speechbrain_mifuse.corpora.manifest import atomic_write
+from speechbrain_mifuse.errors import UserError
+from speechbrain_mifuse.features.store import difference
+
+logger = logging.getLogger(__name__)
+
+
+class SettingsError(UserError):
+    """A folder holds work that was done with other settings."""
+
+
+class ResumableBrain(sb.Brain):
+    """A Brain whose killed run ends with the same weights as an unbroken one.
+
+    Randomness is seeded anew from the seed and the epoch, so an epoch does not depend on how the ones before it were
+    reached. `hparams` must hold `seed`, `epoch_counter`, `train_logger` and `log_interval` (epochs between two lines
+    of the log, and between two checkpoints).
+
+    Example
+    -------
+    >>> issubclass(ResumableBrain, sb.Brain)
+    True
+    """
+
+    def on_stage_start(self, stage, epoch=None):
+        """Seed the epoch and start its statistics."""
+        if stage == sb.Stage.TRAIN:
+            torch.manual_seed(self.hparams.seed * 100003 + epoch)
+        self.statistics = {}
+
+    def count(self, **values: float) -> None:
+        """Add values of one batch to the means that the log shows.
+
+        Parameters
+        ----------
+        **values : float
+            Statistics by name.
+        """
+        for name, value in values.items():
+            total, batches = self.statistics.get(name, (0.0, 0))
+            self.statistics[name] = (total + float(value), batches + 1)
+
+    def on_stage_end(self, stage, stage_loss, epoch=None):
+        """Log and save a checkpoint every `log_interval` epochs and at the last one."""
+        if stage != sb.Stage.TRAIN:
+            return
+        last = epoch == self.hparams.epoch_counter.limit
+        if epoch % self.hparams.log_interval and not last:
+            return
+        means = {name: total / batches for name, (total, batches) in self.statistics.items()}
+        self.hparams.train_logger.log_stats({"epoch": epoch}, train_stats={"loss": stage_loss, **means})
+        self.checkpointer.save_and_keep_only(meta={"epoch": epoch}, num_to_keep=1)
+
+
+@contextlib.contextmanager
+def quiet_epochs():
+    """Keep SpeechBrain from logging every epoch and checkpoint inside the block: here an epoch lasts a moment.
+
+    Example
+    -------
+    >>> with quiet_epochs():
+    ...     logging.getLogger("speechbrain.utils.epoch_loop").isEnabledFor(logging.INFO)
+    False
+    """
+    noisy = [logging.getLogger(f"speechbrain.utils.{name}") for name in ("epoch_loop", "checkpoints")]
+    levels = [log.level for log in noisy]
+    for log in noisy:
+        log.setLevel(logging.WARNING)
+    try:
+        yield
+    finally:
+        for log, level in zip(noisy, levels, strict=True):
+            log.setLevel(level)
+
+
+def same_settings(path: str | Path, settings: Mapping) -> bool:
+    """Tell whether a folder's finished or begun work was done with these settings.
+
+    Parameters
+    ----------
+    path : str or pathlib.Path
+        Settings file; written when missing.
+    settings : mapping
+        Everything that decides the outcome, of JSON's types.
+
+    Returns
+    -------
+    bool
+        True if the file was there with equal content, False if it was just written.
+
+    Raises
+    ------
+    SettingsError
+        If it differs; the message says in what.
+
+    Example
+    -------
+    >>> import tempfile
+    >>> path = Path(tempfile.mkdtemp()) / "settings.json"
+    >>> same_settings(path, {"seed": 1}), same_settings(path, {"seed": 1})
+    (False, True)
+    >>> same_settings(path, {"seed": 2})
+    Traceback (most recent call last):
+    ...
+    speechbrain_mifuse.brains.training.SettingsError: ... other settings (seed: found 1, wanted 2). ...
+    """
+    path, settings = Path(path), json.loads(json.dumps(settings))
+    try:
+        found = json.loads(path.read_text())
+    except FileNotFoundError:
+        atomic_write(path, json.dumps(settings, indent=1))
+        return False
+    except ValueError as error:
+        raise SettingsError(f"{path}: damaged ({error}). Delete the folder {path.parent}.") from None
+    differs = difference(found, settings)
+    if differs:
+        raise SettingsError(
+            f"{path.parent} was made with other settings ({differs}). Pass another --output_folder, or delete it."
+        )
+    return True
+
+
+def watched(counter: EpochCounter, bar):
+    """Epochs of a counter, shown on one bar (SpeechBrain's own draws one per epoch, and here epochs last a moment).
+
+    Parameters
+    ----------
+    counter : EpochCounter
+        May be restored from a checkpoint between this call and the first epoch.
+    bar : tqdm.tqdm
+        Updated after each epoch.
+
+    Yields
+    ------
+    int
+        Epoch.
+
+    Example
+    -------
+    >>> from tqdm import tqdm
+    >>> with tqdm(total=2, disable=True) as bar:
+    ...     list(watched(EpochCounter(2), bar))
+    [1, 2]
+    """
+    for epoch in counter:
+        yield epoch
+        bar.update(epoch - bar.n)

@@ -1,0 +1,1 @@
+"""Corpora: facts, label maps, speaker-independent splits and manifests."""

@@ -1,0 +1,61 @@
+"""EmoDB: the Berlin database of emotional speech (Burkhardt et al. 2005), German.
+
+535 clips of ten actors (five men, five women), ten sentences, seven emotions. Tree: `wav/SSttEv.wav` (any file type
+that libsndfile reads): speaker, text, emotion letter, version.
+The openly mirrored copy, in a folder called `emodb_2s`, has every clip cut or padded to exactly 2.000 s, and no licence
+is stated with it: figures on it are "EmoDB, 2 s" and are not comparable with published EmoDB figures.
+
+Four classes: W anger 127, F happiness 71, N neutral 79, T sadness 62; boredom, disgust and fear take no part.
+Split policy: speaker-independent. Speakers are dealt to the splits in the order of `SPEAKERS`, which alternates the
+sexes (men 03 10 11 12 15, women 08 09 13 14 16).
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from speechbrain_mifuse.corpora.manifest import Corpus, CorpusError, Utterance, map_label
+
+LABEL_MAP = {"W": "angry", "F": "happy", "N": "neutral", "T": "sad", "L": None, "E": None, "A": None}
+SPEAKERS = ("03", "08", "10", "09", "11", "13", "12", "14", "15", "16")
+
+
+def list_emodb(data_folder: str | Path) -> list[Utterance]:
+    """List the clips of the four common classes.
+
+    Parameters
+    ----------
+    data_folder : str or pathlib.Path
+        Folder that holds `wav`.
+
+    Returns
+    -------
+    list of Utterance
+        One per clip.
+
+    Raises
+    ------
+    CorpusError
+        If a file name does not have seven characters or names an unknown emotion.
+
+    Example
+    -------
+    >>> import tempfile
+    >>> root = Path(tempfile.mkdtemp())
+    >>> (root / "wav").mkdir()
+    >>> (root / "wav" / "03a01Wa.wav").touch()
+    >>> [(u.utt_id, u.emo, u.speaker) for u in list_emodb(root)]
+    [('emodb-03a01Wa', 'angry', '03')]
+    """
+    utterances = []
+    for wav in sorted((Path(data_folder) / "wav").glob("[!.]*.*")):
+        if len(wav.stem) != 7:
+            raise CorpusError(f"{wav}: not an EmoDB name (seven characters, as 03a01Wa). Move the file away.")
+        emo = map_label(LABEL_MAP, wav.stem[5], wav)
+        if emo is not None:
+            utterances.append(Utterance(f"emodb-{wav.stem}", wav, emo, wav.stem[:2]))
+    return utterances
+
+
+EMODB = Corpus("emodb", "emodb_2s", "wav/[0-9]*", SPEAKERS, list_emodb)
+prepare_emodb = EMODB.prepare

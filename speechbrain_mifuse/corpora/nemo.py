@@ -1,0 +1,76 @@
+"""nEMO: emotional speech in Polish (Christop, LREC-COLING 2024).
+
+Nine actors read the same sentences in six emotions. Licence: CC BY-NC-SA 4.0.
+Tree: `samples/<speaker>_<emotion>_<sentence>.wav` (any file type that libsndfile reads) and `data.tsv` with the columns
+`file_id, emotion, raw_text, normalized_text, speaker_id, gender, age`. A copy may hold fewer speakers or emotions.
+
+Four classes: anger, happiness, neutral, sadness; fear and surprise take no part.
+Split policy: speaker-independent. Speakers are dealt to the splits in the order of `SPEAKERS`, so that a man and a
+woman stand at each end; it names the five speakers of the openly mirrored part (SM0, TP0 men; IC0, KD0, MK0 women).
+"""
+
+from __future__ import annotations
+
+import csv
+from pathlib import Path
+
+from speechbrain_mifuse.corpora.manifest import Corpus, CorpusError, Utterance, map_label
+
+LABEL_MAP = {
+    "anger": "angry",
+    "happiness": "happy",
+    "neutral": "neutral",
+    "sadness": "sad",
+    "fear": None,
+    "surprise": None,
+}
+SPEAKERS = ("SM0", "IC0", "KD0", "TP0", "MK0")
+
+
+def list_nemo(data_folder: str | Path) -> list[Utterance]:
+    r"""List the recordings of the four common classes that `data.tsv` names.
+
+    Parameters
+    ----------
+    data_folder : str or pathlib.Path
+        Folder that holds `data.tsv` and `samples`.
+
+    Returns
+    -------
+    list of Utterance
+        One per row whose recording exists under any file ending, else with the name the row gives.
+
+    Raises
+    ------
+    CorpusError
+        If the table lacks a column or names an unknown emotion.
+
+    Example
+    -------
+    >>> import tempfile
+    >>> root = Path(tempfile.mkdtemp())
+    >>> _ = (root / "data.tsv").write_text("file_id\temotion\tspeaker_id\nSM0_anger_1.wav\tanger\tSM0\n")
+    >>> (root / "samples").mkdir()
+    >>> [(u.utt_id, u.emo, u.speaker) for u in list_nemo(root)]
+    [('nemo-SM0_anger_1', 'angry', 'SM0')]
+    """
+    table = Path(data_folder) / "data.tsv"
+    # Copies convert the audio to other formats and leave the names in the table as they were.
+    found = {wav.stem: wav for wav in sorted((Path(data_folder) / "samples").glob("[!.]*.*"))}
+    utterances = []
+    with table.open(encoding="utf-8", newline="") as file:
+        for row in csv.DictReader(file, delimiter="\t"):
+            try:
+                name, emotion, speaker = (row[key].strip() for key in ("file_id", "emotion", "speaker_id"))
+            except (KeyError, AttributeError):
+                raise CorpusError(f"{table}: lacks file_id, emotion or speaker_id in row {row}.") from None
+            emo = map_label(LABEL_MAP, emotion, f"{table}, {name}")
+            if emo is not None:
+                stem = Path(name).stem
+                wav = found.get(stem, Path(data_folder) / "samples" / name)
+                utterances.append(Utterance(f"nemo-{stem}", wav, emo, speaker))
+    return utterances
+
+
+NEMO = Corpus("nemo", "nemo", "data.tsv", SPEAKERS, list_nemo)
+prepare_nemo = NEMO.prepare

@@ -1,0 +1,71 @@
+"""RAVDESS: Ryerson Audio-Visual Database of Emotional Speech and Song (Livingstone & Russo 2018).
+
+Speech part, audio only: 1,440 clips of 24 professional actors (odd numbers male, even female), North American English,
+two sentences, eight emotions, two intensities (neutral has one). Doi 10.1371/journal.pone.0196391.
+Licence: CC BY-NC-SA 4.0. Tree: `Actor_NN/MM-VV-EE-II-SS-RR-AA.wav` (any file type that libsndfile reads).
+
+Four classes: neutral 96, happy 192, sad 192, angry 192 = 672 clips; calm, fearful, disgust and surprised take no part.
+Two clips of actor 07 (happy, normal intensity, second sentence, both repetitions) are one recording; preparation keeps
+the first, so 671 take part.
+Split policy: speaker-independent. Actors are dealt to the splits in numerical order, which alternates the sexes.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from speechbrain_mifuse.corpora.manifest import Corpus, CorpusError, Utterance, map_label
+
+LABEL_MAP = {
+    "01": "neutral",
+    "03": "happy",
+    "04": "sad",
+    "05": "angry",
+    "02": None,
+    "06": None,
+    "07": None,
+    "08": None,
+}
+SPEAKERS = tuple(f"{actor:02d}" for actor in range(1, 25))
+
+
+def list_ravdess(data_folder: str | Path) -> list[Utterance]:
+    """List the clips of the four common classes.
+
+    Parameters
+    ----------
+    data_folder : str or pathlib.Path
+        Folder that holds `Actor_01 ... Actor_24`.
+
+    Returns
+    -------
+    list of Utterance
+        One per clip.
+
+    Raises
+    ------
+    CorpusError
+        If a file name does not have seven fields or names an unknown emotion.
+
+    Example
+    -------
+    >>> import tempfile
+    >>> root = Path(tempfile.mkdtemp())
+    >>> (root / "Actor_01").mkdir()
+    >>> (root / "Actor_01" / "03-01-05-01-01-01-01.wav").touch()
+    >>> [(u.utt_id, u.emo, u.speaker) for u in list_ravdess(root)]
+    [('rav-03-01-05-01-01-01-01', 'angry', '01')]
+    """
+    utterances = []
+    for wav in sorted(Path(data_folder).glob("Actor_*/[!.]*.*")):
+        fields = wav.stem.split("-")
+        if len(fields) != 7:
+            raise CorpusError(f"{wav}: not a RAVDESS name (seven two-digit fields). Move the file away.")
+        emo = map_label(LABEL_MAP, fields[2], wav)
+        if emo is not None:
+            utterances.append(Utterance(f"rav-{wav.stem}", wav, emo, fields[6]))
+    return utterances
+
+
+RAVDESS = Corpus("ravdess", "ravdess", "Actor_*", SPEAKERS, list_ravdess)
+prepare_ravdess = RAVDESS.prepare

@@ -1,0 +1,35 @@
+"""Errors a user can mend: shown as one line, without a traceback."""
+
+from __future__ import annotations
+
+import contextlib
+import sys
+
+
+class UserError(ValueError):
+    """Something outside the code does not fit; the message names it and says what to do."""
+
+
+@contextlib.contextmanager
+def one_clear_error():
+    """Turn a `UserError` inside the block into one line on standard error and exit status 2.
+
+    Raises
+    ------
+    SystemExit
+        With status 2, in place of the `UserError`.
+
+    Example
+    -------
+    >>> with one_clear_error():
+    ...     raise UserError("corpus not found: pass --data_folder")
+    Traceback (most recent call last):
+    ...
+    SystemExit: 2
+    """
+    try:
+        yield
+    except UserError as error:
+        sys.stdout.flush()
+        print(f"error: {error}", file=sys.stderr)
+        raise SystemExit(2) from None

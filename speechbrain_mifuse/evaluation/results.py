@@ -1,0 +1,153 @@
+"""From predictions to `results.json`, `confusion.png`, `results.md`: the one place that opens the target's labels."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import torch
+
+from speechbrain_mifuse import __version__
+from speechbrain_mifuse.corpora.manifest import atomic_write, read_manifest
+from speechbrain_mifuse.evaluation.intervals import speaker_bootstrap, speaker_counts
+from speechbrain_mifuse.evaluation.metrics import scores_of
+from speechbrain_mifuse.evaluation.plots import plot_confusion
+from speechbrain_mifuse.features.dataset import label_index
+
+FIELDS = ("method", "source", "target", "teacher", "seed", "encoder", "protocol", "selection", "n_train", "n_test")
+
+
+def evaluate(predictions: Mapping[str, Sequence[float]], manifest: str | Path, labels: Sequence[str]) -> dict:
+    """Score predictions against a labelled manifest.
+
+    Parameters
+    ----------
+    predictions : mapping of str to sequence of float
+        Probabilities `[C]` by utterance id. An utterance of the manifest without any counts as wrong.
+    manifest : str or pathlib.Path
+        The labelled test manifest.
+    labels : sequence of str
+        The fixed label order.
+
+    Returns
+    -------
+    dict
+        `UA`, `WA`, `macro_F1`, `ci95` (of UA, by speaker bootstrap), `n_test`, `test_speakers`, `unanswered`, and
+        `counts`, the confusion tensor.
+
+    Raises
+    ------
+    CorpusError
+        If the manifest is missing or holds an unknown label.
+
+    Example
+    -------
+    >>> import tempfile
+    >>> folder = Path(tempfile.mkdtemp())
+    >>> atomic_write(folder / "corpus.json", '{"data_root": "/toy"}')
+    >>> row = '{"wav": "a.wav", "speaker": "1", "emo": "sad"}'
+    >>> atomic_write(folder / "test.json", '{"t-a": %s, "t-b": %s}' % (row, row))
+    >>> evaluate({"t-a": [0.1, 0.9]}, folder / "test.json", ["angry", "sad"])["UA"]
+    0.5
+    """
+    rows = read_manifest(manifest)
+    reference = torch.tensor([label_index(labels, row, key) for key, row in rows.items()])
+    chosen = [torch.tensor(predictions[key]).argmax() if key in predictions else torch.tensor(-1) for key in rows]
+    by_speaker = speaker_counts(torch.stack(chosen), reference, [row["speaker"] for row in rows.values()], len(labels))
+    counts = by_speaker.sum(0)
+    return {
+        **scores_of(counts),
+        "ci95": list(speaker_bootstrap(by_speaker)),
+        "n_test": len(rows),
+        "test_speakers": len(by_speaker),
+        "unanswered": int(counts[:, -1].sum()),
+        "counts": counts,
+    }
+
+
+def write_results(folder: str | Path, scored: Mapping, labels: Sequence[str], **about) -> dict:
+    """Write `results.json` and `confusion.png` of one method.
+
+    Parameters
+    ----------
+    folder : str or pathlib.Path
+        The method's folder.
+    scored : mapping
+        As `evaluate` gives.
+    labels : sequence of str
+        Class names.
+    **about
+        `method, source, target, teacher, seed, encoder, protocol, selection, n_train`, and whatever else is known.
+
+    Returns
+    -------
+    dict
+        What was written: fractions in [0, 1].
+
+    Example
+    -------
+    >>> import tempfile
+    >>> counts = torch.tensor([[3, 1, 0], [0, 2, 0]])
+    >>> scored = {**scores_of(counts), "ci95": [0.5, 1.0], "n_test": 6, "counts": counts}
+    >>> about = dict(method="oracle", source="a", target="b", teacher="c", seed=1, encoder="toy", n_train=9)
+    >>> found = write_results(tempfile.mkdtemp(), scored, ["x", "y"], protocol="toy", selection="last", **about)
+    >>> found["UA"], found["n_test"]
+    (0.875, 6)
+    """
+    values = {key: value for key, value in scored.items() if key != "counts"}
+    record = {**about, **values, "labels": list(labels), "confusion": scored["counts"].tolist()}
+    record["code_version"] = __version__
+    record = {**{field: record[field] for field in FIELDS}, **record}
+    title = f"{record['method']}: {record['source']} to {record['target']}, UA {100 * record['UA']:.1f} %"
+    plot_confusion(Path(folder) / "confusion.png", scored["counts"], labels, title)
+    atomic_write(Path(folder) / "results.json", json.dumps(record, indent=1))
+    return record
+
+
+def side_by_side(folder: str | Path, order: Sequence[str]) -> str:
+    """Write `results.md`: every method that has results in a run's folder, side by side.
+
+    Parameters
+    ----------
+    folder : str or pathlib.Path
+        The run's folder; each method has its own below it.
+    order : sequence of str
+        Methods in the order of the table.
+
+    Returns
+    -------
+    str
+        The table's text.
+
+    Example
+    -------
+    >>> import tempfile
+    >>> side_by_side(tempfile.mkdtemp(), ["mi_fuse"])
+    ''
+    """
+    paths = [Path(folder) / name / "results.json" for name in order]
+    records = [json.loads(path.read_text()) for path in paths if path.exists()]
+    if not records:
+        return ""
+    first = records[0]
+    lines = [
+        f"# {first['source']} to {first['target']}, teacher {first['teacher']}, seed {first['seed']}",
+        "",
+        "| method | UA % | 95 % interval | WA % | macro-F1 % |",
+        "|---|---|---|---|---|",
+    ]
+    for record in records:
+        low, high = (100 * bound for bound in record["ci95"])
+        shown = " | ".join(f"{100 * record[name]:.1f}" for name in ("UA", "WA", "macro_F1")).split(" | ", 1)
+        lines.append(f"| {record['method']} | {shown[0]} | {low:.1f} to {high:.1f} | {shown[1]} |")
+    lines += [
+        "",
+        f"Protocol: {first['protocol']}. Adapted on {first['n_train']} utterances, tested on {first['n_test']}. "
+        f"Selection: {first['selection']}. Encoder: {first['encoder']}. "
+        f"Interval of UA: bootstrap over the {first['test_speakers']} test speakers. Code {first['code_version']}.",
+        "",
+    ]
+    text = "\n".join(lines)
+    atomic_write(Path(folder) / "results.md", text)
+    return text

@@ -1,0 +1,140 @@
+"""Glue between manifests, the feature store and SpeechBrain's datasets and loaders."""
+
+from __future__ import annotations
+
+import functools
+import logging
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import torch
+from speechbrain.dataio.batch import PaddedBatch
+
+from speechbrain_mifuse.corpora.manifest import CorpusError, read_manifest
+
+logger = logging.getLogger(__name__)
+
+
+def pad_frames(items: list[torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
+    """Pad stored frames to one float32 batch, in one pass over the memory.
+
+    A `padding_func` for SpeechBrain's `PaddedBatch`; its own pads each item by itself first.
+
+    Parameters
+    ----------
+    items : list of torch.Tensor
+        `[frames, ...]`, fp16 or float32.
+
+    Returns
+    -------
+    data : torch.Tensor
+        `[batch, frames, ...]`, float32, zeros behind each item's end.
+    lengths : torch.Tensor
+        `[batch]`, relative to the longest.
+
+    Example
+    -------
+    >>> data, lengths = pad_frames([torch.ones(2, 3, dtype=torch.half), torch.ones(4, 3, dtype=torch.half)])
+    >>> data.shape, lengths.tolist()
+    (torch.Size([2, 4, 3]), [0.5, 1.0])
+    """
+    counts = [len(item) for item in items]
+    longest = max(counts)
+    data = torch.empty(len(items), longest, *items[0].shape[1:])
+    for place, item, count in zip(data, items, counts, strict=True):
+        place[:count] = item
+        place[count:] = 0
+    return data, torch.tensor(counts) / longest
+
+
+def frame_batches(**options):
+    """Loader options for stored frames: SpeechBrain's `PaddedBatch`, with `feats` alone padded.
+
+    Parameters
+    ----------
+    **options
+        Further arguments of the loader (`batch_size`, `shuffle`, ...).
+
+    Returns
+    -------
+    dict
+        Keyword arguments for `Brain.fit`'s `train_loader_kwargs` and the like.
+
+    Example
+    -------
+    >>> sorted(frame_batches(batch_size=8))
+    ['batch_size', 'collate_fn']
+    """
+    return {"collate_fn": functools.partial(PaddedBatch, padded_keys=["feats"], padding_func=pad_frames), **options}
+
+
+def encoded_rows(manifest: str | Path, store) -> dict[str, dict]:
+    """Rows of a manifest whose frames are in the store; the others are named in the log.
+
+    Parameters
+    ----------
+    manifest : str or pathlib.Path
+        A manifest.
+    store : FeatureStore or None
+        The store; with `None` every row counts.
+
+    Returns
+    -------
+    dict of str to dict
+        As `read_manifest`.
+
+    Raises
+    ------
+    CorpusError
+        If nothing is left.
+
+    Example
+    -------
+    >>> import tempfile
+    >>> from speechbrain_mifuse.corpora.manifest import atomic_write
+    >>> folder = Path(tempfile.mkdtemp())
+    >>> atomic_write(folder / "corpus.json", '{"data_root": "/toy"}')
+    >>> atomic_write(folder / "train.json", '{"t-a": {"wav": "{data_root}/a.wav"}, "t-b": {"wav": "b.wav"}}')
+    >>> list(encoded_rows(folder / "train.json", {"t-a"}))
+    ['t-a']
+    """
+    rows = read_manifest(manifest)
+    missing = [key for key in rows if store is not None and key not in store]
+    if missing:
+        logger.warning("%s: %d utterances have no frames and are left out: %s", manifest, len(missing), missing[:20])
+    kept = {key: row for key, row in rows.items() if key not in set(missing)}
+    if not kept:
+        raise CorpusError(f"{manifest}: none of its utterances could be encoded; see the log above for the reasons.")
+    return kept
+
+
+def label_index(labels: Sequence[str], row: Mapping, utt_id: str) -> int:
+    """Class index of a row in the fixed label order.
+
+    Parameters
+    ----------
+    labels : sequence of str
+        The fixed order.
+    row : mapping
+        A manifest row.
+    utt_id : str
+        For the message.
+
+    Returns
+    -------
+    int
+        Index into `labels`.
+
+    Raises
+    ------
+    CorpusError
+        If the row's label is not among them.
+
+    Example
+    -------
+    >>> label_index(("angry", "sad"), {"emo": "sad"}, "t-a")
+    1
+    """
+    if row.get("emo") not in labels:
+        raise CorpusError(f"'{utt_id}' has the label '{row.get('emo')}', which is none of {', '.join(labels)}.")
+    return list(labels).index(row["emo"])

@@ -1,0 +1,160 @@
+"""Where a classifier's frames come from: the feature store, or an encoder trained along with it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from speechbrain_mifuse.features.audio import load_audio, trim_silence
+from speechbrain_mifuse.features.encoder import load_wrapper
+
+
+class StoredFrames(nn.Module):
+    """Frames from a store: read them, hand them on.
+
+    Parameters
+    ----------
+    store : FeatureStore
+        The store.
+    layer : int, optional
+        Which of its layers; all of them, for a learned weighting, by default.
+
+    Attributes
+    ----------
+    dim, n_layers, frame_average : int
+        Dimension of a frame; layers per frame; encoder frames averaged to one.
+
+    Example
+    -------
+    >>> import tempfile, numpy
+    >>> from speechbrain_mifuse.features.store import FeatureStore
+    >>> store = FeatureStore(tempfile.mkdtemp(), {"layers": [2, 3], "dim": 8})
+    >>> with store.writer() as add:
+    ...     add("t-a", numpy.zeros((2, 5, 8)), audio="ab", file=(1, 1))
+    >>> StoredFrames(store, layer=2).read("t-a", "").shape, StoredFrames(store).read("t-a", "").shape
+    (torch.Size([5, 8]), torch.Size([5, 2, 8]))
+    """
+
+    def __init__(self, store, layer: int | None = None):
+        super().__init__()
+        self.store, self.layer, self.dim = store, layer, store.dim
+        self.n_layers = len(store.layers) if layer is None else 1
+        self.frame_average = store.fingerprint.get("frame_average", 1)
+        if layer is not None:
+            store.position(layer)
+
+    def read(self, utt_id: str, wav: str) -> torch.Tensor:
+        """Read one utterance for the loader.
+
+        Parameters
+        ----------
+        utt_id : str
+            Utterance id.
+        wav : str
+            Its recording; not needed here.
+
+        Returns
+        -------
+        torch.Tensor
+            `[frames, dim]` or `[frames, layers, dim]`, fp16.
+        """
+        frames = torch.from_numpy(self.store.frames(utt_id, self.layer))
+        return frames if self.layer is not None else frames.transpose(0, 1)
+
+    def forward(self, batch: torch.Tensor, lengths: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Hand a padded batch on; see `FinetunedEncoder.forward`."""
+        return batch, lengths
+
+
+class FinetunedEncoder(nn.Module):
+    """An encoder that is trained with the classifier, in place of stored frames. Meant for a GPU.
+
+    Parameters
+    ----------
+    source : str
+        Hub id or local folder, as for `FrozenEncoder`.
+    trim_db : float or None
+        Silence threshold of `trim_silence`.
+
+    Attributes
+    ----------
+    dim, n_layers : int
+        Dimension of a frame; 1, the last layer.
+
+    Example
+    -------
+    >>> from transformers import HubertConfig, HubertModel, Wav2Vec2FeatureExtractor
+    >>> import tempfile
+    >>> sizes = dict(hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=16)
+    >>> folder = tempfile.mkdtemp()
+    >>> HubertModel(HubertConfig(**sizes, num_conv_pos_embedding_groups=2)).save_pretrained(folder)
+    >>> _ = Wav2Vec2FeatureExtractor().save_pretrained(folder)
+    >>> front = FinetunedEncoder(folder)
+    >>> frames, lengths = front(torch.randn(2, 16000), torch.ones(2))
+    >>> frames.shape, any(p.requires_grad for p in front.parameters())
+    (torch.Size([2, 49, 16]), True)
+    """
+
+    sample_rate, hop = 16000, 320
+
+    def __init__(self, source: str, trim_db: float | None = 40.0):
+        super().__init__()
+        self.wrapper = load_wrapper(source, freeze=False)
+        config = self.wrapper.model.config
+        self.dim, self.n_layers, self.trim_db = config.hidden_size, 1, trim_db
+
+    def read(self, utt_id: str, wav: str) -> torch.Tensor:
+        """Read one recording for the loader.
+
+        Parameters
+        ----------
+        utt_id : str
+            Utterance id; not needed here.
+        wav : str
+            Its recording.
+
+        Returns
+        -------
+        torch.Tensor
+            `[samples]`.
+
+        Raises
+        ------
+        BadAudio
+            If it cannot be read.
+        """
+        return trim_silence(load_audio(wav, self.sample_rate), self.trim_db)
+
+    def forward(self, batch: torch.Tensor, lengths: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Encode a padded batch.
+
+        Parameters
+        ----------
+        batch : torch.Tensor
+            Waveforms `[batch, samples]`.
+        lengths : torch.Tensor
+            `[batch]`, relative.
+
+        Returns
+        -------
+        frames : torch.Tensor
+            `[batch, frames, dim]`.
+        lengths : torch.Tensor
+            `[batch]`, relative.
+        """
+        frames = self.wrapper(batch, lengths)
+        # Whisper's wrapper pads every batch to 30 s, so true lengths become a smaller share of it.
+        return frames, lengths * min(1.0, batch.shape[1] / (frames.shape[1] * self.hop))
+
+    def export(self, folder: str | Path) -> None:
+        """Write the encoder as a Hugging Face folder, which `--encoder` of any recipe takes.
+
+        Parameters
+        ----------
+        folder : str or pathlib.Path
+            Target folder.
+        """
+        self.wrapper.model.save_pretrained(folder)
+        self.wrapper.feature_extractor.save_pretrained(folder)

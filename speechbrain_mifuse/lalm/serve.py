@@ -1,0 +1,568 @@
+"""An emotion recogniser behind an OpenAI-compatible chat-completions API: audio in, label or distribution out.
+
+The form of the reply follows the request: `logprobs: true` gives a label with the log-probabilities of its token;
+otherwise a `response_format` of a JSON type, or the word "JSON" in the text, gives a JSON object of probabilities;
+otherwise the reply is a single label.
+"""
+
+from __future__ import annotations
+
+import base64
+import binascii
+import dataclasses
+import hashlib
+import http.server
+import io
+import json
+import logging
+import math
+import re
+import secrets
+import socket
+import socketserver
+import threading
+import time
+import uuid
+from collections.abc import Callable
+from typing import Protocol
+
+import numpy as np
+import soundfile
+import torch
+from torchaudio.functional import resample
+
+from speechbrain_mifuse import __version__
+from speechbrain_mifuse.errors import UserError
+
+MAX_BODY_BYTES = 64 * 2**20
+MAX_SECONDS = 600.0
+MAX_CHOICES = 128
+AUDIO_TOKENS_PER_SECOND = 25
+_JSON_FORMATS = {"json_object", "json_schema"}
+
+logger = logging.getLogger(__name__)
+logger.addHandler(logging.NullHandler())
+
+
+class Recogniser(Protocol):
+    """What the server needs of a model.
+
+    Attributes
+    ----------
+    labels : tuple of str
+        Label set; its order is that of the probabilities.
+    sample_rate : int
+        Rate in Hz of the waveforms it takes.
+    """
+
+    labels: tuple[str, ...]
+    sample_rate: int
+
+    def predict_proba(
+        self, waveform: torch.Tensor, n: int = 1, stochastic: bool = False, seed: int | None = None
+    ) -> torch.Tensor:
+        """Probabilities `[n, C]` of a waveform `[samples]`; the same seed gives the same stochastic predictions."""
+        ...
+
+
+class RequestError(Exception):
+    """A request that is answered with an error in OpenAI's shape.
+
+    Parameters
+    ----------
+    message : str
+        What is wrong.
+    status : int
+        HTTP status.
+    code : str, optional
+        Machine-readable name of the error.
+    """
+
+    def __init__(self, message: str, status: int = 400, code: str | None = None):
+        super().__init__(message)
+        self.status = status
+        self.code = code
+
+
+@dataclasses.dataclass(frozen=True)
+class ChatRequest:
+    """A validated request.
+
+    Attributes
+    ----------
+    waveform : torch.Tensor
+        `[samples]` at the recogniser's rate.
+    seconds : float
+        Duration of the recording.
+    text : str
+        All text parts, joined by newlines.
+    n : int
+        Number of choices.
+    temperature : float
+        0 for the most likely answer.
+    seed : int, optional
+        Seed of the first choice; choice j has `seed + j`.
+    top_logprobs : int, optional
+        Number of alternatives to report; `None` if no log-probabilities are wanted.
+    wants_json : bool
+        Whether a JSON object of probabilities is asked for.
+    """
+
+    waveform: torch.Tensor
+    seconds: float
+    text: str
+    n: int
+    temperature: float
+    seed: int | None
+    top_logprobs: int | None
+    wants_json: bool
+
+
+class EmotionServer:
+    """Serve a recogniser as a chat model, from a background thread, until closed.
+
+    Choice j of a request with seed s equals the choice of a request with seed s + j for the same recording, so asking
+    five times for one answer and once for five is the same. At temperature 0 the prediction is deterministic; above,
+    it is one stochastic pass of the recogniser, and where a single label is given, that label is drawn from
+    softmax(log p / temperature).
+
+    Parameters
+    ----------
+    recogniser : Recogniser
+        The model; used by one request at a time.
+    model_name : str
+        Name that requests must give.
+    host : str
+        Address to listen on; other machines reach the server only if this is changed, and nothing protects it then.
+    port : int
+        0 takes a free one.
+
+    Raises
+    ------
+    UserError
+        If the address cannot be listened on.
+
+    Example
+    -------
+    >>> class Undecided:
+    ...     labels, sample_rate = ("angry", "sad"), 16000
+    ...     def predict_proba(self, waveform, n=1, stochastic=False, seed=None):
+    ...         return torch.full((n, 2), 0.5)
+    >>> import urllib.request
+    >>> with EmotionServer(Undecided()) as server:
+    ...     listing = json.load(urllib.request.urlopen(server.base_url + "/models"))
+    >>> listing["data"][0]["id"]
+    'mifuse'
+    """
+
+    def __init__(self, recogniser: Recogniser, model_name: str = "mifuse", host: str = "127.0.0.1", port: int = 0):
+        self.recogniser = recogniser
+        self.model_name = model_name
+        self._model_lock = threading.Lock()
+        try:
+            self._http = _HttpServer((host, port), self)
+        except (OSError, OverflowError) as error:
+            raise UserError(f"cannot listen on {host}:{port} ({error}): choose another --host or --port") from None
+        self._thread = threading.Thread(target=self._http.serve_forever, args=(0.05,), daemon=True)
+
+    def __enter__(self) -> EmotionServer:
+        return self.start()
+
+    def __exit__(self, *_):
+        self.close()
+
+    @property
+    def base_url(self) -> str:
+        """Address to give to a client, ending in ``/v1``."""
+        host, port = self._http.server_address[:2]
+        return f"http://{host}:{port}/v1"
+
+    def start(self) -> EmotionServer:
+        """Begin to answer; returns the server itself."""
+        self._thread.start()
+        return self
+
+    def close(self):
+        """Stop answering, drop open connections and free the port."""
+        if self._thread.is_alive():
+            self._http.shutdown()
+            self._thread.join()
+        self._http.drop_connections()
+        self._http.server_close()
+
+    def models(self) -> dict:
+        """Body of ``GET /v1/models``."""
+        entry = {"id": self.model_name, "object": "model", "created": 0, "owned_by": "speechbrain-mifuse"}
+        return {"object": "list", "data": [entry]}
+
+    def complete(self, body: dict) -> dict:
+        """Answer one chat completion.
+
+        Parameters
+        ----------
+        body : dict
+            The decoded request.
+
+        Returns
+        -------
+        dict
+            The completion, in OpenAI's shape.
+
+        Raises
+        ------
+        RequestError
+            If the request is malformed, names another model, or carries no readable audio.
+        """
+        request = parse_request(body, self.model_name, self.recogniser.sample_rate)
+        choices = [{"index": j, **choice} for j, choice in enumerate(self._choices(request))]
+        return {
+            "id": f"chatcmpl-{uuid.uuid4().hex}",
+            "object": "chat.completion",
+            "created": int(time.time()),
+            "model": self.model_name,
+            "system_fingerprint": f"speechbrain-mifuse-{__version__}",
+            "choices": choices,
+            "usage": _usage(request, choices),
+        }
+
+    def _choices(self, request: ChatRequest) -> list[dict]:
+        form = _reply_form(request)
+        seed = secrets.randbits(62) if request.seed is None else request.seed
+        recording = hashlib.sha256(request.waveform.numpy().tobytes()).digest()
+        choices = []
+        for j in range(request.n):
+            own_seed = _mixed_seed(seed + j, recording)
+            probs = self._probs(request, own_seed)
+            choices.append(form(probs, tuple(self.recogniser.labels), request, own_seed))
+        return choices
+
+    def _probs(self, request: ChatRequest, seed: int) -> np.ndarray:
+        stochastic = request.temperature > 0
+        with self._model_lock, torch.inference_mode():
+            probs = self.recogniser.predict_proba(
+                request.waveform, n=1, stochastic=stochastic, seed=seed if stochastic else None
+            )
+            probs = probs[0].double().cpu().numpy()
+        if not np.isfinite(probs).all() or probs.min() < 0 or not math.isclose(probs.sum(), 1.0, abs_tol=1e-3):
+            raise RuntimeError(f"the recogniser returned {probs.tolist()}, which is no distribution")
+        return probs
+
+
+def parse_request(body: dict, model_name: str, sample_rate: int) -> ChatRequest:
+    """Validate the body of a chat completion and decode its audio.
+
+    Parameters
+    ----------
+    body : dict
+        The decoded JSON.
+    model_name : str
+        The only model there is.
+    sample_rate : int
+        Rate in Hz that the audio is resampled to.
+
+    Returns
+    -------
+    ChatRequest
+
+    Raises
+    ------
+    RequestError
+        If a field is missing or wrong; the message names it.
+
+    Example
+    -------
+    >>> parse_request({"model": "mifuse", "messages": []}, "mifuse", 16000)
+    Traceback (most recent call last):
+    ...
+    speechbrain_mifuse.lalm.serve.RequestError: messages: no part of type input_audio
+    """
+    if not isinstance(body, dict):
+        raise RequestError("the body must be a JSON object")
+    if body.get("model") != model_name:
+        message = f"the model {body.get('model')!r} does not exist; this server offers {model_name!r}"
+        raise RequestError(message, 404, "model_not_found")
+    if body.get("stream"):
+        raise RequestError("stream: not supported, leave it out")
+    parts = _parts(body.get("messages"))
+    text = "\n".join(str(part.get("text") or "") for part in parts if part.get("type") == "text")
+    waveform, seconds = decode_audio(_audio_data(parts), sample_rate)
+    top = _field(body, "top_logprobs", 0, int, 0, 20) if body.get("logprobs") else None
+    return ChatRequest(
+        waveform=waveform,
+        seconds=seconds,
+        text=text,
+        n=_field(body, "n", 1, int, 1, MAX_CHOICES),
+        temperature=_field(body, "temperature", 1.0, (int, float), 0.0, 2.0),
+        seed=_field(body, "seed", None, int, -(2**63), 2**63 - 1),
+        top_logprobs=top,
+        wants_json=_response_type(body) in _JSON_FORMATS or "json" in text.lower(),
+    )
+
+
+def decode_audio(data: str, sample_rate: int) -> tuple[torch.Tensor, float]:
+    """Decode a recording sent in base64.
+
+    Parameters
+    ----------
+    data : str
+        Any format that libsndfile reads, in base64. Channels are averaged.
+    sample_rate : int
+        Rate in Hz of the result.
+
+    Returns
+    -------
+    torch.Tensor
+        `[samples]`, float32.
+    float
+        Duration in seconds.
+
+    Raises
+    ------
+    RequestError
+        If the data are no base64, no audio, empty, not finite, or longer than ten minutes.
+
+    Example
+    -------
+    >>> buffer = io.BytesIO()
+    >>> soundfile.write(buffer, np.zeros((8000, 2)), 8000, format="FLAC")
+    >>> waveform, seconds = decode_audio(base64.b64encode(buffer.getvalue()).decode(), 16000)
+    >>> waveform.shape, seconds
+    (torch.Size([16000]), 1.0)
+    """
+    try:
+        file = soundfile.SoundFile(io.BytesIO(base64.b64decode(data, validate=True)))
+        with file:
+            seconds = file.frames / file.samplerate
+            if seconds > MAX_SECONDS:
+                raise RequestError(f"input_audio: {seconds:.0f} s of audio, more than {MAX_SECONDS:.0f} s")
+            samples, rate = file.read(dtype="float32", always_2d=True), file.samplerate
+    except (binascii.Error, ValueError):
+        raise RequestError("input_audio.data: not valid base64") from None
+    except (RuntimeError, OSError):
+        raise RequestError("input_audio.data: not an audio file that can be decoded") from None
+    if len(samples) == 0 or not np.isfinite(samples).all():
+        raise RequestError("input_audio.data: holds no samples, or samples that are not finite")
+    waveform = torch.from_numpy(samples.mean(axis=1))
+    return (waveform if rate == sample_rate else resample(waveform, rate, sample_rate)), seconds
+
+
+def _parts(messages: object) -> list[dict]:
+    """All content parts of all messages; plain text counts as one text part."""
+    if not isinstance(messages, list) or not all(isinstance(message, dict) for message in messages):
+        raise RequestError("messages: must be a list of objects")
+    parts: list[dict] = []
+    for message in messages:
+        content = message.get("content")
+        content = [{"type": "text", "text": content}] if isinstance(content, str) else content
+        if not isinstance(content, list) or not all(isinstance(part, dict) for part in content):
+            raise RequestError("messages: content must be text or a list of parts")
+        parts += content
+    return parts
+
+
+def _audio_data(parts: list[dict]) -> str:
+    audios = [part.get("input_audio") for part in parts if part.get("type") == "input_audio"]
+    if not audios:
+        raise RequestError("messages: no part of type input_audio")
+    if len(audios) > 1:
+        raise RequestError("messages: more than one part of type input_audio")
+    data = audios[0].get("data") if isinstance(audios[0], dict) else None
+    if not isinstance(data, str) or not data:
+        raise RequestError("input_audio.data: missing")
+    return data
+
+
+def _field(body: dict, name: str, default, kind, low, high):
+    value = body.get(name)
+    if value is None:
+        return default
+    if isinstance(value, bool) or not isinstance(value, kind) or not low <= value <= high:
+        raise RequestError(f"{name}: must be a number from {low} to {high}")
+    return value
+
+
+def _response_type(body: dict) -> object:
+    wanted = body.get("response_format")
+    return wanted.get("type") if isinstance(wanted, dict) else None
+
+
+def _mixed_seed(seed: int, recording: bytes) -> int:
+    """Make a seed that also depends on the recording.
+
+    With the bare seed, the k-th answers to all recordings would share one random draw, and the noise of a whole corpus
+    would lean to the same side.
+    """
+    digest = hashlib.sha256(str(seed).encode() + b":" + recording).digest()
+    return int.from_bytes(digest[:8], "big") >> 1
+
+
+ReplyForm = Callable[[np.ndarray, tuple[str, ...], ChatRequest, int], dict]
+
+
+def _reply_form(request: ChatRequest) -> ReplyForm:
+    """Apply the rule of the module's docstring."""
+    if request.top_logprobs is not None:
+        return _logprobs_choice
+    return _distribution_choice if request.wants_json else _label_choice
+
+
+def _distribution_choice(probs: np.ndarray, labels: tuple[str, ...], request: ChatRequest, seed: int) -> dict:
+    scores = {label: round(float(p), 6) for label, p in zip(labels, probs, strict=True)}
+    return _choice(json.dumps(scores, ensure_ascii=False))
+
+
+def _label_choice(probs: np.ndarray, labels: tuple[str, ...], request: ChatRequest, seed: int) -> dict:
+    return _choice(labels[_draw(probs, request.temperature, seed)])
+
+
+def _logprobs_choice(probs: np.ndarray, labels: tuple[str, ...], request: ChatRequest, seed: int) -> dict:
+    chosen = _draw(probs, request.temperature, seed)
+    tokens = [_token(label, p) for label, p in zip(labels, probs, strict=True)]
+    ranked = sorted(tokens, key=lambda token: -token["logprob"])[: request.top_logprobs]
+    return _choice(labels[chosen], {"content": [{**tokens[chosen], "top_logprobs": ranked}], "refusal": None})
+
+
+def _choice(text: str, logprobs: dict | None = None) -> dict:
+    message = {"role": "assistant", "content": text, "refusal": None}
+    return {"message": message, "logprobs": logprobs, "finish_reason": "stop"}
+
+
+def _token(label: str, p: float) -> dict:
+    # OpenAI's floor for a probability of zero, which JSON could not hold as a logarithm.
+    logprob = math.log(p) if p > 0 else -9999.0
+    return {"token": label, "logprob": logprob, "bytes": list(label.encode())}
+
+
+def _draw(probs: np.ndarray, temperature: float, seed: int) -> int:
+    """Index of the label drawn from softmax(log p / temperature)."""
+    if temperature == 0:
+        return int(probs.argmax())
+    with np.errstate(divide="ignore"):
+        logits = np.log(probs) / temperature
+    weights = np.exp(logits - logits.max())
+    return int(np.random.default_rng(seed).choice(len(probs), p=weights / weights.sum()))
+
+
+def _usage(request: ChatRequest, choices: list[dict]) -> dict:
+    audio = math.ceil(request.seconds * AUDIO_TOKENS_PER_SECOND)
+    prompt = audio + _count_tokens(request.text)
+    completion = sum(_count_tokens(choice["message"]["content"]) for choice in choices)
+    return {
+        "prompt_tokens": prompt,
+        "completion_tokens": completion,
+        "total_tokens": prompt + completion,
+        "prompt_tokens_details": {"audio_tokens": audio},
+    }
+
+
+def _count_tokens(text: str) -> int:
+    return len(re.findall(r"\w+|[^\w\s]", text))
+
+
+class _HttpServer(http.server.ThreadingHTTPServer):
+    """Threading server that knows its connections, so that closing it also ends kept-alive ones."""
+
+    daemon_threads = True
+    request_queue_size = 128
+
+    def __init__(self, address: tuple[str, int], app: EmotionServer):
+        self.app = app
+        self._connections: set[socket.socket] = set()
+        self._connections_lock = threading.Lock()
+        super().__init__(address, _Handler)
+
+    def server_bind(self):
+        # The parent class looks up the host's full name, which takes seconds where name resolution is broken.
+        socketserver.TCPServer.server_bind(self)
+        self.server_name, self.server_port = self.server_address[:2]
+
+    def process_request(self, request, client_address):
+        with self._connections_lock:
+            self._connections.add(request)
+        super().process_request(request, client_address)
+
+    def shutdown_request(self, request):
+        with self._connections_lock:
+            self._connections.discard(request)
+        super().shutdown_request(request)
+
+    def handle_error(self, request, client_address):
+        logger.debug("connection ended early", exc_info=True)
+
+    def drop_connections(self):
+        with self._connections_lock:
+            for connection in self._connections:
+                # The peer or the handler may have closed it meanwhile.
+                try:
+                    connection.shutdown(socket.SHUT_RDWR)
+                except OSError:
+                    logger.debug("connection was closed already")
+
+
+class _Handler(http.server.BaseHTTPRequestHandler):
+    """Routes, reading of bodies, and errors in OpenAI's shape."""
+
+    protocol_version = "HTTP/1.1"
+    # Header and body leave in two writes; without this the second would wait for an acknowledgement.
+    disable_nagle_algorithm = True
+    timeout = 120
+    server: _HttpServer
+
+    def do_GET(self):
+        self._answer({"/v1/models": lambda: self.server.app.models()})
+
+    def do_POST(self):
+        self._answer({"/v1/chat/completions": lambda: self.server.app.complete(self._body())})
+
+    def log_message(self, format, *args):
+        # Requests carry a key in their headers: only the request line and the status are ever logged.
+        logger.debug(format, *args)
+
+    def send_error(self, code, message=None, explain=None):
+        """Replace the HTML page of the parent class, used for malformed HTTP."""
+        self.close_connection = True
+        self._send(code, _error_body(RequestError(message or "bad request", code)))
+
+    def _answer(self, routes: dict[str, Callable[[], dict]]):
+        try:
+            route = routes.get(self.path.partition("?")[0])
+            if route is None:
+                self.close_connection = True  # a body that nobody read may follow
+                raise RequestError(f"no such route: {self.command} {self.path}", 404, "not_found")
+            self._send(200, route())
+        except RequestError as error:
+            self._send(error.status, _error_body(error))
+        except (ConnectionError, TimeoutError):
+            raise
+        except Exception:
+            logger.exception("the recogniser failed")
+            self._send(500, _error_body(RequestError("the recogniser failed; see the server's log", 500)))
+
+    def _body(self) -> dict:
+        length = self.headers.get("Content-Length", "")
+        if not length.isdecimal():
+            self.close_connection = True
+            raise RequestError("Content-Length is missing or wrong", 411)
+        if int(length) > MAX_BODY_BYTES:
+            self.close_connection = True
+            raise RequestError(f"the request is larger than {MAX_BODY_BYTES} bytes", 413)
+        data = self.rfile.read(int(length))
+        try:
+            return json.loads(data)
+        except (ValueError, RecursionError):
+            raise RequestError("the body is not valid JSON") from None
+
+    def _send(self, status: int, body: dict):
+        data = json.dumps(body).encode()
+        self.send_response(status)
+        self.send_header("Content-Type", "application/json")
+        self.send_header("Content-Length", str(len(data)))
+        if self.close_connection:
+            self.send_header("Connection", "close")
+        self.end_headers()
+        self.wfile.write(data)
+
+
+def _error_body(error: RequestError) -> dict:
+    kind = "server_error" if error.status >= 500 else "invalid_request_error"
+    return {"error": {"message": str(error), "type": kind, "param": None, "code": error.code}}

@@ -1,0 +1,174 @@
+"""Emotion classifier on encoder frames: layer weighting, pooling, normalisation, an MLP with dropout."""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from speechbrain_mifuse.nnet.statistical_attentive_pooling import StatisticalAttentivePooling
+
+
+class LayerWeighting(nn.Module):
+    """Learned convex combination of encoder layers.
+
+    Parameters
+    ----------
+    layers : int
+        Number of layers.
+
+    Example
+    -------
+    >>> LayerWeighting(3)(torch.ones(2, 5, 3, 8)).shape
+    torch.Size([2, 5, 8])
+    """
+
+    def __init__(self, layers: int):
+        super().__init__()
+        self.weight = nn.Parameter(torch.zeros(layers))
+
+    def forward(self, frames: torch.Tensor) -> torch.Tensor:
+        """Combine layers.
+
+        Parameters
+        ----------
+        frames : torch.Tensor
+            `[batch, frames, layers, D]`.
+
+        Returns
+        -------
+        torch.Tensor
+            `[batch, frames, D]`.
+        """
+        return torch.einsum("btld,l->btd", frames, self.weight.softmax(0))
+
+
+class EmotionClassifier(nn.Module):
+    """SAP, batch normalisation without affine part, one hidden layer, dropout, output.
+
+    Dropout stands only before the last layer, so K stochastic passes (Gal & Ghahramani 2016) share everything up to
+    the hidden units and cost next to nothing.
+
+    Parameters
+    ----------
+    input_size : int
+        Dimension D of a frame.
+    n_classes : int
+        Number of emotions C.
+    hidden_size : int
+        Width of the hidden layer.
+    dropout : float
+        Probability of dropping a unit.
+    n_layers : int
+        Encoder layers in the input; more than one are combined by learned weights.
+    attention_size : int
+        Width of the pooling's attention.
+
+    Example
+    -------
+    >>> model = EmotionClassifier(8, 4).eval()
+    >>> frames, lengths = torch.randn(2, 5, 8), torch.tensor([0.6, 1.0])
+    >>> model(frames, lengths).shape
+    torch.Size([2, 4])
+    >>> model.stochastic_logits(frames, lengths, passes=16).shape
+    torch.Size([2, 16, 4])
+    """
+
+    def __init__(
+        self,
+        input_size: int,
+        n_classes: int,
+        hidden_size: int = 256,
+        dropout: float = 0.5,
+        n_layers: int = 1,
+        attention_size: int = 64,
+    ):
+        super().__init__()
+        self.layer_weighting = LayerWeighting(n_layers) if n_layers > 1 else nn.Identity()
+        self.pooling = StatisticalAttentivePooling(input_size, attention_size)
+        self.norm = nn.BatchNorm1d(2 * input_size, affine=False)
+        self.hidden = nn.Linear(2 * input_size, hidden_size)
+        self.output = nn.Linear(hidden_size, n_classes)
+        self.dropout = dropout
+
+    def embed(self, frames: torch.Tensor, lengths: torch.Tensor | None = None) -> torch.Tensor:
+        """Pool and normalise a batch.
+
+        Parameters
+        ----------
+        frames : torch.Tensor
+            `[batch, frames, D]`, or `[batch, frames, layers, D]` when built for several layers.
+        lengths : torch.Tensor, optional
+            `[batch]`, relative.
+
+        Returns
+        -------
+        torch.Tensor
+            `[batch, 2 D]`.
+        """
+        return self.norm(self.pooling(self.layer_weighting(frames), lengths))
+
+    def head(self, vectors: torch.Tensor, stochastic: bool) -> torch.Tensor:
+        """Classify pooled vectors.
+
+        Parameters
+        ----------
+        vectors : torch.Tensor
+            `[..., 2 D]`.
+        stochastic : bool
+            Whether dropout is on.
+
+        Returns
+        -------
+        torch.Tensor
+            Logits `[..., C]`.
+        """
+        return self.output(F.dropout(self.hidden_units(vectors), self.dropout, stochastic))
+
+    def hidden_units(self, vectors: torch.Tensor) -> torch.Tensor:
+        """Activations that dropout acts on.
+
+        Parameters
+        ----------
+        vectors : torch.Tensor
+            `[..., 2 D]`.
+
+        Returns
+        -------
+        torch.Tensor
+            `[..., hidden_size]`.
+        """
+        return F.relu(self.hidden(vectors))
+
+    def forward(self, frames: torch.Tensor, lengths: torch.Tensor | None = None) -> torch.Tensor:
+        """Classify a batch; dropout is on in training mode.
+
+        Parameters
+        ----------
+        frames, lengths
+            As for `embed`.
+
+        Returns
+        -------
+        torch.Tensor
+            Logits `[batch, C]`.
+        """
+        return self.head(self.embed(frames, lengths), self.training)
+
+    def stochastic_logits(self, frames: torch.Tensor, lengths: torch.Tensor | None, passes: int) -> torch.Tensor:
+        """Draw Monte-Carlo dropout predictions in one batched pass of the head.
+
+        Parameters
+        ----------
+        frames, lengths
+            As for `embed`.
+        passes : int
+            K, independent dropout masks per utterance.
+
+        Returns
+        -------
+        torch.Tensor
+            Logits `[batch, K, C]`.
+        """
+        units = self.hidden_units(self.embed(frames, lengths))
+        return self.output(F.dropout(units.unsqueeze(1).expand(-1, passes, -1), self.dropout, training=True))

@@ -1,0 +1,481 @@
+"""The steps of an adaptation recipe that come before adaptation; each does what is missing and skips what is done."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import hashlib
+import json
+import logging
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import torch
+from filelock import FileLock
+from speechbrain.utils.distributed import run_on_main
+
+from speechbrain_mifuse.brains.classifier import train_classifier
+from speechbrain_mifuse.corpora.manifest import atomic_write, read_manifest, unlabelled
+from speechbrain_mifuse.errors import UserError
+from speechbrain_mifuse.evaluation.results import evaluate, side_by_side, write_results
+from speechbrain_mifuse.features import cache_folder
+from speechbrain_mifuse.features.dataset import encoded_rows
+from speechbrain_mifuse.features.encoder import FrozenEncoder
+from speechbrain_mifuse.features.extract import FrameReader, extract, open_store
+from speechbrain_mifuse.features.front import StoredFrames
+from speechbrain_mifuse.features.store import FeatureStore
+from speechbrain_mifuse.inference import EmotionRecognizer, recogniser_digest
+from speechbrain_mifuse.lalm.client import LalmClient
+from speechbrain_mifuse.lalm.collect import collect
+from speechbrain_mifuse.lalm.prompt import Prompt
+from speechbrain_mifuse.lalm.serve import EmotionServer
+from speechbrain_mifuse.lalm.store import LabelStore, Query
+
+logger = logging.getLogger(__name__)
+
+# Stands in the place of the address while no server runs; the identity of a served teacher is its endpoint.
+LOOPBACK = "http://127.0.0.1/v1"
+
+
+def chosen_methods(hparams: Mapping) -> list[str]:
+    """Names of the methods that `method` asks for: one, or a list.
+
+    Parameters
+    ----------
+    hparams : mapping
+        `method` and `adaptation[methods]`.
+
+    Returns
+    -------
+    list of str
+        In the order asked for.
+
+    Raises
+    ------
+    UserError
+        If a name is unknown; the message lists the known ones.
+
+    Example
+    -------
+    >>> chosen_methods({"method": "mi_fuse", "adaptation": {"methods": {"mi_fuse": None}}})
+    ['mi_fuse']
+    """
+    method, known = hparams["method"], hparams["adaptation"]["methods"]
+    names = [method] if isinstance(method, str) else list(method)
+    unknown = [name for name in names if name not in known]
+    if unknown:
+        raise UserError(f"--method: {', '.join(map(str, unknown))} is none of {', '.join(known)}.")
+    return names
+
+
+def open_reader(hparams: Mapping) -> FrameReader:
+    """Build the frozen encoder with its preprocessing.
+
+    Parameters
+    ----------
+    hparams : mapping
+        `encoder`, `encoder_layers`, `trim_db`, `frame_average`.
+
+    Returns
+    -------
+    FrameReader
+        Makes frames of recordings.
+
+    Raises
+    ------
+    UserError
+        If the encoder cannot be loaded.
+
+    Example
+    -------
+    >>> open_reader({"encoder": "./no-such-folder", "encoder_layers": None})
+    Traceback (most recent call last):
+    ...
+    speechbrain_mifuse.errors.UserError: --encoder: ...
+    """
+    try:
+        encoder = FrozenEncoder(hparams["encoder"], hparams["encoder_layers"])
+    except (OSError, ValueError) as error:
+        raise UserError(f"--encoder: {error}") from None
+    return FrameReader(encoder, hparams["trim_db"], hparams["frame_average"])
+
+
+def store_frames(hparams: Mapping, role: str, reader: FrameReader) -> FeatureStore:
+    """Fill the feature store of the corpus that plays a role.
+
+    Parameters
+    ----------
+    hparams : mapping
+        `feature_folder`, `<role>` (the corpus's name) and `<role>_manifests`.
+    role : str
+        `target`, `source` or `teacher`.
+    reader : FrameReader
+        Makes the frames.
+
+    Returns
+    -------
+    FeatureStore
+        With every readable utterance of the role's manifests.
+
+    Raises
+    ------
+    StoreError
+        If the folder holds frames of another kind.
+
+    Example
+    -------
+    >>> store_frames.__name__  # runs in `recipes/RAVDESS/mifuse/train.py`
+    'store_frames'
+    """
+    manifests = sorted(Path(hparams[f"{role}_manifests"]).glob("*_unlabelled.json"))
+    # The name tells settings apart, so that trying another encoder or layer does not run into the first one's store.
+    digest = hashlib.sha256(json.dumps(reader.fingerprint(), sort_keys=True).encode()).hexdigest()[:8]
+    base = Path(hparams["feature_folder"] or cache_folder() / "features")
+    folder = base / f"{hparams[role]}-{digest}"
+    run_on_main(extract, kwargs={"manifests": manifests, "reader": reader, "folder": folder})
+    return open_store(folder, reader)
+
+
+def source_recogniser(hparams: Mapping, reader: FrameReader, run_opts: Mapping | None = None) -> Path:
+    """Find the source recogniser that the user names, or train one on the source corpus.
+
+    Parameters
+    ----------
+    hparams : mapping
+        The recipe's.
+    reader : FrameReader
+        Makes the frames.
+    run_opts : mapping, optional
+        SpeechBrain's run options.
+
+    Returns
+    -------
+    pathlib.Path
+        Its folder.
+
+    Example
+    -------
+    >>> source_recogniser({"source_recogniser": "given"}, None)
+    PosixPath('given')
+    """
+    if hparams["source_recogniser"] is not None:
+        return Path(hparams["source_recogniser"])
+    return trained_recogniser(hparams, "source", reader, run_opts)
+
+
+def trained_recogniser(hparams: Mapping, role: str, reader: FrameReader, run_opts: Mapping | None = None) -> Path:
+    """Prepare a corpus, store its frames, train its classifier; each step is skipped when done.
+
+    Parameters
+    ----------
+    hparams : mapping
+        The recipe's.
+    role : str
+        `source` or `teacher`.
+    reader : FrameReader
+        Makes the frames.
+    run_opts : mapping, optional
+        SpeechBrain's run options.
+
+    Returns
+    -------
+    pathlib.Path
+        Folder of the recogniser.
+
+    Example
+    -------
+    >>> trained_recogniser.__name__  # runs in `recipes/RAVDESS/mifuse/train.py`
+    'trained_recogniser'
+    """
+    classifier = hparams[f"{role}_classifier"]
+    folder = Path(classifier["output_folder"])
+    folder.mkdir(parents=True, exist_ok=True)
+    # Runs side by side may share a source or a teacher: the first trains it, the others wait and find it.
+    with FileLock(folder / "lock"):
+        run_on_main(hparams[f"prepare_{role}"])
+        store = store_frames(hparams, role, reader)
+        return train_classifier(classifier, StoredFrames(store, classifier["layer"]), run_opts)
+
+
+class Answers:
+    """The language model's stored samples by utterance; none for an utterance that it was not asked about.
+
+    Parameters
+    ----------
+    samples : Samples or None
+        As `LabelStore.load` gives.
+    keys : sequence of str
+        Utterance ids in the order of the samples.
+    k, n_classes : int
+        Shape of an empty answer.
+
+    Example
+    -------
+    >>> Answers(None, [], k=5, n_classes=4).of("t-a")["lalm_mask"].any()
+    tensor(False)
+    """
+
+    def __init__(self, samples, keys: Sequence[str], k: int, n_classes: int):
+        self.samples, self.row = samples, {key: row for row, key in enumerate(keys)}
+        self.nothing = {"lalm": torch.zeros(k, n_classes), "lalm_mask": torch.zeros(k, dtype=torch.bool)}
+
+    def of(self, utt_id: str) -> dict[str, torch.Tensor]:
+        """Give the samples of one utterance.
+
+        Parameters
+        ----------
+        utt_id : str
+            Utterance id.
+
+        Returns
+        -------
+        dict of str to torch.Tensor
+            `lalm` `[K, C]` and `lalm_mask` `[K]`.
+        """
+        if utt_id not in self.row:
+            return self.nothing
+        row = self.row[utt_id]
+        return {"lalm": self.samples.probs[row], "lalm_mask": self.samples.mask[row]}
+
+
+def ask_teacher(
+    hparams: Mapping, names: Sequence[str], store: FeatureStore, reader: FrameReader, run_opts: Mapping | None = None
+) -> Answers:
+    """Collect what the chosen methods need of the API teacher's answers; only what the label store lacks is asked.
+
+    Parameters
+    ----------
+    hparams : mapping
+        The recipe's.
+    names : sequence of str
+        Chosen methods.
+    store : FeatureStore
+        Frames of the target; knows the content hash that is the answers' key.
+    reader : FrameReader
+        Makes frames, should a teacher have to be trained first.
+    run_opts : mapping, optional
+        SpeechBrain's run options.
+
+    Returns
+    -------
+    Answers
+        Of the utterances that some method needs.
+
+    Raises
+    ------
+    LalmError
+        If the API is down or refuses the key.
+
+    Example
+    -------
+    >>> ask_teacher.__name__  # runs in `recipes/RAVDESS/mifuse/train.py`
+    'ask_teacher'
+    """
+    methods = hparams["adaptation"]["methods"]
+    splits = sorted({split for name in names for split in methods[name].answers_for})
+    paths = [unlabelled(f"{hparams['target_manifests']}/{split}.json") for split in splits]
+    wavs = {key: row["wav"] for path in paths for key, row in encoded_rows(path, store).items()}
+    k, labels = hparams["lalm_samples"], hparams["labels"]
+    if not wavs:
+        return Answers(None, [], k, len(labels))
+    prompt = Prompt(labels, hparams["lalm_answer_form"])
+    sampling = {"temperature": hparams["lalm_temperature"], "seed": 0}
+    hashes = [store.rows[key].audio for key in wavs]
+    with LabelStore(hparams["label_store"]) as answers, teacher_api(hparams, reader, run_opts) as (serve, endpoint):
+        query = Query.of(prompt, hparams["lalm_model"], hparams["lalm_base_url"] or LOOPBACK, sampling, endpoint)
+        missing = missing_answers(answers, query, dict(zip(wavs, hashes, strict=True)), k)
+        if missing:
+            with serve() as base_url:
+                client = LalmClient(base_url, hparams["lalm_model"])
+                query = Query.of(prompt, hparams["lalm_model"], client.base_url, sampling, endpoint)
+                asked = [(key, wavs[key]) for key in missing]
+                logger.info(collect(asked, prompt, client, answers, query, k, hparams["lalm_concurrency"]).summary())
+        else:
+            logger.info("%s: all answers are stored, nothing is asked.", hparams["label_store"])
+        samples = answers.load(query, hashes, k)
+    report_answers(samples, hparams["temperature"])
+    return Answers(samples, list(wavs), k, len(labels))
+
+
+def missing_answers(answers: LabelStore, query: Query, hashes: Mapping[str, str], k: int) -> list[str]:
+    """List utterances that lack samples, asked about or not.
+
+    Parameters
+    ----------
+    answers : LabelStore
+        The store.
+    query : Query
+        The key.
+    hashes : mapping of str to str
+        Content hash by utterance id.
+    k : int
+        Samples wanted.
+
+    Returns
+    -------
+    list of str
+        Utterance ids.
+
+    Example
+    -------
+    >>> missing_answers.__name__  # runs in `recipes/RAVDESS/mifuse/train.py`
+    'missing_answers'
+    """
+    have = answers.have(query)
+    return [key for key, audio in hashes.items() if any((audio, i) not in have for i in range(k))]
+
+
+@contextlib.contextmanager
+def teacher_api(hparams: Mapping, reader: FrameReader, run_opts: Mapping | None = None):
+    """Say who answers, and how to reach it: the API that the user names, or a classifier served here.
+
+    Parameters
+    ----------
+    hparams : mapping
+        The recipe's.
+    reader : FrameReader
+        Makes frames, should a teacher have to be trained.
+    run_opts : mapping, optional
+        SpeechBrain's run options.
+
+    Yields
+    ------
+    serve : callable
+        Gives a context manager of the base URL; a local server starts only when it is entered.
+    endpoint : str or None
+        Identity of whoever answers: `None` for the URL itself, else one that follows the served weights.
+
+    Example
+    -------
+    >>> with teacher_api({"lalm_base_url": "http://127.0.0.1:9/v1"}, None) as (serve, endpoint):
+    ...     with serve() as base_url:
+    ...         print(base_url, endpoint)
+    http://127.0.0.1:9/v1 None
+    """
+    if hparams["lalm_base_url"] is not None:
+        yield (lambda: contextlib.nullcontext(hparams["lalm_base_url"])), None
+        return
+    folder = trained_recogniser(hparams, "teacher", reader, run_opts)
+    yield functools.partial(served, folder, hparams["lalm_model"]), f"local:{recogniser_digest(folder)}"
+
+
+@contextlib.contextmanager
+def served(folder: Path, model_name: str):
+    """Serve a recogniser on a free port of the loopback interface.
+
+    Parameters
+    ----------
+    folder : pathlib.Path
+        Of the recogniser.
+    model_name : str
+        Name it answers to.
+
+    Yields
+    ------
+    str
+        Base URL.
+
+    Example
+    -------
+    >>> served.__name__  # runs in `recipes/RAVDESS/mifuse/train.py`
+    'served'
+    """
+    with EmotionServer(EmotionRecognizer.from_hparams(folder), model_name) as server:
+        logger.info("serving %s at %s", folder, server.base_url)
+        yield server.base_url
+
+
+def report_answers(samples, temperature: float) -> None:
+    """Log how many samples there are and of what kind; warn when mutual information loses its meaning.
+
+    Parameters
+    ----------
+    samples : Samples
+        As `LabelStore.load` gives.
+    temperature : float
+        tau of the fusion.
+
+    Example
+    -------
+    >>> report_answers.__name__  # runs in `recipes/RAVDESS/mifuse/train.py`
+    'report_answers'
+    """
+    present = samples.mask.sum().item()
+    logger.info("teacher: %d samples of %d wanted", present, samples.mask.numel())
+    one_hot = (samples.probs.amax(-1) > 0.999)[samples.mask].float().mean().item() if present else 0.0
+    if one_hot > 0.5:
+        logger.warning(
+            "%.0f %% of the teacher's samples are single labels: their mutual information is the entropy of the mean, "
+            "and --temperature %s may leave the teacher little weight (try 1.0).",
+            100 * one_hot,
+            temperature,
+        )
+
+
+def report(hparams: Mapping, name: str, predictions: Mapping, n_train: int) -> None:
+    """Score one method's predictions and write its results; here the target's labels are opened.
+
+    Parameters
+    ----------
+    hparams : mapping
+        The recipe's.
+    name : str
+        The method.
+    predictions : mapping
+        As `adapt` gives.
+    n_train : int
+        Size of the adaptation set.
+
+    Example
+    -------
+    >>> report.__name__  # runs in `recipes/RAVDESS/mifuse/train.py`
+    'report'
+    """
+    method, target = hparams["adaptation"]["methods"][name], Path(hparams["target_manifests"])
+    scored = evaluate(predictions, target / "test.json", hparams["labels"])
+    speakers = {row["speaker"] for row in read_manifest(unlabelled(target / "adapt.json")).values()}
+    write_results(
+        Path(hparams["output_folder"]) / name,
+        scored,
+        hparams["labels"],
+        method=name,
+        source=hparams["source"],
+        target=hparams["target"],
+        teacher=hparams["teacher"] if hparams["lalm_base_url"] is None else hparams["lalm_model"],
+        seed=hparams["seed"],
+        encoder=f"{hparams['encoder']}, layer {hparams['layer']}, frozen",
+        protocol=f"speaker-independent, {len(hparams['labels'])} classes, {len(speakers)} speakers to adapt, "
+        f"{scored['test_speakers']} others to test",
+        selection="last step, no label",
+        n_train=n_train if method.trains else 0,
+        diversity_weight=hparams["diversity_weight"],
+        temperature=hparams["temperature"],
+        steps=hparams["number_of_steps"] if method.trains else 0,
+    )
+
+
+def summary(hparams: Mapping, names: Sequence[str]) -> str:
+    """Bring the results of a run together: `results.json` and `results.md` in the output folder.
+
+    Parameters
+    ----------
+    hparams : mapping
+        The recipe's.
+    names : sequence of str
+        Methods of this run. One gives its own record in `results.json`, several a list of records; `results.md` also
+        shows methods that earlier runs left in the same folder.
+
+    Returns
+    -------
+    str
+        The table.
+
+    Example
+    -------
+    >>> summary.__name__  # runs in `recipes/RAVDESS/mifuse/train.py`
+    'summary'
+    """
+    folder = Path(hparams["output_folder"])
+    records = [json.loads((folder / name / "results.json").read_text()) for name in names]
+    atomic_write(folder / "results.json", json.dumps(records if len(records) > 1 else records[0], indent=1))
+    return side_by_side(folder, list(hparams["adaptation"]["methods"]))
