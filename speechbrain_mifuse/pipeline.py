@@ -22,7 +22,7 @@ from speechbrain_mifuse.features import cache_folder
 from speechbrain_mifuse.features.dataset import encoded_rows
 from speechbrain_mifuse.features.encoder import FrozenEncoder
 from speechbrain_mifuse.features.extract import FrameReader, extract, open_store
-from speechbrain_mifuse.features.front import StoredFrames
+from speechbrain_mifuse.features.front import FinetunedEncoder, StoredFrames
 from speechbrain_mifuse.features.store import FeatureStore
 from speechbrain_mifuse.inference import EmotionRecognizer, recogniser_digest
 from speechbrain_mifuse.lalm.client import LalmClient
@@ -134,6 +134,88 @@ def store_frames(hparams: Mapping, role: str, reader: FrameReader) -> FeatureSto
     folder = base / f"{hparams[role]}-{digest}"
     run_on_main(extract, kwargs={"manifests": manifests, "reader": reader, "folder": folder})
     return open_store(folder, reader)
+
+
+def chosen_front(hparams: Mapping) -> StoredFrames | FinetunedEncoder:
+    """Build where a classifier's frames come from, by the name in `features`.
+
+    Parameters
+    ----------
+    hparams : mapping
+        `features` and `fronts`, and what the chosen one needs.
+
+    Returns
+    -------
+    StoredFrames or FinetunedEncoder
+        The front.
+
+    Raises
+    ------
+    UserError
+        If the name is unknown.
+
+    Example
+    -------
+    >>> chosen_front({"features": "live", "fronts": {"stored": None, "finetune": None}})
+    Traceback (most recent call last):
+    ...
+    speechbrain_mifuse.errors.UserError: --features: 'live' is none of stored, finetune.
+    """
+    if hparams["features"] not in hparams["fronts"]:
+        raise UserError(f"--features: '{hparams['features']}' is none of {', '.join(hparams['fronts'])}.")
+    return hparams["fronts"][hparams["features"]](hparams)
+
+
+def stored_front(hparams: Mapping) -> StoredFrames:
+    """Fill the store of the source corpus and read frames from it.
+
+    Parameters
+    ----------
+    hparams : mapping
+        The recipe's.
+
+    Returns
+    -------
+    StoredFrames
+        The front.
+
+    Example
+    -------
+    >>> stored_front.__name__  # runs in `recipes/RAVDESS/classifier/train.py`
+    'stored_front'
+    """
+    return StoredFrames(store_frames(hparams, "source", open_reader(hparams)), hparams["layer"])
+
+
+def finetuned_front(hparams: Mapping) -> FinetunedEncoder:
+    """Load the encoder to be trained along.
+
+    Parameters
+    ----------
+    hparams : mapping
+        The recipe's.
+
+    Returns
+    -------
+    FinetunedEncoder
+        The front.
+
+    Raises
+    ------
+    UserError
+        If the encoder cannot be loaded.
+
+    Example
+    -------
+    >>> finetuned_front({"encoder": "./no-such-folder", "trim_db": None})
+    Traceback (most recent call last):
+    ...
+    speechbrain_mifuse.errors.UserError: --encoder: ...
+    """
+    try:
+        return FinetunedEncoder(hparams["encoder"], hparams["trim_db"])
+    except (OSError, ValueError) as error:
+        raise UserError(f"--encoder: {error}") from None
 
 
 def source_recogniser(hparams: Mapping, reader: FrameReader, run_opts: Mapping | None = None) -> Path:

@@ -37,9 +37,9 @@ from pathlib import Path
 
 import numpy as np
 import soundfile
-from tqdm import tqdm
 
 from speechbrain_mifuse.corpora.manifest import LABELS, Corpus, CorpusError, Utterance, atomic_write
+from speechbrain_mifuse.progress import progress
 
 SAMPLE_RATE = 16000
 ESPEAK_RATE = 22050
@@ -729,7 +729,7 @@ def render_domain(output_folder: str | Path, domain: str, seed: int = 0) -> list
     folder = Path(output_folder) / domain
     _claim(folder, fingerprint(domain, seed))
     missing = [clip for clip in clips if not (folder / f"{clip.clip_id}.wav").exists()]
-    for clip in tqdm(missing, desc=f"synthetic {domain}", unit="clip", disable=not missing):
+    for clip in progress(missing, desc=f"synthetic {domain}", unit="clip", disable=not missing):
         file = io.BytesIO()
         soundfile.write(file, render_clip(clip, DOMAINS[domain], seed), SAMPLE_RATE, format="WAV", subtype="PCM_16")
         atomic_write(folder / f"{clip.clip_id}.wav", file.getvalue())
@@ -821,3 +821,33 @@ def prepare_synthetic(
     """
     _known(domain)
     CORPORA[domain].prepare(data_folder, save_folder, splits)
+
+
+def render_and_prepare(
+    data_folder: str | Path, save_folder: str | Path, splits: Mapping[str, float], domain: str, seed: int = 0
+) -> None:
+    """Render a synthetic domain where it is missing, then write its manifests.
+
+    Parameters
+    ----------
+    data_folder : str or pathlib.Path
+        Folder above the domains' folders; made when missing.
+    save_folder, splits, domain
+        As for `prepare_synthetic`.
+    seed : int
+        As for `render_domain`.
+
+    Raises
+    ------
+    CorpusError
+        As `render_domain` and `prepare_synthetic` do.
+
+    Example
+    -------
+    >>> render_and_prepare("/nowhere", "/nowhere", {"train": 1.0}, "Z")
+    Traceback (most recent call last):
+    ...
+    speechbrain_mifuse.corpora.manifest.CorpusError: No synthetic domain 'Z'; there are A, B, C.
+    """
+    render_domain(data_folder, domain, seed)
+    prepare_synthetic(Path(data_folder) / domain, save_folder, splits, domain)

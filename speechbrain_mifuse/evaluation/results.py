@@ -33,8 +33,8 @@ def evaluate(predictions: Mapping[str, Sequence[float]], manifest: str | Path, l
     Returns
     -------
     dict
-        `UA`, `WA`, `macro_F1`, `ci95` (of UA, by speaker bootstrap), `n_test`, `test_speakers`, `unanswered`, and
-        `counts`, the confusion tensor.
+        `UA`, `WA`, `macro_F1`, `ci95` (of UA, by speaker bootstrap), `n_test`, `test_speakers`, `unanswered`,
+        `counts`, the confusion tensor, and `by_speaker`, the same for each speaker.
 
     Raises
     ------
@@ -54,7 +54,8 @@ def evaluate(predictions: Mapping[str, Sequence[float]], manifest: str | Path, l
     rows = read_manifest(manifest)
     reference = torch.tensor([label_index(labels, row, key) for key, row in rows.items()])
     chosen = [torch.tensor(predictions[key]).argmax() if key in predictions else torch.tensor(-1) for key in rows]
-    by_speaker = speaker_counts(torch.stack(chosen), reference, [row["speaker"] for row in rows.values()], len(labels))
+    speakers = [row["speaker"] for row in rows.values()]
+    by_speaker = speaker_counts(torch.stack(chosen), reference, speakers, len(labels))
     counts = by_speaker.sum(0)
     return {
         **scores_of(counts),
@@ -63,6 +64,7 @@ def evaluate(predictions: Mapping[str, Sequence[float]], manifest: str | Path, l
         "test_speakers": len(by_speaker),
         "unanswered": int(counts[:, -1].sum()),
         "counts": counts,
+        "by_speaker": dict(zip(sorted(set(speakers)), by_speaker.tolist(), strict=True)),
     }
 
 
@@ -143,7 +145,7 @@ def side_by_side(folder: str | Path, order: Sequence[str]) -> str:
         lines.append(f"| {record['method']} | {shown[0]} | {low:.1f} to {high:.1f} | {shown[1]} |")
     lines += [
         "",
-        f"Protocol: {first['protocol']}. Adapted on {first['n_train']} utterances, tested on {first['n_test']}. "
+        f"Protocol: {first['protocol']}. Adapted on {max(record['n_train'] for record in records)} utterances, tested on {first['n_test']}. "
         f"Selection: {first['selection']}. Encoder: {first['encoder']}. "
         f"Interval of UA: bootstrap over the {first['test_speakers']} test speakers. Code {first['code_version']}.",
         "",

@@ -20,6 +20,7 @@ from speechbrain_mifuse.features.audio import BadAudio, content_hash, load_audio
 from speechbrain_mifuse.lalm.client import LalmClient, LalmError
 from speechbrain_mifuse.lalm.prompt import Prompt
 from speechbrain_mifuse.lalm.store import LabelStore, Query, Record
+from speechbrain_mifuse.progress import progress
 
 SAMPLE_RATE = 16000
 
@@ -95,7 +96,7 @@ def collect(
     concurrency: int = 8,
     max_attempts: int = 3,
     max_failures_in_a_row: int = 5,
-    progress: bool = True,
+    show_progress: bool = True,
 ) -> CollectReport:
     """Ask the teacher until every recording has `k` samples in the store.
 
@@ -124,7 +125,7 @@ def collect(
         How often a sample is asked for before it is given up.
     max_failures_in_a_row : int
         Requests that fail one after the other before the run stops.
-    progress : bool
+    show_progress : bool
         Show a progress bar.
 
     Returns
@@ -149,14 +150,14 @@ def collect(
     >>> prompt, client = Prompt(("angry", "sad")), LalmClient("http://127.0.0.1:8000/v1", "m")
     >>> query = Query.of(prompt, client.model, client.base_url, {"temperature": 1.0, "seed": 0})
     >>> with LabelStore(tempfile.mkdtemp() + "/labels.sqlite") as store:
-    ...     collect([], prompt, client, store, query, k=5, progress=False).asked
+    ...     collect([], prompt, client, store, query, k=5, show_progress=False).asked
     0
     """
     _check(prompt, client, query, k, concurrency)
     if not utterances:
         return CollectReport()
     job = _Job(prompt, client, store, query, k, max_attempts, max_failures_in_a_row)
-    with tqdm(total=len(utterances), unit="utt", desc=f"asking {client.model}", disable=not progress) as bar:
+    with progress(total=len(utterances), unit="utt", desc=f"asking {client.model}", disable=not show_progress) as bar:
         try:
             asyncio.run(job.run(utterances, concurrency, bar))
         except KeyboardInterrupt:

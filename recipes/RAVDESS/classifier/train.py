@@ -1,0 +1,31 @@
+#!/usr/bin/env python3
+"""Recipe: train an emotion classifier with labels and export it as a recogniser.
+
+Run from the repository's root, or from this folder:
+
+    python recipes/RAVDESS/classifier/train.py hparams/classifier_ravdess.yaml --data_folder /path/to/corpora
+
+The recogniser in `<output_folder>/classifier/recogniser` is what `speechbrain-mifuse predict` and `serve` load, and
+what `--source_recogniser` of the adaptation recipes takes.
+"""
+
+import sys
+
+import speechbrain as sb
+from hyperpyyaml import load_hyperpyyaml
+from speechbrain.utils.distributed import ddp_init_group, run_on_main
+
+from speechbrain_mifuse.brains.classifier import train_classifier
+from speechbrain_mifuse.errors import one_clear_error
+from speechbrain_mifuse.pipeline import chosen_front
+
+if __name__ == "__main__":
+    with one_clear_error():
+        hparams_file, run_opts, overrides = sb.parse_arguments(sys.argv[1:])
+        ddp_init_group(run_opts)
+        with open(hparams_file, encoding="utf-8") as file:
+            hparams = load_hyperpyyaml(file, overrides)
+        sb.create_experiment_directory(hparams["output_folder"], hparams_file, overrides)
+        run_on_main(hparams["prepare_source"])
+        front = chosen_front(hparams)
+        print(train_classifier(hparams["source_classifier"], front, run_opts))
