@@ -143,9 +143,10 @@ def side_by_side(folder: str | Path, order: Sequence[str]) -> str:
         low, high = (100 * bound for bound in record["ci95"])
         shown = " | ".join(f"{100 * record[name]:.1f}" for name in ("UA", "WA", "macro_F1")).split(" | ", 1)
         lines.append(f"| {record['method']} | {shown[0]} | {low:.1f} to {high:.1f} | {shown[1]} |")
+    adapted = max(record["n_train"] for record in records)
     lines += [
         "",
-        f"Protocol: {first['protocol']}. Adapted on {max(record['n_train'] for record in records)} utterances, tested on {first['n_test']}. "
+        f"Protocol: {first['protocol']}. Adapted on {adapted} utterances, tested on {first['n_test']}. "
         f"Selection: {first['selection']}. Encoder: {first['encoder']}. "
         f"Interval of UA: bootstrap over the {first['test_speakers']} test speakers. Code {first['code_version']}.",
         "",

@@ -262,7 +262,7 @@ def test_query_of_another_prompt_or_model_is_refused(store, teacher, tmp_path):
         Query.of(prompt, "m", teacher, {}),
     ):
         with pytest.raises(UserError):
-            collect(utterances, prompt, client, store, query, 1, progress=False)
+            collect(utterances, prompt, client, store, query, 1, show_progress=False)
     with pytest.raises(UserError, match="at least 1"):
         run(store, teacher, utterances, 0)
 
