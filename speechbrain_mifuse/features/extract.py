@@ -86,8 +86,7 @@ class FrameReader:
 def average_frames(frames: torch.Tensor, count: int) -> torch.Tensor:
     """Average groups of neighbouring frames; what is left at the end makes a group of its own.
 
-    An utterance-level task loses nothing measurable by it (see `docs/method.md`), and everything behind it gets
-    `count` times smaller and faster.
+    Statistics over a whole utterance hardly change with it, and everything behind it gets `count` times smaller.
 
     Parameters
     ----------
