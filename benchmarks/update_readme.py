@@ -1,7 +1,7 @@
 """Put the generated tables of `docs/results/` into the README, between their marks.
 
-    python benchmarks/update_readme.py          rewrite the README
-    python benchmarks/update_readme.py --check  only tell whether it is up to date (exit status 1 when not)
+Without arguments it rewrites the README; with `--check` it only tells whether the README is up to date (exit status 1
+when not).
 """
 
 from __future__ import annotations
