@@ -30,11 +30,15 @@ from speechbrain_mifuse.lalm.collect import collect
 from speechbrain_mifuse.lalm.prompt import Prompt
 from speechbrain_mifuse.lalm.serve import EmotionServer
 from speechbrain_mifuse.lalm.store import LabelStore, Query
+from speechbrain_mifuse.progress import quiet
 
 logger = logging.getLogger(__name__)
 
 # Stands in the place of the address while no server runs; the identity of a served teacher is its endpoint.
 LOOPBACK = "http://127.0.0.1/v1"
+
+# Loggers that tell of each request, some with its whole audio.
+EVERY_REQUEST = ("openai", "httpx", "httpx2", "httpcore", "httpcore2", "speechbrain_mifuse.lalm.serve")
 
 
 def chosen_methods(hparams: Mapping) -> list[str]:
@@ -367,11 +371,12 @@ def ask_teacher(
         query = Query.of(prompt, hparams["lalm_model"], hparams["lalm_base_url"] or LOOPBACK, sampling, endpoint)
         missing = missing_answers(answers, query, dict(zip(wavs, hashes, strict=True)), k)
         if missing:
-            with serve() as base_url:
+            with serve() as base_url, quiet(*EVERY_REQUEST):
                 client = LalmClient(base_url, hparams["lalm_model"])
                 query = Query.of(prompt, hparams["lalm_model"], client.base_url, sampling, endpoint)
                 asked = [(key, wavs[key]) for key in missing]
-                logger.info(collect(asked, prompt, client, answers, query, k, hparams["lalm_concurrency"]).summary())
+                collected = collect(asked, prompt, client, answers, query, k, hparams["lalm_concurrency"])
+            logger.info(collected.summary())
         else:
             logger.info("%s: all answers are stored, nothing is asked.", hparams["label_store"])
         samples = answers.load(query, hashes, k)

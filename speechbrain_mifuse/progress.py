@@ -1,7 +1,9 @@
-"""Progress bars that stay readable in a log file."""
+"""Progress bars and logs that stay readable."""
 
 from __future__ import annotations
 
+import contextlib
+import logging
 import sys
 
 from tqdm import tqdm
@@ -29,3 +31,28 @@ def progress(iterable=None, **options) -> tqdm:
     """
     on_terminal = sys.stderr.isatty()
     return tqdm(iterable, mininterval=0.1 if on_terminal else 10.0, dynamic_ncols=on_terminal, **options)
+
+
+@contextlib.contextmanager
+def quiet(*loggers: str):
+    """Pass only warnings of some loggers inside the block: what they tell of every epoch or request buries the rest.
+
+    Parameters
+    ----------
+    *loggers : str
+        Names; loggers below them inherit.
+
+    Example
+    -------
+    >>> with quiet("speechbrain.utils.epoch_loop"):
+    ...     logging.getLogger("speechbrain.utils.epoch_loop").isEnabledFor(logging.INFO)
+    False
+    """
+    levels = {name: logging.getLogger(name).level for name in loggers}
+    for name in levels:
+        logging.getLogger(name).setLevel(logging.WARNING)
+    try:
+        yield
+    finally:
+        for name, level in levels.items():
+            logging.getLogger(name).setLevel(level)

@@ -23,11 +23,11 @@ from speechbrain.utils.train_logger import FileTrainLogger
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from speechbrain_mifuse.adaptation.method import AdaptationMethod, Teachers
-from speechbrain_mifuse.brains.training import ResumableBrain, quiet_epochs, same_settings, watched
+from speechbrain_mifuse.brains.training import EVERY_EPOCH, ResumableBrain, same_settings, watched
 from speechbrain_mifuse.corpora.manifest import atomic_write
 from speechbrain_mifuse.features.dataset import frame_batches
 from speechbrain_mifuse.inference import load_classifier, recogniser_digest
-from speechbrain_mifuse.progress import progress
+from speechbrain_mifuse.progress import progress, quiet
 
 logger = logging.getLogger(__name__)
 
@@ -336,7 +336,7 @@ def fit(brain: AdaptationBrain, dataset: DynamicItemDataset, batch_size: int, na
     # A small last batch would make the diversity term, a statistic of the batch, mean something else.
     loader = frame_batches(batch_size=min(batch_size, len(dataset)), shuffle=True, drop_last=True)
     counter = brain.hparams.epoch_counter
-    with quiet_epochs(), progress(total=counter.limit, desc=name, unit="epoch") as bar:
+    with quiet(*EVERY_EPOCH), progress(total=counter.limit, desc=name, unit="epoch") as bar:
         brain.fit(watched(counter, bar), dataset, train_loader_kwargs=loader)
 
 

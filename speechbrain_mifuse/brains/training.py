@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
 import logging
 from collections.abc import Mapping
@@ -17,6 +16,9 @@ from speechbrain_mifuse.errors import UserError
 from speechbrain_mifuse.features.store import difference
 
 logger = logging.getLogger(__name__)
+
+# Loggers of SpeechBrain that tell of each epoch and checkpoint: here an epoch lasts a moment.
+EVERY_EPOCH = ("speechbrain.utils.epoch_loop", "speechbrain.utils.checkpoints")
 
 
 class SettingsError(UserError):
@@ -35,6 +37,13 @@ class ResumableBrain(sb.Brain):
     >>> issubclass(ResumableBrain, sb.Brain)
     True
     """
+
+    def on_fit_start(self):
+        """Restore the last checkpoint, saying so."""
+        super().on_fit_start()
+        done = self.hparams.epoch_counter.current
+        if done:
+            logger.info("going on after epoch %d of %d", done, self.hparams.epoch_counter.limit)
 
     def on_stage_start(self, stage, epoch=None):
         """Seed the epoch and start its statistics."""
@@ -64,27 +73,6 @@ class ResumableBrain(sb.Brain):
         means = {name: total / batches for name, (total, batches) in self.statistics.items()}
         self.hparams.train_logger.log_stats({"epoch": epoch}, train_stats={"loss": stage_loss, **means})
         self.checkpointer.save_and_keep_only(meta={"epoch": epoch}, num_to_keep=1)
-
-
-@contextlib.contextmanager
-def quiet_epochs():
-    """Keep SpeechBrain from logging every epoch and checkpoint inside the block: here an epoch lasts a moment.
-
-    Example
-    -------
-    >>> with quiet_epochs():
-    ...     logging.getLogger("speechbrain.utils.epoch_loop").isEnabledFor(logging.INFO)
-    False
-    """
-    noisy = [logging.getLogger(f"speechbrain.utils.{name}") for name in ("epoch_loop", "checkpoints")]
-    levels = [log.level for log in noisy]
-    for log in noisy:
-        log.setLevel(logging.WARNING)
-    try:
-        yield
-    finally:
-        for log, level in zip(noisy, levels, strict=True):
-            log.setLevel(level)
 
 
 def same_settings(path: str | Path, settings: Mapping) -> bool:
