@@ -37,6 +37,9 @@ logger = logging.getLogger(__name__)
 # Stands in the place of the address while no server runs; the identity of a served teacher is its endpoint.
 LOOPBACK = "http://127.0.0.1/v1"
 
+# What an encoder is called in results, where its flag does not say.
+ENCODERS = {"demo": "Whisper tiny.en (trained for English speech recognition)"}
+
 # Loggers that tell of each request, some with its whole audio.
 EVERY_REQUEST = ("openai", "httpx", "httpx2", "httpcore", "httpcore2", "speechbrain_mifuse.lalm.serve")
 
@@ -530,7 +533,7 @@ def report(hparams: Mapping, name: str, predictions: Mapping, n_train: int) -> N
         target=hparams["target"],
         teacher=hparams["teacher"] if hparams["lalm_base_url"] is None else hparams["lalm_model"],
         seed=hparams["seed"],
-        encoder=f"{hparams['encoder']}, layer {hparams['layer']}, frozen",
+        encoder=f"{ENCODERS.get(hparams['encoder'], hparams['encoder'])}, layer {hparams['layer']}, frozen",
         protocol=f"speaker-independent, {len(hparams['labels'])} classes, {len(speakers)} speakers to adapt, "
         f"{scored['test_speakers']} others to test",
         selection="last step, no label",

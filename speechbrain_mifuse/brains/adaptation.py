@@ -112,14 +112,18 @@ class AdaptationBrain(ResumableBrain):
         return self.hparams.ema.module.stochastic_logits(frames, lengths, self.hparams.passes).softmax(-1)
 
     def compute_forward(self, batch, stage):
-        """Logits `[B, C]` of the student."""
+        """Logits `[B, C]` of the student; in training, the method's targets are left in `batch.targets`."""
         batch = batch.to(self.device)
+        if stage == sb.Stage.TRAIN:
+            # Before the student keeps its activations for the backward pass, so that both use the same memory in turn:
+            # at these sizes, fresh memory costs as much as the arithmetic.
+            batch.targets = self.hparams.method.targets(self.teachers(batch))
         return self.modules.student(*batch.feats)
 
     def compute_objectives(self, predictions, batch, stage):
         """Loss of the method, with its statistics counted for the log."""
         method = self.hparams.method
-        loss = method.loss(predictions, method.targets(self.teachers(batch)))
+        loss = method.loss(predictions, batch.targets)
         self.count(**getattr(method, "statistics", {}))
         return loss
 
