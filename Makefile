@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV ?= .venv
 RUN = $(VENV)/bin/python
 
-.PHONY: demo test lint table clean
+.PHONY: demo test table bench clean
 
 $(VENV)/.installed: pyproject.toml
 	$(PYTHON) -m venv $(VENV)
@@ -20,6 +20,9 @@ test: $(VENV)/.installed
 
 table: $(VENV)/.installed
 	$(RUN) benchmarks/open_transfer.py
+
+bench: $(VENV)/.installed
+	for name in epoch mifuse_step memory; do $(RUN) benchmarks/run.py $$name --json docs/results/speed/$$name.json; done
 
 clean:
 	rm -rf $(VENV) results

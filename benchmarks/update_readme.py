@@ -1,11 +1,12 @@
 """Put the generated tables of `docs/results/` into the README, between their marks.
 
-Without arguments it rewrites the README; with `--check` it only tells whether the README is up to date (exit status 1
-when not).
+`docs/results/speed.md` is made here from the JSON that `run.py NAME --json docs/results/speed/NAME.json` writes. With
+`--check` nothing is written; the exit status tells whether the README is up to date (1 when not).
 """
 
 from __future__ import annotations
 
+import json
 import re
 import sys
 from pathlib import Path
@@ -13,6 +14,7 @@ from pathlib import Path
 from speechbrain_mifuse.corpora.manifest import atomic_write
 
 ROOT = Path(__file__).resolve().parent.parent
+TABLES = ROOT / "docs" / "results"
 BLOCK = re.compile(r"(<!-- begin (\S+) -->\n).*?(<!-- end \2 -->)", re.DOTALL)
 
 
@@ -27,10 +29,26 @@ def body(path: Path) -> str:
     return "\n".join(line for line in lines if not line.startswith("# ")).strip() + "\n"
 
 
+def speed_table(folder: Path) -> str:
+    """One table of all benchmarks' figures: median, least and greatest of their turns."""
+    lines = ["| benchmark | figure | median | least | greatest |", "|---|---|---:|---:|---:|"]
+    told = []
+    for path in sorted(folder.glob("*.json")):
+        found = json.loads(path.read_text(encoding="utf-8"))
+        for name, value in found["figures"].items():
+            low, high = found["spread"][name]
+            lines.append(f"| {found['name']} | `{name}` | {value:.4g} | {low:.4g} | {high:.4g} |")
+        about = ", ".join(f"{key} {value}" for key, value in found["machine"].items())
+        told.append(f"- {found['name']}: {found['data']}; {about}.")
+    return "\n".join([*lines, "", *told]) + "\n"
+
+
 if __name__ == "__main__":
     path = ROOT / "README.md"
+    if "--check" not in sys.argv[1:]:
+        atomic_write(TABLES / "speed.md", speed_table(TABLES / "speed"))
     before = path.read_text(encoding="utf-8")
-    after = filled(before, ROOT / "docs" / "results")
+    after = filled(before, TABLES)
     if "--check" in sys.argv[1:]:
         sys.exit(before != after)
     atomic_write(path, after)
