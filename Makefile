@@ -2,6 +2,8 @@
 PYTHON ?= python3
 VENV ?= .venv
 RUN = $(VENV)/bin/python
+# Threads that wait for a busy core by sleeping: spinning makes a shared machine many times slower.
+export OMP_WAIT_POLICY = passive
 
 .PHONY: demo test table bench clean
 

@@ -93,7 +93,7 @@ def run_predict(options: argparse.Namespace) -> None:
     ...
     speechbrain_mifuse.inference.RecogniserError: /nowhere: no whole recogniser there. ...
     """
-    from speechbrain_mifuse.features.audio import BadAudio
+    from speechbrain_mifuse.audio import BadAudio
     from speechbrain_mifuse.inference import EmotionRecognizer, recogniser_digest
 
     recogniser_digest(options.source)

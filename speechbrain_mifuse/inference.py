@@ -13,9 +13,9 @@ from safetensors.torch import load_file, save
 from speechbrain.inference.interfaces import Pretrained
 
 from speechbrain_mifuse import __version__
+from speechbrain_mifuse.audio import content_hash, load_audio
 from speechbrain_mifuse.corpora.manifest import atomic_write
 from speechbrain_mifuse.errors import UserError
-from speechbrain_mifuse.features.audio import content_hash, load_audio
 from speechbrain_mifuse.features.extract import FrameReader
 from speechbrain_mifuse.features.store import difference
 from speechbrain_mifuse.nnet.classifier import EmotionClassifier

@@ -16,8 +16,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from speechbrain_mifuse import __version__
+from speechbrain_mifuse.audio import BadAudio, duration
 from speechbrain_mifuse.errors import UserError
-from speechbrain_mifuse.features.audio import BadAudio, duration
 
 logger = logging.getLogger(__name__)
 
@@ -330,6 +330,8 @@ def write_splits(
     dealt = split_speakers([*order, *sorted(present.difference(order))], splits)
     where = {speaker: split for split, speakers in dealt.items() for speaker in speakers}
     lengths, skipped = find_unusable(utterances)
+    # First, because a kill between two splits must not leave manifests of two dealings that count as whole.
+    (Path(save_folder) / ABOUT).unlink(missing_ok=True)
     report_skipped(corpus, skipped, save_folder)
     entries = {split: {} for split in splits}
     for utterance in utterances:

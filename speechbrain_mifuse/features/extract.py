@@ -14,8 +14,8 @@ import numpy as np
 import torch
 from filelock import FileLock
 
+from speechbrain_mifuse.audio import BadAudio, content_hash, load_audio, trim_silence
 from speechbrain_mifuse.corpora.manifest import read_manifest
-from speechbrain_mifuse.features.audio import BadAudio, content_hash, load_audio, trim_silence
 from speechbrain_mifuse.features.store import FeatureStore
 from speechbrain_mifuse.progress import progress
 
@@ -286,7 +286,7 @@ def encode_file(wav: str, reader: FrameReader) -> tuple[np.ndarray, str]:
     >>> encode_file("missing.wav", Reader())
     Traceback (most recent call last):
     ...
-    speechbrain_mifuse.features.audio.BadAudio: missing.wav: cannot be read as audio ...
+    speechbrain_mifuse.audio.BadAudio: missing.wav: cannot be read as audio ...
     """
     wave = load_audio(wav, reader.encoder.sample_rate)
     with torch.inference_mode():

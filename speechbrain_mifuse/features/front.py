@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from speechbrain_mifuse.features.audio import load_audio, trim_silence
+from speechbrain_mifuse.audio import load_audio, trim_silence
 from speechbrain_mifuse.features.encoder import load_wrapper
 
 

@@ -15,8 +15,8 @@ from typing import NamedTuple
 import torch
 from tqdm import tqdm
 
+from speechbrain_mifuse.audio import BadAudio, content_hash, load_audio, pcm16
 from speechbrain_mifuse.errors import UserError
-from speechbrain_mifuse.features.audio import BadAudio, content_hash, load_audio, pcm16
 from speechbrain_mifuse.lalm.client import LalmClient, LalmError
 from speechbrain_mifuse.lalm.prompt import Prompt
 from speechbrain_mifuse.lalm.store import LabelStore, Query, Record

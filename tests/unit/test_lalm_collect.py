@@ -10,8 +10,8 @@ import pytest
 import torch
 from lalm_support import LABELS, EnergyRecogniser, completion, scripted_server, tone, write_tones
 
+from speechbrain_mifuse.audio import content_hash, load_audio
 from speechbrain_mifuse.errors import UserError
-from speechbrain_mifuse.features.audio import content_hash, load_audio
 from speechbrain_mifuse.lalm.client import LalmClient, LalmError
 from speechbrain_mifuse.lalm.collect import RETRY_SEED_STRIDE, collect, plan
 from speechbrain_mifuse.lalm.prompt import Prompt

@@ -1,0 +1,60 @@
+"""Run one benchmark, print its figures as a table and, if asked, write them as JSON.
+
+    python benchmarks/run.py --list
+    python benchmarks/run.py epoch --json epoch.json
+
+What a benchmark compares, its own file says. The sides of a comparison run in one process, taking turns, so that what
+else the machine does meets them alike; a figure is the median over the turns, with the least and the greatest beside
+it. JSON: `{"name", "machine", "data", "figures": {figure: median}, "spread": {figure: [least, greatest]}}`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import json
+import os
+from pathlib import Path
+
+BENCHMARKS = {
+    "epoch": "an epoch on stored frames, against the frozen encoder run in every epoch",
+    "mifuse_step": "a training step of MI-Fuse, against a supervised one",
+    "memory": "resident memory while going through a store, and through one eight times its size",
+}
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Run what the command line asks for."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    what = parser.add_mutually_exclusive_group(required=True)
+    what.add_argument("name", nargs="?", choices=sorted(BENCHMARKS), metavar="NAME", help="which; see --list")
+    what.add_argument("--list", action="store_true", help="name the benchmarks")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write the figures there too")
+    parser.add_argument("--quick", action="store_true", help="tiny sizes: shows that it runs; its figures mean nothing")
+    chosen = parser.parse_args(arguments)
+    if chosen.list:
+        print("\n".join(f"{name:12} {about}" for name, about in BENCHMARKS.items()))
+    else:
+        run(chosen.name, chosen.quick, chosen.json)
+
+
+def run(name: str, quick: bool, path: Path | None) -> None:
+    """Run a benchmark and hand out its figures."""
+    # Only now: importing torch takes seconds.
+    from measure import as_json, as_table, machine
+
+    from speechbrain_mifuse.corpora.manifest import atomic_write
+    from speechbrain_mifuse.errors import one_clear_error
+
+    about = machine()
+    with one_clear_error():
+        data, figures = importlib.import_module(name).run(quick)
+    print(as_table(name, about, data, figures))
+    if path is not None:
+        atomic_write(path, json.dumps(as_json(name, about, data, figures), indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    # Threads that wait by spinning for a core which another program holds would be measured in place of the work.
+    os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+    main()

@@ -1,0 +1,59 @@
+"""What tests of several folders share: small corpora, a tiny encoder, and stored frames that can be learned from."""
+
+import hashlib
+import os
+from pathlib import Path
+
+# Before torch is imported: the tests' tensors are small, and threads that wait for a busy core cost ten times the work.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+import numpy as np
+import pytest
+import toy_corpora
+
+from speechbrain_mifuse.features.store import FeatureStore
+
+
+@pytest.fixture(scope="session")
+def toy_folder(tmp_path_factory):
+    """RAVDESS, nEMO and EmoDB of five speakers each, as `--data_folder` wants them."""
+    return toy_corpora.write_corpora(tmp_path_factory.mktemp("corpora"))
+
+
+@pytest.fixture(scope="session")
+def toy_encoder(tmp_path_factory):
+    """Folder of an untrained Whisper encoder."""
+    return toy_corpora.write_encoder(tmp_path_factory.mktemp("encoder"))
+
+
+@pytest.fixture(scope="session")
+def real_corpora():
+    """Folder of the real corpora."""
+    folder = os.environ.get("MIFUSE_CORPORA")
+    if not folder:
+        pytest.skip("real corpora: set MIFUSE_CORPORA to the folder that holds ravdess/, nemo/ and emodb_2s/")
+    return Path(folder)
+
+
+@pytest.fixture
+def no_corpora(monkeypatch):
+    """Without the variable that names the real corpora."""
+    monkeypatch.delenv("MIFUSE_CORPORA", raising=False)
+
+
+@pytest.fixture
+def filled_store(tmp_path):
+    """Make a store of frames whose first value shows the class: (rows by id, fingerprint changes) -> store."""
+
+    def fill(classes, name="store", **changes):
+        fingerprint = {"encoder": "toy", "layers": [1, 2], "dim": 6, "trim_db": 40.0, "frame_average": 1, **changes}
+        store = FeatureStore(tmp_path / name, fingerprint)
+        with store.writer() as add:
+            for number, (key, label) in enumerate(classes.items()):
+                rng = np.random.default_rng(number)
+                frames = rng.normal(0, 0.3, (len(store.layers), 5 + number % 4, store.dim))
+                frames[..., label] += 1.0
+                add(key, frames, audio=hashlib.sha256(key.encode()).hexdigest(), file=(1, 1))
+        return store
+
+    return fill
