@@ -230,7 +230,9 @@ def make_brain(hparams: Mapping, front, classifier, train, run_opts) -> Classifi
     """
     labels = torch.tensor([row["label"] for row in train.data.values()])
     weight = class_weights(labels, len(hparams["labels"])) if hparams["class_balanced"] else None
-    recoverables = {"front": front, "classifier": classifier, "counter": hparams["epoch_counter"]}
+    recoverables = {"classifier": classifier, "counter": hparams["epoch_counter"]}
+    if list(front.parameters()):  # stored frames have none, and SpeechBrain warns of empty files
+        recoverables["front"] = front
     checkpointer = sb.utils.checkpoints.Checkpointer(Path(hparams["output_folder"]) / "save", recoverables)
     return ClassifierBrain(
         modules={"front": front, "classifier": classifier},

@@ -234,7 +234,9 @@ def test_adapting_helps_on_the_toy_corpora(finished):
 # The API teacher.
 
 
-def test_the_teacher_may_be_any_server_and_only_the_recordings_reach_it(finished, recipe, tmp_path, toy_folder):
+def test_the_teacher_may_be_any_server_and_then_no_corpus_but_the_target_is_needed(
+    finished, recipe, tmp_path, toy_folder
+):
     data = linked(toy_folder, tmp_path / "data", "ravdess")
     without = {"data_folder": data, "source_recogniser": finished / "source" / "recogniser"}
     listener = EmotionRecognizer.from_hparams(finished / "teacher" / "recogniser")

@@ -500,6 +500,13 @@ def test_other_answers_in_the_same_folder_are_an_error(world):
         world.adapt()
 
 
+def test_a_damaged_settings_file_is_an_error_naming_it(world):
+    world.adapt()
+    (world.folder / "out" / "mi_fuse" / "settings.json").write_text("{")
+    with pytest.raises(SettingsError, match=r"settings.json: damaged"):
+        world.adapt()
+
+
 def test_another_source_in_the_same_folder_is_an_error(world):
     world.adapt()
     path = world.source / "classifier.safetensors"

@@ -44,7 +44,7 @@ def run(store, url, utterances, k, form="distribution", prompt=None, seed=0, **o
     prompt = prompt or Prompt(LABELS, form)
     client = LalmClient(url, "m", max_retries=1, timeout=10)
     query = Query.of(prompt, "m", url, {"temperature": 1.0, "seed": seed}, ENDPOINT)
-    report = collect(utterances, prompt, client, store, query, k, **{"progress": False, **options})
+    report = collect(utterances, prompt, client, store, query, k, **{"show_progress": False, **options})
     return report, query
 
 
@@ -244,7 +244,7 @@ def test_planted_key_reaches_no_file_and_no_log(store, tmp_path, caplog, capfd):
         return 200, completion(text, refusal=text, model=text)
 
     with scripted_server(echo) as (url, _):
-        report, _ = run(store, url, write_tones(tmp_path, 6), 1, progress=True)
+        report, _ = run(store, url, write_tones(tmp_path, 6), 1, show_progress=True)
     store.close()
     files = [path for path in tmp_path.rglob("*") if path.is_file()]
     assert any(path.name == "labels.sqlite" for path in files) and report.refused and report.failed
