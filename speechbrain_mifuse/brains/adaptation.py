@@ -23,7 +23,7 @@ from speechbrain.utils.train_logger import FileTrainLogger
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from speechbrain_mifuse.adaptation.method import AdaptationMethod, Teachers
-from speechbrain_mifuse.brains.training import EVERY_EPOCH, ResumableBrain, same_settings, watched
+from speechbrain_mifuse.brains.training import EVERY_EPOCH, ResumableBrain, WholeCheckpointer, same_settings, watched
 from speechbrain_mifuse.corpora.manifest import atomic_write
 from speechbrain_mifuse.features.dataset import frame_batches
 from speechbrain_mifuse.inference import load_classifier, recogniser_digest
@@ -310,9 +310,7 @@ def make_brain(method, hparams: Mapping, student, utterances: int, folder: Path,
         opt_class=hparams["opt_class"],
         hparams=own,
         run_opts={**(run_opts or {}), "noprogressbar": True},
-        checkpointer=sb.utils.checkpoints.Checkpointer(
-            folder / "save", {"student": student, "ema": ema, "counter": counter}
-        ),
+        checkpointer=WholeCheckpointer(folder / "save", {"student": student, "ema": ema, "counter": counter}),
     )
     ema.to(brain.device)
     return brain

@@ -14,7 +14,7 @@ from speechbrain.dataio.dataset import DynamicItemDataset
 from speechbrain.utils.seed import seed_everything
 from torch.nn import functional as F
 
-from speechbrain_mifuse.brains.training import EVERY_EPOCH, ResumableBrain, same_settings, watched
+from speechbrain_mifuse.brains.training import EVERY_EPOCH, ResumableBrain, WholeCheckpointer, same_settings, watched
 from speechbrain_mifuse.corpora.manifest import atomic_write
 from speechbrain_mifuse.evaluation.metrics import scores
 from speechbrain_mifuse.features.dataset import encoded_rows, frame_batches, label_index
@@ -233,7 +233,7 @@ def make_brain(hparams: Mapping, front, classifier, train, run_opts) -> Classifi
     recoverables = {"classifier": classifier, "counter": hparams["epoch_counter"]}
     if list(front.parameters()):  # stored frames have none, and SpeechBrain warns of empty files
         recoverables["front"] = front
-    checkpointer = sb.utils.checkpoints.Checkpointer(Path(hparams["output_folder"]) / "save", recoverables)
+    checkpointer = WholeCheckpointer(Path(hparams["output_folder"]) / "save", recoverables)
     return ClassifierBrain(
         modules={"front": front, "classifier": classifier},
         opt_class=hparams["opt_class"],

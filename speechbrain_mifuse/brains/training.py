@@ -9,6 +9,7 @@ from pathlib import Path
 
 import speechbrain as sb
 import torch
+from speechbrain.utils.checkpoints import Checkpointer
 from speechbrain.utils.epoch_loop import EpochCounter
 
 from speechbrain_mifuse.corpora.manifest import atomic_write
@@ -17,12 +18,43 @@ from speechbrain_mifuse.features.store import difference
 
 logger = logging.getLogger(__name__)
 
+# Set in a checkpoint's folder when all of it is on disk.
+WHOLE = "whole"
+
 # Loggers of SpeechBrain that tell of each epoch and checkpoint: here an epoch lasts a moment.
 EVERY_EPOCH = ("speechbrain.utils.epoch_loop", "speechbrain.utils.checkpoints")
 
 
 class SettingsError(UserError):
     """A folder holds work that was done with other settings."""
+
+
+class WholeCheckpointer(Checkpointer):
+    """A checkpointer that never loads a checkpoint whose writing was cut off.
+
+    SpeechBrain writes a checkpoint's meta file first, so a run that is killed while it saves leaves one that looks
+    whole. Here a mark is set last, and only what bears it counts.
+
+    Example
+    -------
+    >>> import tempfile
+    >>> checkpointer = WholeCheckpointer(tempfile.mkdtemp(), {"layer": torch.nn.Linear(1, 1)})
+    >>> saved = checkpointer.save_checkpoint()
+    >>> (saved.path / WHOLE).unlink()
+    >>> checkpointer.list_checkpoints()
+    []
+    """
+
+    def save_checkpoint(self, *args, **kwargs):
+        """Save as SpeechBrain does, then mark the checkpoint as whole."""
+        saved = super().save_checkpoint(*args, **kwargs)
+        if saved is not None:
+            (saved.path / WHOLE).touch()
+        return saved
+
+    def list_checkpoints(self):
+        """List the checkpoints that were written to the end."""
+        return [found for found in super().list_checkpoints() if (found.path / WHOLE).exists()]
 
 
 class ResumableBrain(sb.Brain):
