@@ -6,7 +6,8 @@ size and recordings, trimmed alike.
 
 - Stored: `StoredFrames` on a store that is filled already (so: every epoch but the first), with the recipes' four
   frames averaged to one, and as a second figure (`unaveraged`) with every frame. A checkpoint every five epochs, as in
-  the recipes, is part of it. What the first epoch pays, `extraction_clips_per_second` tells.
+  the recipes, is part of it. What the first epoch pays, `extraction_clips_per_second` tells: the encoder alone, at true
+  length, on all cores. `extraction_ratio` takes that, in place of the frozen side, for what is saved in later epochs.
 - Frozen: a recording is read in the loader's pipeline, clips are padded to a batch, the encoder runs without gradients
   in every step, pooling and classifier follow. No checkpoint is written.
   `hubert_base`: SpeechBrain's own wrapper with `freeze=True` among the Brain's modules, on the padded batch, as in its
@@ -108,6 +109,7 @@ def compared(name: str, setting: Setting, source: str, manifests: dict, folder: 
     return {
         f"{name}_ratio": ratio(speeds["stored"], speeds["frozen"]),
         f"{name}_unaveraged_ratio": ratio(speeds["unaveraged"], speeds["frozen"]),
+        f"{name}_extraction_ratio": ratio(speeds["stored"], [extraction] * setting.turns),
         **{f"{name}_{side}_clips_per_second": Figure("clips/s", values) for side, values in speeds.items()},
         f"{name}_extraction_clips_per_second": Figure("clips/s", [extraction]),
     }

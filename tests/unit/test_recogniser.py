@@ -2,13 +2,13 @@
 
 import json
 import shutil
+from pathlib import Path
 
 import numpy as np
 import pytest
 import soundfile
 import torch
 from hyperpyyaml import load_hyperpyyaml
-from test_adaptation import YAML
 from toy_corpora import LABELS, utterance, write_wav
 
 from speechbrain_mifuse import inference
@@ -23,6 +23,7 @@ from speechbrain_mifuse.features.front import StoredFrames
 from speechbrain_mifuse.inference import EmotionRecognizer, RecogniserError, load_classifier, recogniser_digest
 from speechbrain_mifuse.lalm.serve import EmotionServer
 
+YAML = Path(__file__).parents[2] / "hparams" / "base" / "classifier.yaml"
 QUICK = {"number_of_epochs": 30, "batch_size": 8, "learning_rate": 0.001}
 # How far probabilities may lie apart because stored frames are fp16 and live ones float32.
 FP16 = 0.01
@@ -57,7 +58,7 @@ class Corpus:
             "layer": 0,
             "trim_db": 40.0,
         }
-        with (YAML.parent / "classifier.yaml").open() as file:
+        with YAML.open() as file:
             return load_hyperpyyaml(file, {**filled, **QUICK, **changes})
 
     def train(self, output_folder, **changes):
