@@ -237,7 +237,7 @@ def adaptation_settings(hparams: Mapping, front, recogniser: str | Path) -> dict
 
 
 def fingerprint_answers(datasets: Mapping[str, DynamicItemDataset], answers_for: Sequence[str]) -> str:
-    """Hash of which utterances a run sees and what the language model said of them.
+    """Hash of which utterances a run sees, what the language model said of them, and of labels where they are given.
 
     Parameters
     ----------
@@ -259,7 +259,7 @@ def fingerprint_answers(datasets: Mapping[str, DynamicItemDataset], answers_for:
     digest = hashlib.sha256()
     for name in sorted(datasets):
         for key, row in sorted(datasets[name].data.items()):
-            digest.update(f"{name} {key}".encode())
+            digest.update(f"{name} {key} {int(row.get('reference', -1))}".encode())
             if name in answers_for:
                 digest.update(row["lalm"].numpy().tobytes() + row["lalm_mask"].numpy().tobytes())
     return digest.hexdigest()

@@ -121,6 +121,13 @@ def find_corpus(folder_name: str, marker: str, *candidates: str | Path | None) -
     'ravdess'
     """
     given = [Path(c) for c in candidates if c]
+    # A mistyped folder must not end in another corpus that the environment happens to name.
+    for folder in given:
+        if not folder.is_dir():
+            raise CorpusError(
+                f"Corpus '{folder_name}' not found: {folder} is no folder. "
+                "Pass --data_folder with the corpus's folder or the folder above it."
+            )
     places = [*given, *(p.resolve().parent for p in given)]
     if os.environ.get("MIFUSE_CORPORA"):
         places.append(Path(os.environ["MIFUSE_CORPORA"]))
@@ -495,6 +502,8 @@ def is_prepared(save_folder: str | Path, data_folder: str | Path, splits: Mappin
         about = json.loads((Path(save_folder) / ABOUT).read_text())
     except (OSError, ValueError):
         return False
+    if not isinstance(about, dict):
+        return False
     wanted = (str(Path(data_folder).resolve()), dict(splits), __version__)
     return wanted == tuple(about.get(key) for key in ("data_root", "splits", "code_version"))
 
@@ -522,7 +531,7 @@ class Corpus:
     >>> toy.prepare("/nowhere", "/nowhere", {"train": 1.0})
     Traceback (most recent call last):
     ...
-    speechbrain_mifuse.corpora.manifest.CorpusError: Corpus 'toy' not found ...
+    speechbrain_mifuse.corpora.manifest.CorpusError: Corpus 'toy' not found: /nowhere is no folder. ...
     """
 
     name: str

@@ -199,6 +199,12 @@ def test_a_missing_folder_is_an_error_naming_the_flag_and_the_place(tmp_path, no
         prepare_ravdess(tmp_path / "nowhere", tmp_path / "m", SPLITS)
 
 
+def test_a_mistyped_folder_does_not_fall_back_to_the_environment(tmp_path, toy_folder, monkeypatch):
+    monkeypatch.setenv("MIFUSE_CORPORA", str(toy_folder))
+    with pytest.raises(CorpusError, match="nowhere is no folder"):
+        prepare_ravdess(tmp_path / "nowhere", tmp_path / "m", SPLITS)
+
+
 def test_no_folder_at_all_is_an_error_naming_the_flag_and_the_variable(tmp_path, no_corpora):
     with pytest.raises(CorpusError, match=r"no folder was given.*--data_folder.*MIFUSE_CORPORA"):
         prepare_ravdess(None, tmp_path / "m", SPLITS)
