@@ -11,6 +11,7 @@ import inspect
 import json
 import math
 import pathlib
+import threading
 from collections import defaultdict
 from functools import partial
 from typing import NamedTuple
@@ -354,18 +355,21 @@ class _WaveformReader:
     @contextlib.contextmanager
     def _recorded(self):
         """Collect the hidden states of a forward pass; hooks, as the model's own list differs between versions."""
-        encoder, states = self.model.encoder, {}
+        encoder, states, thread = self.model.encoder, {}, threading.get_ident()
 
-        def at(index):
-            return lambda _module, _inputs, output: states.__setitem__(index, _first(output))
+        def keep(index, state):
+            # Hooks hang on the model, so they also see the clips that other threads encode at the same time.
+            if threading.get_ident() == thread:
+                states[index] = _first(state)
 
         layers = encoder.layers
-        handles = [layers[0].register_forward_pre_hook(lambda _module, inputs: states.__setitem__(0, inputs[0]))]
-        handles += [layer.register_forward_hook(at(index)) for index, layer in enumerate(layers, start=1)]
+        handles = [layers[0].register_forward_pre_hook(lambda _module, inputs: keep(0, inputs))]
+        handles += [
+            layer.register_forward_hook(lambda _module, _inputs, output, index=index: keep(index, output))
+            for index, layer in enumerate(layers, start=1)
+        ]
         if len(layers) == self.n_layers:  # only the whole stack has the final layer norm at its end
-            handles.append(
-                encoder.register_forward_hook(lambda _m, _i, output: states.__setitem__(self.n_layers, output[0]))
-            )
+            handles.append(encoder.register_forward_hook(lambda _m, _i, output: keep(self.n_layers, output[0])))
         try:
             yield states
         finally:

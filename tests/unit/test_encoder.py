@@ -6,6 +6,7 @@ import importlib.util
 import json
 import socket
 import struct
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
@@ -202,6 +203,17 @@ def test_a_batch_equals_one_by_one(name, frozen):
     assert [len(frames) for frames in batch] == [len(encoder(wav)) for wav in wavs]
     for frames, wav in zip(batch, wavs, strict=True):
         torch.testing.assert_close(frames, encoder(wav), atol=1e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize("name", ALL)
+def test_two_threads_that_share_an_encoder_do_not_see_each_others_clips(name, frozen):
+    encoder = frozen(name, *EVERY_LAYER)
+    wavs = [_wave(4000 + 40 * number, number) for number in range(60)]
+    alone = [encoder(wav) for wav in wavs]
+    with ThreadPoolExecutor(4) as pool:
+        together = list(pool.map(encoder, wavs))
+    for frames, expected in zip(together, alone, strict=True):
+        torch.testing.assert_close(frames, expected, atol=1e-5, rtol=1e-4)
 
 
 def test_an_empty_batch_gives_an_empty_list(frozen):
