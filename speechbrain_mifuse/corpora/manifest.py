@@ -1,7 +1,8 @@
 """Manifests: one JSON file per split, in the form `DynamicItemDataset.from_json` reads.
 
-Every entry is `{"wav": "{data_root}/...", "length": seconds, "emo": ..., "speaker": ...}`; an unlabelled manifest is
-the same file without `emo`. Ids are unique across corpora because each corpus puts its own prefix before them.
+Every entry is `{"wav": "{data_root}/...", "length": seconds, "emo": ..., "speaker": ...}`, with `session` or
+`partition` where the corpus has them; an unlabelled manifest is the same file without `emo`. Ids are unique across
+corpora because each corpus puts its own prefix before them. `corpus.json` beside them says what they were made from.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ import json
 import logging
 import os
 import tempfile
+from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,11 +20,22 @@ from pathlib import Path
 from speechbrain_mifuse import __version__
 from speechbrain_mifuse.audio import BadAudio, duration
 from speechbrain_mifuse.errors import UserError
+from speechbrain_mifuse.progress import progress
 
 logger = logging.getLogger(__name__)
 
 LABELS = ("angry", "happy", "neutral", "sad")
 ABOUT = "corpus.json"
+TWIN = "_unlabelled"
+FLAGS = "--data_folder (or --source_data_folder, --teacher_data_folder)"
+
+# Of each split, either a share of the speakers or sessions, or a list of the corpus's official partitions.
+Splits = Mapping[str, float] | Mapping[str, Sequence[str]]
+
+# From this many recordings on, looking at each of them shows progress.
+MANY = 5000
+# Reasons shown in the log; all are in skipped.json.
+SHOWN = 20
 
 
 class CorpusError(UserError):
@@ -31,7 +44,7 @@ class CorpusError(UserError):
 
 @dataclass(frozen=True)
 class Utterance:
-    """One labelled recording of a corpus.
+    """One recording of a corpus.
 
     Parameters
     ----------
@@ -39,10 +52,14 @@ class Utterance:
         Unique over all corpora: starts with the corpus's prefix, as `rav-`.
     wav : pathlib.Path
         The recording.
-    emo : str
-        Emotion, one of the corpus's label names.
+    emo : str or None
+        Emotion, one of the corpus's label names; `None` in a corpus without labels.
     speaker : str
         Speaker, as the corpus names it.
+    session : str, optional
+        Recording session, where its speakers talk to each other.
+    partition : str, optional
+        Official partition.
 
     Example
     -------
@@ -52,8 +69,30 @@ class Utterance:
 
     utt_id: str
     wav: Path
-    emo: str
+    emo: str | None
     speaker: str
+    session: str | None = None
+    partition: str | None = None
+
+    def row(self, data_folder: str | Path, length: float) -> dict:
+        """Give the utterance's entry in a manifest.
+
+        Parameters
+        ----------
+        data_folder : str or pathlib.Path
+            The corpus's folder, replaced by `{data_root}`.
+        length : float
+            Seconds.
+
+        Returns
+        -------
+        dict
+            Without what the corpus does not have.
+        """
+        wav = "{data_root}/" + self.wav.relative_to(data_folder).as_posix()
+        row = {"wav": wav, "length": round(length, 4), "emo": self.emo, "speaker": self.speaker}
+        row |= {"session": self.session, "partition": self.partition}
+        return {key: value for key, value in row.items() if value is not None}
 
 
 def atomic_write(path: str | Path, data: str | bytes) -> None:
@@ -97,7 +136,7 @@ def find_corpus(folder_name: str, marker: str, *candidates: str | Path | None) -
     Parameters
     ----------
     folder_name : str
-        Usual name of the corpus's folder, as `ravdess`.
+        Usual name of the corpus's folder, as `ravdess`, or a glob pattern of it.
     marker : str
         Glob pattern that exists in every copy of the corpus, as `Actor_*`.
     *candidates : str or pathlib.Path or None
@@ -111,7 +150,7 @@ def find_corpus(folder_name: str, marker: str, *candidates: str | Path | None) -
     Raises
     ------
     CorpusError
-        If it is in none of the places; the message lists them and names `--data_folder`.
+        If it is in none of the places, or twice in one; the message lists them and names `--data_folder`.
 
     Example
     -------
@@ -126,59 +165,277 @@ def find_corpus(folder_name: str, marker: str, *candidates: str | Path | None) -
         if not folder.is_dir():
             raise CorpusError(
                 f"Corpus '{folder_name}' not found: {folder} is no folder. "
-                "Pass --data_folder with the corpus's folder or the folder above it."
+                f"Pass {FLAGS} with the corpus's folder or the folder above it."
             )
     places = [*given, *(p.resolve().parent for p in given)]
     if os.environ.get("MIFUSE_CORPORA"):
         places.append(Path(os.environ["MIFUSE_CORPORA"]))
     for place in places:
-        for folder in (place, place / folder_name):
-            if folder.is_dir() and next(folder.glob(marker), None) is not None:
-                return folder
+        named = sorted(place.glob(folder_name))
+        found = [f for f in (place, *named) if f.is_dir() and next(f.glob(marker), None) is not None]
+        if len(found) > 1 and found[0] != place:
+            copies = ", ".join(folder.name for folder in found)
+            raise CorpusError(f"{place} holds '{folder_name}' more than once ({copies}). Name one as --data_folder.")
+        if found:
+            return found[0]
     looked = ", ".join(str(p) for p in places) or "nowhere, no folder was given"
     raise CorpusError(
         f"Corpus '{folder_name}' not found (a folder that holds '{marker}'; looked in: {looked}). "
-        "Pass --data_folder with the corpus's folder or the folder above it, or set MIFUSE_CORPORA."
+        f"Pass {FLAGS} with the corpus's folder or the folder above it, or set MIFUSE_CORPORA."
     )
 
 
-def split_speakers(speakers: Sequence[str], splits: Mapping[str, float]) -> dict[str, list[str]]:
-    """Deal speakers to splits in the corpus's fixed order, each split getting its share of the speakers.
+def split_groups(groups: Sequence[str], splits: Mapping[str, float], kind: str = "speaker") -> dict[str, list[str]]:
+    """Deal speakers or sessions to splits in the corpus's fixed order, each split getting its share of them.
 
     The outcome depends on the arguments alone: no seed, no directory order.
 
     Parameters
     ----------
-    speakers : sequence of str
-        All speakers, in the fixed order of the corpus's file.
+    groups : sequence of str
+        All speakers or sessions, in the fixed order of the corpus's file.
     splits : mapping of str to float
-        Share of the speakers for each split; the shares add up to 1.
+        Share of the groups for each split; the shares add up to 1.
+    kind : str
+        What a group is, for the message.
 
     Returns
     -------
     dict of str to list of str
-        Disjoint, each with at least one speaker.
+        Disjoint, each with at least one group.
 
     Raises
     ------
     CorpusError
-        If the shares do not add up to 1 or there are fewer speakers than splits.
+        If the shares do not add up to 1 or there are fewer groups than splits.
 
     Example
     -------
-    >>> split_speakers(["a", "b", "c", "d", "e"], {"train": 0.6, "test": 0.4})
+    >>> split_groups(["a", "b", "c", "d", "e"], {"train": 0.6, "test": 0.4})
     {'train': ['a', 'b', 'c'], 'test': ['d', 'e']}
     """
-    if abs(sum(splits.values()) - 1.0) > 1e-6 or len(speakers) < len(splits):
-        raise CorpusError(f"Cannot deal {len(speakers)} speakers to {dict(splits)}: shares must add up to 1.")
+    if abs(sum(splits.values()) - 1.0) > 1e-6 or len(groups) < len(splits):
+        raise CorpusError(
+            f"Cannot deal {len(groups)} {kind}s to {dict(splits)}: "
+            f"shares must add up to 1, and every split needs a {kind} of its own."
+        )
     dealt, start, share = {}, 0, 0.0
     for place, (name, part) in enumerate(splits.items(), start=1):
         share += part
         later = len(splits) - place
-        stop = min(max(round(share * len(speakers)), start + 1), len(speakers) - later)
-        dealt[name] = list(speakers[start:stop])
+        stop = min(max(round(share * len(groups)), start + 1), len(groups) - later)
+        dealt[name] = list(groups[start:stop])
         start = stop
     return dealt
+
+
+def choose_partitions(known: Iterable[str], splits: Mapping[str, Sequence[str]]) -> dict[str, list[str]]:
+    """Give each split the official partitions that it asks for.
+
+    Parameters
+    ----------
+    known : iterable of str
+        Partitions of the corpus that hold labelled recordings.
+    splits : mapping of str to sequence of str
+        Partitions for each split.
+
+    Returns
+    -------
+    dict of str to list of str
+        Disjoint.
+
+    Raises
+    ------
+    CorpusError
+        If a partition is unknown or asked for twice, or a split asks for a share beside another's list.
+
+    Example
+    -------
+    >>> choose_partitions({"Train", "Test1"}, {"train": ["Train"], "valid": ["Test1"]})
+    {'train': ['Train'], 'valid': ['Test1']}
+    """
+    if not all(isinstance(part, Sequence) and not isinstance(part, str) for part in splits.values()):
+        raise CorpusError(f"splits: {dict(splits)} must be shares that add up to 1, or lists of partitions.")
+    wanted = Counter(partition for part in splits.values() for partition in part)
+    wrong = sorted(partition for partition, times in wanted.items() if partition not in known or times > 1)
+    if wrong:
+        raise CorpusError(
+            f"splits: partition {', '.join(wrong)} is unknown, holds no labelled recording, or is asked for twice; "
+            f"there are {', '.join(sorted(known)) or 'none'}."
+        )
+    return {split: list(part) for split, part in splits.items()}
+
+
+def deal(
+    utterances: Sequence[Utterance], splits: Splits, order: Sequence[str] = (), group: str = "speaker"
+) -> tuple[str, dict[str, list[str]]]:
+    """Decide which speakers, sessions or official partitions each split gets.
+
+    Parameters
+    ----------
+    utterances : sequence of Utterance
+        All recordings that take part.
+    splits : mapping
+        For each split its share of the groups, or its list of official partitions.
+    order : sequence of str
+        Groups in the fixed order in which they are dealt by shares; others follow, sorted by name.
+    group : str
+        What stays together when dealt by shares: `speaker` or `session`.
+
+    Returns
+    -------
+    kind : str
+        `speaker`, `session` or `partition`.
+    dealt : dict of str to list of str
+        Those of each split.
+
+    Raises
+    ------
+    CorpusError
+        If the corpus cannot be dealt so.
+
+    Example
+    -------
+    >>> two = [Utterance("t-a", Path("a.wav"), "sad", "1"), Utterance("t-b", Path("b.wav"), "sad", "2")]
+    >>> deal(two, {"train": 0.5, "test": 0.5}, order=("2", "1"))
+    ('speaker', {'train': ['2'], 'test': ['1']})
+    """
+    if any(not isinstance(part, int | float) for part in splits.values()):
+        return "partition", choose_partitions({u.partition for u in utterances if u.partition}, splits)
+    present = {getattr(utterance, group) for utterance in utterances}
+    known = [name for name in order if name in present]
+    return group, split_groups([*known, *sorted(present.difference(known))], splits, group)
+
+
+def leave_out_shared(placed: Mapping[str, Sequence[Utterance]]) -> tuple[dict[str, list[Utterance]], dict[str, str]]:
+    """Take out of a split the recordings of speakers who are in a later split as well.
+
+    Only official partitions can share a speaker. The earlier split is the one that is trained on or adapted to, so the
+    test set stays as the corpus publishes it.
+
+    Parameters
+    ----------
+    placed : mapping of str to sequence of Utterance
+        Recordings of each split, in the splits' order.
+
+    Returns
+    -------
+    kept : dict of str to list of Utterance
+        The same with no speaker in two splits.
+    left_out : dict of str to str
+        Reason by utterance id.
+
+    Example
+    -------
+    >>> a, b = Utterance("t-a", Path("a.wav"), "sad", "1"), Utterance("t-b", Path("b.wav"), "sad", "1")
+    >>> leave_out_shared({"train": [a], "test": [b]})[1]
+    {'t-a': "a.wav: its speaker 1 is also in split 'test', so it takes no part in 'train'."}
+    """
+    kept, left_out, seen = {}, {}, {}
+    for split in reversed(list(placed)):
+        shared = [utterance for utterance in placed[split] if utterance.speaker in seen]
+        kept[split] = [utterance for utterance in placed[split] if utterance.speaker not in seen]
+        for u in shared:
+            place = seen[u.speaker]
+            left_out[u.utt_id] = (
+                f"{u.wav}: its speaker {u.speaker} is also in split '{place}', so it takes no part in '{split}'."
+            )
+        seen |= dict.fromkeys({utterance.speaker for utterance in kept[split]}, split)
+    return {split: kept[split] for split in placed}, left_out
+
+
+def thin_out(utterances: Sequence[Utterance], keep: Mapping[str, float] | None) -> list[Utterance]:
+    """Keep only a share of some classes: a simulated skew of the classes.
+
+    Which recordings stay follows from the hashes of their ids: no seed, no directory order, and a smaller share keeps
+    a part of what a larger one keeps.
+
+    Parameters
+    ----------
+    utterances : sequence of Utterance
+        Recordings of one split.
+    keep : mapping of str to float or None
+        Share in [0, 1] that stays, by label; other labels stay whole.
+
+    Returns
+    -------
+    list of Utterance
+        In the given order.
+
+    Raises
+    ------
+    CorpusError
+        If a label is not among the recordings' or a share is none.
+
+    Example
+    -------
+    >>> four = [Utterance(f"t-{i}", Path(f"{i}.wav"), "sad", "1") for i in range(4)]
+    >>> len(thin_out(four, {"sad": 0.25})), len(thin_out(four, None))
+    (1, 4)
+    """
+    known = sorted({str(utterance.emo) for utterance in utterances if utterance.emo})
+    dropped = set()
+    for label, share in (keep or {}).items():
+        if label not in known or not isinstance(share, int | float) or not 0 <= share <= 1:
+            raise CorpusError(
+                f"keep: {{{label}: {share}}} must be a share between 0 and 1 of one of these labels: "
+                f"{', '.join(known) or 'none, the recordings are unlabelled'}."
+            )
+        ids = [utterance.utt_id for utterance in utterances if utterance.emo == label]
+        ids.sort(key=lambda utt_id: hashlib.sha256(utt_id.encode()).digest())
+        dropped.update(ids[round(share * len(ids)) :])
+    return [utterance for utterance in utterances if utterance.utt_id not in dropped]
+
+
+def check_release(corpus: str, utterances: Iterable[Utterance], by: str, expected: Mapping[str, int]) -> dict:
+    """Compare a copy of a corpus with the published counts, and say so where it differs.
+
+    A copy that differs is no error (a part of a corpus can be worked with), but its figures are not comparable with
+    published ones.
+
+    Parameters
+    ----------
+    corpus : str
+        Name for the message.
+    utterances : iterable of Utterance
+        What the corpus's file found.
+    by : str
+        What is counted: `session`, `emo` or `partition`.
+    expected : mapping of str to int
+        Published counts.
+
+    Returns
+    -------
+    dict
+        `counted_by, expected, found, total_expected, total_found, matches`, for `corpus.json`.
+
+    Example
+    -------
+    >>> check_release("toy", [], "emo", {"sad": 2})["matches"]
+    False
+    """
+    found = Counter(getattr(utterance, by) for utterance in utterances)
+    found = {name: found[name] for name in sorted({*expected, *found})}
+    matches = found == dict(expected)
+    if not matches:
+        differing = ", ".join(
+            f"{name}: expected {expected.get(name, 0)}, found {count}"
+            for name, count in found.items()
+            if count != expected.get(name, 0)
+        )
+        logger.warning(
+            "%s: this copy is not the published release: %d utterances expected, %d found (by %s: %s). "
+            "Its figures are not comparable with published ones.",
+            *(corpus, sum(expected.values()), sum(found.values()), by, differing),
+        )
+    return {
+        "counted_by": by,
+        "expected": dict(expected),
+        "found": found,
+        "total_expected": sum(expected.values()),
+        "total_found": sum(found.values()),
+        "matches": matches,
+    }
 
 
 def check_utterances(corpus: str, utterances: Sequence[Utterance]) -> None:
@@ -266,14 +523,16 @@ def find_unusable(utterances: Iterable[Utterance]) -> tuple[dict[str, float], di
     ({}, ['t-a'])
     """
     lengths, skipped, by_size, by_content = {}, {}, {}, {}
-    for utterance in utterances:
+    utterances = list(utterances)
+    for utterance in progress(utterances, desc="headers", unit="file", disable=len(utterances) < MANY):
         try:
             lengths[utterance.utt_id] = duration(utterance.wav)
             by_size.setdefault(utterance.wav.stat().st_size, []).append(utterance)
         except BadAudio as error:
             skipped[utterance.utt_id] = str(error)
     # Only files of equal size can be copies, so most corpora are never read whole here.
-    for utterance in (u for same in by_size.values() if len(same) > 1 for u in same):
+    alike = [utterance for same in by_size.values() if len(same) > 1 for utterance in same]
+    for utterance in progress(alike, desc="copies", unit="file", disable=len(alike) < MANY):
         digest = hashlib.sha256(utterance.wav.read_bytes()).digest()
         first = by_content.setdefault(digest, utterance)
         if first is not utterance:
@@ -287,27 +546,38 @@ def write_splits(
     utterances: Iterable[Utterance],
     data_folder: str | Path,
     save_folder: str | Path,
-    splits: Mapping[str, float],
-    speaker_order: Sequence[str],
+    splits: Splits,
+    order: Sequence[str] = (),
+    group: str = "speaker",
+    keep: Mapping[str, float] | None = None,
+    facts: Mapping | None = None,
 ) -> dict[str, Path]:
     """Validate a corpus and write one manifest per split, with a twin that has no labels.
 
-    Recordings whose header cannot be read, or that are empty, are left out and listed in `skipped.json`.
+    Recordings whose header cannot be read, or that are empty, are left out and listed in `skipped.json`; so are those
+    of a speaker whom official partitions would put into two splits (see `leave_out_shared`).
+    Where no recording has a label nothing can be scored or trained with labels, so each split holds all of them.
 
     Parameters
     ----------
     corpus : str
         Name for messages and for `skipped.json`.
     utterances : iterable of Utterance
-        All labelled recordings that take part.
+        All recordings that take part.
     data_folder : str or pathlib.Path
         The corpus's folder, replaced by `{data_root}` in the manifest.
     save_folder : str or pathlib.Path
         Where `<split>.json`, `<split>_unlabelled.json` and `skipped.json` go.
-    splits : mapping of str to float
-        Share of the speakers for each split.
-    speaker_order : sequence of str
-        The corpus's speakers in the fixed order in which they are dealt; others follow, sorted by name.
+    splits : mapping
+        For each split its share of the groups, or its list of official partitions.
+    order : sequence of str
+        The corpus's groups in the fixed order in which they are dealt; others follow, sorted by name.
+    group : str
+        What stays together: `speaker` or `session`.
+    keep : mapping of str to float, optional
+        Share of a class's recordings that stays in the first split (see `thin_out`).
+    facts : mapping, optional
+        What else `corpus.json` shall say.
 
     Returns
     -------
@@ -332,29 +602,72 @@ def write_splits(
     """
     utterances = sorted(utterances, key=lambda utterance: utterance.utt_id)
     check_utterances(corpus, utterances)
-    present = {utterance.speaker for utterance in utterances}
-    order = [s for s in speaker_order if s in present]
-    dealt = split_speakers([*order, *sorted(present.difference(order))], splits)
-    where = {speaker: split for split, speakers in dealt.items() for speaker in speakers}
-    lengths, skipped = find_unusable(utterances)
+    if any(utterance.emo for utterance in utterances):
+        kind, dealt = deal(utterances, splits, order, group)
+        where = {name: split for split, names in dealt.items() for name in names}
+        placed = {split: [u for u in utterances if where.get(getattr(u, kind)) == split] for split in splits}
+        placed, shared = leave_out_shared(placed)
+        about = {f"{kind}s": dealt}
+    else:
+        placed, shared, about = dict.fromkeys(splits, utterances), {}, {"labelled": False}
+    chosen_ids = {u.utt_id for chosen in placed.values() for u in chosen}
+    lengths, skipped = find_unusable(u for u in utterances if u.utt_id in chosen_ids)
+    placed = {split: [u for u in chosen if u.utt_id in lengths] for split, chosen in placed.items()}
+    first = next(iter(placed))
+    placed[first] = thin_out(placed[first], keep)
     # First, because a kill between two splits must not leave manifests of two dealings that count as whole.
     (Path(save_folder) / ABOUT).unlink(missing_ok=True)
-    report_skipped(corpus, skipped, save_folder)
-    entries = {split: {} for split in splits}
-    for utterance in utterances:
-        if utterance.utt_id in lengths:
-            wav = "{data_root}/" + utterance.wav.relative_to(data_folder).as_posix()
-            row = {"wav": wav, "length": round(lengths[utterance.utt_id], 4)}
-            row |= {"emo": utterance.emo, "speaker": utterance.speaker}
-            entries[where[utterance.speaker]][utterance.utt_id] = row
-    paths = {
-        split: write_manifest(corpus, rows, Path(save_folder) / f"{split}.json") for split, rows in entries.items()
+    report_skipped(corpus, skipped | shared, save_folder)
+    paths = {}
+    for split, chosen in placed.items():
+        rows = {u.utt_id: u.row(data_folder, lengths[u.utt_id]) for u in chosen}
+        paths[split] = write_manifest(corpus, rows, Path(save_folder) / f"{split}.json")
+    about |= {
+        "counts": {
+            split: dict(sorted(Counter(u.emo or "unlabelled" for u in placed[split]).items())) for split in splits
+        }
     }
-    about = {"corpus": corpus, "data_root": str(Path(data_folder).resolve()), "splits": dict(splits)}
-    about |= {"speakers": dealt, "code_version": __version__}
+    about |= {"shared_speakers_left_out": len(shared), **(facts or {})}
+    settings = settings_of(corpus, utterances, data_folder, splits, keep)
     # Last, because its presence tells that everything before it is whole.
-    atomic_write(Path(save_folder) / ABOUT, json.dumps(about, indent=1))
+    atomic_write(Path(save_folder) / ABOUT, json.dumps(settings | about, indent=1))
     return paths
+
+
+def settings_of(
+    corpus: str,
+    utterances: Iterable[Utterance],
+    data_folder: str | Path,
+    splits: Splits,
+    keep: Mapping[str, float] | None,
+) -> dict:
+    """Everything that decides what the manifests hold, but for the recordings' own bytes.
+
+    Parameters
+    ----------
+    corpus, utterances, data_folder, splits, keep
+        As for `write_splits`.
+
+    Returns
+    -------
+    dict
+        The head of `corpus.json`; `listing` is a digest of every recording's id, path, label, speaker and partition.
+
+    Example
+    -------
+    >>> settings_of("toy", [], "/toy", {"train": 1.0}, None)["splits"]
+    {'train': 1.0}
+    """
+    root = Path(data_folder)
+    rows = sorted(((u.utt_id, u.row(root, 0)) for u in utterances), key=lambda row: (row[0], row[1]["wav"]))
+    return {
+        "corpus": corpus,
+        "data_root": str(root.resolve()),
+        "splits": {split: part if isinstance(part, int | float) else list(part) for split, part in splits.items()},
+        "keep": dict(keep) if keep else None,
+        "listing": hashlib.sha256(json.dumps(rows).encode()).hexdigest(),
+        "code_version": __version__,
+    }
 
 
 def write_manifest(corpus: str, rows: Mapping[str, Mapping], path: Path) -> Path:
@@ -413,7 +726,7 @@ def unlabelled(path: str | Path) -> Path:
     'train_unlabelled.json'
     """
     path = Path(path)
-    return path.with_name(f"{path.stem}_unlabelled.json")
+    return path.with_name(f"{path.stem}{TWIN}.json")
 
 
 def report_skipped(corpus: str, skipped: Mapping[str, str], save_folder: str | Path) -> None:
@@ -435,8 +748,10 @@ def report_skipped(corpus: str, skipped: Mapping[str, str], save_folder: str | P
     >>> (folder / "skipped.json").read_text()
     '{}'
     """
-    for reason in skipped.values():
+    for reason in list(skipped.values())[:SHOWN]:
         logger.warning("%s: left out: %s", corpus, reason)
+    if len(skipped) > SHOWN:
+        logger.warning("%s: %d left out in all, see %s/skipped.json", corpus, len(skipped), save_folder)
     atomic_write(Path(save_folder) / "skipped.json", json.dumps(dict(skipped), indent=1))
 
 
@@ -467,26 +782,31 @@ def read_manifest(path: str | Path) -> dict[str, dict]:
     '/toy/a.wav'
     """
     try:
-        root = json.loads((Path(path).parent / ABOUT).read_text())["data_root"]
+        about = json.loads((Path(path).parent / ABOUT).read_text())
+        root = about["data_root"]
         rows = json.loads(Path(path).read_text())
         return {key: {**row, "wav": row["wav"].replace("{data_root}", root)} for key, row in rows.items()}
     except FileNotFoundError as error:
-        raise CorpusError(f"{error.filename}: not found. Run the recipe's preparation first.") from None
+        missing, remedy = Path(error.filename), "Run the recipe's preparation first."
+        if missing.name != ABOUT:
+            splits = about.get("splits", {})
+            remedy = f"Delete {missing.with_name(ABOUT)} and run the recipe again: it then prepares anew."
+            if splits and missing.stem.removesuffix(TWIN) not in splits:
+                remedy = f"It was prepared for the splits {', '.join(splits)} alone; name this one in the YAML."
+        raise CorpusError(f"{missing}: not found. {remedy}") from None
     except (ValueError, KeyError, AttributeError, TypeError) as error:
         raise CorpusError(f"{path}: not a manifest ({error!r}). Delete it and prepare again.") from None
 
 
-def is_prepared(save_folder: str | Path, data_folder: str | Path, splits: Mapping[str, float]) -> bool:
-    """Whether the manifests of just these arguments are there, whole.
+def is_prepared(save_folder: str | Path, settings: Mapping) -> bool:
+    """Whether the manifests of just these settings were written to the end.
 
     Parameters
     ----------
     save_folder : str or pathlib.Path
-        Folder of the manifests.
-    data_folder : str or pathlib.Path
-        The corpus's folder.
-    splits : mapping of str to float
-        Share of the speakers for each split.
+        Folder of the manifests. One that was taken away later is not noticed here but where it is read.
+    settings : mapping
+        As `settings_of` gives: recordings added or removed since, or another label, make a difference.
 
     Returns
     -------
@@ -495,35 +815,37 @@ def is_prepared(save_folder: str | Path, data_folder: str | Path, splits: Mappin
 
     Example
     -------
-    >>> is_prepared("/nowhere", "/toy", {"train": 1.0})
+    >>> is_prepared("/nowhere", {"splits": {"train": 1.0}})
     False
     """
     try:
         about = json.loads((Path(save_folder) / ABOUT).read_text())
     except (OSError, ValueError):
         return False
-    if not isinstance(about, dict):
-        return False
-    wanted = (str(Path(data_folder).resolve()), dict(splits), __version__)
-    return wanted == tuple(about.get(key) for key in ("data_root", "splits", "code_version"))
+    # Compared as text, because the order of the splits decides who gets which speakers.
+    return isinstance(about, dict) and json.dumps(settings) == json.dumps({key: about.get(key) for key in settings})
 
 
 @dataclass(frozen=True)
 class Corpus:
-    """What sets one corpus apart: where it lies, who speaks, how its recordings are listed.
+    """What sets one corpus apart: where it lies, who stays together, how its recordings are listed.
 
     Parameters
     ----------
     name : str
         Name in messages, tables and results.
     folder_name : str
-        Usual name of its folder.
+        Usual name of its folder, or a glob pattern of it.
     marker : str
         Glob pattern that exists in every copy of it.
-    speakers : tuple of str
-        Speakers in the fixed order in which they are dealt to splits; others follow, sorted by name.
+    order : tuple of str
+        Speakers, or sessions, in the fixed order in which they are dealt to splits; others follow, sorted by name.
     list_utterances : callable
-        From the corpus's folder to its labelled recordings.
+        From the corpus's folder to its recordings.
+    group : str
+        What stays together in a split: `speaker`, or `session` where speakers talk to each other.
+    facts : callable, optional
+        From the corpus's folder and its recordings to what `corpus.json` shall say about this copy.
 
     Example
     -------
@@ -537,11 +859,13 @@ class Corpus:
     name: str
     folder_name: str
     marker: str
-    speakers: tuple[str, ...]
+    order: tuple[str, ...]
     list_utterances: Callable[[Path], list[Utterance]]
+    group: str = "speaker"
+    facts: Callable[[Path, list[Utterance]], Mapping] | None = None
 
-    def prepare(self, data_folder, save_folder, splits) -> None:
-        """Write speaker-independent manifests, unless they are there already.
+    def prepare(self, data_folder, save_folder, splits, keep=None) -> None:
+        """Find the corpus and write speaker-independent manifests, unless they are there already.
 
         Parameters
         ----------
@@ -549,16 +873,37 @@ class Corpus:
             The corpus's folder, the folder above it, or `None` to look in `MIFUSE_CORPORA`.
         save_folder : str or pathlib.Path
             Where the manifests go.
-        splits : mapping of str to float
-            Share of the speakers for each split.
+        splits : mapping
+            For each split its share of the speakers or sessions, or its list of official partitions.
+        keep : mapping of str to float, optional
+            Simulated class skew: share of a class's recordings that stays in the first split.
 
         Raises
         ------
         CorpusError
             If the corpus is not found or a recording does not fit.
         """
-        folder = find_corpus(self.folder_name, self.marker, data_folder)
-        if is_prepared(save_folder, folder, splits):
+        self.prepare_in(find_corpus(self.folder_name, self.marker, data_folder), save_folder, splits, keep)
+
+    def prepare_in(self, folder: Path, save_folder, splits, keep=None) -> None:
+        """Do what `prepare` does with the corpus's own folder.
+
+        Parameters
+        ----------
+        folder : pathlib.Path
+            The corpus's folder.
+        save_folder, splits, keep
+            As for `prepare`.
+
+        Raises
+        ------
+        CorpusError
+            If a recording does not fit.
+        """
+        utterances = self.list_utterances(folder)
+        # Also when the rest is skipped: a copy that is not the published release is said at every run.
+        facts = self.facts(folder, utterances) if self.facts else None
+        if is_prepared(save_folder, settings_of(self.name, utterances, folder, splits, keep)):
             logger.info("%s: manifests in %s are up to date, preparation skipped.", self.name, save_folder)
             return
-        write_splits(self.name, self.list_utterances(folder), folder, save_folder, splits, self.speakers)
+        write_splits(self.name, utterances, folder, save_folder, splits, self.order, self.group, keep, facts)

@@ -792,7 +792,11 @@ CORPORA = {
 
 
 def prepare_synthetic(
-    data_folder: str | Path | None, save_folder: str | Path, splits: Mapping[str, float], domain: str
+    data_folder: str | Path | None,
+    save_folder: str | Path,
+    splits: Mapping[str, float],
+    domain: str,
+    keep: Mapping[str, float] | None = None,
 ) -> None:
     """Write speaker-independent manifests of one rendered synthetic domain, unless they are there already.
 
@@ -806,6 +810,8 @@ def prepare_synthetic(
         Share of the speakers for each split.
     domain : str
         Key of `DOMAINS`.
+    keep : mapping of str to float, optional
+        As for `Corpus.prepare`.
 
     Raises
     ------
@@ -820,11 +826,16 @@ def prepare_synthetic(
     speechbrain_mifuse.corpora.manifest.CorpusError: Corpus 'A' not found: /nowhere is no folder. ...
     """
     _known(domain)
-    CORPORA[domain].prepare(data_folder, save_folder, splits)
+    CORPORA[domain].prepare(data_folder, save_folder, splits, keep)
 
 
 def render_and_prepare(
-    data_folder: str | Path, save_folder: str | Path, splits: Mapping[str, float], domain: str, seed: int = 0
+    data_folder: str | Path,
+    save_folder: str | Path,
+    splits: Mapping[str, float],
+    domain: str,
+    seed: int = 0,
+    keep: Mapping[str, float] | None = None,
 ) -> None:
     """Render a synthetic domain where it is missing, then write its manifests.
 
@@ -836,6 +847,8 @@ def render_and_prepare(
         As for `prepare_synthetic`.
     seed : int
         As for `render_domain`.
+    keep : mapping of str to float, optional
+        As for `Corpus.prepare`.
 
     Raises
     ------
@@ -850,4 +863,4 @@ def render_and_prepare(
     speechbrain_mifuse.corpora.manifest.CorpusError: No synthetic domain 'Z'; there are A, B, C.
     """
     render_domain(data_folder, domain, seed)
-    prepare_synthetic(Path(data_folder) / domain, save_folder, splits, domain)
+    prepare_synthetic(Path(data_folder) / domain, save_folder, splits, domain, keep)

@@ -65,7 +65,9 @@ def frame_batches(**options):
     >>> sorted(frame_batches(batch_size=8))
     ['batch_size', 'collate_fn']
     """
-    return {"collate_fn": functools.partial(PaddedBatch, padded_keys=["feats"], padding_func=pad_frames), **options}
+    # All values are tensors, strings or numbers already; looking into each for arrays would take longer than padding.
+    ready = {"padded_keys": ["feats"], "padding_func": pad_frames, "apply_default_convert": False}
+    return {"collate_fn": functools.partial(PaddedBatch, **ready), **options}
 
 
 def encoded_rows(manifest: str | Path, store) -> dict[str, dict]:

@@ -76,11 +76,11 @@ class FrameReader:
         Returns
         -------
         torch.Tensor
-            `[layers, frames, dim]`, float32.
+            `[layers, frames, dim]`, float32, on the CPU.
         """
         frames = self.encoder(trim_silence(wave, self.trim_db))
         frames = frames.unsqueeze(1) if frames.dim() == 2 else frames
-        return average_frames(frames.transpose(0, 1), self.frame_average)
+        return average_frames(frames.transpose(0, 1), self.frame_average).cpu()
 
 
 def average_frames(frames: torch.Tensor, count: int) -> torch.Tensor:

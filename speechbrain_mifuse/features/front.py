@@ -10,9 +10,15 @@ from torch import nn
 from speechbrain_mifuse.audio import load_audio, trim_silence
 from speechbrain_mifuse.features.encoder import load_wrapper
 
+# Bytes of frames that stay in memory once read: all of a small corpus, and a fixed amount of a large one.
+KEPT_BYTES = 64 * 2**20
+
 
 class StoredFrames(nn.Module):
     """Frames from a store: read them, hand them on.
+
+    Mapping an utterance's part of the file costs more than copying its frames, so the first `KEPT_BYTES` that are read
+    stay in memory. None is ever replaced: epochs go through all of a corpus, and the oldest would be needed first.
 
     Parameters
     ----------
@@ -42,6 +48,8 @@ class StoredFrames(nn.Module):
         self.store, self.layer, self.dim = store, layer, store.dim
         self.n_layers = len(store.layers) if layer is None else 1
         self.frame_average = store.fingerprint.get("frame_average", 1)
+        self.kept: dict[str, torch.Tensor] = {}
+        self.room = KEPT_BYTES
         if layer is not None:
             store.position(layer)
 
@@ -58,10 +66,16 @@ class StoredFrames(nn.Module):
         Returns
         -------
         torch.Tensor
-            `[frames, dim]` or `[frames, layers, dim]`, fp16.
+            `[frames, dim]` or `[frames, layers, dim]`, fp16. Copy it before you change it.
         """
+        if utt_id in self.kept:
+            return self.kept[utt_id]
         frames = torch.from_numpy(self.store.frames(utt_id, self.layer))
-        return frames if self.layer is not None else frames.transpose(0, 1)
+        frames = frames if self.layer is not None else frames.transpose(0, 1)
+        if frames.nbytes <= self.room:
+            self.room -= frames.nbytes
+            frames = self.kept[utt_id] = frames.clone()
+        return frames
 
     def forward(self, batch: torch.Tensor, lengths: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Hand a padded batch on; see `FinetunedEncoder.forward`."""

@@ -140,6 +140,29 @@ class EmotionClassifier(nn.Module):
         """
         return F.relu(self.hidden(vectors))
 
+    def parts(
+        self, frames: torch.Tensor, lengths: torch.Tensor | None = None
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Classify a batch and keep what lies on the way; dropout is on in training mode.
+
+        Parameters
+        ----------
+        frames, lengths
+            As for `embed`.
+
+        Returns
+        -------
+        vectors : torch.Tensor
+            `[batch, 2 D]`, pooled and normalised.
+        hidden : torch.Tensor
+            `[batch, hidden_size]`, before dropout.
+        logits : torch.Tensor
+            `[batch, C]`.
+        """
+        vectors = self.embed(frames, lengths)
+        hidden = self.hidden_units(vectors)
+        return vectors, hidden, self.output(F.dropout(hidden, self.dropout, self.training))
+
     def forward(self, frames: torch.Tensor, lengths: torch.Tensor | None = None) -> torch.Tensor:
         """Classify a batch; dropout is on in training mode.
 
@@ -153,7 +176,7 @@ class EmotionClassifier(nn.Module):
         torch.Tensor
             Logits `[batch, C]`.
         """
-        return self.head(self.embed(frames, lengths), self.training)
+        return self.parts(frames, lengths)[-1]
 
     def stochastic_logits(self, frames: torch.Tensor, lengths: torch.Tensor | None, passes: int) -> torch.Tensor:
         """Draw Monte-Carlo dropout predictions in one batched pass of the head.

@@ -4,11 +4,28 @@ import json
 from collections import Counter
 
 import pytest
-from toy_corpora import write_emodb, write_nemo, write_ravdess
+from toy_corpora import (
+    MACOS_TWIN,
+    utterance,
+    write_crema_d,
+    write_emodb,
+    write_iemocap,
+    write_msp_improv,
+    write_msp_podcast,
+    write_nemo,
+    write_ravdess,
+    write_text,
+    write_wav,
+)
 
-from speechbrain_mifuse.corpora import emodb, nemo, ravdess
+from speechbrain_mifuse.corpora import emodb, msp_improv, nemo, ravdess
+from speechbrain_mifuse.corpora.crema_d import list_crema_d, prepare_crema_d
 from speechbrain_mifuse.corpora.emodb import list_emodb, prepare_emodb
-from speechbrain_mifuse.corpora.manifest import LABELS, CorpusError, read_manifest
+from speechbrain_mifuse.corpora.folder import list_folder, prepare_folder
+from speechbrain_mifuse.corpora.iemocap import facts, list_iemocap, prepare_iemocap
+from speechbrain_mifuse.corpora.manifest import LABELS, CorpusError, read_manifest, unlabelled
+from speechbrain_mifuse.corpora.msp_improv import list_msp_improv, prepare_msp_improv
+from speechbrain_mifuse.corpora.msp_podcast import list_msp_podcast, prepare_msp_podcast
 from speechbrain_mifuse.corpora.nemo import list_nemo, prepare_nemo
 from speechbrain_mifuse.corpora.ravdess import list_ravdess, prepare_ravdess
 
@@ -17,7 +34,16 @@ CORPORA = {
     "ravdess": (write_ravdess, list_ravdess, prepare_ravdess, "rav-"),
     "nemo": (write_nemo, list_nemo, prepare_nemo, "nemo-"),
     "emodb_2s": (write_emodb, list_emodb, prepare_emodb, "emodb-"),
+    "CREMA-D": (write_crema_d, list_crema_d, prepare_crema_d, "crema-"),
 }
+PAPER = {
+    "IEMOCAP_full_release": (write_iemocap, list_iemocap, prepare_iemocap, "iem-"),
+    "MSP-IMPROV": (write_msp_improv, list_msp_improv, prepare_msp_improv, "imp-"),
+    "MSP-PODCAST-Publish-1.12": (write_msp_podcast, list_msp_podcast, prepare_msp_podcast, "msp-"),
+}
+SHARES = {"adapt": 0.6, "test": 0.4}
+PARTITIONS = {"adapt": ["Development"], "test": ["Test1"]}
+SPLITS = {name: PARTITIONS if "PODCAST" in name else SHARES for name in PAPER}
 
 
 def found(utterances):
@@ -47,8 +73,9 @@ def test_preparing_needs_the_folder_above_only(name, tmp_path):
 
 
 def test_ids_of_the_corpora_never_meet(tmp_path):
-    ids = [u.utt_id for name, (write, listed, *_) in CORPORA.items() for u in listed(write(tmp_path / name))]
-    assert len(set(ids)) == len(ids) == 180
+    corpora = {**CORPORA, **PAPER}
+    ids = [u.utt_id for name, (write, listed, *_) in corpora.items() for u in listed(write(tmp_path / name))]
+    assert len(set(ids)) == len(ids) == 240 + 80 + 96 + 80
 
 
 def test_ravdess_names_give_emotion_and_actor(tmp_path):
@@ -141,6 +168,349 @@ def test_a_nemo_table_that_lacks_a_column_or_a_cell_is_one_error_naming_it(tmp_p
     nemo_tree(tmp_path, row, columns=columns)
     with pytest.raises(CorpusError, match=r"data.tsv: lacks file_id, emotion or speaker_id"):
         list_nemo(tmp_path)
+
+
+def about(folder):
+    return json.loads((folder / "corpus.json").read_text())
+
+
+def speakers_of(folder, split):
+    return {row["speaker"] for row in read_manifest(folder / f"{split}.json").values()}
+
+
+# The corpora of the paper.
+
+
+@pytest.mark.parametrize("name", PAPER)
+def test_a_small_tree_of_a_licensed_release_gives_every_class(name, tmp_path):
+    write, listed, _, prefix = PAPER[name]
+    utterances = listed(write(tmp_path / name))
+    assert len(set(Counter(utterance.emo for utterance in utterances).values())) == 1
+    assert {utterance.emo for utterance in utterances} == set(LABELS)
+    assert all(utterance.utt_id.startswith(prefix) and utterance.wav.is_file() for utterance in utterances)
+
+
+@pytest.mark.parametrize("name", PAPER)
+@pytest.mark.parametrize("given", ["itself", "above"])
+def test_a_licensed_release_is_found_as_itself_or_in_the_folder_above(name, given, tmp_path, no_corpora):
+    write, _, prepare, _ = PAPER[name]
+    root = write(tmp_path / name)
+    prepare(root if given == "itself" else tmp_path, tmp_path / "m", SPLITS[name])
+    assert about(tmp_path / "m")["data_root"] == str(root)
+    assert json.loads((tmp_path / "m" / "skipped.json").read_text()) == {}
+
+
+@pytest.mark.parametrize("name", [*PAPER, "CREMA-D"])
+def test_a_folder_that_is_not_the_corpus_is_one_error_naming_the_flag_and_what_is_looked_for(
+    name, tmp_path, no_corpora
+):
+    (tmp_path / "other" / "wav").mkdir(parents=True)
+    prepare, splits = {**PAPER, **CORPORA}[name][2], SPLITS.get(name, SHARES)
+    with pytest.raises(CorpusError, match=r"not found \(a folder that holds .*--data_folder.*--source_data_folder"):
+        prepare(tmp_path / "other", tmp_path / "m", splits)
+
+
+@pytest.mark.parametrize("name", PAPER)
+def test_files_that_macos_leaves_beside_others_are_not_read(name, tmp_path):
+    write, listed, _, _ = PAPER[name]
+    root = write(tmp_path / name)
+    expected = listed(root)
+    for path in [path for path in root.rglob("*.*") if path.is_file() and not path.name.startswith(".")]:
+        (path.parent / f"._{path.name}").write_bytes(MACOS_TWIN)
+    assert listed(root) == expected
+
+
+def test_the_speaker_of_an_iemocap_turn_is_that_of_the_turn_and_not_of_the_dialogue(tmp_path):
+    utterances = {u.utt_id: u for u in list_iemocap(write_iemocap(tmp_path))}
+    turn = utterances["iem-Ses01F_impro01_M000"]
+    assert (turn.emo, turn.speaker, turn.session) == ("angry", "Ses01M", "Ses01")
+    assert utterances["iem-Ses05F_impro01_F000"].speaker == "Ses05F"
+    assert len({u.speaker for u in utterances.values()}) == 10
+
+
+def test_excited_counts_as_happy_and_other_iemocap_classes_take_no_part(tmp_path):
+    root = write_iemocap(tmp_path, sessions=[1])
+    codes = [line.split("\t")[2] for line in next(root.rglob("Ses*.txt")).read_text().splitlines() if line[:1] == "["]
+    assert {"exc", "hap", "fru"} <= set(codes)
+    counts = Counter(utterance.emo for utterance in list_iemocap(root))
+    assert counts["happy"] == codes.count("exc") + codes.count("hap")
+    assert sum(counts.values()) == len(codes) - codes.count("fru")
+
+
+def test_iemocap_sessions_stay_together_and_the_rows_name_them(tmp_path):
+    prepare_iemocap(write_iemocap(tmp_path / "IEMOCAP_full_release"), tmp_path / "m", SHARES)
+    assert about(tmp_path / "m")["sessions"] == {"adapt": ["Ses01", "Ses02", "Ses03"], "test": ["Ses04", "Ses05"]}
+    assert speakers_of(tmp_path / "m", "test") == {"Ses04F", "Ses04M", "Ses05F", "Ses05M"}
+    rows = read_manifest(tmp_path / "m" / "test.json")
+    assert all(row["session"] == key[4:9] for key, row in rows.items())
+
+
+@pytest.mark.parametrize(
+    ("line", "says"),
+    [("[0.0 - 1.0]\tSes01F_impro01_F000\tjoy\t[2.5, 2.5, 2.5]", "'joy'"), ("[0.0 - 1.0]\tSes01F", "not a turn")],
+)
+def test_a_strange_iemocap_line_is_one_error_naming_file_and_line(line, says, tmp_path):
+    table = tmp_path / "Session1" / "dialog" / "EmoEvaluation" / "Ses01F_impro01.txt"
+    write_text(table, f"% header\n\n{line}\n")
+    with pytest.raises(CorpusError, match=says) as error:
+        list_iemocap(tmp_path)
+    assert f"{table}, line 3" in str(error.value)
+
+
+def whole_iemocap(root, counts):
+    """Label files with these counts by session and no recording."""
+    for session, count in counts.items():
+        lines = [f"[0.0 - 1.0]\tSes0{session}F_impro01_F{n:03d}\tneu\t[2.5, 2.5, 2.5]" for n in range(count)]
+        tables = root / f"Session{session}" / "dialog" / "EmoEvaluation"
+        write_text(tables / f"Ses0{session}F_impro01.txt", "\n".join(lines))
+    return list_iemocap(root)
+
+
+def test_the_published_iemocap_counts_match_and_one_turn_less_does_not(tmp_path, caplog):
+    folds = dict(enumerate((1085, 1023, 1151, 1031, 1241), start=1))
+    assert sum(folds.values()) == 5531
+    assert facts(tmp_path, whole_iemocap(tmp_path / "whole", folds))["release_check"]["matches"]
+    assert not caplog.text
+    found = facts(tmp_path, whole_iemocap(tmp_path / "less", {**folds, 3: 1150}))["release_check"]
+    assert not found["matches"] and found["found"]["Ses03"] == 1150
+    assert "5531 utterances expected, 5530 found" in caplog.text and "Ses03: expected 1151, found 1150" in caplog.text
+
+
+def test_an_iemocap_copy_that_differs_is_told_at_every_run_also_when_nothing_is_prepared(tmp_path, caplog):
+    root = write_iemocap(tmp_path / "IEMOCAP_full_release")
+    for _ in range(2):
+        caplog.clear()
+        prepare_iemocap(root, tmp_path / "m", SHARES)
+        assert "not the published release" in caplog.text
+    assert about(tmp_path / "m")["release_check"]["total_found"] == 80
+
+
+def test_an_iemocap_turn_without_recording_is_left_out_and_listed(tmp_path):
+    root = write_iemocap(tmp_path / "IEMOCAP_full_release")
+    next(root.rglob("Ses01F_impro01_F000.wav")).unlink()
+    prepare_iemocap(root, tmp_path / "m", SHARES)
+    assert list(json.loads((tmp_path / "m" / "skipped.json").read_text())) == ["iem-Ses01F_impro01_F000"]
+
+
+@pytest.mark.parametrize("table", ["Evalution.txt", "Evaluation.txt"])
+@pytest.mark.parametrize("audio", ["", "Audio"])
+def test_msp_improv_copies_differ_in_spelling_and_place(table, audio, tmp_path):
+    root = write_msp_improv(tmp_path / "MSP-IMPROV", table=table, audio=audio)
+    utterances = list_msp_improv(root)
+    assert len(utterances) == 96 and all(utterance.wav.is_file() for utterance in utterances)
+
+
+def test_msp_improv_labels_of_videos_give_emotion_speaker_and_session_of_recordings(tmp_path):
+    utterances = {u.utt_id: u for u in list_msp_improv(write_msp_improv(tmp_path))}
+    turn = utterances["imp-S01H-M03-P-MM02"]
+    assert (turn.emo, turn.speaker, turn.session) == ("happy", "M03", "session3")
+    assert turn.wav == tmp_path / "session3" / "S01H" / "P" / "MSP-IMPROV-S01H-M03-P-MM02.wav"
+    assert len({u.speaker for u in utterances.values()}) == 12
+
+
+def test_msp_improv_sessions_stay_together(tmp_path):
+    prepare_msp_improv(write_msp_improv(tmp_path / "MSP-IMPROV"), tmp_path / "m", {"train": 0.8, "valid": 0.2})
+    assert about(tmp_path / "m")["sessions"]["valid"] == ["session6"]
+    assert speakers_of(tmp_path / "m", "valid") == {"F06", "M06"}
+
+
+def test_msp_improv_counts_are_compared_with_those_commonly_cited(tmp_path, caplog):
+    assert sum(msp_improv.COUNTS.values()) == 7798
+    prepare_msp_improv(write_msp_improv(tmp_path / "MSP-IMPROV"), tmp_path / "m", SHARES)
+    check = about(tmp_path / "m")["release_check"]
+    assert check["expected"] == {"angry": 792, "happy": 2644, "neutral": 3477, "sad": 885}
+    assert check["found"] == dict.fromkeys(LABELS, 24) and not check["matches"]
+    assert "7798 utterances expected, 96 found" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("line", "says"),
+    [("UTD-IMPROV-S01A-F01-P-FM01.avi; Q; A:2.8;", "'Q'"), ("UTD-IMPROV-S01A.avi; N; A:2.8;", "not a turn")],
+)
+def test_a_strange_msp_improv_line_is_one_error_naming_file_and_line(line, says, tmp_path):
+    write_text(tmp_path / "Evalution.txt", f"\n{line}\n")
+    with pytest.raises(CorpusError, match=says) as error:
+        list_msp_improv(tmp_path)
+    assert f"{tmp_path / 'Evalution.txt'}, line 2" in str(error.value)
+
+
+def test_two_msp_improv_label_files_are_an_error(tmp_path):
+    for table in ("Evalution.txt", "Evaluation.txt"):
+        write_text(tmp_path / table, "")
+    with pytest.raises(CorpusError, match="holds 2 files"):
+        list_msp_improv(tmp_path)
+
+
+def test_msp_podcast_rows_give_partition_and_test3_and_other_classes_are_left_out(tmp_path):
+    utterances = list_msp_podcast(write_msp_podcast(tmp_path))
+    assert Counter(u.partition for u in utterances) == {"Train": 40, "Development": 16, "Test1": 16, "Test2": 8}
+    assert not {u.utt_id for u in utterances} & {"msp-MSP-PODCAST_9000_0000", "msp-MSP-PODCAST_9100_0000"}
+
+
+@pytest.mark.parametrize("audio", ["Audio", "Audios"])
+def test_msp_podcast_recordings_lie_in_either_folder(audio, tmp_path):
+    assert all(u.wav.is_file() for u in list_msp_podcast(write_msp_podcast(tmp_path, audio=audio)))
+
+
+def test_unknown_msp_podcast_speakers_are_one_each_and_join_no_splits(tmp_path):
+    root = write_msp_podcast(tmp_path / "MSP-Podcast-1.11")
+    prepare_msp_podcast(root, tmp_path / "m", PARTITIONS)
+    unknown = [u for u in list_msp_podcast(root) if u.speaker.startswith("unknown-")]
+    assert len({u.speaker for u in unknown}) == len(unknown) == 4
+    counts = about(tmp_path / "m")["counts"]
+    assert counts == {"adapt": dict.fromkeys(LABELS, 4), "test": dict.fromkeys(LABELS, 4)}
+    assert about(tmp_path / "m")["unknown_speakers"] == 4 and about(tmp_path / "m")["shared_speakers_left_out"] == 0
+
+
+def test_an_msp_podcast_speaker_in_two_splits_is_left_out_of_the_earlier_one_and_counted(tmp_path, caplog):
+    root = write_msp_podcast(tmp_path / "MSP-Podcast-1.11")
+    table = root / "Labels" / "labels_consensus.csv"
+    text = table.read_text()
+    assert text.count(",6,Female,Development") == 8
+    table.write_text(text.replace(",6,Female,Development", ",8,Female,Development"))
+    prepare_msp_podcast(root, tmp_path / "m", PARTITIONS)
+    assert "8" in speakers_of(tmp_path / "m", "test") and "8" not in speakers_of(tmp_path / "m", "adapt")
+    assert len(read_manifest(tmp_path / "m" / "test.json")) == 16
+    assert len(read_manifest(tmp_path / "m" / "adapt.json")) == 8
+    assert about(tmp_path / "m")["shared_speakers_left_out"] == 8
+    assert "its speaker 8 is also in split 'test'" in caplog.text
+    assert len(json.loads((tmp_path / "m" / "skipped.json").read_text())) == 8
+
+
+def test_the_msp_podcast_release_and_its_counts_are_recorded(tmp_path):
+    for folder, release in (("MSP-PODCAST-Publish-1.12", "1.12"), ("MSP-Podcast", None)):
+        prepare_msp_podcast(write_msp_podcast(tmp_path / folder), tmp_path / "m" / folder, PARTITIONS)
+        found = about(tmp_path / "m" / folder)
+        assert found["release"] == release
+        assert found["partition_counts"]["Train"] == dict.fromkeys(LABELS, 10)
+
+
+def test_two_releases_in_one_folder_are_an_error_that_asks_which(tmp_path, no_corpora):
+    for release in ("1.11", "1.12"):
+        write_text(tmp_path / f"MSP-PODCAST-Publish-{release}" / "Labels" / "labels_consensus.csv", "")
+    with pytest.raises(CorpusError, match=r"more than once \(MSP-PODCAST-Publish-1.11, .*--data_folder"):
+        prepare_msp_podcast(tmp_path, tmp_path / "m", PARTITIONS)
+
+
+@pytest.mark.parametrize(
+    ("header", "row", "says"),
+    [("FileName,EmoClass,SpkrID", "a.wav,A,1", "lacks one of"), (None, "a.wav,Q,1,Train", "a.wav: unknown label 'Q'")],
+)
+def test_a_strange_msp_podcast_table_is_one_error_naming_it(header, row, says, tmp_path):
+    table = tmp_path / "Labels" / "labels_consensus.csv"
+    write_text(table, f"{header or 'FileName,EmoClass,SpkrID,Split_Set'}\n{row}\n")
+    with pytest.raises(CorpusError, match=says) as error:
+        list_msp_podcast(tmp_path)
+    assert str(table) in str(error.value)
+
+
+def test_crema_d_names_give_emotion_and_actor(tmp_path):
+    for name in ("1001_DFA_ANG_XX", "1002_IEO_HAP_HI", "1090_IEO_SAD_LO", "1091_ITH_NEU_XX", "1001_DFA_DIS_XX"):
+        touch(tmp_path / "AudioWAV" / f"{name}.wav")
+    touch(tmp_path / "AudioWAV" / "._1001_DFA_ANG_XX.wav")
+    assert found(list_crema_d(tmp_path)) == {
+        "crema-1001_DFA_ANG_XX": ("angry", "1001"),
+        "crema-1002_IEO_HAP_HI": ("happy", "1002"),
+        "crema-1090_IEO_SAD_LO": ("sad", "1090"),
+        "crema-1091_ITH_NEU_XX": ("neutral", "1091"),
+    }
+
+
+@pytest.mark.parametrize(("name", "says"), [("1001_DFA.wav", "not a CREMA-D name"), ("1001_DFA_JOY_XX.wav", "'JOY'")])
+def test_a_strange_crema_d_file_is_one_error_naming_it(tmp_path, name, says):
+    touch(tmp_path / "AudioWAV" / name)
+    with pytest.raises(CorpusError, match=says) as error:
+        list_crema_d(tmp_path)
+    assert str(tmp_path / "AudioWAV" / name) in str(error.value)
+
+
+# A folder of recordings.
+
+
+def write_folder(root, *paths):
+    for number, path in enumerate(paths):
+        write_wav(root / path, utterance(LABELS[number % 4], number, 1))
+    return root
+
+
+def test_an_unlabelled_folder_is_wholly_adapted_to_and_wholly_predicted(tmp_path):
+    root = write_folder(tmp_path / "mine", "a.wav", "b.flac", "monday/a.wav", "monday/deep/down/c.wav")
+    write_text(root / "notes.txt", "no recording")
+    write_text(root / ".hidden" / "d.wav", "no recording")
+    prepare_folder(root, tmp_path / "m", SHARES)
+    adapt, test = (read_manifest(tmp_path / "m" / f"{split}.json") for split in SHARES)
+    assert adapt == test == read_manifest(unlabelled(tmp_path / "m" / "test.json"))
+    names = ("a.wav", "b.flac", "monday/a.wav", "monday/deep/down/c.wav")
+    assert list(adapt) == [f"folder-mine/{name}" for name in names]
+    assert not [row for row in adapt.values() if "emo" in row]
+    assert about(tmp_path / "m")["labelled"] is False and about(tmp_path / "m")["recordings_without_speaker"] == 2
+
+
+def test_folders_named_like_labels_give_emotions_and_the_others_speakers(tmp_path, caplog):
+    root = tmp_path / "mine"
+    write_folder(root, "anna/Angry/1.wav", "sad/bert/1.wav", "happiness/1.wav", "anna/neutral/1.wav", "anna/fear/1.wav")
+    assert found(list_folder(root)) == {
+        "folder-mine/anna/Angry/1.wav": ("angry", "anna"),
+        "folder-mine/anna/neutral/1.wav": ("neutral", "anna"),
+        "folder-mine/happiness/1.wav": ("happy", "happiness/1.wav"),
+        "folder-mine/sad/bert/1.wav": ("sad", "bert"),
+    }
+    assert "1 recordings have no label" in caplog.text
+
+
+def test_a_table_gives_emotions_and_speakers(tmp_path, caplog):
+    root = write_folder(tmp_path / "mine", "1.wav", "x/2.wav", "3.wav")
+    write_text(root / "labels.csv", "file,emo,speaker\n1.wav,Anger,anna\nx/2.wav,sad,\n")
+    assert found(list_folder(root)) == {
+        "folder-mine/1.wav": ("angry", "anna"),
+        "folder-mine/x/2.wav": ("sad", "x/2.wav"),
+    }
+    assert "1 recordings have no label" in caplog.text
+
+
+def test_a_table_without_emotions_still_gives_speakers(tmp_path):
+    root = write_folder(tmp_path / "mine", "1.wav", "2.wav")
+    write_text(root / "labels.csv", "file,emo,speaker\n1.wav,,anna\n2.wav,,bert\n")
+    prepare_folder(root, tmp_path / "m", SHARES)
+    assert speakers_of(tmp_path / "m", "adapt") == speakers_of(tmp_path / "m", "test") == {"anna", "bert"}
+
+
+@pytest.mark.parametrize(
+    ("table", "says"),
+    [
+        ("file,emo\n1.wav,joy\n", "1.wav: unknown label 'joy'"),
+        ("file,emo\n1.wav,sad\n2.wav,\n", "1 of 2 rows have no emo"),
+        ("name,emo\n1.wav,sad\n", "lacks file or emo"),
+        ("file,emo\n../1.wav,sad\n", "lies outside the folder"),
+        ("file,emo\n/1.wav,sad\n", "lies outside the folder"),
+    ],
+)
+def test_a_strange_table_is_one_error_naming_it(table, says, tmp_path):
+    write_text(tmp_path / "labels.csv", table)
+    with pytest.raises(CorpusError, match=says) as error:
+        list_folder(tmp_path)
+    assert str(tmp_path / "labels.csv") in str(error.value)
+
+
+def test_a_labelled_folder_is_split_by_speaker(tmp_path):
+    root = write_folder(tmp_path / "mine", *(f"{who}/{emo}/1.wav" for who in "abcde" for emo in LABELS))
+    prepare_folder(root, tmp_path / "m", SHARES)
+    assert speakers_of(tmp_path / "m", "adapt") == set("abc") and speakers_of(tmp_path / "m", "test") == set("de")
+
+
+def test_labelled_recordings_of_one_speaker_cannot_be_split(tmp_path):
+    root = write_folder(tmp_path / "mine", *(f"anna/{emo}/1.wav" for emo in LABELS))
+    with pytest.raises(CorpusError, match=r"Cannot deal 1 speakers.*every split needs a speaker of its own"):
+        prepare_folder(root, tmp_path / "m", SHARES)
+
+
+@pytest.mark.parametrize("given", [None, "nowhere", "empty"])
+def test_a_folder_is_never_looked_for_elsewhere(given, tmp_path, toy_folder, monkeypatch):
+    monkeypatch.setenv("MIFUSE_CORPORA", str(toy_folder))
+    (tmp_path / "empty").mkdir()
+    write_wav(tmp_path / "other.wav", utterance("sad", 1, 1))
+    with pytest.raises(CorpusError, match="--data_folder"):
+        prepare_folder(given and tmp_path / given, tmp_path / "m", SHARES)
 
 
 def stated(module, counts, pattern):

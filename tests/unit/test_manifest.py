@@ -1,9 +1,11 @@
 """Manifests: splits by speaker that depend on nothing else, bad recordings left out, one clear error otherwise."""
 
+import dataclasses
 import json
 import os
 import subprocess
 import sys
+from collections import Counter
 from pathlib import Path
 
 import numpy as np
@@ -20,7 +22,8 @@ from speechbrain_mifuse.corpora.manifest import (
     find_corpus,
     map_label,
     read_manifest,
-    split_speakers,
+    split_groups,
+    thin_out,
     unlabelled,
     write_splits,
 )
@@ -112,6 +115,102 @@ def test_rows_hold_path_below_the_root_length_label_and_speaker(tmp_path):
     assert read_manifest(tmp_path / "m" / "adapt.json")["toy-a0"]["wav"] == str(tmp_path / "a0.wav")
 
 
+def test_a_manifest_of_a_corpus_without_sessions_is_what_it_always_was_to_the_byte(tmp_path):
+    # Finished runs are known by the digest of their manifests.
+    prepare(recordings(tmp_path, "ab", each=1), tmp_path, {"adapt": 0.5, "test": 0.5})
+    assert (tmp_path / "m" / "adapt.json").read_text() == (
+        '{\n "toy-a0": {\n  "wav": "{data_root}/a0.wav",\n  "length": 0.01,\n  "emo": "angry",\n  "speaker": "a"\n }\n}'
+    )
+
+
+def in_partitions(root, **partitions):
+    """Recordings of one speaker per letter, in official partitions: partition=letters."""
+    where = {speaker: name for name, speakers in partitions.items() for speaker in speakers}
+    return [dataclasses.replace(u, partition=where[u.speaker]) for u in recordings(root, tuple(where))]
+
+
+def test_splits_may_be_lists_of_official_partitions_and_the_rows_name_them(tmp_path):
+    listed = in_partitions(tmp_path, Train="ab", Development="cd", Test1="e")
+    prepare(listed, tmp_path, {"adapt": ["Train", "Development"], "test": ["Test1"]})
+    assert {row["partition"] for row in rows(tmp_path, "adapt").values()} == {"Train", "Development"}
+    assert {row["speaker"] for row in rows(tmp_path, "test").values()} == {"e"}
+
+
+def test_recordings_of_a_partition_that_no_split_asks_for_are_not_even_opened(tmp_path):
+    listed = in_partitions(tmp_path, Train="ab", Test1="e")
+    damage(tmp_path / "a0.wav", "no audio")
+    prepare([*listed], tmp_path, {"test": ["Test1"]})
+    assert json.loads((tmp_path / "m" / "skipped.json").read_text()) == {}
+
+
+@pytest.mark.parametrize(
+    ("splits", "says"),
+    [
+        ({"adapt": ["Trian"], "test": ["Test1"]}, "partition Trian is unknown"),
+        ({"adapt": ["Test1"], "test": ["Test1"]}, "partition Test1 .* is asked for twice"),
+        ({"adapt": 0.5, "test": ["Test1"]}, "must be shares that add up to 1, or lists of partitions"),
+        ({"adapt": "Train", "test": "Test1"}, "must be shares that add up to 1, or lists of partitions"),
+    ],
+)
+def test_partitions_that_cannot_be_given_are_one_error(splits, says, tmp_path):
+    with pytest.raises(CorpusError, match=says):
+        prepare(in_partitions(tmp_path, Train="ab", Test1="e"), tmp_path, splits)
+
+
+def test_partitions_of_a_corpus_that_has_none_are_an_error(tmp_path):
+    with pytest.raises(CorpusError, match="there are none"):
+        prepare(recordings(tmp_path), tmp_path, {"adapt": ["Train"], "test": ["Test1"]})
+
+
+def test_sessions_stay_together_when_they_are_what_is_dealt(tmp_path):
+    session = dict(zip("abcde", ("s2", "s1", "s1", "s3", "s2"), strict=True))
+    listed = [dataclasses.replace(u, session=session[u.speaker]) for u in recordings(tmp_path)]
+    write_splits("toy", listed, tmp_path, tmp_path / "m", {"adapt": 0.6, "test": 0.4}, ("s3", "s1"), "session")
+    assert {row["session"] for row in rows(tmp_path, "adapt").values()} == {"s3", "s1"}
+    assert {row["speaker"] for row in rows(tmp_path, "test").values()} == {"a", "e"}
+
+
+# Simulated class skew.
+
+
+def test_skew_takes_its_share_of_the_first_split_alone_whatever_the_order_of_the_files(tmp_path):
+    listed = recordings(tmp_path, each=6)
+    whole = {split: Counter(r["emo"] for r in read_manifest(path).values()) for split, path in prepare_all(listed)}
+    first = [path.read_bytes() for _, path in prepare_all(listed, keep={"sad": 0.5})]
+    skewed = {split: Counter(row["emo"] for row in rows(tmp_path, split).values()) for split in SPLITS}
+    assert whole["adapt"] == {"angry": 9, "sad": 9} and skewed["adapt"] == {"angry": 9, "sad": 4}
+    assert skewed["test"] == whole["test"]
+    assert [path.read_bytes() for _, path in prepare_all(listed[::-1], keep={"sad": 0.5})] == first
+    assert json.loads((tmp_path / "m" / "corpus.json").read_text())["keep"] == {"sad": 0.5}
+
+
+def prepare_all(listed, **options):
+    root = listed[0].wav.parent
+    return write_splits("toy", listed, root, root / "m", SPLITS, **options).items()
+
+
+def test_a_smaller_share_keeps_a_part_of_what_a_larger_one_keeps():
+    listed = [Utterance(f"t-{number}", Path("a.wav"), "sad", "1") for number in range(40)]
+    kept = [{u.utt_id for u in thin_out(listed, {"sad": share})} for share in (0.0, 0.25, 0.5, 1.0)]
+    assert [len(ids) for ids in kept] == [0, 10, 20, 40]
+    assert kept[0] < kept[1] < kept[2] < kept[3]
+
+
+@pytest.mark.parametrize("keep", [{"joy": 0.5}, {"sad": 1.5}, {"sad": "half"}])
+def test_a_skew_of_no_label_or_no_share_is_an_error_that_lists_the_labels(keep, tmp_path):
+    with pytest.raises(CorpusError, match=r"keep: .* share between 0 and 1 of one of these labels: angry, sad"):
+        prepare_all(recordings(tmp_path), keep=keep)
+
+
+def test_another_skew_is_prepared_again_and_the_same_one_is_not(tmp_path, caplog):
+    corpus = write_ravdess(tmp_path / "ravdess")
+    with caplog.at_level("INFO"):
+        for keep, skipped in (({"sad": 0.5}, 0), ({"sad": 0.5}, 1), ({"sad": 0.2}, 0), (None, 0)):
+            caplog.clear()
+            prepare_ravdess(corpus, tmp_path / "m", SPLITS, keep=keep)
+            assert caplog.text.count("preparation skipped") == skipped
+
+
 def damage(path, how):
     if how == "copy":
         path.write_bytes((path.parent / "a0.wav").read_bytes())
@@ -176,11 +275,11 @@ def test_an_unknown_label_is_an_error_naming_the_file_and_the_label():
 @pytest.mark.parametrize("splits", [{"train": 0.5, "test": 0.4}, {"a": 0.25, "b": 0.25, "c": 0.25, "d": 0.25}])
 def test_shares_that_cannot_be_dealt_are_an_error(splits):
     with pytest.raises(CorpusError, match="Cannot deal 3 speakers"):
-        split_speakers(["1", "2", "3"], splits)
+        split_groups(["1", "2", "3"], splits)
 
 
 def test_every_split_gets_a_speaker_however_small_its_share():
-    dealt = split_speakers(["1", "2", "3"], {"train": 0.98, "valid": 0.01, "test": 0.01})
+    dealt = split_groups(["1", "2", "3"], {"train": 0.98, "valid": 0.01, "test": 0.01})
     assert dealt == {"train": ["1"], "valid": ["2"], "test": ["3"]}
 
 
@@ -224,6 +323,49 @@ def test_prepared_manifests_are_not_written_again_and_the_log_says_so(tmp_path, 
         prepare_ravdess(corpus, tmp_path / "m", SPLITS)
     assert (tmp_path / "m" / "adapt.json").stat().st_mtime_ns == before
     assert "preparation skipped" in caplog.text
+
+
+@pytest.mark.parametrize("change", ["added", "removed", "another speaker"])
+def test_recordings_that_came_or_went_since_are_noticed(tmp_path, change):
+    corpus = write_ravdess(tmp_path / "ravdess", takes=1)
+    prepare_ravdess(corpus, tmp_path / "m", SPLITS)
+    wav = corpus / "Actor_01" / "03-01-05-01-01-01-01.wav"
+    if change == "added":
+        write_wav(wav.with_name("03-01-05-01-01-09-01.wav"), noise(1))
+    elif change == "removed":
+        wav.unlink()
+    else:
+        wav.rename(wav.with_name("03-01-05-01-01-01-06.wav"))
+    prepare_ravdess(corpus, tmp_path / "m", SPLITS)
+    size = {"added": 21, "removed": 19, "another speaker": 20}[change]
+    assert sum(len(read_manifest(tmp_path / "m" / f"{split}.json")) for split in SPLITS) == size
+
+
+@pytest.mark.parametrize("name", ["test.json", "adapt_unlabelled.json"])
+def test_a_missing_manifest_is_an_error_whose_remedy_is_true(tmp_path, name):
+    corpus = write_ravdess(tmp_path / "ravdess", takes=1)
+    prepare_ravdess(corpus, tmp_path / "m", SPLITS)
+    before = (tmp_path / "m" / name).read_bytes()
+    (tmp_path / "m" / name).unlink()
+    with pytest.raises(CorpusError, match=f"{name}: not found. Delete .*corpus.json and run the recipe again"):
+        read_manifest(tmp_path / "m" / name)
+    (tmp_path / "m" / "corpus.json").unlink()
+    prepare_ravdess(corpus, tmp_path / "m", SPLITS)
+    assert (tmp_path / "m" / name).read_bytes() == before
+
+
+def test_a_split_that_was_never_asked_for_is_an_error_that_lists_those_that_were(tmp_path):
+    prepare(recordings(tmp_path), tmp_path)
+    with pytest.raises(CorpusError, match=r"valid.json: not found. It was prepared for the splits adapt, test alone"):
+        read_manifest(tmp_path / "m" / "valid.json")
+
+
+def test_the_order_of_the_splits_counts(tmp_path):
+    corpus = write_ravdess(tmp_path / "ravdess", takes=1)
+    for splits in ({"adapt": 0.4, "test": 0.6}, {"test": 0.6, "adapt": 0.4}):
+        prepare_ravdess(corpus, tmp_path / "m", splits)
+        first = next(iter(splits))
+        assert "01" in {row["speaker"] for row in rows(tmp_path, first).values()}
 
 
 @pytest.mark.parametrize("change", ["splits", "root", "version", "damaged"])

@@ -27,5 +27,5 @@ if __name__ == "__main__":
             hparams = load_hyperpyyaml(file, overrides)
         sb.create_experiment_directory(hparams["output_folder"], hparams_file, overrides)
         run_on_main(hparams["prepare_source"])
-        front = chosen_front(hparams)
+        front = chosen_front(hparams, run_opts)
         print(train_classifier(hparams["source_classifier"], front, run_opts))

@@ -67,7 +67,7 @@ if __name__ == "__main__":
         names = chosen_methods(hparams)
         sb.create_experiment_directory(hparams["output_folder"], hparams_file, overrides)
         run_on_main(hparams["prepare_target"])
-        reader = open_reader(hparams)
+        reader = open_reader(hparams, run_opts)
         front = StoredFrames(store_frames(hparams, "target", reader), hparams["layer"])
         source = source_recogniser(hparams, reader, run_opts)
         answers = ask_teacher(hparams, names, front.store, reader, run_opts)

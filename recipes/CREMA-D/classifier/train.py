@@ -1,0 +1,1 @@
+../../RAVDESS/classifier/train.py

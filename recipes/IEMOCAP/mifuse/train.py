@@ -1,0 +1,1 @@
+../../RAVDESS/mifuse/train.py

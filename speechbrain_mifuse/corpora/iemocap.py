@@ -1,0 +1,136 @@
+r"""IEMOCAP: interactive emotional dyadic motion capture database (Busso et al. 2008), English.
+
+About twelve hours of five sessions; in each a woman and a man act scripted plays and improvise with each other, so ten
+speakers. Doi 10.1007/s10579-008-9076-6. Licence: free for research on a signed form, from the Signal Analysis and
+Interpretation Laboratory (SAIL) of the University of Southern California, page "IEMOCAP release".
+Tree, in `IEMOCAP_full_release`: labels `Session{1..5}/dialog/EmoEvaluation/*.txt`, recordings
+`Session1/sentences/wav/Ses01F_impro01/Ses01F_impro01_F000.wav` (any file type that libsndfile reads). In a label file
+a line `[start - end]\tSes01F_impro01_F000\tneu\t[V, A, D]` gives a turn; the annotators' lines follow and are passed
+over. The folder also holds `Attribute/ Categorical/ Self-evaluation/`, and copies made by macOS hold `._*` twins of all
+files: neither is read.
+
+Four classes: ang, hap and exc (excited counts as happy), neu, sad = 5,531 utterances, by session 1,085, 1,023, 1,151,
+1,031 and 1,241. Another copy is reported, in the log and in `corpus.json` under `release_check`. Frustration, surprise,
+fear, disgust, other and xxx (no agreement) take no part.
+Speaker: session and the F or M of the turn, as Ses01F; the F or M after the session in a dialogue's name is not it.
+Split policy: whole sessions, in numerical order, because the two speakers of one talk to each other.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from pathlib import Path
+
+from speechbrain_mifuse.corpora.manifest import Corpus, CorpusError, Utterance, check_release, map_label
+
+LABEL_MAP = {
+    "ang": "angry",
+    "hap": "happy",
+    "exc": "happy",
+    "neu": "neutral",
+    "sad": "sad",
+    **dict.fromkeys(("fru", "sur", "fea", "dis", "oth", "xxx")),
+}
+SESSIONS = {"Ses01": 1085, "Ses02": 1023, "Ses03": 1151, "Ses04": 1031, "Ses05": 1241}
+TURN = re.compile(r"\[[^]]*\]\s+((Ses\d\d)[FM]_\S+)_([FM])(\w+)\s+(\w+)\s+\[")
+
+
+def list_iemocap(data_folder: str | Path) -> list[Utterance]:
+    r"""List the turns of the four common classes.
+
+    Parameters
+    ----------
+    data_folder : str or pathlib.Path
+        Folder that holds `Session1 ... Session5`.
+
+    Returns
+    -------
+    list of Utterance
+        One per turn whose label is among the four classes.
+
+    Raises
+    ------
+    CorpusError
+        If a turn line cannot be read or names an unknown emotion.
+
+    Example
+    -------
+    >>> import tempfile
+    >>> root = Path(tempfile.mkdtemp())
+    >>> labels = root / "Session1" / "dialog" / "EmoEvaluation"
+    >>> labels.mkdir(parents=True)
+    >>> line = "[6.2 - 8.2]\tSes01F_impro01_M000\texc\t[2.5, 2.5, 2.5]\n"
+    >>> _ = (labels / "Ses01F_impro01.txt").write_text(line)
+    >>> [(u.utt_id, u.emo, u.speaker, u.session) for u in list_iemocap(root)]
+    [('iem-Ses01F_impro01_M000', 'happy', 'Ses01M', 'Ses01')]
+    """
+    utterances = []
+    for table in sorted(Path(data_folder).glob("Session[1-5]/dialog/EmoEvaluation/[!.]*.txt")):
+        wavs = table.parents[2] / "sentences" / "wav"
+        lines = table.read_text(encoding="utf-8", errors="replace").splitlines()
+        for number, line in enumerate(lines, start=1):
+            if not line.startswith("["):
+                continue
+            turn = TURN.match(line)
+            if turn is None:
+                raise CorpusError(f"{table}, line {number}: not a turn of IEMOCAP: {line!r}. Restore the file.")
+            dialogue, session, sex, rest, code = turn.groups()
+            emo, name = map_label(LABEL_MAP, code, f"{table}, line {number}"), f"{dialogue}_{sex}{rest}"
+            if emo is not None:
+                wav = recording(wavs / dialogue, name)
+                utterances.append(Utterance(f"iem-{name}", wav, emo, session + sex, session))
+    return utterances
+
+
+def recording(folder: Path, name: str) -> Path:
+    """Path of a turn's recording, of whatever file type.
+
+    Parameters
+    ----------
+    folder : pathlib.Path
+        The dialogue's folder.
+    name : str
+        The turn's name.
+
+    Returns
+    -------
+    pathlib.Path
+        The release's `.wav`, or a file of the same name and another type where a copy was converted.
+
+    Example
+    -------
+    >>> recording(Path("/nowhere"), "Ses01F_impro01_F000").name
+    'Ses01F_impro01_F000.wav'
+    """
+    wav = folder / f"{name}.wav"
+    return wav if wav.exists() else next(iter(sorted(folder.glob(f"{name}.*"))), wav)
+
+
+def facts(data_folder: Path, utterances: list[Utterance]) -> Mapping:
+    """Compare a copy with the published counts of the sessions.
+
+    Parameters
+    ----------
+    data_folder : pathlib.Path
+        The corpus's folder.
+    utterances : list of Utterance
+        What `list_iemocap` found there.
+
+    Returns
+    -------
+    mapping
+        For `corpus.json`.
+
+    Example
+    -------
+    >>> facts(Path("/nowhere"), [])["release_check"]["total_expected"]
+    5531
+    """
+    return {"release_check": check_release("iemocap", utterances, "session", SESSIONS)}
+
+
+IEMOCAP = Corpus(
+    *("iemocap", "IEMOCAP_full_release", "Session[1-5]", tuple(SESSIONS), list_iemocap), group="session", facts=facts
+)
+prepare_iemocap = IEMOCAP.prepare

@@ -1,0 +1,105 @@
+"""MSP-IMPROV: acted corpus of dyadic interactions (Busso et al. 2017), English.
+
+Six sessions; in each a woman and a man act scenarios that lead up to target sentences with an intended emotion, so
+twelve speakers. Doi 10.1109/TAFFC.2016.2515617. Licence: academic licence signed by the institution, from the
+Multimodal Signal Processing (MSP) laboratory of the University of Texas at Dallas, page "MSP-IMPROV".
+Tree: labels `Evalution.txt` (so spelled in the release; `Evaluation.txt` in some copies), recordings
+`session{1..6}/S01A/{P,R,S,T}/MSP-IMPROV-S01A-F01-P-FM01.wav` (any file type that libsndfile reads), in some copies
+below `Audio/`. A name gives sentence and intended emotion, speaker (sex and session), scenario (P natural, R read,
+S improvised, T target) and turn. A label line `UTD-IMPROV-S01A-F01-P-FM01.avi; N; A:2.8; V:3.0; D:3.2; N:3.9;` names
+the video of the same turn; the annotators' lines that follow are passed over.
+
+Four classes: A angry, H happy, N neutral, S sad; O (other) and X (no agreement) take no part. The commonly cited counts
+are 7,798: angry 792, happy 2,644, neutral 3,477, sad 885. Another copy is reported, in the log and in `corpus.json`
+under `release_check`.
+Split policy: whole sessions, in numerical order, because the two speakers of one talk to each other.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from pathlib import Path
+
+from speechbrain_mifuse.corpora.manifest import Corpus, CorpusError, Utterance, check_release, map_label
+
+LABEL_MAP = {"A": "angry", "H": "happy", "N": "neutral", "S": "sad", "O": None, "X": None}
+COUNTS = {"angry": 792, "happy": 2644, "neutral": 3477, "sad": 885}
+SESSIONS = tuple(f"session{number}" for number in range(1, 7))
+TURN = re.compile(r"UTD-IMPROV-(S\d\d[A-Z]-([FM])0?(\d)-([PRST])-\w+)\.avi\s*;\s*(\w+)\s*;")
+
+
+def list_msp_improv(data_folder: str | Path) -> list[Utterance]:
+    """List the turns of the four common classes.
+
+    Parameters
+    ----------
+    data_folder : str or pathlib.Path
+        Folder that holds `Evalution.txt` and the sessions, or `Audio` with the sessions in it.
+
+    Returns
+    -------
+    list of Utterance
+        One per label line whose class is among the four, with the release's path where there is no recording.
+
+    Raises
+    ------
+    CorpusError
+        If there are two label files, or a label line cannot be read or names an unknown emotion.
+
+    Example
+    -------
+    >>> import tempfile
+    >>> root = Path(tempfile.mkdtemp())
+    >>> _ = (root / "Evalution.txt").write_text("UTD-IMPROV-S01A-F01-P-FM01.avi; N; A:2.8; V:3.0; D:3.2 ; N:3.9;")
+    >>> [(u.utt_id, u.emo, u.speaker, u.session) for u in list_msp_improv(root)]
+    [('imp-S01A-F01-P-FM01', 'neutral', 'F01', 'session1')]
+    """
+    root = Path(data_folder)
+    tables = sorted(root.glob("Eval*tion.txt"))
+    if len(tables) != 1:
+        raise CorpusError(f"{root}: holds {len(tables)} files Evalution.txt or Evaluation.txt. Leave one.")
+    found = {
+        wav.stem: wav for below in ("", "Audio/") for wav in root.glob(f"{below}[Ss]ession[1-6]/*/*/MSP-IMPROV-*.*")
+    }
+    utterances = []
+    for number, line in enumerate(tables[0].read_text(encoding="utf-8", errors="replace").splitlines(), start=1):
+        if not line.startswith("UTD-IMPROV-"):
+            continue
+        turn = TURN.match(line)
+        if turn is None:
+            raise CorpusError(f"{tables[0]}, line {number}: not a turn of MSP-IMPROV: {line!r}. Restore the file.")
+        name, sex, session, scenario, code = turn.groups()
+        emo = map_label(LABEL_MAP, code, f"{tables[0]}, line {number}")
+        if emo is not None:
+            stem, sentence = f"MSP-IMPROV-{name}", name.split("-")[0]
+            wav = found.get(stem, root / f"session{session}" / sentence / scenario / f"{stem}.wav")
+            utterances.append(Utterance(f"imp-{name}", wav, emo, f"{sex}0{session}", f"session{session}"))
+    return utterances
+
+
+def facts(data_folder: Path, utterances: list[Utterance]) -> Mapping:
+    """Compare a copy with the commonly cited counts of the classes.
+
+    Parameters
+    ----------
+    data_folder : pathlib.Path
+        The corpus's folder.
+    utterances : list of Utterance
+        What `list_msp_improv` found there.
+
+    Returns
+    -------
+    mapping
+        For `corpus.json`.
+
+    Example
+    -------
+    >>> facts(Path("/nowhere"), [])["release_check"]["total_expected"]
+    7798
+    """
+    return {"release_check": check_release("msp_improv", utterances, "emo", COUNTS)}
+
+
+MSP_IMPROV = Corpus(*("msp_improv", "MSP?I*", "Eval*tion.txt", SESSIONS, list_msp_improv), group="session", facts=facts)
+prepare_msp_improv = MSP_IMPROV.prepare

@@ -1,0 +1,121 @@
+"""MSP-Podcast: natural emotional speech from podcasts (Lotfian & Busso 2019), English.
+
+Speaking turns of about 3 to 11 s. Doi 10.1109/TAFFC.2017.2736999. It grows from release to release, and every release
+has other counts, so `corpus.json` records the release (from the folder's name, as `MSP-PODCAST-Publish-1.12`) and the
+counts by partition and class. Licence: academic licence signed by the institution, from the Multimodal Signal
+Processing (MSP) laboratory of the University of Texas at Dallas, page "MSP-Podcast".
+Tree: `Labels/labels_consensus.csv` with the columns `FileName, EmoClass, SpkrID, Split_Set` among others, recordings
+`Audios/*.wav` (`Audio/` in some releases; any file type that libsndfile reads).
+
+Four classes: A angry, H happy, N neutral, S sad; U surprise, F fear, D disgust, C contempt, O other and
+X (no agreement) take no part.
+Split policy: the official partitions `Train, Development, Test1, Test2`, by name. Test1 is the one to report: Test2 is
+known to be gender-biased, and Test3 carries no labels and is left out.
+Partitions are speaker-disjoint by intention of the release, and checked: recordings of a known speaker who is also in a
+later split (`test`, `valid`) are left out of the earlier one (`adapt`, `train`), and counted in `corpus.json`.
+Unknown speakers have no name to compare, so each of their recordings counts as a speaker of its own, here and in
+confidence intervals by speaker, which are somewhat too narrow for it.
+"""
+
+from __future__ import annotations
+
+import csv
+import re
+from collections import Counter
+from collections.abc import Mapping
+from pathlib import Path
+
+from speechbrain_mifuse.corpora.manifest import Corpus, CorpusError, Utterance, map_label
+
+LABEL_MAP = {
+    "A": "angry",
+    "H": "happy",
+    "N": "neutral",
+    "S": "sad",
+    **dict.fromkeys("UFDCOX"),
+}
+COLUMNS = ("FileName", "EmoClass", "SpkrID", "Split_Set")
+UNLABELLED = "Test3"
+
+
+def list_msp_podcast(data_folder: str | Path) -> list[Utterance]:
+    r"""List the recordings of the four common classes in all labelled partitions.
+
+    Parameters
+    ----------
+    data_folder : str or pathlib.Path
+        Folder that holds `Labels/labels_consensus.csv`.
+
+    Returns
+    -------
+    list of Utterance
+        One per row, with the release's path where there is no recording.
+
+    Raises
+    ------
+    CorpusError
+        If the table lacks a column or names an unknown emotion.
+
+    Example
+    -------
+    >>> import tempfile
+    >>> root = Path(tempfile.mkdtemp())
+    >>> (root / "Labels").mkdir()
+    >>> rows = "FileName,EmoClass,SpkrID,Split_Set\nMSP-PODCAST_0001_0008.wav,A,Unknown,Train\n"
+    >>> _ = (root / "Labels" / "labels_consensus.csv").write_text(rows)
+    >>> [(u.utt_id, u.emo, u.speaker, u.partition) for u in list_msp_podcast(root)]
+    [('msp-MSP-PODCAST_0001_0008', 'angry', 'unknown-MSP-PODCAST_0001_0008', 'Train')]
+    """
+    root = Path(data_folder)
+    table = root / "Labels" / "labels_consensus.csv"
+    found = {wav.stem: wav for folder in ("Audio", "Audios") for wav in (root / folder).glob("[!.]*.*")}
+    utterances = []
+    with table.open(encoding="utf-8-sig", newline="") as file:
+        for row in csv.DictReader(file):
+            try:
+                name, code, speaker, partition = (row[column].strip() for column in COLUMNS)
+            except (KeyError, AttributeError):
+                raise CorpusError(f"{table}: lacks one of {', '.join(COLUMNS)} in row {row}.") from None
+            emo = None if partition == UNLABELLED else map_label(LABEL_MAP, code, f"{table}, {name}")
+            if emo is not None:
+                stem = Path(name).stem
+                who = f"unknown-{stem}" if speaker.lower() in ("", "unknown") else speaker
+                wav = found.get(stem, root / "Audios" / name)
+                utterances.append(Utterance(f"msp-{stem}", wav, emo, who, partition=partition))
+    return utterances
+
+
+def facts(data_folder: Path, utterances: list[Utterance]) -> Mapping:
+    """Tell which release this is, as far as it can be seen, and what it holds.
+
+    Parameters
+    ----------
+    data_folder : pathlib.Path
+        The corpus's folder.
+    utterances : list of Utterance
+        What `list_msp_podcast` found there.
+
+    Returns
+    -------
+    mapping
+        For `corpus.json`: `release` (`None` where the folder's name holds no number), counts by partition and class,
+        and how many recordings are of unknown speakers.
+
+    Example
+    -------
+    >>> facts(Path("/data/MSP-PODCAST-Publish-1.12"), [])["release"]
+    '1.12'
+    """
+    number = re.search(r"\d+\.\d+(\.\d+)?", data_folder.resolve().name)
+    counts = {}
+    for utterance in utterances:
+        counts.setdefault(utterance.partition, Counter())[utterance.emo] += 1
+    return {
+        "release": number.group() if number else None,
+        "partition_counts": {name: dict(sorted(counts[name].items())) for name in sorted(counts)},
+        "unknown_speakers": sum(utterance.speaker.startswith("unknown-") for utterance in utterances),
+    }
+
+
+MSP_PODCAST = Corpus(*("msp_podcast", "MSP?P*", "Labels/labels_consensus.csv", (), list_msp_podcast), facts=facts)
+prepare_msp_podcast = MSP_PODCAST.prepare
