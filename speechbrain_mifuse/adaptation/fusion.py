@@ -5,8 +5,15 @@ Equations of MI-Fuse (arXiv 2509.20706) as far as its abstract and summaries giv
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch.nn import functional as F
+
+from speechbrain_mifuse.adaptation.uncertainty import entropy
+
+# Least probability that counts in a product: one expert's zero must not silence the others.
+FLOOR = 1e-6
 
 
 def exponential_weight(uncertainty: torch.Tensor, temperature: float = 0.2) -> torch.Tensor:
@@ -104,6 +111,67 @@ def fused_label(means: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
     return torch.einsum("bmc,bm->bc", means, weights)
 
 
+def prior_corrected(means: torch.Tensor, prior: torch.Tensor) -> torch.Tensor:
+    """Divide distributions by a teacher's own average, and normalise: `p'_c = (p_c / prior_c) / sum_j (p_j / prior_j)`.
+
+    A teacher that prefers a class on a whole set is taken to be biased towards it. That assumes a set whose classes
+    are of comparable size; where they are not, it takes away true frequency as well (label-shift correction of Saerens
+    et al. 2002, with a uniform target prior).
+
+    Parameters
+    ----------
+    means : torch.Tensor
+        `[N, C]`, distributions; an all-zero row (no answer) stays one.
+    prior : torch.Tensor
+        `[C]`, the average over the set; below 1e-6 it counts as 1e-6.
+
+    Returns
+    -------
+    torch.Tensor
+        `[N, C]`.
+
+    Example
+    -------
+    >>> print(prior_corrected(torch.tensor([[0.6, 0.4], [0.0, 0.0]]), torch.tensor([0.75, 0.25])))
+    tensor([[0.3333, 0.6667],
+            [0.0000, 0.0000]])
+    """
+    corrected = means / prior.clamp(min=FLOOR)
+    return corrected / corrected.sum(-1, keepdim=True).clamp(min=torch.finfo(means.dtype).tiny)
+
+
+def product_of_experts(
+    distributions: Sequence[torch.Tensor], exponents: Sequence[torch.Tensor | float] | None = None
+) -> torch.Tensor:
+    """`q_c` proportional to `prod_m p_mc ^ e_m`: what experts of different evidence say together (Hinton 2002).
+
+    Parameters
+    ----------
+    distributions : sequence of torch.Tensor
+        Each `[N, C]`; an all-zero row is no answer and takes no part. Other probabilities count as 1e-6 at least.
+    exponents : sequence, optional
+        One number or `[N]` tensor per expert; 1 by default.
+
+    Returns
+    -------
+    torch.Tensor
+        `[N, C]`; all zero where nobody answered.
+
+    Example
+    -------
+    >>> answers, silent = torch.tensor([[0.8, 0.2]]), torch.zeros(1, 2)
+    >>> print(product_of_experts([answers, answers, silent]), product_of_experts([silent]))
+    tensor([[0.9412, 0.0588]]) tensor([[0., 0.]])
+    """
+    exponents = [1.0] * len(distributions) if exponents is None else exponents
+    answered = torch.stack([p.sum(-1) > 0 for p in distributions])
+    evidence = torch.zeros_like(distributions[0])
+    for probs, exponent, present in zip(distributions, exponents, answered, strict=True):
+        weight = torch.as_tensor(exponent, dtype=probs.dtype, device=probs.device) * present
+        evidence = evidence + weight.unsqueeze(-1) * probs.clamp(min=FLOOR).log()
+    return evidence.softmax(-1) * answered.any(0).unsqueeze(-1)
+
+
 def soft_cross_entropy(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
     """`-sum_c q_c log p_c`, averaged over the utterances that have a target.
 
@@ -150,3 +218,28 @@ def diversity(logits: torch.Tensor) -> torch.Tensor:
     -0.6931
     """
     return -torch.special.entr(logits.softmax(-1).mean(0)).sum()
+
+
+def information(logits: torch.Tensor, diversity_weight: float = 1.0) -> torch.Tensor:
+    """`mean H(p) + lambda sum_c pbar_c log pbar_c`: minus the mutual information of input and prediction at lambda 1.
+
+    Least when each prediction is certain and all classes are used (SHOT, Liang et al. 2020).
+
+    Parameters
+    ----------
+    logits : torch.Tensor
+        `[B, C]`.
+    diversity_weight : float
+        lambda.
+
+    Returns
+    -------
+    torch.Tensor
+        Scalar, nats.
+
+    Example
+    -------
+    >>> round(float(information(torch.tensor([[99.0, 0.0], [0.0, 99.0]]))), 4)
+    -0.6931
+    """
+    return entropy(logits.softmax(-1)).mean() + diversity_weight * diversity(logits)

@@ -1,14 +1,48 @@
-"""What every adaptation method is: targets from teachers, a loss, a predictor."""
+"""What every adaptation method is: targets from teachers, a loss, and hooks for what looks at the whole set."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+import functools
+import inspect
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 
 import torch
 
 from speechbrain_mifuse.adaptation.fusion import diversity, soft_cross_entropy
 from speechbrain_mifuse.adaptation.uncertainty import masked_mean
+
+
+@dataclass(frozen=True)
+class Outputs:
+    """What the student says of some utterances.
+
+    Parameters
+    ----------
+    vectors : torch.Tensor
+        `[N, 2 D]`, pooled and normalised.
+    hidden : torch.Tensor
+        `[N, H]`, hidden units before dropout.
+    logits : torch.Tensor
+        `[N, C]`; of a training step with dropout, of a whole set without.
+    head : callable, optional
+        From vectors to logits, dropout as in `logits`.
+
+    Example
+    -------
+    >>> Outputs(torch.zeros(2, 8), torch.zeros(2, 3), torch.zeros(2, 4)).probs[0].tolist()
+    [0.25, 0.25, 0.25, 0.25]
+    """
+
+    vectors: torch.Tensor
+    hidden: torch.Tensor
+    logits: torch.Tensor
+    head: Callable[[torch.Tensor], torch.Tensor] | None = None
+
+    @property
+    def probs(self) -> torch.Tensor:
+        """`[N, C]`, softmax of the logits."""
+        return self.logits.softmax(-1)
 
 
 @dataclass(frozen=True)
@@ -26,6 +60,8 @@ class Teachers:
         does not use them does not pay for them.
     reference : torch.Tensor, optional
         `[B]`, class indices; only given to a method with `uses_labels`.
+    rows : torch.Tensor, optional
+        `[B]`, place of each utterance in the adaptation set: where a method that remembers something finds it.
 
     Example
     -------
@@ -39,6 +75,7 @@ class Teachers:
     lalm_mask: torch.Tensor
     classifier: Callable[[], torch.Tensor]
     reference: torch.Tensor | None = None
+    rows: torch.Tensor | None = None
 
     @property
     def lalm_mean(self) -> torch.Tensor:
@@ -51,10 +88,35 @@ class Teachers:
         return self.lalm_mask.any(1)
 
 
+@dataclass(frozen=True)
+class Survey(Teachers):
+    """What teachers and student say of a whole set, `rows` being 0 to N - 1; never with labels.
+
+    Parameters
+    ----------
+    lalm, lalm_mask, classifier, reference, rows
+        As for `Teachers`, with N in the place of B.
+    student : callable
+        Gives the `Outputs` of the student as it is now, in evaluation mode and without gradient. Each call goes through
+        the whole set.
+
+    Example
+    -------
+    >>> silent, outputs = torch.zeros(2, 5, 4), Outputs(torch.zeros(2, 8), torch.zeros(2, 3), torch.zeros(2, 4))
+    >>> survey = Survey(silent, silent.bool().any(2), lambda: silent, student=lambda: outputs)
+    >>> survey.student().logits.shape
+    torch.Size([2, 4])
+    """
+
+    student: Callable[[], Outputs] = field(kw_only=True)
+
+
 class AdaptationMethod:
     """Base of the methods: a student trained towards soft targets, kept from collapse by the diversity term.
 
-    A new method is a subclass with `targets`, and one line in the recipe's YAML.
+    A new method is a subclass, most often with `targets` alone, and one line in the recipe's YAML. A method keeps the
+    parameters of its constructor under their own names: `describe` tells a finished run from one of other settings by
+    them.
 
     Parameters
     ----------
@@ -69,26 +131,55 @@ class AdaptationMethod:
         Whether it is given the target's labels: true for the upper bound alone.
     answers_for : tuple of str
         Which sets the language model is asked about: `adapt`, `test`, both or none.
-    predictor : str
-        Who answers in the end: `student` or `lalm`.
+    frozen : tuple of str
+        Parts of the student that stay as they came, such as `output`.
+    refreshes : int
+        How often in a run `refresh` is called, at even distances, the first time before the first step.
+    state : dict of str to torch.Tensor
+        All that the method remembers from one step to the next. It is saved with each checkpoint, and emptied before
+        `start`.
+    statistics : dict of str to float
+        What the log shows of the last batch.
 
     Example
     -------
     >>> method = AdaptationMethod(diversity_weight=1.0)
-    >>> round(float(method.loss(torch.zeros(2, 4), torch.ones(2, 4) / 4)), 4)
+    >>> student = Outputs(torch.zeros(2, 8), torch.zeros(2, 3), torch.zeros(2, 4))
+    >>> round(float(method.loss(student, torch.ones(2, 4) / 4)), 4)
     0.0
     """
 
     trains = True
     uses_labels = False
     answers_for: tuple[str, ...] = ("adapt",)
-    predictor = "student"
+    frozen: tuple[str, ...] = ()
+    refreshes = 0
 
     def __init__(self, diversity_weight: float = 1.0):
         self.diversity_weight = diversity_weight
+        self.state: dict[str, torch.Tensor] = {}
+        self.statistics: dict[str, float] = {}
+
+    def start(self, survey: Survey) -> None:
+        """Look at the adaptation set once, before the first step: the student still is the source.
+
+        Parameters
+        ----------
+        survey : Survey
+            Of the adaptation set.
+        """
+
+    def refresh(self, survey: Survey) -> None:
+        """Look at the adaptation set anew, `refreshes` times per run.
+
+        Parameters
+        ----------
+        survey : Survey
+            Of the adaptation set.
+        """
 
     def targets(self, teachers: Teachers) -> torch.Tensor:
-        """Soft labels of a batch.
+        """Soft labels of a batch, found before the student's own pass.
 
         Parameters
         ----------
@@ -98,23 +189,104 @@ class AdaptationMethod:
         Returns
         -------
         torch.Tensor
-            `[B, C]`; all-zero rows carry no loss.
+            `[B, C]`; all-zero rows carry no loss. A method with a loss of its own may hand that something else.
         """
         raise NotImplementedError
 
-    def loss(self, logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+    def loss(self, student: Outputs, targets: torch.Tensor) -> torch.Tensor:
         """`CE(q, p) + lambda sum_c pbar_c log pbar_c`.
 
         Parameters
         ----------
-        logits : torch.Tensor
-            The student's, `[B, C]`.
+        student : Outputs
+            Of the batch.
         targets : torch.Tensor
-            `[B, C]`.
+            What `targets` gave.
 
         Returns
         -------
         torch.Tensor
             Scalar.
         """
-        return soft_cross_entropy(logits, targets) + self.diversity_weight * diversity(logits)
+        return soft_cross_entropy(student.logits, targets) + self.diversity_weight * diversity(student.logits)
+
+    def predict(self, test: Survey) -> torch.Tensor:
+        """Answer for the test set; by default the student does.
+
+        Parameters
+        ----------
+        test : Survey
+            Of the test set.
+
+        Returns
+        -------
+        torch.Tensor
+            `[N, C]`; an all-zero row is no answer.
+        """
+        return test.student().probs
+
+    def describe(self) -> dict:
+        """Class and constructor parameters: what, beside data and schedule, decides the outcome.
+
+        Returns
+        -------
+        dict
+            Of JSON's types; `method` is the class, `method.<parameter>` each parameter, and functions are named with
+            the keywords they are bound to.
+
+        Example
+        -------
+        >>> AdaptationMethod(0.5).describe()
+        {'method': 'speechbrain_mifuse.adaptation.method.AdaptationMethod', 'method.diversity_weight': 0.5}
+        """
+        names = [name for name in inspect.signature(type(self)).parameters]
+        chosen = [described(f"method.{name}", getattr(self, name)) for name in names]
+        return {"method": qualified(type(self))} | {key: value for part in chosen for key, value in part.items()}
+
+
+def qualified(thing: Callable) -> str:
+    """Name a function or class by its module and place in it.
+
+    Parameters
+    ----------
+    thing : callable
+        With `__qualname__`.
+
+    Returns
+    -------
+    str
+        Its full name.
+
+    Example
+    -------
+    >>> qualified(AdaptationMethod)
+    'speechbrain_mifuse.adaptation.method.AdaptationMethod'
+    """
+    return f"{thing.__module__}.{thing.__qualname__}"
+
+
+def described(name: str, value) -> dict:
+    """Say what a parameter is in JSON's types.
+
+    Parameters
+    ----------
+    name : str
+        Key.
+    value
+        A value of JSON's types, a function, or a `functools.partial` of one with keywords.
+
+    Returns
+    -------
+    dict
+        One entry, and one more for each keyword of a partial.
+
+    Example
+    -------
+    >>> described("weight", functools.partial(soft_cross_entropy, targets=1.0))
+    {'weight': 'speechbrain_mifuse.adaptation.fusion.soft_cross_entropy', 'weight.targets': 1.0}
+    """
+    if isinstance(value, functools.partial):
+        bound: Mapping = {**dict(enumerate(value.args)), **value.keywords}
+        inner = [described(f"{name}.{key}", part) for key, part in bound.items()]
+        return described(name, value.func) | {key: part for found in inner for key, part in found.items()}
+    return {name: qualified(value) if callable(value) else value}

@@ -1,14 +1,18 @@
-"""MI-Fuse (arXiv 2509.20706): two teachers, weighted by the mutual information of their stochastic predictions."""
+"""MI-Fuse (arXiv 2509.20706): two teachers, weighted by the mutual information of their stochastic predictions.
+
+With it, three that differ in the weights alone: by entropy, dealt to the wrong utterances, and equal.
+"""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 
 import torch
 
 from speechbrain_mifuse.adaptation.fusion import exponential_weight, fused_label, teacher_weights
 from speechbrain_mifuse.adaptation.method import AdaptationMethod, Teachers
-from speechbrain_mifuse.adaptation.uncertainty import masked_mean, mutual_information
+from speechbrain_mifuse.adaptation.uncertainty import entropy, masked_mean, mutual_information
 
 
 class MIFuse(AdaptationMethod):
@@ -23,8 +27,10 @@ class MIFuse(AdaptationMethod):
 
     Attributes
     ----------
+    measure : str
+        What the log calls the uncertainty.
     statistics : dict of str to float
-        Means over the last batch, for the log: weight of the language model and both teachers' mutual information.
+        Means over the last batch, for the log: weight of the language model and both teachers' uncertainty.
 
     Example
     -------
@@ -35,20 +41,38 @@ class MIFuse(AdaptationMethod):
     tensor([[0.8973, 0.1027]])
     """
 
+    measure = "mi"
+
     def __init__(
         self, diversity_weight: float = 1.0, weight: Callable[[torch.Tensor], torch.Tensor] = exponential_weight
     ):
         super().__init__(diversity_weight)
         self.weight = weight
-        self.statistics: dict[str, float] = {}
 
-    def weights(self, lalm_mi: torch.Tensor, classifier_mi: torch.Tensor, available: torch.Tensor) -> torch.Tensor:
+    def uncertainty(self, samples: torch.Tensor, mask: torch.Tensor | None = None) -> torch.Tensor:
+        """How unsure a teacher is of each utterance: the mutual information of its predictions.
+
+        Parameters
+        ----------
+        samples : torch.Tensor
+            `[B, K, C]`.
+        mask : torch.Tensor, optional
+            `[B, K]`, bool: which of them exist.
+
+        Returns
+        -------
+        torch.Tensor
+            `[B]`, in [0, 1].
+        """
+        return mutual_information(samples, mask)
+
+    def weights(self, lalm: torch.Tensor, classifier: torch.Tensor, available: torch.Tensor) -> torch.Tensor:
         """Weights of the two teachers.
 
         Parameters
         ----------
-        lalm_mi, classifier_mi : torch.Tensor
-            `[B]`.
+        lalm, classifier : torch.Tensor
+            `[B]`, their uncertainties.
         available : torch.Tensor
             `[B]`, bool: whether the language model answered.
 
@@ -57,7 +81,7 @@ class MIFuse(AdaptationMethod):
         torch.Tensor
             `[B, 2]`: language model, classifier.
         """
-        reliability = self.weight(torch.stack([lalm_mi, classifier_mi], dim=1))
+        reliability = self.weight(torch.stack([lalm, classifier], dim=1))
         return teacher_weights(reliability, torch.stack([available, torch.ones_like(available)], dim=1))
 
     def targets(self, teachers: Teachers) -> torch.Tensor:
@@ -74,15 +98,38 @@ class MIFuse(AdaptationMethod):
             `[B, C]`.
         """
         classifier = teachers.classifier()
-        lalm_mi = mutual_information(teachers.lalm, teachers.lalm_mask)
-        classifier_mi = mutual_information(classifier)
-        weights = self.weights(lalm_mi, classifier_mi, teachers.lalm_available)
+        unsure = (self.uncertainty(teachers.lalm, teachers.lalm_mask), self.uncertainty(classifier))
+        weights = self.weights(*unsure, teachers.lalm_available)
         self.statistics = {
             "lalm_weight": float(weights[:, 0].mean()),
-            "lalm_mi": float(lalm_mi.mean()),
-            "classifier_mi": float(classifier_mi.mean()),
+            f"lalm_{self.measure}": float(unsure[0].mean()),
+            f"classifier_{self.measure}": float(unsure[1].mean()),
         }
         return fused_label(torch.stack([teachers.lalm_mean, masked_mean(classifier)], dim=1), weights)
+
+
+class EntropyFusion(MIFuse):
+    """MI-Fuse with the plain uncertainty in the place of mutual information: the entropy of each teacher's mean.
+
+    Tells whether it matters that mutual information leaves out what every sample alone is unsure of.
+
+    Parameters
+    ----------
+    diversity_weight, weight
+        As for `MIFuse`.
+
+    Example
+    -------
+    >>> unsure = torch.full((1, 3, 2), 0.5)
+    >>> MIFuse().uncertainty(unsure).tolist(), EntropyFusion().uncertainty(unsure).tolist()
+    ([0.0], [1.0])
+    """
+
+    measure = "entropy"
+
+    def uncertainty(self, samples: torch.Tensor, mask: torch.Tensor | None = None) -> torch.Tensor:
+        """`H(mean) / log C`; see `MIFuse.uncertainty`."""
+        return entropy(masked_mean(samples, mask)) / math.log(samples.shape[-1])
 
 
 class PermutedMIFuse(MIFuse):
@@ -103,9 +150,9 @@ class PermutedMIFuse(MIFuse):
     [1.0, 1.0]
     """
 
-    def weights(self, lalm_mi: torch.Tensor, classifier_mi: torch.Tensor, available: torch.Tensor) -> torch.Tensor:
+    def weights(self, lalm: torch.Tensor, classifier: torch.Tensor, available: torch.Tensor) -> torch.Tensor:
         """Permute the weights among the utterances that both teachers answered; see `MIFuse.weights`."""
-        weights = super().weights(lalm_mi, classifier_mi, available)
+        weights = super().weights(lalm, classifier, available)
         answered = torch.nonzero(available).flatten()
         shuffled = answered[torch.randperm(len(answered), device=answered.device)]
         weights[answered] = weights[shuffled]

@@ -1,11 +1,13 @@
-"""Lower and upper bounds and the language model alone: the rows every table of adaptation begins and ends with."""
+"""Lower and upper bounds, each teacher alone, and both without training: the rows that a method must be seen beside."""
 
 from __future__ import annotations
 
 import torch
 from torch.nn import functional as F
 
-from speechbrain_mifuse.adaptation.method import AdaptationMethod, Teachers
+from speechbrain_mifuse.adaptation.fusion import prior_corrected, product_of_experts
+from speechbrain_mifuse.adaptation.method import AdaptationMethod, Survey, Teachers
+from speechbrain_mifuse.adaptation.uncertainty import masked_mean
 
 
 class SourceOnly(AdaptationMethod):
@@ -26,13 +28,51 @@ class LalmZeroShot(AdaptationMethod):
 
     Example
     -------
-    >>> LalmZeroShot.predictor
-    'lalm'
+    >>> answers = torch.tensor([[[0.2, 0.8], [0.4, 0.6]]])
+    >>> test = Survey(answers, torch.ones(1, 2, dtype=torch.bool), classifier=lambda: None, student=lambda: None)
+    >>> print(LalmZeroShot().predict(test))
+    tensor([[0.3000, 0.7000]])
     """
 
     trains = False
     answers_for = ("test",)
-    predictor = "lalm"
+
+    def predict(self, test: Survey) -> torch.Tensor:
+        """`mean_L`; see `AdaptationMethod.predict`."""
+        return test.lalm_mean
+
+
+class ZeroTraining(AdaptationMethod):
+    """Both teachers without any training: each corrected by its own prior, then multiplied.
+
+    Ours, no paper's: the least that a method that trains has to beat. Each teacher's mean distribution is divided by
+    its average over the adaptation set, which assumes that the target's classes are of comparable size, as the
+    diversity term of the other methods does; see `prior_corrected` and `product_of_experts`. An utterance that the
+    language model did not answer is left to the source classifier.
+
+    Example
+    -------
+    >>> answers, unsure = torch.tensor([[[0.9, 0.1]], [[0.7, 0.3]]]), torch.full((2, 4, 2), 0.5)
+    >>> survey = Survey(answers, torch.ones(2, 1, dtype=torch.bool), lambda: unsure, student=lambda: None)
+    >>> method = ZeroTraining()
+    >>> method.start(survey)
+    >>> method.predict(survey).argmax(1).tolist()
+    [0, 1]
+    """
+
+    trains = False
+    answers_for = ("adapt", "test")
+
+    def start(self, survey: Survey) -> None:
+        """Estimate what each teacher says on average; see `AdaptationMethod.start`."""
+        lalm = masked_mean(survey.lalm_mean.unsqueeze(0), survey.lalm_available.unsqueeze(0))[0]
+        self.state = {"lalm": lalm, "classifier": survey.classifier().mean((0, 1))}
+
+    def predict(self, test: Survey) -> torch.Tensor:
+        """`q` proportional to `mean_L / prior_L * mean_S / prior_S`; see `AdaptationMethod.predict`."""
+        lalm = prior_corrected(test.lalm_mean, self.state["lalm"])
+        classifier = prior_corrected(test.classifier().mean(1), self.state["classifier"])
+        return product_of_experts([lalm, classifier])
 
 
 class LalmSfuda(AdaptationMethod):
@@ -55,8 +95,9 @@ class Oracle(AdaptationMethod):
 
     Example
     -------
-    >>> logits = torch.tensor([[9.0, 0.0]])
-    >>> round(float(Oracle(diversity_weight=0.0).loss(logits, torch.tensor([[1.0, 0.0]]))), 4)
+    >>> from speechbrain_mifuse.adaptation.method import Outputs
+    >>> student = Outputs(torch.zeros(1, 8), torch.zeros(1, 3), torch.tensor([[9.0, 0.0]]))
+    >>> round(float(Oracle(diversity_weight=0.0).loss(student, torch.tensor([[1.0, 0.0]]))), 4)
     0.0001
     """
 

@@ -15,21 +15,27 @@ from pathlib import Path
 
 import speechbrain as sb
 import torch
-from safetensors.torch import save
 from speechbrain.dataio.dataset import DynamicItemDataset
+from speechbrain.utils.checkpoints import mark_as_loader, mark_as_saver, register_checkpoint_hooks
 from speechbrain.utils.epoch_loop import EpochCounter
 from speechbrain.utils.seed import seed_everything
 from speechbrain.utils.train_logger import FileTrainLogger
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
-from speechbrain_mifuse.adaptation.method import AdaptationMethod, Teachers
+from speechbrain_mifuse.adaptation.method import AdaptationMethod, Outputs, Survey, Teachers
+from speechbrain_mifuse.adaptation.selection import criteria
+from speechbrain_mifuse.brains.snapshots import Snapshots
 from speechbrain_mifuse.brains.training import EVERY_EPOCH, ResumableBrain, WholeCheckpointer, same_settings, watched
+from speechbrain_mifuse.brains.whole_set import WholeSet
 from speechbrain_mifuse.corpora.manifest import atomic_write
 from speechbrain_mifuse.features.dataset import frame_batches
 from speechbrain_mifuse.inference import load_classifier, recogniser_digest
 from speechbrain_mifuse.progress import progress, quiet
 
 logger = logging.getLogger(__name__)
+
+# Lines of the log, checkpoints and snapshots per run, at most.
+LOG_POINTS = 5
 
 
 def ema_decay(window: float, steps: int) -> float:
@@ -88,11 +94,49 @@ def ema_copy(model: torch.nn.Module, decay: float) -> AveragedModel:
     return average.requires_grad_(False).eval()
 
 
+@register_checkpoint_hooks
+class Memory:
+    """A method's `state`, for the checkpointer.
+
+    Parameters
+    ----------
+    method : AdaptationMethod
+        Whose it is.
+    device : str
+        Where its tensors live.
+
+    Example
+    -------
+    >>> import tempfile
+    >>> method, path = AdaptationMethod(), tempfile.mktemp()
+    >>> method.state["seen"] = torch.tensor([3])
+    >>> Memory(method, "cpu").save(path)
+    >>> method.state = {}
+    >>> Memory(method, "cpu").load(path, end_of_epoch=True)
+    >>> method.state
+    {'seen': tensor([3])}
+    """
+
+    def __init__(self, method: AdaptationMethod, device: str):
+        self.method, self.device = method, device
+
+    @mark_as_saver
+    def save(self, path):
+        """Write the state."""
+        torch.save(self.method.state, path)
+
+    @mark_as_loader
+    def load(self, path, end_of_epoch):
+        """Read the state."""
+        self.method.state = torch.load(path, map_location=self.device, weights_only=True)
+
+
 class AdaptationBrain(ResumableBrain):
     """Train `modules.student` towards the targets of one method.
 
     Beyond `ResumableBrain`'s, `hparams` must hold `method` (an `AdaptationMethod`), `passes` (K_S, Monte-Carlo dropout
-    passes of the classifier teacher) and `ema` (from `ema_copy`).
+    passes of the classifier teacher) and `ema` (from `ema_copy`). `look_at` gives it the whole sets, without which
+    there are neither `rows` nor snapshots.
 
     Example
     -------
@@ -100,10 +144,47 @@ class AdaptationBrain(ResumableBrain):
     True
     """
 
+    places: Mapping[str, int] | None = None
+
+    def look_at(self, adaptation: WholeSet, test: WholeSet, snapshots: Snapshots) -> None:
+        """Show the Brain what lies beyond a batch.
+
+        Parameters
+        ----------
+        adaptation, test : WholeSet
+            The two sets.
+        snapshots : Snapshots
+            Where those of the run go.
+        """
+        self.places, self.snapshots = adaptation.places, snapshots
+        self.adaptation, self.test = self.survey(adaptation), self.survey(test)
+        self.test_keys = test.keys
+
+    def survey(self, whole: WholeSet) -> Survey:
+        """Say what teachers and student think of a whole set, each when it is asked."""
+        return Survey(
+            whole.lalm.to(self.device),
+            whole.lalm_mask.to(self.device),
+            classifier=lambda: whole.gather(lambda batch: [self.classifier_samples(batch.to(self.device))])[0],
+            rows=torch.arange(len(whole.keys), device=self.device),
+            student=functools.partial(self.student_of_set, whole),
+        )
+
+    def student_of_set(self, whole: WholeSet) -> Outputs:
+        """Let the student go through a set in evaluation mode, and restore its mode."""
+        training = self.modules.training
+        self.modules.eval()
+        found = whole.gather(lambda batch: self.modules.student.parts(*batch.to(self.device).feats))
+        self.modules.train(training)
+        return Outputs(*found, head=functools.partial(self.modules.student.head, stochastic=False))
+
     def teachers(self, batch) -> Teachers:
         """Collect what the language model and the EMA classifier say of a batch."""
         classifier = functools.partial(self.classifier_samples, batch)
-        return Teachers(batch.lalm, batch.lalm_mask, classifier, getattr(batch, "reference", None))
+        rows = None
+        if self.places is not None:
+            rows = torch.tensor([self.places[key] for key in batch.id], device=self.device)
+        return Teachers(batch.lalm, batch.lalm_mask, classifier, getattr(batch, "reference", None), rows)
 
     @torch.no_grad()
     def classifier_samples(self, batch) -> torch.Tensor:
@@ -111,20 +192,35 @@ class AdaptationBrain(ResumableBrain):
         frames, lengths = batch.feats
         return self.hparams.ema.module.stochastic_logits(frames, lengths, self.hparams.passes).softmax(-1)
 
+    def begin(self) -> None:
+        """Let the method forget what it may know of another run and look at the adaptation set."""
+        torch.manual_seed(self.hparams.seed)
+        self.hparams.method.state = {}
+        self.hparams.method.start(self.adaptation)
+
+    def on_stage_start(self, stage, epoch=None):
+        """Seed the epoch; let the method look at the adaptation set anew when it is time."""
+        super().on_stage_start(stage, epoch)
+        refreshes = self.hparams.method.refreshes
+        if stage != sb.Stage.TRAIN or not refreshes:
+            return
+        if (epoch - 1) % max(1, round(self.hparams.epoch_counter.limit / refreshes)) == 0:
+            self.hparams.method.refresh(self.adaptation)
+
     def compute_forward(self, batch, stage):
-        """Logits `[B, C]` of the student; in training, the method's targets are left in `batch.targets`."""
+        """Give the student's `Outputs`; the method's targets are left in `batch.targets`."""
         batch = batch.to(self.device)
-        if stage == sb.Stage.TRAIN:
-            # Before the student keeps its activations for the backward pass, so that both use the same memory in turn:
-            # at these sizes, fresh memory costs as much as the arithmetic.
-            batch.targets = self.hparams.method.targets(self.teachers(batch))
-        return self.modules.student(*batch.feats)
+        # Before the student keeps its activations for the backward pass, so that both use the same memory in turn:
+        # at these sizes, fresh memory costs as much as the arithmetic.
+        batch.targets = self.hparams.method.targets(self.teachers(batch))
+        student = self.modules.student
+        return Outputs(*student.parts(*batch.feats), head=functools.partial(student.head, stochastic=student.training))
 
     def compute_objectives(self, predictions, batch, stage):
         """Loss of the method, with its statistics counted for the log."""
         method = self.hparams.method
         loss = method.loss(predictions, batch.targets)
-        self.count(**getattr(method, "statistics", {}))
+        self.count(**method.statistics)
         return loss
 
     def on_fit_batch_end(self, batch, outputs, loss, should_step):
@@ -132,28 +228,24 @@ class AdaptationBrain(ResumableBrain):
         if should_step:
             self.hparams.ema.update_parameters(self.modules.student)
 
-    @torch.inference_mode()
-    def predict(self, dataset, **loader) -> dict[str, list[float]]:
-        """Class probabilities of the student.
+    def on_log_point(self, epoch: int) -> None:
+        """Keep a snapshot; see `ResumableBrain.on_log_point`."""
+        found = {"step": self.optimizer_step, **criteria(self.adaptation.student().probs)}
+        self.snapshots.keep({**found, "predictions": self.predictions()}, self.modules.student)
 
-        Parameters
-        ----------
-        dataset : DynamicItemDataset
-            Gives `id` and `feats`.
-        **loader
-            Loader options.
+    @torch.no_grad()
+    def predictions(self) -> dict[str, list[float]]:
+        """Answers to the test utterances.
 
         Returns
         -------
         dict of str to list of float
-            `[C]` by utterance id.
+            `[C]` by utterance id; an utterance without an answer is missing.
         """
-        self.modules.eval()
-        found = {}
-        for batch in self.make_dataloader(dataset, sb.Stage.TEST, ckpt_prefix=None, **loader):
-            probs = self.compute_forward(batch, sb.Stage.TEST).softmax(-1).cpu()
-            found.update(zip(batch.id, probs.tolist(), strict=True))
-        return found
+        probs = self.hparams.method.predict(self.test)
+        answered = (probs.sum(-1) > 0).tolist()
+        rows = zip(self.test_keys, probs.tolist(), answered, strict=True)
+        return {key: row for key, row, said in rows if said}
 
 
 def adapt(
@@ -193,8 +285,8 @@ def adapt(
     """
     method: AdaptationMethod = hparams["methods"][name]
     folder = Path(hparams["output_folder"]) / name
-    predictions = folder / "predictions.json"
-    settings = adaptation_settings(hparams, front, recogniser)
+    predictions, snapshots = folder / "predictions.json", Snapshots(folder, hparams["selection"])
+    settings = {**adaptation_settings(hparams, front, recogniser), **method.describe()}
     settings["data"] = fingerprint_answers(datasets, method.answers_for)
     if same_settings(folder / "settings.json", settings) and predictions.exists():
         logger.info("%s: done already, skipped.", folder)
@@ -202,17 +294,20 @@ def adapt(
     seed_everything(hparams["seed"])
     student = load_classifier(recogniser, hparams["labels"], front.store.fingerprint)
     brain = make_brain(method, hparams, student, len(datasets["adapt"]), folder, run_opts)
+    frames = {key: row.frames for key, row in front.store.rows.items()}
+    sets = {split: WholeSet(dataset, frames, hparams["batch_size"]) for split, dataset in datasets.items()}
+    brain.look_at(sets["adapt"], sets["test"], snapshots)
+    brain.begin()
     if method.trains:
         fit(brain, datasets["adapt"], hparams["batch_size"], name)
-        atomic_write(folder / "student.safetensors", save(student.cpu().state_dict()))
-        student.to(brain.device)
-    found = PREDICTORS[method.predictor](brain, datasets["test"], hparams["batch_size"])
+        atomic_write(folder / "student.safetensors", snapshots.weights.read_bytes())
+    found = snapshots.chosen()["predictions"] if method.trains else brain.predictions()
     atomic_write(predictions, json.dumps(found))
     return found
 
 
 def adaptation_settings(hparams: Mapping, front, recogniser: str | Path) -> dict:
-    """Everything but the data that decides the adapted weights.
+    """Everything but method and data that decides the adapted weights.
 
     Parameters
     ----------
@@ -231,8 +326,8 @@ def adaptation_settings(hparams: Mapping, front, recogniser: str | Path) -> dict
     ...
     KeyError: 'seed'
     """
-    names = ("seed", "number_of_steps", "batch_size", "learning_rate", "ema_window", "passes", "diversity_weight")
-    chosen = {name: hparams[name] for name in (*names, "temperature", "layer")}
+    names = ("seed", "number_of_steps", "batch_size", "learning_rate", "ema_window", "passes", "selection")
+    chosen = {name: hparams[name] for name in (*names, "layer")}
     return {**chosen, "features": front.store.fingerprint, "source": recogniser_digest(recogniser)}
 
 
@@ -293,6 +388,8 @@ def make_brain(method, hparams: Mapping, student, utterances: int, folder: Path,
     """
     steps_per_epoch = max(utterances // hparams["batch_size"], 1)
     epochs = math.ceil(hparams["number_of_steps"] / steps_per_epoch)
+    for part in method.frozen:
+        student.get_submodule(part).requires_grad_(False)
     ema = ema_copy(student, ema_decay(hparams["ema_window"], epochs * steps_per_epoch))
     counter = EpochCounter(epochs)
     folder.mkdir(parents=True, exist_ok=True)
@@ -302,7 +399,7 @@ def make_brain(method, hparams: Mapping, student, utterances: int, folder: Path,
         "passes": hparams["passes"],
         "ema": ema,
         "epoch_counter": counter,
-        "log_interval": max(epochs // 5, 1),
+        "log_interval": math.ceil(epochs / LOG_POINTS),
         "train_logger": FileTrainLogger(folder / "train_log.txt"),
     }
     brain = AdaptationBrain(
@@ -312,6 +409,7 @@ def make_brain(method, hparams: Mapping, student, utterances: int, folder: Path,
         run_opts={**(run_opts or {}), "noprogressbar": True},
         checkpointer=WholeCheckpointer(folder / "save", {"student": student, "ema": ema, "counter": counter}),
     )
+    brain.checkpointer.add_recoverable("memory", Memory(method, brain.device))
     ema.to(brain.device)
     return brain
 
@@ -340,57 +438,3 @@ def fit(brain: AdaptationBrain, dataset: DynamicItemDataset, batch_size: int, na
     counter = brain.hparams.epoch_counter
     with quiet(*EVERY_EPOCH), progress(total=counter.limit, desc=name, unit="epoch") as bar:
         brain.fit(watched(counter, bar), dataset, train_loader_kwargs=loader)
-
-
-def student_predictions(brain: AdaptationBrain, test: DynamicItemDataset, batch_size: int) -> dict[str, list[float]]:
-    """Probabilities of the student; see `AdaptationBrain.predict`.
-
-    Parameters
-    ----------
-    brain : AdaptationBrain
-        Trained, or at its start.
-    test : DynamicItemDataset
-        Test utterances.
-    batch_size : int
-        Of the loader.
-
-    Returns
-    -------
-    dict of str to list of float
-        `[C]` by utterance id.
-
-    Example
-    -------
-    >>> sorted(PREDICTORS)
-    ['lalm', 'student']
-    """
-    return brain.predict(test, **frame_batches(batch_size=batch_size))
-
-
-def lalm_predictions(brain: AdaptationBrain, test: DynamicItemDataset, batch_size: int) -> dict[str, list[float]]:
-    """Mean distribution of the language model on each test utterance that it answered.
-
-    Parameters
-    ----------
-    brain, test, batch_size
-        As for `student_predictions`; the stored answers need neither Brain nor loader.
-
-    Returns
-    -------
-    dict of str to list of float
-        `[C]` by utterance id.
-
-    Example
-    -------
-    >>> sorted(PREDICTORS)
-    ['lalm', 'student']
-    """
-    found = {}
-    for key, row in test.data.items():
-        teachers = Teachers(row["lalm"][None], row["lalm_mask"][None], classifier=lambda: None)
-        if teachers.lalm_available[0]:
-            found[key] = teachers.lalm_mean[0].tolist()
-    return found
-
-
-PREDICTORS = {"student": student_predictions, "lalm": lalm_predictions}

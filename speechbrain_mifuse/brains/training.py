@@ -95,6 +95,15 @@ class ResumableBrain(sb.Brain):
             total, batches = self.statistics.get(name, (0.0, 0))
             self.statistics[name] = (total + float(value), batches + 1)
 
+    def on_log_point(self, epoch: int) -> None:
+        """Do what belongs before a line of the log and a checkpoint; nothing by default.
+
+        Parameters
+        ----------
+        epoch : int
+            The one that ends.
+        """
+
     def on_stage_end(self, stage, stage_loss, epoch=None):
         """Log and save a checkpoint every `log_interval` epochs and at the last one."""
         if stage != sb.Stage.TRAIN:
@@ -102,6 +111,7 @@ class ResumableBrain(sb.Brain):
         last = epoch == self.hparams.epoch_counter.limit
         if epoch % self.hparams.log_interval and not last:
             return
+        self.on_log_point(epoch)
         means = {name: total / batches for name, (total, batches) in self.statistics.items()}
         self.hparams.train_logger.log_stats({"epoch": epoch}, train_stats={"loss": stage_loss, **means})
         self.checkpointer.save_and_keep_only(meta={"epoch": epoch}, num_to_keep=1)

@@ -1,0 +1,147 @@
+"""How the target's own recordings lie: a class expert fitted on soft labels in the space of pooled frames.
+
+All of it is ours. None of it needs a label: soft labels come from the teachers.
+"""
+
+from __future__ import annotations
+
+import torch
+
+
+def principal_components(vectors: torch.Tensor, size: int) -> torch.Tensor:
+    """Project vectors on the directions in which they differ most.
+
+    Parameters
+    ----------
+    vectors : torch.Tensor
+        `[N, D]`.
+    size : int
+        Directions kept; never more than `min(N, D)`.
+
+    Returns
+    -------
+    torch.Tensor
+        `[N, size]`, centred.
+
+    Example
+    -------
+    >>> vectors = torch.tensor([[0.0, 0.0, 1.0], [2.0, 0.0, 1.0], [4.0, 0.0, 1.0]])
+    >>> principal_components(vectors, 1).abs().round(decimals=4).flatten().tolist()
+    [2.0, 0.0, 2.0]
+    """
+    centred = vectors - vectors.mean(0)
+    directions = torch.linalg.svd(centred, full_matrices=False).Vh
+    return centred @ directions[:size].T
+
+
+def with_class_shares(labels: torch.Tensor, shares: torch.Tensor, rounds: int = 20) -> torch.Tensor:
+    """Scale soft labels until each class has a given share of the whole set (Sinkhorn's iteration).
+
+    Parameters
+    ----------
+    labels : torch.Tensor
+        `[N, C]`, distributions.
+    shares : torch.Tensor
+        `[C]`, adding up to 1.
+    rounds : int
+        Iterations.
+
+    Returns
+    -------
+    torch.Tensor
+        `[N, C]`, distributions whose mean is `shares`, nearly.
+
+    Example
+    -------
+    >>> labels = torch.tensor([[0.9, 0.1], [0.8, 0.2], [0.7, 0.3], [0.4, 0.6]])
+    >>> with_class_shares(labels, torch.tensor([0.5, 0.5])).mean(0).round(decimals=3).tolist()
+    [0.5, 0.5]
+    """
+    scaled = labels.clamp(min=1e-8)
+    for _ in range(rounds):
+        scaled = scaled * (shares / scaled.mean(0))
+        scaled = scaled / scaled.sum(1, keepdim=True)
+    return scaled
+
+
+def discriminant_scores(
+    vectors: torch.Tensor, labels: torch.Tensor, queries: torch.Tensor, shrinkage: float = 0.3
+) -> torch.Tensor:
+    """Linear discriminant analysis on soft labels: `s_c(x) = x' S^-1 mu_c - mu_c' S^-1 mu_c / 2`.
+
+    `mu_c` is the mean weighted by the labels, S the within-class covariance, drawn towards a multiple of the identity:
+    `S <- (1 - shrinkage) S + shrinkage tr(S) / D I`. Classes count alike, whatever their size.
+
+    Parameters
+    ----------
+    vectors : torch.Tensor
+        `[N, D]`, to fit on.
+    labels : torch.Tensor
+        `[N, C]`, soft labels; an all-zero row counts for nothing.
+    queries : torch.Tensor
+        `[M, D]`, to score.
+    shrinkage : float
+        In (0, 1].
+
+    Returns
+    -------
+    torch.Tensor
+        `[M, C]`, log-probabilities up to a constant per row, if the classes were normal with equal covariance.
+
+    Example
+    -------
+    >>> vectors = torch.tensor([[0.0, 1.0], [0.0, 2.0], [4.0, 1.0], [4.0, 2.0]])
+    >>> labels = torch.tensor([[1.0, 0.0], [1.0, 0.0], [0.0, 1.0], [0.0, 1.0]])
+    >>> discriminant_scores(vectors, labels, torch.tensor([[0.5, 9.0], [3.5, -9.0]])).argmax(1).tolist()
+    [0, 1]
+    """
+    sizes = labels.sum(0).clamp(min=1e-6)
+    means = labels.T @ vectors / sizes[:, None]
+    scatter = (vectors.T * labels.sum(1)) @ vectors - (means.T * sizes) @ means
+    covariance = scatter / sizes.sum()
+    dim = covariance.shape[0]
+    # The floor keeps identical vectors (a set of silence, say) from making a singular matrix.
+    level = (covariance.trace() / dim).clamp(min=1e-6)
+    covariance = (1 - shrinkage) * covariance + shrinkage * level * torch.eye(dim, device=vectors.device)
+    directions = torch.linalg.solve(covariance, means.T)
+    return queries @ directions - (means.T * directions).sum(0) / 2
+
+
+def cross_fitted_expert(
+    vectors: torch.Tensor, labels: torch.Tensor, folds: torch.Tensor, temperature: float = 1.0, shrinkage: float = 0.3
+) -> torch.Tensor:
+    """Class probabilities of each utterance from a discriminant that was fitted on the others.
+
+    No utterance takes part in fitting what judges it, so the expert does not echo the soft label that it was given.
+
+    Parameters
+    ----------
+    vectors : torch.Tensor
+        `[N, D]`.
+    labels : torch.Tensor
+        `[N, C]`, soft labels.
+    folds : torch.Tensor
+        `[N]`, int: utterances of one number are judged together.
+    temperature : float
+        Divides the scores: the directions of a covariance shrunk from few utterances are too sure of themselves.
+    shrinkage : float
+        As for `discriminant_scores`.
+
+    Returns
+    -------
+    torch.Tensor
+        `[N, C]`, distributions.
+
+    Example
+    -------
+    >>> vectors = torch.tensor([[0.0], [0.2], [0.1], [5.0], [5.2], [5.1]])
+    >>> labels = torch.tensor([[0.9, 0.1]] * 2 + [[0.1, 0.9]] + [[0.1, 0.9]] * 3)  # the third is mislabelled
+    >>> cross_fitted_expert(vectors, labels, torch.arange(6) % 3).argmax(1).tolist()
+    [0, 0, 0, 1, 1, 1]
+    """
+    scores = torch.zeros_like(labels)
+    for fold in folds.unique():
+        held_out = folds == fold
+        fitted = ~held_out
+        scores[held_out] = discriminant_scores(vectors[fitted], labels[fitted], vectors[held_out], shrinkage)
+    return (scores / temperature).softmax(-1)

@@ -1,0 +1,183 @@
+"""Ours, no paper's: MI-Fuse's two teachers multiplied, corrected for their class preferences, with a third expert.
+
+The third expert is the target itself: how its recordings lie, see `geometry`. `docs/method.md` tells what each part
+gives, with its control.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from speechbrain_mifuse.adaptation.fusion import prior_corrected, product_of_experts
+from speechbrain_mifuse.adaptation.geometry import cross_fitted_expert, principal_components, with_class_shares
+from speechbrain_mifuse.adaptation.method import AdaptationMethod, Survey, Teachers
+from speechbrain_mifuse.adaptation.uncertainty import masked_mean
+
+
+class ProductFusion(AdaptationMethod):
+    """Both teachers' mean distributions multiplied: `q` proportional to `mean_L * mean_S`.
+
+    A product is sharper than MI-Fuse's mixture where the teachers agree, and a teacher that is unsure takes little part
+    in it without any weight.
+
+    Parameters
+    ----------
+    diversity_weight : float
+        lambda.
+    prior_correction : bool
+        Divide the language model's means by their average over the adaptation set first. Assumes that the target's
+        classes are of comparable size.
+
+    Example
+    -------
+    >>> method, answers = ProductFusion(), torch.tensor([[[0.8, 0.2]]])
+    >>> method.state["lalm_bias"] = torch.ones(2)
+    >>> teachers = Teachers(answers, torch.ones(1, 1).bool(), lambda: torch.tensor([[[0.7, 0.3]]]))
+    >>> print(method.targets(teachers))
+    tensor([[0.9032, 0.0968]])
+    """
+
+    def __init__(self, diversity_weight: float = 1.0, prior_correction: bool = True):
+        super().__init__(diversity_weight)
+        self.prior_correction = prior_correction
+
+    def start(self, survey: Survey) -> None:
+        """Estimate which classes the language model prefers; see `AdaptationMethod.start`."""
+        classes = survey.lalm.shape[-1]
+        self.state["lalm_bias"] = self.bias(survey, torch.full_like(survey.lalm_mean[0], 1 / classes))
+
+    def bias(self, survey: Survey, shares: torch.Tensor) -> torch.Tensor:
+        """Say how much more often the language model names each class than it occurs; 1 without correction.
+
+        Parameters
+        ----------
+        survey : Survey
+            Of the adaptation set.
+        shares : torch.Tensor
+            `[C]`, how often each class is taken to occur.
+
+        Returns
+        -------
+        torch.Tensor
+            `[C]`.
+        """
+        if not self.prior_correction:
+            return torch.ones_like(shares)
+        average = masked_mean(survey.lalm_mean.unsqueeze(0), survey.lalm_available.unsqueeze(0))[0]
+        return average / shares
+
+    def lalm(self, teachers: Teachers) -> torch.Tensor:
+        """`[B, C]`: the language model's mean distributions, corrected."""
+        return prior_corrected(teachers.lalm_mean, self.state["lalm_bias"])
+
+    def targets(self, teachers: Teachers) -> torch.Tensor:
+        """`q` proportional to `mean_L * mean_S`; see `AdaptationMethod.targets`."""
+        return product_of_experts([self.lalm(teachers), teachers.classifier().mean(1)])
+
+
+class MIFusePlus(ProductFusion):
+    """Product of the two teachers and of an expert on the target's geometry: `q` proportional to `L * S * G`.
+
+    G is a linear discriminant in the space of the source's pooled vectors, fitted on the fused soft labels of the
+    whole adaptation set and cross-fitted, so that it judges no utterance by its own label. It is fitted anew 30 times
+    per run, each time on the product of the teachers with the G before, scaled so that each class has its share of
+    the set. How large the shares are is estimated from the same product and drawn half-way towards equal shares: a
+    target of skewed classes is not forced into balance, and a teacher's preference not taken for the target's.
+
+    Parameters
+    ----------
+    diversity_weight, prior_correction
+        As for `ProductFusion`.
+    recursive : bool
+        Fit G on `L * S * G`; otherwise on `L * S`.
+    share_trust : float
+        How far the estimated class shares count, from 0 (classes are taken to be of equal size) to 1.
+    temperature, shrinkage : float
+        Of G; see `cross_fitted_expert`.
+    components : int
+        Dimension of the space that G works in.
+    folds : int
+        Of cross-fitting.
+
+    Example
+    -------
+    >>> method = MIFusePlus()
+    >>> method.state |= {"lalm_bias": torch.ones(2), "expert": torch.tensor([[0.5, 0.5], [0.1, 0.9]])}
+    >>> answers = torch.tensor([[[0.8, 0.2]]])
+    >>> teachers = Teachers(answers, torch.ones(1, 1).bool(), lambda: answers, rows=torch.tensor([1]))
+    >>> print(method.targets(teachers))
+    tensor([[0.6400, 0.3600]])
+    """
+
+    refreshes = 30
+
+    def __init__(
+        self,
+        diversity_weight: float = 1.0,
+        prior_correction: bool = True,
+        recursive: bool = True,
+        share_trust: float = 0.5,
+        temperature: float = 1.0,
+        shrinkage: float = 0.3,
+        components: int = 256,
+        folds: int = 5,
+    ):
+        super().__init__(diversity_weight, prior_correction)
+        self.recursive, self.share_trust = recursive, share_trust
+        self.temperature, self.shrinkage, self.components, self.folds = temperature, shrinkage, components, folds
+
+    def start(self, survey: Survey) -> None:
+        """Keep the space that G works in, and begin with a G that says nothing; see `AdaptationMethod.start`."""
+        super().start(survey)
+        vectors = survey.student().vectors
+        size, classes = len(vectors), survey.lalm.shape[-1]
+        self.state["space"] = principal_components(vectors, self.components)
+        # Neighbours in the manifest are often takes of one sentence by one speaker: dealt at random, but always alike.
+        order = torch.randperm(size, generator=torch.Generator().manual_seed(0))
+        self.state["folds"] = (order % self.folds).to(vectors.device)
+        self.state["expert"] = torch.full((size, classes), 1 / classes, device=vectors.device)
+
+    def refresh(self, survey: Survey) -> None:
+        """Estimate the class shares and fit G anew; see `AdaptationMethod.refresh`."""
+        classifier, expert = survey.classifier().mean(1), self.state["expert"]
+        estimated = product_of_experts([self.lalm(survey), classifier, expert]).mean(0)
+        shares = self.share_trust * estimated + (1 - self.share_trust) / len(estimated)
+        self.state["lalm_bias"] = self.bias(survey, shares)
+        labels = product_of_experts([self.lalm(survey), classifier, expert], [1.0, 1.0, float(self.recursive)])
+        labels = with_class_shares(labels, shares)
+        space, folds = self.state["space"], self.state["folds"]
+        self.state["expert"] = cross_fitted_expert(space, labels, folds, self.temperature, self.shrinkage)
+
+    def expert(self, teachers: Teachers) -> torch.Tensor:
+        """`[B, C]`: what G says of a batch."""
+        return self.state["expert"][teachers.rows]
+
+    def targets(self, teachers: Teachers) -> torch.Tensor:
+        """`q` proportional to `L * S * G`; see `AdaptationMethod.targets`."""
+        return product_of_experts([self.lalm(teachers), teachers.classifier().mean(1), self.expert(teachers)])
+
+
+class PermutedMIFusePlus(MIFusePlus):
+    """Control: what G says is dealt to other utterances of the batch.
+
+    What is left of the gain here is not owed to knowing where an utterance lies.
+
+    Parameters
+    ----------
+    diversity_weight, prior_correction, recursive, share_trust, temperature, shrinkage, components, folds
+        As for `MIFusePlus`.
+
+    Example
+    -------
+    >>> method = PermutedMIFusePlus()
+    >>> method.state["expert"] = torch.eye(2)
+    >>> silent = torch.zeros(2, 1, 2)
+    >>> dealt = method.expert(Teachers(silent, silent.bool().any(2), lambda: silent, rows=torch.tensor([0, 1])))
+    >>> dealt.sum(0).tolist()
+    [1.0, 1.0]
+    """
+
+    def expert(self, teachers: Teachers) -> torch.Tensor:
+        """Deal `MIFusePlus.expert` anew among the batch."""
+        dealt = super().expert(teachers)
+        return dealt[torch.randperm(len(dealt), device=dealt.device)]
