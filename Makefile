@@ -5,7 +5,7 @@ RUN = $(VENV)/bin/python
 # Threads that wait for a busy core by sleeping: spinning makes a shared machine many times slower.
 export OMP_WAIT_POLICY = passive
 
-.PHONY: demo test table bench clean
+.PHONY: demo test table ablations skew bench clean
 
 $(VENV)/.installed: pyproject.toml
 	$(PYTHON) -m venv $(VENV)
@@ -20,8 +20,24 @@ test: $(VENV)/.installed
 	$(RUN) -m ruff format --check .
 	$(RUN) -m pytest
 
+# The open six transfers: the table, what each part gives, and what happens when classes are not of equal size.
+PAIRS = emodb2rav nemo2rav rav2nemo emodb2nemo rav2emodb nemo2emodb
+SWEEP = $(VENV)/bin/speechbrain-mifuse sweep $(PAIRS) --table docs/results
+ABLATIONS = lalm_sfuda,mi_fuse,mi_fuse_reciprocal,mi_fuse_tau_1,mi_fuse_product,mi_fuse_product_prior
+ABLATIONS := $(ABLATIONS),mi_fuse_plus_no_prior,mi_fuse_plus_once,mi_fuse_plus_equal_shares,mi_fuse_plus_temperature_2
+SKEWED = --seeds 1-2 --methods source_only,lalm_sfuda,mi_fuse,mi_fuse_product_prior,mi_fuse_plus_equal_shares,mi_fuse_plus
+LESS = --prepare_target "{keep: {$(1): 0.2, $(2): 0.2}}"
+
 table: $(VENV)/.installed
-	$(RUN) benchmarks/open_transfer.py
+	$(SWEEP) --seeds 1-5 --name open_transfer
+
+ablations: $(VENV)/.installed
+	$(SWEEP) --seeds 1-3 --name ablations --output results/open_transfer --methods $(ABLATIONS),mi_fuse_plus \
+		--baselines mi_fuse,mi_fuse_plus
+
+skew: $(VENV)/.installed
+	$(SWEEP) $(SKEWED) --name skew_happy_neutral --baselines mi_fuse -- $(call LESS,happy,neutral)
+	$(SWEEP) $(SKEWED) --name skew_angry_sad --baselines mi_fuse -- $(call LESS,angry,sad)
 
 bench: $(VENV)/.installed
 	for name in epoch mifuse_step memory; do $(RUN) benchmarks/run.py $$name --json docs/results/speed/$$name.json; done

@@ -11,13 +11,15 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import torch
-from filelock import FileLock
+from filelock import FileLock, Timeout
 from speechbrain.utils.distributed import run_on_main
 
+from speechbrain_mifuse.adaptation.selection import chosen_snapshot, known_rule
 from speechbrain_mifuse.brains.classifier import train_classifier
+from speechbrain_mifuse.brains.snapshots import Snapshots
 from speechbrain_mifuse.corpora.manifest import atomic_write, read_manifest, unlabelled
 from speechbrain_mifuse.errors import UserError
-from speechbrain_mifuse.evaluation.results import evaluate, side_by_side, write_results
+from speechbrain_mifuse.evaluation.results import evaluate, score_snapshots, side_by_side, write_results
 from speechbrain_mifuse.features import cache_folder
 from speechbrain_mifuse.features.dataset import encoded_rows
 from speechbrain_mifuse.features.encoder import FrozenEncoder
@@ -75,13 +77,15 @@ def chosen_methods(hparams: Mapping) -> list[str]:
     return names
 
 
-def open_reader(hparams: Mapping) -> FrameReader:
-    """Build the frozen encoder with its preprocessing.
+def open_reader(hparams: Mapping, run_opts: Mapping | None = None) -> FrameReader:
+    """Build the frozen encoder with its preprocessing, on the device of the run.
 
     Parameters
     ----------
     hparams : mapping
         `encoder`, `encoder_layers`, `trim_db`, `frame_average`.
+    run_opts : mapping, optional
+        SpeechBrain's run options; `device` is read.
 
     Returns
     -------
@@ -104,6 +108,7 @@ def open_reader(hparams: Mapping) -> FrameReader:
         encoder = FrozenEncoder(hparams["encoder"], hparams["encoder_layers"])
     except (OSError, ValueError) as error:
         raise UserError(f"--encoder: {error}") from None
+    encoder.to((run_opts or {}).get("device", "cpu"))
     return FrameReader(encoder, hparams["trim_db"], hparams["frame_average"])
 
 
@@ -143,13 +148,15 @@ def store_frames(hparams: Mapping, role: str, reader: FrameReader) -> FeatureSto
     return open_store(folder, reader)
 
 
-def chosen_front(hparams: Mapping) -> StoredFrames | FinetunedEncoder:
+def chosen_front(hparams: Mapping, run_opts: Mapping | None = None) -> StoredFrames | FinetunedEncoder:
     """Build where a classifier's frames come from, by the name in `features`.
 
     Parameters
     ----------
     hparams : mapping
         `features` and `fronts`, and what the chosen one needs.
+    run_opts : mapping, optional
+        SpeechBrain's run options.
 
     Returns
     -------
@@ -170,16 +177,18 @@ def chosen_front(hparams: Mapping) -> StoredFrames | FinetunedEncoder:
     """
     if hparams["features"] not in hparams["fronts"]:
         raise UserError(f"--features: '{hparams['features']}' is none of {', '.join(hparams['fronts'])}.")
-    return hparams["fronts"][hparams["features"]](hparams)
+    return hparams["fronts"][hparams["features"]](hparams, run_opts)
 
 
-def stored_front(hparams: Mapping) -> StoredFrames:
+def stored_front(hparams: Mapping, run_opts: Mapping | None = None) -> StoredFrames:
     """Fill the store of the source corpus and read frames from it.
 
     Parameters
     ----------
     hparams : mapping
         The recipe's.
+    run_opts : mapping, optional
+        SpeechBrain's run options.
 
     Returns
     -------
@@ -191,16 +200,18 @@ def stored_front(hparams: Mapping) -> StoredFrames:
     >>> stored_front.__name__  # runs in `recipes/RAVDESS/classifier/train.py`
     'stored_front'
     """
-    return StoredFrames(store_frames(hparams, "source", open_reader(hparams)), hparams["layer"])
+    return StoredFrames(store_frames(hparams, "source", open_reader(hparams, run_opts)), hparams["layer"])
 
 
-def finetuned_front(hparams: Mapping) -> FinetunedEncoder:
+def finetuned_front(hparams: Mapping, run_opts: Mapping | None = None) -> FinetunedEncoder:
     """Load the encoder to be trained along.
 
     Parameters
     ----------
     hparams : mapping
         The recipe's.
+    run_opts : mapping, optional
+        SpeechBrain's run options.
 
     Returns
     -------
@@ -374,9 +385,12 @@ def ask_teacher(
         query = Query.of(prompt, hparams["lalm_model"], hparams["lalm_base_url"] or LOOPBACK, sampling, endpoint)
         missing = missing_answers(answers, query, dict(zip(wavs, hashes, strict=True)), k)
         if missing:
-            with serve() as base_url, quiet(*EVERY_REQUEST):
+            # Runs side by side may share a store: the first asks, the others wait and find its answers.
+            alone = one_at_a_time(f"{hparams['label_store']}.lock")
+            with alone, serve() as base_url, quiet(*EVERY_REQUEST):
                 client = LalmClient(base_url, hparams["lalm_model"])
                 query = Query.of(prompt, hparams["lalm_model"], client.base_url, sampling, endpoint)
+                missing = missing_answers(answers, query, dict(zip(wavs, hashes, strict=True)), k)
                 asked = [(key, wavs[key]) for key in missing]
                 collected = collect(asked, prompt, client, answers, query, k, hparams["lalm_concurrency"])
             logger.info(collected.summary())
@@ -385,6 +399,34 @@ def ask_teacher(
         samples = answers.load(query, hashes, k)
     report_answers(samples, hparams["temperature"])
     return Answers(samples, list(wavs), k, len(labels))
+
+
+@contextlib.contextmanager
+def one_at_a_time(path: str | Path):
+    """Hold a lock that other processes respect; say so before waiting for it.
+
+    Parameters
+    ----------
+    path : str or pathlib.Path
+        Lock file; it stays behind, empty.
+
+    Example
+    -------
+    >>> import tempfile
+    >>> with one_at_a_time(Path(tempfile.mkdtemp()) / "lock"):
+    ...     print("alone")
+    alone
+    """
+    lock = FileLock(path)
+    try:
+        lock.acquire(timeout=0)
+    except Timeout:
+        logger.info("%s: another run is at it, waiting.", path)
+        lock.acquire()
+    try:
+        yield
+    finally:
+        lock.release()
 
 
 def missing_answers(answers: LabelStore, query: Query, hashes: Mapping[str, str], k: int) -> list[str]:
@@ -503,7 +545,7 @@ def report_answers(samples, temperature: float) -> None:
 
 
 def report(hparams: Mapping, name: str, predictions: Mapping, n_train: int) -> None:
-    """Score one method's predictions and write its results; here the target's labels are opened.
+    """Score one method's predictions and write its results; here the target's labels are opened, if there are any.
 
     Parameters
     ----------
@@ -522,10 +564,15 @@ def report(hparams: Mapping, name: str, predictions: Mapping, n_train: int) -> N
     'report'
     """
     method, target = hparams["adaptation"]["methods"][name], Path(hparams["target_manifests"])
+    folder, rule = Path(hparams["output_folder"]) / name, hparams["adaptation"]["selection"]
     scored = evaluate(predictions, target / "test.json", hparams["labels"])
-    speakers = {row["speaker"] for row in read_manifest(unlabelled(target / "adapt.json")).values()}
+    if scored["UA"] is None:
+        logger.warning(
+            "%s has no labels, nothing is scored: see %s.", target / "test.json", folder / "predictions.json"
+        )
+    snapshots = Snapshots(folder, rule).saved()
     write_results(
-        Path(hparams["output_folder"]) / name,
+        folder,
         scored,
         hparams["labels"],
         method=name,
@@ -534,14 +581,45 @@ def report(hparams: Mapping, name: str, predictions: Mapping, n_train: int) -> N
         teacher=hparams["teacher"] if hparams["lalm_base_url"] is None else hparams["lalm_model"],
         seed=hparams["seed"],
         encoder=f"{ENCODERS.get(hparams['encoder'], hparams['encoder'])}, layer {hparams['layer']}, frozen",
-        protocol=f"speaker-independent, {len(hparams['labels'])} classes, {len(speakers)} speakers to adapt, "
-        f"{scored['test_speakers']} others to test",
-        selection="last step, no label",
-        n_train=n_train if method.trains else 0,
+        protocol=protocol(hparams["labels"], target),
+        selection=known_rule(rule)[1],
+        n_train=n_train if method.trains or "adapt" in method.answers_for else 0,
         diversity_weight=hparams["diversity_weight"],
         temperature=hparams["temperature"],
-        steps=hparams["number_of_steps"] if method.trains else 0,
+        steps=chosen_snapshot(snapshots, rule)["step"] if snapshots else 0,
+        snapshots=score_snapshots(snapshots, target / "test.json", hparams["labels"]),
     )
+
+
+def protocol(labels: Sequence[str], manifests: Path) -> str:
+    """Say how the target was split.
+
+    Parameters
+    ----------
+    labels : sequence of str
+        The classes.
+    manifests : pathlib.Path
+        Folder of `adapt` and `test`.
+
+    Returns
+    -------
+    str
+        Number of classes and speakers, and whether the two sets share any.
+
+    Example
+    -------
+    >>> import tempfile
+    >>> folder = Path(tempfile.mkdtemp())
+    >>> for name, text in (("corpus", '{"data_root": "/toy"}'), ("adapt_unlabelled", "{}"), ("test_unlabelled", "{}")):
+    ...     atomic_write(folder / f"{name}.json", text)
+    >>> protocol(["angry", "sad"], folder)
+    'speaker-independent, 2 classes, 0 speakers to adapt, 0 others to test'
+    """
+    paths = [unlabelled(manifests / f"{split}.json") for split in ("adapt", "test")]
+    adapt, test = ({row["speaker"] for row in read_manifest(path).values()} for path in paths)
+    if adapt & test:
+        return f"adapted and predicted on the same speakers, {len(labels)} classes, {len(adapt | test)} speakers"
+    return f"speaker-independent, {len(labels)} classes, {len(adapt)} speakers to adapt, {len(test)} others to test"
 
 
 def summary(hparams: Mapping, names: Sequence[str]) -> str:

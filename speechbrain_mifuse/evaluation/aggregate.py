@@ -1,11 +1,14 @@
-"""From the `results.json` of many runs to one table: every transfer, mean, deviation, intervals, paired differences."""
+"""From the `results.json` of many runs to tables: every transfer, mean, deviation, intervals, paired differences."""
 
 from __future__ import annotations
 
 import csv
 import io
 import json
-from collections.abc import Sequence
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 
 import numpy as np
@@ -14,52 +17,65 @@ from speechbrain_mifuse.corpora.manifest import atomic_write
 from speechbrain_mifuse.errors import UserError
 
 COLUMNS = ("source", "target", "teacher", "method", "seed", "UA", "WA", "macro_F1", "n_test")
+# Rows that no method without labels is measured against as a rival: where all start, and what labels would give.
+LOWER, UPPER = "source_only", "oracle"
+# What every result of one transfer must agree in, or its numbers do not belong beside each other.
+SHARED = ("encoder", "protocol", "labels", "n_test", "diversity_weight", "temperature")
+
+Transfer = tuple[str, str, str]
 
 
-def read_records(folder: str | Path, methods: Sequence[str]) -> list[dict]:
-    """Collect the methods' `results.json` anywhere below a folder.
+def read_records(paths: Iterable[str | Path]) -> list[dict]:
+    """Read the results of runs.
 
     Parameters
     ----------
-    folder : str or pathlib.Path
-        Holds the runs' output folders.
-    methods : sequence of str
-        Methods wanted.
+    paths : iterable of str or pathlib.Path
+        The `results.json` of each method of each run.
 
     Returns
     -------
     list of dict
-        Records, ordered by target, source, method, seed.
+        In the order of the paths.
 
     Raises
     ------
     UserError
-        If there is none.
+        If one is missing, damaged, or without scores because the test set has no labels; the message names it.
 
     Example
     -------
-    >>> import tempfile
-    >>> read_records(tempfile.mkdtemp(), ["mi_fuse"])
+    >>> read_records(["/nowhere/mi_fuse/results.json"])
     Traceback (most recent call last):
     ...
-    speechbrain_mifuse.errors.UserError: ...: no results.json of mi_fuse below it.
+    speechbrain_mifuse.errors.UserError: 1 of 1 results are missing; the first is /nowhere/mi_fuse/results.json. ...
     """
-    paths = [path for name in methods for path in sorted(Path(folder).glob(f"**/{name}/results.json"))]
-    records = [json.loads(path.read_text()) for path in paths]
-    if not records:
-        raise UserError(f"{folder}: no results.json of {', '.join(methods)} below it.")
-    order = {name: place for place, name in enumerate(methods)}
-    return sorted(records, key=lambda r: (r["target"], r["source"], order[r["method"]], r["seed"]))
+    paths = [Path(path) for path in paths]
+    missing = [path for path in paths if not path.is_file()]
+    if missing:
+        raise UserError(f"{len(missing)} of {len(paths)} results are missing; the first is {missing[0]}. Run them.")
+    return [_record(path) for path in paths]
 
 
-def write_csv(path: str | Path, records: Sequence[dict]) -> None:
+def _record(path: Path) -> dict:
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+        scored = found["UA"] is not None and found["by_speaker"]
+    except (ValueError, TypeError, KeyError) as error:
+        raise UserError(f"{path}: no whole result of one method ({error!r}). Delete it and run again.") from None
+    if not scored:
+        raise UserError(f"{path}: its test set has no labels, so there is no score to put into a table.")
+    return found
+
+
+def write_csv(path: str | Path, records: Sequence[Mapping]) -> None:
     """Write one row per record, fractions in [0, 1].
 
     Parameters
     ----------
     path : str or pathlib.Path
         CSV to write.
-    records : sequence of dict
+    records : sequence of mapping
         As `read_records` gives.
 
     Example
@@ -78,12 +94,12 @@ def write_csv(path: str | Path, records: Sequence[dict]) -> None:
     atomic_write(path, buffer.getvalue())
 
 
-def transfer_counts(records: Sequence[dict], methods: Sequence[str]) -> dict[tuple[str, str], np.ndarray]:
+def transfer_counts(records: Sequence[Mapping], methods: Sequence[str]) -> dict[Transfer, np.ndarray]:
     """Arrange the confusion counts of each transfer.
 
     Parameters
     ----------
-    records : sequence of dict
+    records : sequence of mapping
         Every method with the same seeds on every transfer.
     methods : sequence of str
         Order of the first axis.
@@ -91,35 +107,87 @@ def transfer_counts(records: Sequence[dict], methods: Sequence[str]) -> dict[tup
     Returns
     -------
     dict of tuple to numpy.ndarray
-        `[methods, seeds, speakers, C, C + 1]` by (source, target).
+        `[methods, seeds, speakers, C, C + 1]` by (source, target, teacher), ordered by target, then source; seeds
+        ascend.
 
     Raises
     ------
     UserError
-        If a method lacks a seed that another has.
+        If a result is missing or there twice, if transfers differ in their seeds, or if results of one transfer were
+        got under other settings.
 
     Example
     -------
-    >>> record = dict(source="a", target="b", method="m", seed=1, by_speaker={"s": [[3, 1, 0], [0, 2, 0]]})
-    >>> transfer_counts([record], ["m"])["a", "b"].shape
+    >>> record = dict(source="a", target="b", teacher="c", method="m", seed=1, by_speaker={"s": [[3, 1, 0], [0, 2, 0]]})
+    >>> transfer_counts([record], ["m"])["a", "b", "c"].shape
     (1, 1, 1, 2, 3)
     """
-    found: dict[tuple[str, str], dict] = {}
+    found: dict[Transfer, dict[tuple[str, int], Mapping]] = {}
     for record in records:
-        place = found.setdefault((record["source"], record["target"]), {})
-        place[record["method"], record["seed"]] = list(record["by_speaker"].values())
+        transfer = (record["source"], record["target"], record["teacher"])
+        place = found.setdefault(transfer, {})
+        if (record["method"], record["seed"]) in place:
+            raise UserError(f"{_name(transfer)}: two results of {record['method']} with seed {record['seed']}.")
+        place[record["method"], record["seed"]] = record
+    seeds = sorted({seed for place in found.values() for _, seed in place})
     arrays = {}
-    for pair, place in found.items():
-        seeds = sorted({seed for _, seed in place})
-        missing = [(m, s) for m in methods for s in seeds if (m, s) not in place]
+    for transfer in sorted(found, key=lambda t: (t[1], t[0], t[2])):
+        place = found[transfer]
+        missing = [f"{m}, seed {s}" for m in methods for s in seeds if (m, s) not in place]
         if missing:
-            raise UserError(f"{pair[0]} to {pair[1]}: no result of (method, seed) {missing}. Run what is missing.")
-        arrays[pair] = np.array([[place[m, s] for s in seeds] for m in methods])
+            raise UserError(f"{_name(transfer)}: no result of {'; '.join(missing)}. Run what is missing.")
+        _agree(transfer, list(place.values()))
+        counts = [[list(place[m, s]["by_speaker"].values()) for s in seeds] for m in methods]
+        arrays[transfer] = np.array(counts)
     return arrays
 
 
-def unweighted_accuracy(counts: np.ndarray) -> np.ndarray:
+def _name(transfer: Transfer) -> str:
+    return f"{transfer[0]} to {transfer[1]}"
+
+
+def _agree(transfer: Transfer, records: Sequence[Mapping]) -> None:
+    first = records[0]
+    trained = next((record for record in records if record.get("steps")), first)
+    for record in records:
+        differs = [field for field in SHARED if record.get(field) != first.get(field)]
+        if record.get("steps") not in (None, 0, trained.get("steps")):
+            differs.append("steps")
+        if list(record["by_speaker"]) != list(first["by_speaker"]):
+            differs.append("test speakers")
+        if differs:
+            raise UserError(
+                f"{_name(transfer)}: results of {first['method']}, seed {first['seed']} and {record['method']}, seed "
+                f"{record['seed']} were got under other settings ({', '.join(differs)}). Run one of them again."
+            )
+
+
+def recalls_to_accuracy(hits: np.ndarray, total: np.ndarray) -> np.ndarray:
     """Mean recall over the classes that occur.
+
+    Parameters
+    ----------
+    hits, total : numpy.ndarray
+        `[..., C]`, right answers and references of each class.
+
+    Returns
+    -------
+    numpy.ndarray
+        `[...]`, in [0, 1]; NaN where no class occurs.
+
+    Example
+    -------
+    >>> float(recalls_to_accuracy(np.array([3, 2, 0]), np.array([4, 2, 0])))
+    0.875
+    """
+    occurs = total > 0
+    recalls = hits / np.maximum(total, 1)
+    with np.errstate(invalid="ignore"):
+        return np.where(occurs, recalls, 0.0).sum(-1) / occurs.sum(-1)
+
+
+def unweighted_accuracy(counts: np.ndarray) -> np.ndarray:
+    """Mean recall over the classes that occur, of confusion counts.
 
     Parameters
     ----------
@@ -136,21 +204,52 @@ def unweighted_accuracy(counts: np.ndarray) -> np.ndarray:
     >>> float(unweighted_accuracy(np.array([[3, 1, 0], [0, 2, 0]])))
     0.875
     """
-    total = counts.sum(-1)
-    hits = np.diagonal(counts[..., :-1], axis1=-2, axis2=-1)
-    with np.errstate(invalid="ignore"):
-        return np.nanmean(np.where(total > 0, hits / np.maximum(total, 1), np.nan), axis=-1)
+    return recalls_to_accuracy(np.diagonal(counts[..., :-1], axis1=-2, axis2=-1), counts.sum(-1))
 
 
-def bootstrap_means(arrays: dict[tuple[str, str], np.ndarray], draws: int = 2000, seed: int = 0) -> np.ndarray:
-    """Draw test speakers and seeds with replacement; the mean UA over the transfers of each draw.
+def bootstrap(counts: np.ndarray, generator: np.random.Generator, draws: int = 2000) -> np.ndarray:
+    """Draw test speakers and seeds of one transfer with replacement; the mean UA over the seeds of each draw.
 
-    Speakers and seeds are drawn once for all methods, so that differences of two columns are paired. The transfers
-    themselves are fixed: the interval speaks of other speakers and seeds on these corpora, not of other corpora.
+    Speakers and seeds are drawn once for all methods, so that differences of two columns are paired.
 
     Parameters
     ----------
-    arrays : dict
+    counts : numpy.ndarray
+        `[methods, seeds, speakers, C, C + 1]`.
+    generator : numpy.random.Generator
+        Of the draws.
+    draws : int
+        Bootstrap samples.
+
+    Returns
+    -------
+    numpy.ndarray
+        `[draws, methods]`, in [0, 1].
+
+    Example
+    -------
+    >>> perfect = np.array([[[[[2, 0, 0], [0, 2, 0]]] * 3]])
+    >>> bootstrap(perfect, np.random.default_rng(0), draws=4).ravel().tolist()
+    [1.0, 1.0, 1.0, 1.0]
+    """
+    seeds, speakers = counts.shape[1:3]
+    seed_weight = generator.multinomial(seeds, np.full(seeds, 1 / seeds), draws)  # [draws, seeds]
+    speaker_weight = generator.multinomial(speakers, np.full(speakers, 1 / speakers), draws)
+    hits = np.diagonal(counts[..., :-1], axis1=-2, axis2=-1)  # [methods, seeds, speakers, C]
+    drawn = [np.tensordot(speaker_weight, part, axes=(1, 2)) for part in (hits, counts.sum(-1))]
+    accuracy = recalls_to_accuracy(*drawn)  # [draws, methods, seeds]
+    return np.einsum("dms,ds->dm", accuracy, seed_weight) / seeds
+
+
+def bootstrap_means(arrays: Mapping[Transfer, np.ndarray], draws: int = 2000, seed: int = 0) -> np.ndarray:
+    """Mean UA over the transfers of each bootstrap draw; see `bootstrap`.
+
+    The transfers themselves are fixed: the interval speaks of other speakers and seeds on these corpora, not of other
+    corpora.
+
+    Parameters
+    ----------
+    arrays : mapping
         As `transfer_counts` gives.
     draws : int
         Bootstrap samples.
@@ -160,88 +259,387 @@ def bootstrap_means(arrays: dict[tuple[str, str], np.ndarray], draws: int = 2000
     Returns
     -------
     numpy.ndarray
-        `[draws, methods]`.
+        `[draws, methods]`, in [0, 1].
 
     Example
     -------
     >>> perfect = np.array([[[[[2, 0, 0], [0, 2, 0]]] * 3]])
-    >>> bootstrap_means({("a", "b"): perfect}, draws=4).ravel().tolist()
+    >>> bootstrap_means({("a", "b", "c"): perfect}, draws=4).ravel().tolist()
     [1.0, 1.0, 1.0, 1.0]
     """
-    generator = np.random.default_rng(seed)
-    totals = np.zeros((draws, len(next(iter(arrays.values())))))
-    for counts in arrays.values():
-        for draw in range(draws):
-            seeds = generator.integers(0, counts.shape[1], counts.shape[1])
-            speakers = generator.integers(0, counts.shape[2], counts.shape[2])
-            picked = counts[:, seeds][:, :, speakers].sum(2)
-            totals[draw] += unweighted_accuracy(picked).mean(1)
-    return totals / len(arrays)
+    return np.mean(bootstrap_transfers(arrays, draws, seed), axis=0)
 
 
-def transfer_table(records: Sequence[dict], methods: Sequence[str], baselines: Sequence[str]) -> str:
-    """Write the table of all transfers in Markdown: mean and standard deviation over seeds, intervals, differences.
+def bootstrap_transfers(arrays: Mapping[Transfer, np.ndarray], draws: int = 2000, seed: int = 0) -> np.ndarray:
+    """UA of each transfer in each bootstrap draw; see `bootstrap`.
 
     Parameters
     ----------
-    records : sequence of dict
+    arrays, draws, seed
+        As for `bootstrap_means`.
+
+    Returns
+    -------
+    numpy.ndarray
+        `[transfers, draws, methods]`, in [0, 1].
+
+    Example
+    -------
+    >>> perfect = np.array([[[[[2, 0, 0], [0, 2, 0]]] * 3]])
+    >>> bootstrap_transfers({("a", "b", "c"): perfect}, draws=4).shape
+    (1, 4, 1)
+    """
+    generator = np.random.default_rng(seed)
+    return np.stack([bootstrap(counts, generator, draws) for counts in arrays.values()])
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """Methods on the same transfers with the same seeds.
+
+    Parameters
+    ----------
+    records : sequence of mapping
         As `read_records` gives.
-    methods : sequence of str
-        Rows.
+    order : sequence of str
+        Methods; the lower bound comes first and the upper bound last, whatever their place here.
+
+    Example
+    -------
+    >>> record = dict(source="a", target="b", teacher="c", method="m", seed=1, by_speaker={"s": [[3, 1, 0], [0, 2, 0]]})
+    >>> Comparison([record], ["m"]).means
+    array([87.5])
+    """
+
+    records: Sequence[Mapping]
+    order: Sequence[str]
+
+    @cached_property
+    def methods(self) -> list[str]:
+        """Rows of the tables."""
+        return sorted(self.order, key=lambda name: (name == UPPER) - (name == LOWER))
+
+    @cached_property
+    def counts(self) -> dict[Transfer, np.ndarray]:
+        """See `transfer_counts`."""
+        return transfer_counts(self.records, self.methods)
+
+    @cached_property
+    def transfers(self) -> list[str]:
+        """Names of the transfers; the teacher is named where two differ in it alone."""
+        names = [_name(transfer) for transfer in self.counts]
+        return [
+            f"{name} (teacher {transfer[2]})" if names.count(name) > 1 else name
+            for name, transfer in zip(names, self.counts, strict=True)
+        ]
+
+    @cached_property
+    def seeds(self) -> list[int]:
+        """Seeds, ascending."""
+        return sorted({record["seed"] for record in self.records})
+
+    @cached_property
+    def accuracy(self) -> np.ndarray:
+        """UA in percent, `[transfers, methods, seeds]`."""
+        return np.stack([100 * unweighted_accuracy(counts.sum(2)) for counts in self.counts.values()])
+
+    @cached_property
+    def means(self) -> np.ndarray:
+        """UA in percent over transfers and seeds, `[methods]`."""
+        return self.accuracy.mean((0, 2))
+
+    @cached_property
+    def draws(self) -> np.ndarray:
+        """Bootstrap draws of UA in percent, `[transfers, draws, methods]`."""
+        return 100 * bootstrap_transfers(self.counts)
+
+    @cached_property
+    def intervals(self) -> np.ndarray:
+        """95 % interval of each transfer's UA, `[2, transfers, methods]`."""
+        return np.percentile(self.draws, [2.5, 97.5], axis=1)
+
+    @property
+    def best_baseline(self) -> str | None:
+        """Method with the highest mean among those that are neither ours nor a bound; `None` without any."""
+        rivals = [name for name in self.methods if is_baseline(name)]
+        return max(rivals, key=lambda name: self.means[self.methods.index(name)], default=None)
+
+    def gap_closed(self, method: str) -> float | None:
+        """Percent of the way from the lower to the upper bound on the mean; `None` without both bounds."""
+        if not {LOWER, UPPER} <= set(self.methods):
+            return None
+        low, value, high = (self.means[self.methods.index(name)] for name in (LOWER, method, UPPER))
+        return 100 * (value - low) / (high - low) if high > low else None
+
+    def difference(self, method: str, other: str) -> tuple[float, float, float]:
+        """Mean of `method` above that of `other`, with its paired 95 % interval, in percent points."""
+        row, column = self.methods.index(method), self.methods.index(other)
+        drawn = self.draws.mean(0)
+        low, high = np.percentile(drawn[:, row] - drawn[:, column], [2.5, 97.5])
+        return self.means[row] - self.means[column], low, high
+
+
+def is_baseline(method: str) -> bool:
+    """Tell whether a method is another's: neither a form of MI-Fuse or its control, nor a bound.
+
+    Parameters
+    ----------
+    method : str
+        Name.
+
+    Returns
+    -------
+    bool
+
+    Example
+    -------
+    >>> [is_baseline(name) for name in ("lalm_sfuda", "mi_fuse_plus", "oracle")]
+    [True, False, False]
+    """
+    return method not in (LOWER, UPPER) and not method.startswith("mi_fuse")
+
+
+@dataclass(frozen=True)
+class Table:
+    """Cells of text, written as Markdown or LaTeX; `**...**` is bold in both.
+
+    Parameters
+    ----------
+    head : list of str
+        Names of the columns.
+    rows : list of list of str
+        Cells.
+
+    Example
+    -------
+    >>> print(Table(["method", "UA %"], [["mi_fuse", "**58.7** ± 0.4"]]).markdown())
+    | method | UA % |
+    |---|---|
+    | mi_fuse | **58.7** ± 0.4 |
+    <BLANKLINE>
+    """
+
+    head: list[str]
+    rows: list[list[str]]
+
+    def markdown(self) -> str:
+        """Text in Markdown."""
+        lines = ["| " + " | ".join(cells) + " |" for cells in (self.head, *self.rows)]
+        return "\n".join([lines[0], "|---" * len(self.head) + "|", *lines[1:]]) + "\n"
+
+    def latex(self) -> str:
+        """Text in LaTeX, for the package booktabs."""
+        lines = [" & ".join(map(_latex_cell, cells)) + r" \\" for cells in (self.head, *self.rows)]
+        body = [r"\toprule", lines[0], r"\midrule", *lines[1:], r"\bottomrule"]
+        return "\n".join([rf"\begin{{tabular}}{{l{'c' * (len(self.head) - 1)}}}", *body, r"\end{tabular}"]) + "\n"
+
+
+def _latex_cell(cell: str) -> str:
+    cell = re.sub(r"([_%&#])", r"\\\1", cell)
+    cell = re.sub(r"(?<!\w)([+-])(?=\d)", r"$\1$", cell).replace(" ± ", r" $\pm$ ")
+    return re.sub(r"\*\*(.+?)\*\*", r"\\textbf{\1}", cell)
+
+
+def _spread(values: np.ndarray) -> float:
+    return float(values.std(ddof=1)) if len(values) > 1 else 0.0
+
+
+def transfer_table(comparison: Comparison) -> Table:
+    """UA of each transfer: mean ± standard deviation over seeds, then mean, its interval, share of the way to labels.
+
+    Bold is the highest of the methods that use no labels.
+
+    Parameters
+    ----------
+    comparison : Comparison
+        Methods, transfers, seeds.
+
+    Returns
+    -------
+    Table
+        A row for each method.
+
+    Example
+    -------
+    >>> record = dict(source="a", target="b", teacher="c", method="m", seed=1, by_speaker={"s": [[3, 1, 0], [0, 2, 0]]})
+    >>> print(transfer_table(Comparison([record], ["m"])).rows[0])
+    ['m', '**87.5** ± 0.0', '**87.5**', '87.5 to 87.5']
+    """
+    methods, gaps = comparison.methods, [comparison.gap_closed(name) for name in comparison.methods]
+    with_gap = any(gap is not None for gap in gaps)
+    head = ["UA %", *comparison.transfers, "mean", "95 % interval", *(["of the way to oracle"] if with_gap else [])]
+    columns = np.vstack([comparison.accuracy.mean(2), comparison.means])  # [transfers + 1, methods]
+    blind = [place for place, name in enumerate(methods) if name != UPPER]
+    rounded = np.round(columns, 1)
+    bold = rounded == rounded[:, blind].max(1, keepdims=True, initial=-np.inf)
+    bold[:, [place for place in range(len(methods)) if place not in blind]] = False
+    bounds = np.percentile(comparison.draws.mean(0), [2.5, 97.5], axis=0)
+    rows = []
+    for place, name in enumerate(methods):
+        shown = [f"**{v:.1f}**" if b else f"{v:.1f}" for v, b in zip(columns[:, place], bold[:, place], strict=True)]
+        spread = [_spread(values) for values in comparison.accuracy[:, place]]
+        cells = [f"{text} ± {sd:.1f}" for text, sd in zip(shown[:-1], spread, strict=True)]
+        gap = [f"{gaps[place]:.0f} %"] if with_gap else []
+        rows.append([name, *cells, shown[-1], f"{bounds[0, place]:.1f} to {bounds[1, place]:.1f}", *gap])
+    return Table(head, rows)
+
+
+def difference_table(comparison: Comparison, baselines: Sequence[str]) -> Table | None:
+    """Paired differences of the mean UA to named methods and to the best baseline, with 95 % intervals.
+
+    Parameters
+    ----------
+    comparison : Comparison
+        Methods, transfers, seeds.
     baselines : sequence of str
         Methods that every row is compared with.
 
     Returns
     -------
-    str
-        Markdown.
+    Table or None
+        A row for each method; `None` when there is nothing to compare with.
+
+    Raises
+    ------
+    UserError
+        If a baseline is not among the methods.
 
     Example
     -------
-    >>> record = dict(source="a", target="b", method="m", seed=1, by_speaker={"s": [[3, 1, 0], [0, 2, 0]]})
-    >>> print(transfer_table([record], ["m"], []).splitlines()[2])
-    | m | 87.5 ± 0.0 | **87.5** | 87.5 to 87.5 |
+    >>> record = dict(source="a", target="b", teacher="c", seed=1)
+    >>> records = [dict(record, method="m", by_speaker={"s": [[1, 1, 0], [0, 2, 0]]})]
+    >>> records += [dict(record, method="mi_fuse", by_speaker={"s": [[2, 0, 0], [0, 2, 0]]})]
+    >>> difference_table(Comparison(records, ["m", "mi_fuse"]), []).rows[1]
+    ['mi_fuse', '100.0', '+25.0 (+25.0 to +25.0)']
     """
-    arrays = transfer_counts(records, methods)
-    pairs = list(arrays)
-    accuracy = np.stack([100 * unweighted_accuracy(arrays[pair].sum(2)) for pair in pairs])  # [pairs, methods, seeds]
-    draws = 100 * bootstrap_means(arrays)
-    head = ["UA %", *(f"{s} to {t}" for s, t in pairs), "mean", "95 % interval", *(f"above {b}" for b in baselines)]
-    lines = ["| " + " | ".join(head) + " |", "|---" * len(head) + "|"]
-    for row, method in enumerate(methods):
-        ddof = 1 if accuracy.shape[2] > 1 else 0
-        cells = [f"{v.mean():.1f} ± {v.std(ddof=ddof):.1f}" for v in accuracy[:, row]]
-        low, high = np.percentile(draws[:, row], [2.5, 97.5])
-        cells += [f"**{accuracy[:, row].mean():.1f}**", f"{low:.1f} to {high:.1f}"]
-        for baseline in baselines:
-            cells.append(paired_difference(accuracy, draws, row, list(methods).index(baseline)))
-        lines.append(f"| {method} | " + " | ".join(cells) + " |")
-    return "\n".join(lines) + "\n"
+    unknown = [name for name in baselines if name not in comparison.methods]
+    if unknown:
+        raise UserError(f"--baselines: {', '.join(unknown)} is none of the methods {', '.join(comparison.methods)}.")
+    best = comparison.best_baseline
+    others = list(baselines) + ([best] if best is not None and best not in baselines else [])
+    if not others:
+        return None
+    head = ["difference of mean UA", "mean", *(f"above {n}" + ", best baseline" * (n == best) for n in others)]
+    rows = []
+    for name, mean in zip(comparison.methods, comparison.means, strict=True):
+        cells = ["" if name == other else _signed(*comparison.difference(name, other)) for other in others]
+        rows.append([name, f"{mean:.1f}", *cells])
+    return Table(head, rows)
 
 
-def paired_difference(accuracy: np.ndarray, draws: np.ndarray, row: int, other: int) -> str:
-    """Format the mean difference of two methods with its interval.
+def _signed(value: float, low: float, high: float) -> str:
+    return f"{value:+.1f} ({low:+.1f} to {high:+.1f})"
+
+
+def seed_table(comparison: Comparison) -> Table:
+    """UA of each seed on each transfer with the average, then mean and standard deviation over the seeds.
 
     Parameters
     ----------
-    accuracy : numpy.ndarray
-        `[pairs, methods, seeds]`, UA in percent.
-    draws : numpy.ndarray
-        `[draws, methods]`, in percent.
-    row, other : int
-        The two methods.
+    comparison : Comparison
+        Methods, transfers, seeds.
+
+    Returns
+    -------
+    Table
+        For each method a row per seed and one with mean ± standard deviation.
+
+    Example
+    -------
+    >>> record = dict(source="a", target="b", teacher="c", method="m", seed=1, by_speaker={"s": [[3, 1, 0], [0, 2, 0]]})
+    >>> seed_table(Comparison([record], ["m"])).rows
+    [['m', '1', '87.5', '87.5'], ['', 'mean ± sd', '**87.5** ± 0.0', '**87.5** ± 0.0']]
+    """
+    rows = []
+    for place, name in enumerate(comparison.methods):
+        values = comparison.accuracy[:, place]  # [transfers, seeds]
+        values = np.vstack([values, values.mean(0)])
+        for column, seed in enumerate(comparison.seeds):
+            rows.append([name if column == 0 else "", str(seed), *(f"{v:.1f}" for v in values[:, column])])
+        rows.append(["", "mean ± sd", *(f"**{v.mean():.1f}** ± {_spread(v):.1f}" for v in values)])
+    return Table(["UA %", "seed", *comparison.transfers, "average"], rows)
+
+
+def interval_table(comparison: Comparison) -> Table:
+    """95 % interval of each transfer's UA.
+
+    Parameters
+    ----------
+    comparison : Comparison
+        Methods, transfers, seeds.
+
+    Returns
+    -------
+    Table
+        A row for each method.
+
+    Example
+    -------
+    >>> record = dict(source="a", target="b", teacher="c", method="m", seed=1, by_speaker={"s": [[3, 1, 0], [0, 2, 0]]})
+    >>> interval_table(Comparison([record], ["m"])).rows
+    [['m', '87.5 to 87.5']]
+    """
+    low, high = comparison.intervals
+    rows = [
+        [name, *(f"{a:.1f} to {b:.1f}" for a, b in zip(low[:, place], high[:, place], strict=True))]
+        for place, name in enumerate(comparison.methods)
+    ]
+    return Table(["95 % interval of UA %", *comparison.transfers], rows)
+
+
+def protocol(comparison: Comparison, teacher: str = "") -> str:
+    """Say under what protocol the tables were made, from the records themselves.
+
+    Parameters
+    ----------
+    comparison : Comparison
+        Methods, transfers, seeds.
+    teacher : str
+        What is known of the API teacher beyond its name.
 
     Returns
     -------
     str
-        `+difference (low to high)`; empty for a method against itself.
+        One paragraph.
 
     Example
     -------
-    >>> paired_difference(np.array([[[50.0], [60.0]]]), np.array([[50.0, 60.0]] * 2), 1, 0)
-    '+10.0 (+10.0 to +10.0)'
+    >>> record = dict(source="a", target="b", teacher="c", method="m", seed=1, by_speaker={"s": [[3, 1, 0], [0, 2, 0]]})
+    >>> record.update(n_train=9, n_test=6, test_speakers=1, labels=["x", "y"], steps=5, encoder="toy", code_version="1")
+    >>> record.update(selection="last step", diversity_weight=1.0, temperature=0.2)
+    >>> protocol(Comparison([record], ["m"]))
+    'UA in percent, mean ± standard deviation over 1 seed. 2 classes, ...'
     """
-    if row == other:
-        return ""
-    low, high = np.percentile(draws[:, row] - draws[:, other], [2.5, 97.5])
-    return f"{(accuracy[:, row] - accuracy[:, other]).mean():+.1f} ({low:+.1f} to {high:+.1f})"
+    records = comparison.records
+    trained = [record for record in records if record["steps"]]
+    adapted = {r["target"]: max(x["n_train"] for x in records if x["target"] == r["target"]) for r in records}
+    sizes = {r["target"]: (adapted[r["target"]], r["n_test"], r["test_speakers"]) for r in records}
+    told = "; ".join(
+        f"{t}: {a} to adapt, {n} to test of {_many(s, 'speaker')}" for t, (a, n, s) in sorted(sizes.items())
+    )
+    teachers = "; ".join(f"{name}: {t[2]}" for name, t in zip(comparison.transfers, comparison.counts, strict=True))
+    best = comparison.best_baseline
+    parts = [
+        f"UA in percent, mean ± standard deviation over {_many(len(comparison.seeds), 'seed')}.",
+        f"{_distinct(len(r['labels']) for r in records)} classes, speaker-independent: {told}.",
+        f"API teacher, one for all seeds ({teachers}){': ' + teacher if teacher else ''}.",
+        f"Encoder: {_distinct(r['encoder'] for r in records)}.",
+        f"Selection: {_distinct(r['selection'] for r in trained or records)}.",
+        f"{_distinct(r['steps'] for r in trained)} steps," if trained else "",
+        f"lambda {_distinct(r['diversity_weight'] for r in records)}, "
+        f"tau {_distinct(r['temperature'] for r in records)}.",
+        "Intervals: bootstrap over test speakers and seeds, transfers fixed; differences are paired.",
+        f"Best baseline: {best}, of all that is neither MI-Fuse nor a bound, by its mean on these test sets."
+        if best
+        else "",
+        f"Code {_distinct(r['code_version'] for r in records)}.",
+    ]
+    return " ".join(part for part in parts if part)
+
+
+def _distinct(values: Iterable) -> str:
+    return " or ".join(dict.fromkeys(map(str, values)))
+
+
+def _many(number: int, noun: str) -> str:
+    return f"{number} {noun}" + "s" * (number != 1)

@@ -16,17 +16,18 @@ from speechbrain_mifuse.evaluation.plots import plot_confusion
 from speechbrain_mifuse.features.dataset import label_index
 
 FIELDS = ("method", "source", "target", "teacher", "seed", "encoder", "protocol", "selection", "n_train", "n_test")
+SCORES = ("UA", "WA", "macro_F1", "ci95")
 
 
 def evaluate(predictions: Mapping[str, Sequence[float]], manifest: str | Path, labels: Sequence[str]) -> dict:
-    """Score predictions against a labelled manifest.
+    """Score predictions against a labelled manifest; one without any label is not scored.
 
     Parameters
     ----------
     predictions : mapping of str to sequence of float
         Probabilities `[C]` by utterance id. An utterance of the manifest without any counts as wrong.
     manifest : str or pathlib.Path
-        The labelled test manifest.
+        The test manifest.
     labels : sequence of str
         The fixed label order.
 
@@ -34,12 +35,13 @@ def evaluate(predictions: Mapping[str, Sequence[float]], manifest: str | Path, l
     -------
     dict
         `UA`, `WA`, `macro_F1`, `ci95` (of UA, by speaker bootstrap), `n_test`, `test_speakers`, `unanswered`,
-        `counts`, the confusion tensor, and `by_speaker`, the same for each speaker.
+        `counts`, the confusion tensor, and `by_speaker`, the same for each speaker. Without labels the scores are
+        `None`, and `counts` and `by_speaker` are missing.
 
     Raises
     ------
     CorpusError
-        If the manifest is missing or holds an unknown label.
+        If the manifest is missing or holds an unknown label, or labels for some utterances alone.
 
     Example
     -------
@@ -52,24 +54,110 @@ def evaluate(predictions: Mapping[str, Sequence[float]], manifest: str | Path, l
     0.5
     """
     rows = read_manifest(manifest)
-    reference = torch.tensor([label_index(labels, row, key) for key, row in rows.items()])
-    chosen = [torch.tensor(predictions[key]).argmax() if key in predictions else torch.tensor(-1) for key in rows]
-    speakers = [row["speaker"] for row in rows.values()]
-    by_speaker = speaker_counts(torch.stack(chosen), reference, speakers, len(labels))
+    speakers = sorted({row["speaker"] for row in rows.values()})
+    about = {"n_test": len(rows), "test_speakers": len(speakers)}
+    if not labelled(rows):
+        return {**dict.fromkeys(SCORES), **about, "unanswered": len(rows.keys() - predictions.keys())}
+    by_speaker = counts_by_speaker(predictions, rows, labels)
     counts = by_speaker.sum(0)
     return {
         **scores_of(counts),
         "ci95": list(speaker_bootstrap(by_speaker)),
-        "n_test": len(rows),
-        "test_speakers": len(by_speaker),
+        **about,
         "unanswered": int(counts[:, -1].sum()),
         "counts": counts,
-        "by_speaker": dict(zip(sorted(set(speakers)), by_speaker.tolist(), strict=True)),
+        "by_speaker": dict(zip(speakers, by_speaker.tolist(), strict=True)),
     }
 
 
+def labelled(rows: Mapping[str, Mapping]) -> bool:
+    """Tell whether any utterance of a manifest has a label.
+
+    Parameters
+    ----------
+    rows : mapping of str to mapping
+        As `read_manifest` gives.
+
+    Returns
+    -------
+    bool
+        Whether scoring is possible.
+
+    Example
+    -------
+    >>> labelled({"t-a": {"wav": "a.wav"}})
+    False
+    """
+    return any(row.get("emo") is not None for row in rows.values())
+
+
+def counts_by_speaker(
+    predictions: Mapping[str, Sequence[float]], rows: Mapping[str, Mapping], labels: Sequence[str]
+) -> torch.Tensor:
+    """Confusion counts of each test speaker.
+
+    Parameters
+    ----------
+    predictions, labels
+        As for `evaluate`.
+    rows : mapping of str to mapping
+        The labelled manifest.
+
+    Returns
+    -------
+    torch.Tensor
+        `[speakers, C, C + 1]`, speakers by name; the last column counts missing predictions.
+
+    Raises
+    ------
+    CorpusError
+        If a label is unknown or missing.
+
+    Example
+    -------
+    >>> rows = {"t-a": {"speaker": "1", "emo": "sad"}}
+    >>> counts_by_speaker({"t-a": [0.1, 0.9]}, rows, ["angry", "sad"]).tolist()
+    [[[0, 0, 0], [0, 1, 0]]]
+    """
+    reference = torch.tensor([label_index(labels, row, key) for key, row in rows.items()])
+    chosen = [torch.tensor(predictions[key]).argmax() if key in predictions else torch.tensor(-1) for key in rows]
+    speakers = [row["speaker"] for row in rows.values()]
+    return speaker_counts(torch.stack(chosen), reference, speakers, len(labels))
+
+
+def score_snapshots(snapshots: Sequence[Mapping], manifest: str | Path, labels: Sequence[str]) -> list[dict]:
+    """Put UA in the place of each snapshot's predictions.
+
+    Parameters
+    ----------
+    snapshots : sequence of mapping
+        Each with `predictions`.
+    manifest, labels
+        As for `evaluate`.
+
+    Returns
+    -------
+    list of dict
+        `step`, `UA` (`None` without labels), and whatever else a snapshot holds.
+
+    Example
+    -------
+    >>> score_snapshots([], "missing.json", ["angry"])
+    []
+    """
+    if not snapshots:
+        return []
+    rows = read_manifest(manifest)
+    found = []
+    for snapshot in snapshots:
+        counts = counts_by_speaker(snapshot["predictions"], rows, labels).sum(0) if labelled(rows) else None
+        rest = {key: value for key, value in snapshot.items() if key not in ("step", "predictions")}
+        found.append({"step": snapshot["step"], "UA": None if counts is None else scores_of(counts)["UA"], **rest})
+    return found
+
+
 def write_results(folder: str | Path, scored: Mapping, labels: Sequence[str], **about) -> dict:
-    """Write `results.json` and `confusion.png` of one method.
+    """Write `results.json` and, where there are labels, `confusion.png` of one method.
 
     Parameters
     ----------
@@ -85,7 +173,7 @@ def write_results(folder: str | Path, scored: Mapping, labels: Sequence[str], **
     Returns
     -------
     dict
-        What was written: fractions in [0, 1].
+        What was written: fractions in [0, 1], or `None` for scores without labels.
 
     Example
     -------
@@ -97,12 +185,13 @@ def write_results(folder: str | Path, scored: Mapping, labels: Sequence[str], **
     >>> found["UA"], found["n_test"]
     (0.875, 6)
     """
-    values = {key: value for key, value in scored.items() if key != "counts"}
-    record = {**about, **values, "labels": list(labels), "confusion": scored["counts"].tolist()}
+    record = {**about, **{key: value for key, value in scored.items() if key != "counts"}, "labels": list(labels)}
+    if "counts" in scored:
+        record["confusion"] = scored["counts"].tolist()
+        title = f"{record['method']}: {record['source']} to {record['target']}, UA {100 * record['UA']:.1f} %"
+        plot_confusion(Path(folder) / "confusion.png", scored["counts"], labels, title)
     record["code_version"] = __version__
     record = {**{field: record[field] for field in FIELDS}, **record}
-    title = f"{record['method']}: {record['source']} to {record['target']}, UA {100 * record['UA']:.1f} %"
-    plot_confusion(Path(folder) / "confusion.png", scored["counts"], labels, title)
     atomic_write(Path(folder) / "results.json", json.dumps(record, indent=1))
     return record
 
@@ -139,18 +228,43 @@ def side_by_side(folder: str | Path, order: Sequence[str]) -> str:
         "| method | UA % | 95 % interval | WA % | macro-F1 % |",
         "|---|---|---|---|---|",
     ]
-    for record in records:
-        low, high = (100 * bound for bound in record["ci95"])
-        shown = " | ".join(f"{100 * record[name]:.1f}" for name in ("UA", "WA", "macro_F1")).split(" | ", 1)
-        lines.append(f"| {record['method']} | {shown[0]} | {low:.1f} to {high:.1f} | {shown[1]} |")
+    lines += [f"| {record['method']} | {' | '.join(cells(record))} |" for record in records]
     adapted = max(record["n_train"] for record in records)
+    selection = "; ".join(dict.fromkeys(record["selection"] for record in records))
     lines += [
         "",
         f"Protocol: {first['protocol']}. Adapted on {adapted} utterances, tested on {first['n_test']}. "
-        f"Selection: {first['selection']}. Encoder: {first['encoder']}. "
+        f"Selection: {selection}. Encoder: {first['encoder']}. "
         f"Interval of UA: bootstrap over the {first['test_speakers']} test speakers. Code {first['code_version']}.",
         "",
     ]
     text = "\n".join(lines)
     atomic_write(Path(folder) / "results.md", text)
     return text
+
+
+def cells(record: Mapping) -> list[str]:
+    """Format the scores of one method.
+
+    Parameters
+    ----------
+    record : mapping
+        As `write_results` gives.
+
+    Returns
+    -------
+    list of str
+        UA, its interval, WA and macro-F1 in percent.
+
+    Example
+    -------
+    >>> cells({"UA": 0.5, "ci95": [0.4, 0.6], "WA": 0.55, "macro_F1": 0.45})
+    ['50.0', '40.0 to 60.0', '55.0', '45.0']
+    >>> cells({"UA": None})
+    ['no labels, not scored', '', '', '']
+    """
+    if record["UA"] is None:
+        return ["no labels, not scored", "", "", ""]
+    low, high = (100 * bound for bound in record["ci95"])
+    ua, wa, f1 = (f"{100 * record[name]:.1f}" for name in SCORES[:3])
+    return [ua, f"{low:.1f} to {high:.1f}", wa, f1]

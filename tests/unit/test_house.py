@@ -1,6 +1,7 @@
 """What keeps the house in order: imports, recipes and README."""
 
 import ast
+import csv
 import subprocess
 import sys
 from pathlib import Path
@@ -11,8 +12,12 @@ ROOT = Path(__file__).resolve().parents[2]
 PACKAGE = ROOT / "speechbrain_mifuse"
 # Each room may import from those before it.
 ROOMS = ("errors", "progress", "audio", "corpora", "features", "nnet", "inference", "lalm", "adaptation")
-ROOMS += ("evaluation", "brains", "pipeline", "cli")
+ROOMS += ("evaluation", "brains", "pipeline", "registry", "sweep", "cli")
 PAIRS = sorted(path.name for path in (ROOT / "hparams").glob("*2*.yaml"))
+PAPER = [name for name in PAIRS if set(name.removesuffix(".yaml").split("2")) < {"iem", "imp", "msp"}]
+OPEN = [name for name in PAIRS if name not in PAPER]
+# What a pair of the paper may set otherwise than the open ones.
+PUBLISHED = {"encoder", "encoder_layers", "layer", "lalm_base_url", "lalm_model", "teacher_layer"}
 
 
 def room_of(path: Path) -> str:
@@ -48,10 +53,69 @@ def test_torch_and_torchaudio_are_a_matching_pair():
     assert torch.__version__.split(".")[:2] == torchaudio.__version__.split(".")[:2]
 
 
+def text_of(name: str) -> str:
+    """A YAML file of `hparams`."""
+    return (ROOT / "hparams" / name).read_text(encoding="utf-8")
+
+
+def tail_of(name: str) -> str:
+    """What follows the corpora in a pair's YAML."""
+    return text_of(name).split("\n# Encoder:")[1]
+
+
+def keyed_lines(text: str) -> dict[str, str]:
+    """Lines that set a key, by the key."""
+    lines = [line for line in text.splitlines() if line[:1].isalpha() or line.startswith("__")]
+    return {line.split(":")[0]: line for line in lines}
+
+
 def test_pairs_differ_in_their_corpora_alone():
-    assert len(PAIRS) == 6
-    tails = {(ROOT / "hparams" / name).read_text(encoding="utf-8").split("\n# Encoder:")[1] for name in PAIRS}
-    assert len(tails) == 1
+    assert (len(PAPER), len(OPEN)) == (6, 8)
+    assert len({tail_of(name) for name in PAPER}) == len({tail_of(name) for name in [*OPEN, "demo.yaml"]}) == 1
+
+
+def test_pairs_of_the_paper_have_other_defaults_of_encoder_and_teacher_alone():
+    tails = [[line for line in tail_of(pairs[0]).splitlines()[3:] if line[:1] != "#"] for pairs in (PAPER, OPEN)]
+    differing = {line.split(":")[0] for line in set(tails[0]).symmetric_difference(tails[1])}
+    assert differing == PUBLISHED
+
+
+def test_every_pair_and_the_demo_have_the_same_keys():
+    keys = {name: sorted(keyed_lines(text_of(name))) for name in [*PAIRS, "demo.yaml"]}
+    assert not [name for name in keys if keys[name] != keys["nemo2rav.yaml"]]
+
+
+def test_every_role_is_prepared_from_a_data_folder_of_its_own():
+    for name in [*PAIRS, "demo.yaml"]:
+        for role, flag in (("target", "data"), ("source", "source_data"), ("teacher", "teacher_data")):
+            prepared = text_of(name).split(f"prepare_{role}: ")[1].split("\n    splits:")[0]
+            assert f"data_folder: !ref <{flag}_folder>" in prepared, (name, role)
+            assert role == "target" or keyed_lines(text_of(name))[f"{flag}_folder"].endswith("!ref <data_folder>")
+
+
+def test_scripts_of_a_method_are_one_file_and_the_yaml_files_one_folder():
+    for folder in (ROOT / "recipes").glob("*/*"):
+        assert (folder / "hparams").resolve() == ROOT / "hparams", folder
+        assert (folder / "train.py").resolve() == ROOT / "recipes" / "RAVDESS" / folder.name / "train.py", folder
+
+
+@pytest.mark.parametrize("corpus", sorted(path.name for path in (ROOT / "recipes").iterdir() if path.is_dir()))
+def test_a_corpus_with_recipes_has_registry_rows_for_all_of_them_and_they_name_files_that_exist(corpus):
+    with (ROOT / "tests" / "recipes" / f"{corpus}.csv").open(newline="", encoding="utf-8") as file:
+        rows = list(csv.DictReader(file))
+    assert {row["Dataset"] for row in rows} == {corpus}
+    named = [value for row in rows for key, value in row.items() if key.endswith("_file") and value]
+    assert not [name for name in named if not (ROOT / name).exists()]
+    scripts = {str(path.relative_to(ROOT)) for path in (ROOT / "recipes" / corpus).glob("*/train.py")}
+    assert {row["Script_file"] for row in rows} == scripts
+
+
+def test_every_pair_is_in_the_registry_once():
+    rows = []
+    for path in (ROOT / "tests" / "recipes").glob("*.csv"):
+        with path.open(newline="", encoding="utf-8") as file:
+            rows += [Path(row["Hparam_file"]).name for row in csv.DictReader(file)]
+    assert sorted(name for name in rows if "2" in name) == PAIRS
 
 
 @pytest.mark.parametrize("name", PAIRS)

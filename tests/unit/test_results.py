@@ -1,15 +1,28 @@
 """From predictions to files: what is missing counts as wrong, fractions stay fractions, the table holds them all."""
 
 import json
+import math
+import re
 
+import numpy as np
 import pytest
 import torch
 
 from speechbrain_mifuse import __version__
 from speechbrain_mifuse.corpora.manifest import CorpusError, atomic_write
-from speechbrain_mifuse.evaluation.metrics import scores
-from speechbrain_mifuse.evaluation.plots import plot_confusion
+from speechbrain_mifuse.errors import UserError
+from speechbrain_mifuse.evaluation.aggregate import (
+    Comparison,
+    bootstrap,
+    difference_table,
+    read_records,
+    seed_table,
+    transfer_table,
+)
+from speechbrain_mifuse.evaluation.metrics import scores, scores_of
+from speechbrain_mifuse.evaluation.plots import plot_confusion, plot_heatmap, plot_transfers
 from speechbrain_mifuse.evaluation.results import FIELDS, evaluate, side_by_side, write_results
+from speechbrain_mifuse.evaluation.selection_report import selection_table, spearman
 
 LABELS = ("angry", "happy", "sad")
 EMOTIONS = ["angry", "angry", "happy", "happy", "sad", "sad", "sad", "angry"]
@@ -131,3 +144,190 @@ def test_the_table_shows_every_method_that_has_results_in_the_order_asked(manife
 def test_no_results_give_no_table(tmp_path):
     assert side_by_side(tmp_path, ["mi_fuse"]) == ""
     assert not (tmp_path / "results.md").exists()
+
+
+def result(method, seed, hits, source="a", target="b", **changes):
+    """Result of two speakers with five clips of each of two classes; `hits` of each speaker's first class are right."""
+    counts = {f"s{n}": [[right, 5 - right, 0], [0, 5, 0]] for n, right in enumerate(hits)}
+    about = {"source": source, "target": target, "teacher": "c", "method": method, "seed": seed, "encoder": "toy"}
+    about |= {"by_speaker": counts, "n_train": 7, "n_test": 20, "test_speakers": 2, "labels": ["x", "y"], "steps": 5}
+    about |= {"selection": "last step", "diversity_weight": 1.0, "temperature": 0.2, "code_version": "1"}
+    return about | {"UA": 0.5, "WA": 0.5, "macro_F1": 0.5} | changes
+
+
+# UA %: half of the first class's recall, plus half of the second's, which is 100.
+HITS = {"oracle": (5, 5), "mi_fuse": (4, 4), "shot": (1, 3), "nrc": (3, 3), "source_only": (1, 1)}
+
+
+@pytest.fixture
+def comparison():
+    records = [result(m, s, hits, *t) for m, hits in HITS.items() for s in (2, 1) for t in (("a", "b"), ("b", "a"))]
+    return Comparison(records, list(HITS))
+
+
+def test_bounds_stand_at_the_ends_and_means_are_counted_by_hand(comparison):
+    assert comparison.methods == ["source_only", "mi_fuse", "shot", "nrc", "oracle"]
+    assert comparison.transfers == ["b to a", "a to b"] and comparison.seeds == [1, 2]
+    assert comparison.means.tolist() == pytest.approx([60, 90, 70, 80, 100])
+
+
+def test_the_share_of_the_way_from_source_to_oracle_is_that_of_the_means(comparison):
+    assert [comparison.gap_closed(m) for m in comparison.methods] == pytest.approx([0, 75, 25, 50, 100])
+    without = Comparison([r for r in comparison.records if r["method"] != "oracle"], comparison.methods[:-1])
+    assert without.gap_closed("mi_fuse") is None and "way to oracle" not in transfer_table(without).markdown()
+
+
+def test_the_best_baseline_is_the_highest_that_is_neither_ours_nor_a_bound(comparison):
+    assert comparison.best_baseline == "nrc"
+    head, ours = (
+        difference_table(comparison, ["source_only"]).head,
+        difference_table(comparison, ["source_only"]).rows[1],
+    )
+    assert head[2:] == ["above source_only", "above nrc, best baseline"]
+    assert ours[0] == "mi_fuse" and ours[2].startswith("+30.0 (") and ours[3].startswith("+10.0 (")
+
+
+def test_the_highest_without_labels_is_bold_and_the_bound_with_labels_is_not(comparison):
+    rows = {row[0]: row for row in transfer_table(comparison).rows}
+    assert rows["mi_fuse"][1] == "**90.0** ± 0.0" and rows["mi_fuse"][3] == "**90.0**"
+    assert not any("**" in cell for name, row in rows.items() if name != "mi_fuse" for cell in row)
+
+
+def test_latex_shows_the_numbers_of_markdown(comparison):
+    for table in (transfer_table(comparison), difference_table(comparison, ["shot"])):
+        latex = table.latex()
+        numbers = [re.findall(r"\d+(?:\.\d+)?", text) for text in (table.markdown(), latex)]
+        assert numbers[0] == numbers[1] and len(numbers[0]) > 20
+        assert latex.count(r" \\") == 1 + len(table.rows) and r"source\_only" in latex
+        assert all(latex.count(rule) == 1 for rule in (r"\toprule", r"\midrule", r"\bottomrule"))
+    assert r"$+$10.0" in latex and r"\textbf{90.0} $\pm$ 0.0" in transfer_table(comparison).latex()
+
+
+def test_the_table_of_seeds_has_a_row_for_each_and_their_average():
+    records = [
+        result("shot", seed, (hits, hits), *t) for seed, hits in ((1, 1), (2, 3)) for t in (("a", "b"), ("b", "a"))
+    ]
+    assert seed_table(Comparison(records, ["shot"])).rows == [
+        ["shot", "1", "60.0", "60.0", "60.0"],
+        ["", "2", "80.0", "80.0", "80.0"],
+        ["", "mean ± sd", *["**70.0** ± 14.1"] * 3],
+    ]
+
+
+def test_bootstrap_gives_what_a_loop_over_draws_gives():
+    rng = np.random.default_rng(3)
+    counts = rng.integers(0, 4, (3, 4, 5, 2, 3))
+    counts[:, :, 0, 1] = 0  # a speaker without the second class
+    found = bootstrap(counts, np.random.default_rng(7), draws=50)
+    generator = np.random.default_rng(7)
+    seeds = generator.multinomial(4, np.full(4, 1 / 4), 50)
+    speakers = generator.multinomial(5, np.full(5, 1 / 5), 50)
+    for draw in range(50):
+        picked = counts[:, np.repeat(range(4), seeds[draw])][:, :, np.repeat(range(5), speakers[draw])].sum(2)
+        expected = [np.mean([scores_of(torch.tensor(run))["UA"] for run in runs]) for runs in picked]
+        assert found[draw] == pytest.approx(expected)
+
+
+def test_an_interval_spans_the_speakers_of_its_transfer_and_differences_are_paired(comparison):
+    low, high = comparison.intervals[:, 0, comparison.methods.index("shot")]
+    assert (low, high) == pytest.approx((60, 80))
+    # Both methods lose on the same speaker: their difference does not vary though each of them does.
+    records = [result(m, 1, hits) for m, hits in {"shot": (1, 3), "mi_fuse": (2, 4)}.items()]
+    assert Comparison(records, ["shot", "mi_fuse"]).difference("mi_fuse", "shot") == pytest.approx((10, 10, 10))
+
+
+@pytest.mark.parametrize(
+    ("records", "said"),
+    [
+        ([result("shot", 1, (1, 1)), result("nrc", 2, (1, 1))], "no result of shot, seed 2; nrc, seed 1"),
+        ([result("shot", 1, (1, 1)), result("nrc", 1, (1, 1)), result("nrc", 1, (2, 2))], "two results of nrc"),
+        ([result("shot", 1, (1, 1)), result("nrc", 1, (1, 1), temperature=1.0)], r"other settings \(temperature\)"),
+        ([result("shot", 1, (1, 1)), result("nrc", 1, (1, 1), steps=9)], r"other settings \(steps\)"),
+        ([result("shot", 1, (1, 1)), result("nrc", 1, (1, 1, 1))], r"other settings \(test speakers\)"),
+    ],
+)
+def test_results_that_do_not_belong_together_are_refused(records, said):
+    with pytest.raises(UserError, match=f"a to b: .*{said}"):
+        Comparison(records, ["shot", "nrc"]).means  # noqa: B018
+
+
+def test_transfers_that_differ_in_the_teacher_alone_are_told_apart():
+    records = [result("shot", 1, (1, 1)), result("shot", 1, (3, 3), teacher="d")]
+    found = Comparison(records, ["shot"])
+    assert found.transfers == ["a to b (teacher c)", "a to b (teacher d)"] and found.means.tolist() == [70]
+
+
+def test_damaged_and_missing_results_are_errors_naming_the_file(tmp_path):
+    with pytest.raises(UserError, match=r"1 of 1 results are missing; the first is .*a\.json"):
+        read_records([tmp_path / "a.json"])
+    for text in ("{", "[]", '{"UA": 1}'):
+        (tmp_path / "a.json").write_text(text)
+        with pytest.raises(UserError, match=r"a\.json: no whole result of one method"):
+            read_records([tmp_path / "a.json"])
+    (tmp_path / "a.json").write_text('{"UA": null}')
+    with pytest.raises(UserError, match=r"a\.json: its test set has no labels"):
+        read_records([tmp_path / "a.json"])
+
+
+def test_the_figures_grow_with_methods_and_transfers_and_hold_a_handful_at_most(comparison, tmp_path):
+    few = Comparison([r for r in comparison.records if r["method"] == "shot" and r["target"] == "b"], ["shot"])
+    sizes = {}
+    for name, shown in (("few", few), ("all", comparison)):
+        plot_heatmap(tmp_path / f"{name}.png", shown)
+        plot_transfers(tmp_path / f"{name}_t.png", shown, shown.methods)
+        for path in (f"{name}.png", f"{name}_t.png"):
+            content = (tmp_path / path).read_bytes()
+            assert content.startswith(b"\x89PNG")
+            sizes[path] = (int.from_bytes(content[16:20], "big"), int.from_bytes(content[20:24], "big"))
+    assert all(a > b for a, b in zip(sizes["all.png"], sizes["few.png"], strict=True))
+    assert sizes["all_t.png"][0] > sizes["few_t.png"][0]
+    with pytest.raises(UserError, match=r"--figure_methods: name 8 methods at most, out of source_only.*; given: tea"):
+        plot_transfers(tmp_path / "a.png", comparison, ["tea"])
+
+
+@pytest.mark.parametrize(
+    ("first", "second", "expected"),
+    [
+        ([1, 2, 3], [10, 20, 30], 1.0),
+        ([1, 2, 3], [9, 4, 1], -1.0),
+        ([1, 2, 3, 4, 5], [2, 1, 4, 3, 5], 0.8),  # 1 - 6 * 4 / (5 * 24)
+        ([1, 2, 2, 3], [1, 2, 3, 4], 4.5 / math.sqrt(4.5 * 5.0)),  # ranks 1, 2.5, 2.5, 4 against 1, 2, 3, 4
+        ([1, 2, math.nan, 3], [1, 2, 0, 3], 1.0),
+        ([1, 1, 1], [1, 2, 3], math.nan),
+        ([1, 2, 3], [5, 5, 5], math.nan),
+        ([1], [1], math.nan),
+        ([], [], math.nan),
+    ],
+)
+def test_rank_correlation_is_that_counted_by_hand(first, second, expected):
+    assert spearman(first, second) == pytest.approx(expected, nan_ok=True)
+    assert spearman(second, first) == pytest.approx(expected, nan_ok=True)
+
+
+def snapshots(accuracies, **criteria):
+    return [
+        {"step": 10 * n, "UA": ua, **{name: values[n] for name, values in criteria.items()}}
+        for n, ua in enumerate(accuracies)
+    ]
+
+
+def test_the_report_on_selection_is_that_counted_by_hand():
+    rises, falls = [0.4, 0.6, 0.5], [0.7, 0.5, 0.6]
+    records = [
+        result("shot", 1, (1, 1), snapshots=snapshots(rises, good=rises, flat=[1, 1, 1])[::-1]),
+        result("shot", 2, (1, 1), snapshots=snapshots(falls, good=falls, flat=[1, 1, 1])),
+        result("oracle", 1, (1, 1), snapshots=snapshots([0.9, 0.9, 0.9], good=[0, 0, 0], flat=[1, 2, 3])),
+        result("source_only", 1, (1, 1)),
+    ]
+    lines = selection_table(records).splitlines()
+    assert lines[2:6] == [
+        "| good | +1.00 (2) | +1.00 (1) | 65.0 | +10.0 | +0.0 |",
+        "| flat | none | none | 55.0 | +0.0 | -10.0 |",
+        "| last step |  |  | 55.0 |  | -10.0 |",
+        "| best snapshot (needs labels) |  |  | 65.0 | +10.0 |  |",
+    ]
+    assert lines[-1].endswith("Runs: 2; methods: 1; snapshots of a run: 3 to 3.")
+
+
+def test_runs_without_snapshots_give_no_report_on_selection():
+    assert selection_table([result("shot", 1, (1, 1)), result("nrc", 1, (1, 1), snapshots=[])]) == ""

@@ -1,0 +1,713 @@
+"""Pairs x methods x seeds: recipe runs side by side, each in a process of its own, and the tables they end in.
+
+A run computes on one thread, however many run side by side: sums of floats depend on the number of threads, and results
+must not depend on the machine that was free.
+"""
+
+from __future__ import annotations
+
+import collections
+import contextlib
+import hashlib
+import json
+import os
+import re
+import shlex
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from speechbrain_mifuse import __version__
+from speechbrain_mifuse.corpora.manifest import atomic_write
+from speechbrain_mifuse.errors import UserError
+from speechbrain_mifuse.evaluation.aggregate import (
+    Comparison,
+    difference_table,
+    interval_table,
+    protocol,
+    read_records,
+    seed_table,
+    transfer_table,
+    write_csv,
+)
+from speechbrain_mifuse.evaluation.plots import plot_heatmap, plot_transfers
+from speechbrain_mifuse.evaluation.selection_report import selection_table
+from speechbrain_mifuse.progress import progress
+from speechbrain_mifuse.registry import Recipe, adaptation_recipe
+
+MARKER = "sweep.json"
+THREADS = ("OMP_NUM_THREADS", "MKL_NUM_THREADS")
+# Where a run finds things by itself; a job of an array may start without the variables of this shell.
+PLACES = ("MIFUSE_CORPORA", "MIFUSE_CACHE")
+BASELINES = ("source_only", "lalm_zero_shot", "lalm_sfuda")
+FIGURE_METHODS = ("source_only", "lalm_zero_shot", "lalm_sfuda", "mi_fuse", "mi_fuse_plus", "oracle")
+# The sweep gives each run these flags.
+OWN_FLAGS = {"seed": "--seeds", "output_folder": "--output", "method": "--methods"}
+# Keys of the YAML that decide the classifier behind a local API: runs that agree in them share it.
+TEACHER_KEYS = (
+    *("teacher", "prepare_teacher", "labels", "encoder", "encoder_layers", "trim_db", "frame_average"),
+    *("teacher_layer", "teacher_classifier"),
+)
+GRACE_S, POLL_S = 5.0, 0.05
+
+
+@dataclass(frozen=True, eq=False)
+class Run:
+    """One recipe run: a pair with a seed, all methods.
+
+    Parameters
+    ----------
+    pair : str
+        Name of the pair.
+    seed : int
+        Training seed.
+    folder : pathlib.Path
+        Output folder.
+    command : tuple of str
+        The process's arguments.
+    environment : dict of str to str
+        Variables that it is given beyond those of this process.
+    results : tuple of pathlib.Path
+        What it writes.
+    code : str
+        Of the code that it runs; see `code_digest`.
+
+    Example
+    -------
+    >>> Run("a2b", 1, Path("out/a2b/1"), ("python", "train.py", "a b"), {"OMP_NUM_THREADS": "1"}, (), "").line()
+    "OMP_NUM_THREADS=1 python train.py 'a b'"
+    """
+
+    pair: str
+    seed: int
+    folder: Path
+    command: tuple[str, ...]
+    environment: Mapping[str, str]
+    results: tuple[Path, ...]
+    code: str
+
+    @property
+    def log(self) -> Path:
+        """Where its output goes."""
+        return self.folder.parent / f"{self.seed}.log"
+
+    @property
+    def mark(self) -> dict:
+        """What must be equal for its results to count as done."""
+        return {"command": list(self.command), "environment": dict(self.environment), "code": self.code}
+
+    def done(self) -> bool:
+        """Tell whether all results are there and were got by this command and code."""
+        try:
+            found = json.loads((self.folder / MARKER).read_text(encoding="utf-8"))
+        except (OSError, ValueError):
+            return False
+        return found == self.mark and all(path.is_file() for path in self.results)
+
+    def line(self) -> str:
+        """Give the run as one line for a shell."""
+        assigned = [f"{name}={shlex.quote(value)}" for name, value in self.environment.items()]
+        return " ".join([*assigned, shlex.join(self.command)])
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Pairs, methods, seeds and where everything goes.
+
+    Parameters
+    ----------
+    recipes : list of Recipe
+        One for each pair.
+    methods : list of str
+        In the order of the table.
+    seeds : list of int
+        Training seeds.
+    output : pathlib.Path
+        Folder of the runs.
+    flags : tuple of str
+        More flags of the recipe, for every run.
+    threads : int
+        Threads of a run.
+
+    Example
+    -------
+    >>> Plan([], ["mi_fuse"], [1], Path("out")).runs()
+    []
+    """
+
+    recipes: list[Recipe]
+    methods: list[str]
+    seeds: list[int]
+    output: Path
+    flags: tuple[str, ...] = ()
+    threads: int = 1
+
+    def runs(self) -> list[Run]:
+        """List the runs: the first seed of every pair, then the second of every pair, ..."""
+        environment = dict.fromkeys(THREADS, str(self.threads))
+        # Threads that wait for a busy core by sleeping: spinning makes a shared machine many times slower.
+        environment["OMP_WAIT_POLICY"] = "passive"
+        environment.update({name: os.environ[name] for name in PLACES if os.environ.get(name)})
+        codes = {recipe.name: code_digest(recipe) for recipe in self.recipes}
+        return [
+            self._run(recipe, seed, environment, codes[recipe.name]) for seed in self.seeds for recipe in self.recipes
+        ]
+
+    def _run(self, recipe: Recipe, seed: int, environment: Mapping[str, str], code: str) -> Run:
+        folder = self.output / recipe.name / str(seed)
+        flags = {"seed": seed, "output_folder": folder, "method": f"[{', '.join(self.methods)}]"}
+        # The API teacher is one and the same for all seeds: it is asked once, and its answers are shared.
+        shared = {"teacher_folder": self.teacher_folder(recipe), "label_store": folder.parent / "labels.sqlite"}
+        given = flag_values(self.flags)
+        flags.update({key: path for key, path in shared.items() if key in recipe.values and key not in given})
+        command = [sys.executable, str(recipe.script), str(recipe.hparams)]
+        command += [*(f"--{key}={value}" for key, value in flags.items()), *self.flags]
+        results = tuple(folder / method / "results.json" for method in self.methods)
+        return Run(recipe.name, seed, folder, tuple(command), environment, results, code)
+
+    def teacher_folder(self, recipe: Recipe) -> Path:
+        """Folder of the classifier behind the local API, the same for all runs with an equal one."""
+        given = flag_values(self.flags)
+        decides = {key: given.get(key, recipe.values.get(key)) for key in TEACHER_KEYS}
+        digest = hashlib.sha256(json.dumps(decides, sort_keys=True, default=str).encode()).hexdigest()[:8]
+        return self.output / f"teacher_{recipe.value('teacher')}-{digest}"
+
+    def teacher(self) -> str:
+        """Say what the API teachers are, from the YAML files and the flags."""
+        given = flag_values(self.flags)
+        told = {}
+        for recipe in self.recipes:
+            values = {**recipe.values, **given}
+            who = f"a classifier of that corpus on layer {values.get('teacher_layer')}, behind HTTP on this machine"
+            if values.get("lalm_base_url") not in (None, "null"):
+                who = f"{values.get('lalm_model')} behind an API"
+            told[f"{who}, {values.get('lalm_samples')} stochastic answers each ({values.get('lalm_answer_form')})"] = 1
+        return " or ".join(told)
+
+
+def make_plan(
+    root: str | Path,
+    pairs: Sequence[str],
+    output: str | Path,
+    seeds: Sequence[int],
+    methods: Sequence[str] = (),
+    flags: Sequence[str] = (),
+    threads: int = 1,
+) -> Plan:
+    """Plan a sweep from the registry.
+
+    Parameters
+    ----------
+    root : str or pathlib.Path
+        The repository.
+    pairs : sequence of str
+        Names of registered YAML files.
+    output : str or pathlib.Path
+        Folder of the runs.
+    seeds : sequence of int
+        Training seeds.
+    methods : sequence of str
+        Those of the YAML files' tables, by default.
+    flags : sequence of str
+        More flags of the recipe, for every run.
+    threads : int
+        Threads of a run.
+
+    Returns
+    -------
+    Plan
+        Methods in the order in which the YAML registers them.
+
+    Raises
+    ------
+    UserError
+        If a pair or method is unknown, a pair is named twice, or a flag is one that the sweep gives itself.
+
+    Example
+    -------
+    >>> from speechbrain_mifuse.registry import repository_root
+    >>> plan = make_plan(repository_root(Path(__file__).parent), ["nemo2rav"], "out", [1, 2], ["oracle", "mi_fuse"])
+    >>> plan.methods, [run.folder.name for run in plan.runs()]
+    (['mi_fuse', 'oracle'], ['1', '2'])
+    """
+    recipes = [adaptation_recipe(root, pair) for pair in dict.fromkeys(Path(pair).stem for pair in pairs)]
+    for key in flag_values(flags):
+        if key in OWN_FLAGS:
+            raise UserError(f"--{key}: the sweep gives this flag to each run; use {OWN_FLAGS[key]}.")
+    for recipe in recipes:
+        unknown = [name for name in methods if name not in recipe.methods]
+        if unknown:
+            known = ", ".join(recipe.methods)
+            raise UserError(f"--methods: {', '.join(unknown)} is none of the methods of {recipe.name}: {known}.")
+    registered = list(dict.fromkeys(name for recipe in recipes for name in recipe.methods))
+    wanted = methods or [name for recipe in recipes for name in recipe.table]
+    chosen = [name for name in registered if name in wanted]
+    return Plan(recipes, chosen, list(seeds), Path(output).resolve(), tuple(flags), threads)
+
+
+def require_methods(plan: Plan, flag: str, names: Sequence[str]) -> None:
+    """Refuse names of methods that a sweep does not hold, before it spends hours on the others.
+
+    Parameters
+    ----------
+    plan : Plan
+        The sweep.
+    flag : str
+        Where the names come from.
+    names : sequence of str
+        Names.
+
+    Raises
+    ------
+    UserError
+        If one is unknown.
+
+    Example
+    -------
+    >>> require_methods(Plan([], ["shot"], [1], Path("out")), "--baselines", ["shot"])
+    """
+    unknown = [name for name in names if name not in plan.methods]
+    if unknown:
+        raise UserError(f"{flag}: {', '.join(unknown)} is none of the methods {', '.join(plan.methods)}.")
+
+
+def flag_values(flags: Sequence[str]) -> dict[str, str]:
+    """Read flags of a command line: names without dashes, and their values as text.
+
+    Parameters
+    ----------
+    flags : sequence of str
+        `--key value` or `--key=value`.
+
+    Returns
+    -------
+    dict of str to str
+        Values by key; empty for a flag without one.
+
+    Example
+    -------
+    >>> flag_values(["--layer", "3", "--encoder=demo", "--noprogressbar"])
+    {'layer': '3', 'encoder': 'demo', 'noprogressbar': ''}
+    """
+    found, key = {}, None
+    for word in flags:
+        if word.startswith("--"):
+            key, _, found[word[2:].split("=")[0]] = word[2:].partition("=")
+        elif key is not None:
+            found[key] = word
+    return found
+
+
+def parse_seeds(text: str) -> list[int]:
+    """Read a list of seeds.
+
+    Parameters
+    ----------
+    text : str
+        Numbers and ranges, as `1-5` or `1,3,7-9`.
+
+    Returns
+    -------
+    list of int
+        Each once, ascending.
+
+    Raises
+    ------
+    UserError
+        If it is none.
+
+    Example
+    -------
+    >>> parse_seeds("7-8,1")
+    [1, 7, 8]
+    """
+    ranges = [re.fullmatch(r"(\d+)(?:-(\d+))?", part.strip()) for part in text.split(",")]
+    if not all(ranges):
+        raise UserError(f"--seeds: '{text}' is no list of seeds such as 1-5 or 1,2,3.")
+    seeds = {seed for found in ranges for seed in range(int(found[1]), int(found[2] or found[1]) + 1)}
+    if not seeds:
+        raise UserError(f"--seeds: '{text}' holds no seed; a range counts upwards, as 1-5.")
+    return sorted(seeds)
+
+
+def usable_cores() -> int:
+    """Count the cores that this process may use.
+
+    Returns
+    -------
+    int
+        At least 1.
+
+    Example
+    -------
+    >>> usable_cores() >= 1
+    True
+    """
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
+
+
+def code_digest(recipe: Recipe) -> str:
+    """Version of the package with a hash of all that a run of a recipe executes and reads as settings.
+
+    Parameters
+    ----------
+    recipe : Recipe
+        Gives the script and the YAML's values, comments aside.
+
+    Returns
+    -------
+    str
+        As `0.1.0 1a2b3c4d5e6f`.
+
+    Example
+    -------
+    >>> from speechbrain_mifuse.registry import adaptation_recipe, repository_root
+    >>> code_digest(adaptation_recipe(repository_root(Path(__file__).parent), "nemo2rav")).split()[0] == __version__
+    True
+    """
+    digest = hashlib.sha256(json.dumps(recipe.values, sort_keys=True, default=str).encode())
+    for path in (recipe.script, *sorted(Path(__file__).parent.rglob("*.py"))):
+        digest.update(path.name.encode() + path.read_bytes())
+    return f"{__version__} {digest.hexdigest()[:12]}"
+
+
+def write_commands(path: str | Path, runs: Sequence[Run]) -> None:
+    r"""Write one shell command per line, for a job array.
+
+    Parameters
+    ----------
+    path : str or pathlib.Path
+        File to write.
+    runs : sequence of Run
+        All runs, also those that are done: the line numbers stay.
+
+    Example
+    -------
+    >>> import tempfile
+    >>> path = Path(tempfile.mkdtemp()) / "commands.txt"
+    >>> write_commands(path, [Run("a2b", 1, Path("out"), ("python", "train.py"), {}, (), "")])
+    >>> path.read_text()
+    'python train.py\n'
+    """
+    atomic_write(path, "".join(run.line() + "\n" for run in runs))
+
+
+def advice(path: str | Path, plan: Plan) -> str:
+    """Say how to run a file of commands as a job array.
+
+    Parameters
+    ----------
+    path : str or pathlib.Path
+        The file.
+    plan : Plan
+        What it holds.
+
+    Returns
+    -------
+    str
+        Two lines or three.
+
+    Example
+    -------
+    >>> print(advice("commands.txt", Plan([], [], [], Path("out"))))
+    commands.txt: 0 commands; a job runs one by: bash -c "$(sed -n "${SLURM_ARRAY_TASK_ID}p" commands.txt)"
+    When all are done, the same sweep with --collect in place of --commands writes the tables.
+    """
+    first, total = len(plan.recipes), len(plan.recipes) * len(plan.seeds)
+    place = shlex.quote(str(path))
+    lines = [f'{path}: {total} commands; a job runs one by: bash -c "$(sed -n "${{SLURM_ARRAY_TASK_ID}}p" {place})"']
+    if total > first:
+        lines.append(f"Run lines 1-{first} before {first + 1}-{total}: they fill what the other seeds share.")
+    lines.append("When all are done, the same sweep with --collect in place of --commands writes the tables.")
+    return "\n".join(lines)
+
+
+@dataclass
+class Processes:
+    """Runs as processes, at most `jobs` at a time.
+
+    The first run of a pair goes alone: it fills what the others of the pair share (frames, the teacher, its answers),
+    so that no API is asked for the same twice.
+
+    Parameters
+    ----------
+    runs : sequence of Run
+        What to do, in this order.
+    jobs : int
+        Processes at a time.
+    leaderless : frozenset of str
+        Pairs of which a run was done before.
+
+    Example
+    -------
+    >>> Processes([], jobs=2).go()
+    []
+    """
+
+    runs: Sequence[Run]
+    jobs: int
+    leaderless: frozenset[str] = frozenset()
+    stopped: bool = False
+    running: dict[Run, subprocess.Popen] = field(default_factory=dict)
+
+    def go(self) -> list[tuple[Run, int]]:
+        """Run all; a failed one does not stop the others.
+
+        Returns
+        -------
+        list of tuple
+            Failed runs with their exit status.
+
+        Raises
+        ------
+        KeyboardInterrupt
+            On Ctrl-C or SIGTERM, after the processes were stopped.
+        """
+        waiting, failed = collections.deque(self.runs), []
+        led = set(self.leaderless)
+        with self._listening(), progress(total=len(self.runs), desc="sweep", unit="run", smoothing=0) as bar:
+            try:
+                while (waiting or self.running) and not self.stopped:
+                    self._start(waiting, led)
+                    for run, status in self._ended():
+                        led.add(run.pair)
+                        if status:
+                            failed.append((run, status))
+                        bar.set_postfix(failed=len(failed), refresh=False)
+                        bar.update()
+                    time.sleep(POLL_S)
+            finally:
+                self._stop()
+        if self.stopped:
+            raise KeyboardInterrupt
+        return failed
+
+    @contextlib.contextmanager
+    def _listening(self) -> Iterator[None]:
+        # A flag in place of an exception: nothing can come between the start of a process and the note of it.
+        if threading.current_thread() is not threading.main_thread():
+            yield
+            return
+        # Under nohup a closed terminal stops nothing.
+        heeded = [signal.SIGINT, signal.SIGTERM]
+        heeded += [signal.SIGHUP] if signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN else []
+        before = {number: signal.signal(number, self._note) for number in heeded}
+        try:
+            yield
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)
+
+    def _note(self, number, frame) -> None:
+        self.stopped = True
+
+    def _start(self, waiting: collections.deque[Run], led: set[str]) -> None:
+        led_now = {run.pair for run in self.running} - led
+        for run in list(waiting):
+            if len(self.running) >= self.jobs:
+                return
+            if run.pair in led_now:
+                continue
+            if run.pair not in led:
+                led_now.add(run.pair)
+            waiting.remove(run)
+            self.running[run] = start(run)
+
+    def _ended(self) -> list[tuple[Run, int]]:
+        ended = [(run, status) for run, process in self.running.items() if (status := process.poll()) is not None]
+        for run, status in ended:
+            del self.running[run]
+            if status == 0:
+                atomic_write(run.folder / MARKER, json.dumps(run.mark, indent=1))
+        return ended
+
+    def _stop(self) -> None:
+        for process in self.running.values():
+            _signal(process, signal.SIGINT)
+        deadline = time.monotonic() + GRACE_S
+        for process in self.running.values():
+            try:
+                process.wait(max(deadline - time.monotonic(), 0))
+            except subprocess.TimeoutExpired:
+                _signal(process, signal.SIGKILL)
+                process.wait()
+        self.running.clear()
+
+
+def start(run: Run) -> subprocess.Popen:
+    r"""Start a run, its output in its log.
+
+    Parameters
+    ----------
+    run : Run
+        The run.
+
+    Returns
+    -------
+    subprocess.Popen
+        In a session of its own, so that a signal reaches all that it starts, and only through the sweep.
+
+    Example
+    -------
+    >>> import tempfile
+    >>> run = Run("a2b", 1, Path(tempfile.mkdtemp()) / "1", (sys.executable, "-c", "print(7)"), {}, (), "")
+    >>> start(run).wait(), run.log.read_text()
+    (0, '7\n')
+    """
+    run.folder.mkdir(parents=True, exist_ok=True)
+    # What is begun anew is not done.
+    (run.folder / MARKER).unlink(missing_ok=True)
+    environment = {**os.environ, **run.environment}
+    with run.log.open("wb") as log:
+        return subprocess.Popen(
+            run.command,
+            env=environment,
+            stdin=subprocess.DEVNULL,
+            stdout=log,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,
+        )
+
+
+def _signal(process: subprocess.Popen, number: int) -> None:
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(process.pid, number)
+
+
+def run_plan(plan: Plan, jobs: int) -> None:
+    """Run what is missing; what is done starts no process.
+
+    Parameters
+    ----------
+    plan : Plan
+        Pairs, methods, seeds.
+    jobs : int
+        Runs at a time.
+
+    Raises
+    ------
+    UserError
+        If runs failed, after all were tried; the message names each run's log and last line.
+    SystemExit
+        With status 130 on Ctrl-C, after the processes were stopped.
+
+    Example
+    -------
+    >>> run_plan(Plan([], ["mi_fuse"], [1], Path("out")), jobs=1)  # no pair, no run
+    """
+    runs = plan.runs()
+    missing = [run for run in runs if not run.done()]
+    if not missing:
+        return
+    print(f"{len(runs) - len(missing)} of {len(runs)} runs are done already.", file=sys.stderr, flush=True)
+    if jobs * plan.threads > usable_cores():
+        print(f"warning: {jobs} runs of {plan.threads} threads on {usable_cores()} cores.", file=sys.stderr)
+    leaderless = frozenset(run.pair for run in runs if run not in missing)
+    try:
+        failed = Processes(missing, jobs, leaderless).go()
+    except KeyboardInterrupt:
+        done = sum(run.done() for run in runs)
+        print(f"stopped; {done} of {len(runs)} runs are done. The same command goes on from here.", file=sys.stderr)
+        raise SystemExit(130) from None
+    if failed:
+        told = [
+            f"  {run.pair}, seed {run.seed}: status {status}; {run.log}\n    {_last_line(run.log)}"
+            for run, status in failed
+        ]
+        raise UserError(
+            f"{len(failed)} of {len(runs)} runs failed, so no table is written. Mend the cause; the same command goes "
+            "on from here.\n" + "\n".join(told)
+        )
+
+
+def _last_line(log: Path) -> str:
+    lines = [line for line in log.read_text(encoding="utf-8", errors="replace").splitlines() if line.strip()]
+    return lines[-1].strip() if lines else "(its log is empty)"
+
+
+def collect(
+    plan: Plan, folder: str | Path, name: str, baselines: Sequence[str] = (), figure_methods: Sequence[str] = ()
+) -> str:
+    """Write the tables and figures of a sweep from its runs' results, whoever ran them.
+
+    Parameters
+    ----------
+    plan : Plan
+        Pairs, methods, seeds.
+    folder : str or pathlib.Path
+        Where they go.
+    name : str
+        They are `NAME.csv`, `.md`, `.tex`, `.png`, `NAME_seeds.md`, `NAME_transfers.png`, and `NAME_selection.md` when
+        the runs kept snapshots.
+    baselines : sequence of str
+        Methods to compare with; by default source and API teacher and the student of that teacher, where they are.
+    figure_methods : sequence of str
+        Methods of `NAME_transfers.png`; by default a handful.
+
+    Returns
+    -------
+    str
+        What `NAME.md` holds.
+
+    Raises
+    ------
+    UserError
+        If a result is missing or the results do not belong together.
+
+    Example
+    -------
+    >>> collect(Plan([], [], [], Path("out")), "tables", "toy")
+    Traceback (most recent call last):
+    ...
+    speechbrain_mifuse.errors.UserError: no results to collect: name pairs, methods and seeds.
+    """
+    records = read_records(path for run in plan.runs() for path in run.results)
+    if not records:
+        raise UserError("no results to collect: name pairs, methods and seeds.")
+    comparison = Comparison(records, plan.methods)
+    baselines = list(baselines) or [method for method in BASELINES if method in plan.methods]
+    drawn = list(figure_methods) or [method for method in FIGURE_METHODS if method in plan.methods]
+    main, differences = transfer_table(comparison), difference_table(comparison, baselines)
+    tables = [table for table in (main, differences) if table is not None]
+    about = protocol(comparison, plan.teacher()) + "\n"
+    text = "\n".join([*(table.markdown() for table in tables), about])
+    folder = Path(folder)
+    order = {method: place for place, method in enumerate(comparison.methods)}
+    rows = sorted(records, key=lambda r: (r["target"], r["source"], r["teacher"], order[r["method"]], r["seed"]))
+    write_csv(folder / f"{name}.csv", rows)
+    atomic_write(folder / f"{name}.md", text)
+    atomic_write(folder / f"{name}.tex", "\n".join(table.latex() for table in tables))
+    seeds = [seed_table(comparison).markdown(), interval_table(comparison).markdown(), about]
+    atomic_write(folder / f"{name}_seeds.md", "\n".join(seeds))
+    plot_heatmap(folder / f"{name}.png", comparison)
+    plot_transfers(folder / f"{name}_transfers.png", comparison, drawn)
+    write_selection(folder / f"{name}_selection.md", records)
+    return text
+
+
+def write_selection(path: Path, records: Sequence[Mapping]) -> None:
+    """Write the report on selection without labels; without snapshots, leave no older one behind.
+
+    Parameters
+    ----------
+    path : pathlib.Path
+        File to write.
+    records : sequence of mapping
+        As `read_records` gives.
+
+    Example
+    -------
+    >>> write_selection(Path("no-such-file"), [])
+    """
+    text = selection_table(records)
+    if text:
+        atomic_write(path, text)
+    else:
+        path.unlink(missing_ok=True)
