@@ -27,12 +27,10 @@ SETTINGS = {
     "one word as answer": ("--lalm_answer_form=label",),
     "one word as answer, tau 1": ("--lalm_answer_form=label", "--temperature=1.0"),
     "4 dropout passes": ("--passes=4",),
-    "64 dropout passes": ("--passes=64",),
     "EMA window 0.1": ("--ema_window=0.1",),
     "EMA window 1.0": ("--ema_window=1.0",),
     "lambda 0": ("--diversity_weight=0.0",),
     "lambda 0.3": ("--diversity_weight=0.3",),
-    "tau 0.05": ("--temperature=0.05",),
     "encoder layer 1": ("--encoder_layers=[1, 3]", "--layer=1"),
     "encoder layer 4": ("--encoder_layers=[3, 4]", "--layer=4"),
 }
