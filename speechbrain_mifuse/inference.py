@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 from collections import OrderedDict
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -20,11 +21,13 @@ from speechbrain_mifuse.features.extract import FrameReader
 from speechbrain_mifuse.features.store import difference
 from speechbrain_mifuse.nnet.classifier import EmotionClassifier
 
+logger = logging.getLogger(__name__)
+
 # Pooled vectors that a recogniser remembers: K stochastic answers to one recording then encode it once.
 REMEMBERED = 256
 
 # What two stores must share for a classifier of the one to read the other.
-DECISIVE = ("encoder", "dim", "trim_db", "frame_average", "preprocessing_version")
+DECISIVE = ("encoder", "dim", "trim_db", "frame_average", "preprocessing_version", "speaker_norm")
 
 YAML = """# An emotion recogniser; load it with speechbrain_mifuse.inference.EmotionRecognizer.from_hparams.
 pretrained_path: .
@@ -42,6 +45,7 @@ classifier: !new:speechbrain_mifuse.nnet.classifier.EmotionClassifier
     dropout: {dropout}
     n_layers: {n_layers}
     attention_size: {attention_size}
+    adapter: {adapter}
 modules:
     encoder: !ref <encoder>
     classifier: !ref <classifier>
@@ -52,6 +56,10 @@ pretrainer: !new:speechbrain.utils.parameter_transfer.Pretrainer
         classifier: !ref <pretrained_path>/classifier.safetensors
     custom_hooks:
         classifier: !name:speechbrain_mifuse.inference.load_weights
+"""
+NORMALISED = """# Trained on frames from which each speaker's offset was subtracted. A recording comes without a speaker
+# here, so its offset is 0.
+speaker_norm: {name}
 """
 
 
@@ -103,7 +111,7 @@ def export_recogniser(folder: str | Path, classifier, front, hparams: Mapping, a
     hparams : mapping
         `labels`, `encoder`, `trim_db`.
     about : mapping
-        Provenance, of JSON's types.
+        Provenance, of JSON's types; `features` is the fingerprint of the frames.
 
     Example
     -------
@@ -124,6 +132,7 @@ def export_recogniser(folder: str | Path, classifier, front, hparams: Mapping, a
         "dropout": classifier.dropout,
         "n_layers": front.n_layers,
         "attention_size": classifier.pooling.project.out_features,
+        "adapter": None if classifier.adapter is None else classifier.adapter.sizes,
     }
     text = YAML.format(
         labels=list(hparams["labels"]),
@@ -131,8 +140,10 @@ def export_recogniser(folder: str | Path, classifier, front, hparams: Mapping, a
         frame_average=getattr(front, "frame_average", 1),
         encoder=json.dumps(str(source)),
         layers=json.dumps(layers),
-        **sizes,
+        **{**sizes, "adapter": json.dumps(sizes["adapter"])},
     )
+    norm = about["features"].get("speaker_norm")
+    text += NORMALISED.format(**norm) if norm else ""
     weights = {name: tensor.contiguous() for name, tensor in classifier.state_dict().items()}
     atomic_write(folder / "classifier.safetensors", save(weights))
     atomic_write(folder / "hyperparams.yaml", text)
@@ -213,7 +224,9 @@ def load_classifier(folder: str | Path, labels: Sequence[str], features: Mapping
     wanted = {"labels": list(labels), **{key: features.get(key) for key in DECISIVE}}
     differs = difference(found, wanted)
     if differs:
-        raise RecogniserError(f"{folder}: was trained on something else ({differs}). Pass the same --encoder.")
+        raise RecogniserError(
+            f"{folder}: was trained on something else ({differs}). Pass the same --encoder and --speaker_norm."
+        )
     classifier = EmotionClassifier(**about["classifier"])
     load_weights(classifier, folder / "classifier.safetensors")
     return classifier
@@ -221,6 +234,9 @@ def load_classifier(folder: str | Path, labels: Sequence[str], features: Mapping
 
 class EmotionRecognizer(Pretrained):
     """Emotion of recordings, from a folder that `export_recogniser` wrote.
+
+    Recordings come without a speaker: nothing is subtracted from their frames, also where the classifier was trained
+    on speaker-normalised ones, which is said in the log.
 
     Example
     -------
@@ -237,6 +253,11 @@ class EmotionRecognizer(Pretrained):
         self.sample_rate = self.hparams.sample_rate
         self.reader = FrameReader(self.mods.encoder, self.hparams.trim_db, self.hparams.frame_average)
         self._vectors: OrderedDict[str, torch.Tensor] = OrderedDict()
+        norm = getattr(self.hparams, "speaker_norm", None)
+        if norm:
+            logger.warning(
+                "trained with speaker_norm %s; a recording comes without a speaker here, so its offset is 0", norm
+            )
 
     @classmethod
     def from_hparams(cls, source, overrides=None, **kwargs):

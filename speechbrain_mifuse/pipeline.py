@@ -10,26 +10,48 @@ import logging
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+import speechbrain as sb
 import torch
 from filelock import FileLock, Timeout
+from hyperpyyaml import load_hyperpyyaml
+from ruamel.yaml.error import YAMLError
 from speechbrain.utils.distributed import run_on_main
 
 from speechbrain_mifuse.adaptation.selection import chosen_snapshot, known_rule
+from speechbrain_mifuse.brains.adapter import pretrain
+from speechbrain_mifuse.brains.adapter_arms import Run
 from speechbrain_mifuse.brains.classifier import train_classifier
 from speechbrain_mifuse.brains.snapshots import Snapshots
-from speechbrain_mifuse.corpora.manifest import atomic_write, read_manifest, unlabelled
+from speechbrain_mifuse.corpora.folds import fold_folder
+from speechbrain_mifuse.corpora.manifest import (
+    atomic_write,
+    known_speakers,
+    read_manifest,
+    recordings_without_speaker,
+    unlabelled,
+)
 from speechbrain_mifuse.errors import UserError
-from speechbrain_mifuse.evaluation.results import evaluate, score_snapshots, side_by_side, write_results
+from speechbrain_mifuse.evaluation.adapter_report import COLUMNS as ADAPTER_COLUMNS
+from speechbrain_mifuse.evaluation.adapter_report import adapter_protocol, adapter_table
+from speechbrain_mifuse.evaluation.aggregate import write_csv
+from speechbrain_mifuse.evaluation.results import evaluate, labelled, score_snapshots, side_by_side, write_results
 from speechbrain_mifuse.features import cache_folder
 from speechbrain_mifuse.features.dataset import encoded_rows
 from speechbrain_mifuse.features.encoder import FrozenEncoder
 from speechbrain_mifuse.features.extract import FrameReader, extract, open_store
 from speechbrain_mifuse.features.front import FinetunedEncoder, StoredFrames
+from speechbrain_mifuse.features.prosody import ProsodyReader
+from speechbrain_mifuse.features.speakers import chosen_norm, speaker_offsets
 from speechbrain_mifuse.features.store import FeatureStore
 from speechbrain_mifuse.inference import EmotionRecognizer, recogniser_digest
+from speechbrain_mifuse.lalm.card import Needs, check, read_card
 from speechbrain_mifuse.lalm.client import LalmClient
 from speechbrain_mifuse.lalm.collect import collect
-from speechbrain_mifuse.lalm.prompt import Prompt
+from speechbrain_mifuse.lalm.hashes import HashCache, Known
+from speechbrain_mifuse.lalm.limits import Budget
+from speechbrain_mifuse.lalm.plan import Plan, known_recordings, make_plan, spent_before
+from speechbrain_mifuse.lalm.profile import Profile
+from speechbrain_mifuse.lalm.prompt import DEFAULT_TEMPLATE, Prompt
 from speechbrain_mifuse.lalm.serve import EmotionServer
 from speechbrain_mifuse.lalm.store import LabelStore, Query
 from speechbrain_mifuse.progress import quiet
@@ -41,6 +63,9 @@ LOOPBACK = "http://127.0.0.1/v1"
 
 # What an encoder is called in results, where its flag does not say.
 ENCODERS = {"demo": "Whisper tiny.en (trained for English speech recognition)"}
+
+# Whose frames `speaker_norm` changes. The API teacher is a black box: what it hears and answers stays the same.
+NORMALISED_ROLES = ("target", "source")
 
 # Loggers that tell of each request, some with its whole audio.
 EVERY_REQUEST = ("openai", "httpx", "httpx2", "httpcore", "httpcore2", "speechbrain_mifuse.lalm.serve")
@@ -75,6 +100,36 @@ def chosen_methods(hparams: Mapping) -> list[str]:
     if unknown:
         raise UserError(f"--method: {', '.join(map(str, unknown))} is none of {', '.join(known)}.")
     return names
+
+
+def require_labels(hparams: Mapping, names: Sequence[str]) -> None:
+    """Refuse a method that uses the target's labels where there are none, before anything long is begun.
+
+    Parameters
+    ----------
+    hparams : mapping
+        `adaptation[methods]`, `target`, `target_manifests`.
+    names : sequence of str
+        Chosen methods.
+
+    Raises
+    ------
+    UserError
+        Naming the method and what to do.
+
+    Example
+    -------
+    >>> require_labels({"adaptation": {"methods": {}}}, [])
+    """
+    wanting = [name for name in names if hparams["adaptation"]["methods"][name].uses_labels]
+    if not wanting:
+        return
+    manifest = Path(hparams["target_manifests"]) / "adapt.json"
+    if not labelled(read_manifest(manifest)):
+        raise UserError(
+            f"--method: {', '.join(wanting)} is trained on the target's labels, and '{hparams['target']}' has none "
+            f"({manifest}). Leave it out of --method, or give the recordings labels."
+        )
 
 
 def open_reader(hparams: Mapping, run_opts: Mapping | None = None) -> FrameReader:
@@ -148,6 +203,45 @@ def store_frames(hparams: Mapping, role: str, reader: FrameReader) -> FeatureSto
     return open_store(folder, reader)
 
 
+def open_front(hparams: Mapping, role: str, layer: int | None, reader: FrameReader) -> StoredFrames:
+    """Fill the feature store of the corpus that plays a role and read frames from it, speaker-normalised if asked for.
+
+    Parameters
+    ----------
+    hparams : mapping
+        As for `store_frames` and `chosen_norm`.
+    role : str
+        `target`, `source` or `teacher`; the frames of the latter are never normalised.
+    layer : int or None
+        Which of the stored layers; all of them for `None`.
+    reader : FrameReader
+        Makes the frames.
+
+    Returns
+    -------
+    StoredFrames
+        The front.
+
+    Raises
+    ------
+    UserError
+        If the speaker normalisation is unknown.
+
+    Example
+    -------
+    >>> open_front({"speaker_norm": "mine"}, "target", 2, None)
+    Traceback (most recent call last):
+    ...
+    speechbrain_mifuse.errors.UserError: --speaker_norm: 'mine' is none of none, known, clustered.
+    """
+    norm = chosen_norm(hparams) if role in NORMALISED_ROLES else None
+    store = store_frames(hparams, role, reader)
+    if norm is None:
+        return StoredFrames(store, layer)
+    manifests = sorted(Path(hparams[f"{role}_manifests"]).glob("*_unlabelled.json"))
+    return StoredFrames(store, layer, speaker_offsets(manifests, store, norm))
+
+
 def chosen_front(hparams: Mapping, run_opts: Mapping | None = None) -> StoredFrames | FinetunedEncoder:
     """Build where a classifier's frames come from, by the name in `features`.
 
@@ -200,7 +294,7 @@ def stored_front(hparams: Mapping, run_opts: Mapping | None = None) -> StoredFra
     >>> stored_front.__name__  # runs in `recipes/RAVDESS/classifier/train.py`
     'stored_front'
     """
-    return StoredFrames(store_frames(hparams, "source", open_reader(hparams, run_opts)), hparams["layer"])
+    return open_front(hparams, "source", hparams["layer"], open_reader(hparams, run_opts))
 
 
 def finetuned_front(hparams: Mapping, run_opts: Mapping | None = None) -> FinetunedEncoder:
@@ -221,15 +315,20 @@ def finetuned_front(hparams: Mapping, run_opts: Mapping | None = None) -> Finetu
     Raises
     ------
     UserError
-        If the encoder cannot be loaded.
+        If the encoder cannot be loaded, or speaker normalisation is asked for, which needs frames that stay the same.
 
     Example
     -------
-    >>> finetuned_front({"encoder": "./no-such-folder", "trim_db": None})
+    >>> finetuned_front({"encoder": "./no-such-folder", "trim_db": None, "speaker_norm": "none"})
     Traceback (most recent call last):
     ...
     speechbrain_mifuse.errors.UserError: --encoder: ...
     """
+    if chosen_norm(hparams) is not None:
+        raise UserError(
+            f"--speaker_norm {hparams['speaker_norm']}: the frames of an encoder that is trained along change all the "
+            "time. Pass --features stored, or --speaker_norm none."
+        )
     try:
         return FinetunedEncoder(hparams["encoder"], hparams["trim_db"])
     except (OSError, ValueError) as error:
@@ -293,8 +392,7 @@ def trained_recogniser(hparams: Mapping, role: str, reader: FrameReader, run_opt
     # Runs side by side may share a source or a teacher: the first trains it, the others wait and find it.
     with FileLock(folder / "lock"):
         run_on_main(hparams[f"prepare_{role}"])
-        store = store_frames(hparams, role, reader)
-        return train_classifier(classifier, StoredFrames(store, classifier["layer"]), run_opts)
+        return train_classifier(classifier, open_front(hparams, role, classifier["layer"], reader), run_opts)
 
 
 class Answers:
@@ -371,34 +469,379 @@ def ask_teacher(
     >>> ask_teacher.__name__  # runs in `recipes/RAVDESS/mifuse/train.py`
     'ask_teacher'
     """
-    methods = hparams["adaptation"]["methods"]
-    splits = sorted({split for name in names for split in methods[name].answers_for})
-    paths = [unlabelled(f"{hparams['target_manifests']}/{split}.json") for split in splits]
-    wavs = {key: row["wav"] for path in paths for key, row in encoded_rows(path, store).items()}
+    wavs = wanted_recordings(hparams, names, store)
     k, labels = hparams["lalm_samples"], hparams["labels"]
     if not wavs:
         return Answers(None, [], k, len(labels))
-    prompt = Prompt(labels, hparams["lalm_answer_form"])
-    sampling = {"temperature": hparams["lalm_temperature"], "seed": 0}
-    hashes = [store.rows[key].audio for key in wavs]
+    hashes = {key: store.rows[key].audio for key in wavs}
     with LabelStore(hparams["label_store"]) as answers, teacher_api(hparams, reader, run_opts) as (serve, endpoint):
-        query = Query.of(prompt, hparams["lalm_model"], hparams["lalm_base_url"] or LOOPBACK, sampling, endpoint)
-        missing = missing_answers(answers, query, dict(zip(wavs, hashes, strict=True)), k)
-        if missing:
-            # Runs side by side may share a store: the first asks, the others wait and find its answers.
-            alone = one_at_a_time(f"{hparams['label_store']}.lock")
-            with alone, serve() as base_url, quiet(*EVERY_REQUEST):
-                client = LalmClient(base_url, hparams["lalm_model"])
-                query = Query.of(prompt, hparams["lalm_model"], client.base_url, sampling, endpoint)
-                missing = missing_answers(answers, query, dict(zip(wavs, hashes, strict=True)), k)
-                asked = [(key, wavs[key]) for key in missing]
-                collected = collect(asked, prompt, client, answers, query, k, hparams["lalm_concurrency"])
-            logger.info(collected.summary())
-        else:
-            logger.info("%s: all answers are stored, nothing is asked.", hparams["label_store"])
-        samples = answers.load(query, hashes, k)
+        query, told = fill_label_store(hparams, wavs, hashes, answers, serve, endpoint)
+        logger.info(told)
+        samples = answers.load(query, list(hashes.values()), k)
     report_answers(samples, hparams["temperature"])
     return Answers(samples, list(wavs), k, len(labels))
+
+
+def load_hparams(path: str | Path, flags: Sequence[str]) -> tuple[dict, Mapping]:
+    """Read a recipe's YAML file with flags, as the recipe does.
+
+    Parameters
+    ----------
+    path : str or pathlib.Path
+        YAML file.
+    flags : sequence of str
+        Flags of the recipe.
+
+    Returns
+    -------
+    hparams : dict
+        The recipe's.
+    run_opts : mapping
+        SpeechBrain's run options.
+
+    Raises
+    ------
+    UserError
+        If a flag is no key of the file, or a key that must be given is not.
+
+    Example
+    -------
+    >>> import tempfile
+    >>> path = Path(tempfile.mkdtemp()) / "toy.yaml"
+    >>> _ = path.write_text("layer: 1")
+    >>> load_hparams(path, ["--layer", "2"])[0]["layer"]
+    2
+    """
+    hparams_file, run_opts, overrides = sb.parse_arguments([str(path), *flags])
+    try:
+        with open(hparams_file, encoding="utf-8") as file:
+            return load_hyperpyyaml(file, overrides), run_opts
+    except UserError:
+        raise
+    except (OSError, ValueError, KeyError, TypeError, YAMLError) as error:
+        raise UserError(f"{path}: {' '.join(str(error).split())}") from None
+
+
+def wanted_recordings(hparams: Mapping, names: Sequence[str], store: FeatureStore | None = None) -> dict[str, str]:
+    """List the target's recordings that some method needs answers about.
+
+    Parameters
+    ----------
+    hparams : mapping
+        The recipe's; the target must be prepared.
+    names : sequence of str
+        Chosen methods.
+    store : FeatureStore, optional
+        Frames of the target; utterances without any are left out.
+
+    Returns
+    -------
+    dict of str to str
+        File by utterance id.
+
+    Example
+    -------
+    >>> from speechbrain_mifuse.adaptation.shot import Shot
+    >>> wanted_recordings({"adaptation": {"methods": {"shot": Shot()}}, "target_manifests": "none"}, ["shot"])
+    {}
+    """
+    methods = hparams["adaptation"]["methods"]
+    splits = sorted({split for name in names for split in methods[name].answers_for})
+    paths = [unlabelled(f"{hparams['target_manifests']}/{split}.json") for split in splits]
+    return {key: row["wav"] for path in paths for key, row in encoded_rows(path, store).items()}
+
+
+def profile_of(hparams: Mapping) -> Profile:
+    """Give the provider's profile, with what flags say otherwise.
+
+    Parameters
+    ----------
+    hparams : mapping
+        `lalm_profile` (a mapping, usually an included file of `hparams/lalm`), `lalm_base_url`, `lalm_model`,
+        `lalm_answer_form`, `lalm_concurrency`.
+
+    Returns
+    -------
+    Profile
+
+    Raises
+    ------
+    UserError
+        If a value cannot be used.
+
+    Example
+    -------
+    >>> flags = {"lalm_base_url": None, "lalm_model": "m", "lalm_answer_form": "label", "lalm_concurrency": 2}
+    >>> profile_of({"lalm_profile": {"name": "ours", "answer_form": "distribution"}, **flags}).answer_form
+    'label'
+    """
+    flags = {name: hparams[f"lalm_{name}"] for name in ("base_url", "model", "answer_form", "concurrency")}
+    values = hparams.get("lalm_profile") or {}
+    if flags["base_url"] is None and values.get("base_url") is not None:
+        values = {}  # a classifier served here in place of the provider, whose limits do not hold for it
+    return Profile.of(values, **flags)
+
+
+def question_of(hparams: Mapping, profile: Profile) -> Prompt:
+    """Give the question that the language model is asked.
+
+    Parameters
+    ----------
+    hparams : mapping
+        `labels`; `lalm_prompts` (templates in place of the usual one, taken in turn) and `lalm_shuffle_labels`.
+    profile : Profile
+        Forms of audio and answer.
+
+    Returns
+    -------
+    Prompt
+
+    Raises
+    ------
+    UserError
+        If labels and forms do not go together, or a template lacks a place.
+
+    Example
+    -------
+    >>> question_of({"labels": ["angry", "sad"], "lalm_prompts": ["{labels}: {answer}"]}, Profile()).text()[:10]
+    'angry, sad'
+    """
+    forms = {"audio_part": profile.audio_part, "constraint": profile.constraint}
+    template, *variants = hparams.get("lalm_prompts") or [DEFAULT_TEMPLATE]
+    forms.update(variants=variants, shuffle_labels=bool(hparams.get("lalm_shuffle_labels")))
+    return Prompt(hparams["labels"], profile.answer_form, template, **forms)
+
+
+def query_of(hparams: Mapping, profile: Profile, base_url: str, endpoint: str | None = None) -> Query:
+    """Give the key of the answers in the label store.
+
+    Parameters
+    ----------
+    hparams : mapping
+        The recipe's.
+    profile : Profile
+        Who is asked.
+    base_url : str
+        Where.
+    endpoint : str, optional
+        Identity of whoever answers, where it is not the address.
+
+    Returns
+    -------
+    Query
+
+    Example
+    -------
+    >>> profile = Profile(model="m", sampling={"max_tokens": 50})
+    >>> query_of({"labels": ["angry", "sad"], "lalm_temperature": 1.0}, profile, LOOPBACK).sampling_json
+    '{"max_tokens": 50, "seed": 0, "temperature": 1}'
+    """
+    sampling = {"temperature": hparams["lalm_temperature"], "seed": 0, **profile.sampling}
+    return Query.of(question_of(hparams, profile), profile.model, base_url, sampling, endpoint)
+
+
+def client_of(hparams: Mapping, profile: Profile, base_url: str, answers: LabelStore, query: Query) -> LalmClient:
+    """Make the client, with a budget from which stored answers to the same query are deducted.
+
+    Parameters
+    ----------
+    hparams : mapping
+        `lalm_budget`.
+    profile : Profile
+        Who is asked.
+    base_url : str
+        Where.
+    answers : LabelStore
+        Knows what was spent.
+    query : Query
+        On what.
+
+    Returns
+    -------
+    LalmClient
+
+    Raises
+    ------
+    UserError
+        If there is a budget without prices or without a limit on the length of an answer.
+
+    Example
+    -------
+    >>> client_of({"lalm_budget": 1.0}, Profile(model="m"), LOOPBACK, None, None)
+    Traceback (most recent call last):
+    ...
+    speechbrain_mifuse.errors.UserError: --lalm_budget needs prices: ...
+    """
+    limit = hparams.get("lalm_budget")
+    budget = Budget(limit, profile.price)
+    if limit is not None and profile.output_limit(profile.sampling) is None:
+        raise UserError(
+            "--lalm_budget needs answers of limited length: add `sampling: {max_tokens: 200}` to the lalm_profile"
+        )
+    budget.spent = spent_before(answers, query, profile.price)
+    return LalmClient.of(profile, base_url, budget)
+
+
+def require_capabilities(hparams: Mapping, profile: Profile, longest: float | None = None) -> None:
+    """Hold what a collection needs against the server's capability card, if there is one.
+
+    Parameters
+    ----------
+    hparams : mapping
+        `lalm_card`, and what the collection needs.
+    profile : Profile
+        Who is asked.
+    longest : float, optional
+        Seconds of the longest recording.
+
+    Raises
+    ------
+    UserError
+        If the server lacks something, with the remedy.
+
+    Example
+    -------
+    >>> require_capabilities({"lalm_card": "/nowhere/card.json"}, Profile())
+    Traceback (most recent call last):
+    ...
+    speechbrain_mifuse.errors.UserError: /nowhere/card.json: no capability card: ...
+    """
+    if hparams.get("lalm_card") is None:
+        return
+    card, varied = read_card(hparams["lalm_card"]), question_of(hparams, profile).varies
+    sent = None if profile.longest_audio else longest
+    needs = Needs(profile, hparams["lalm_samples"], hparams["lalm_temperature"], sent, varied)
+    for line in check(card, needs):
+        logger.warning("%s cannot tell: %s", hparams["lalm_card"], line)
+
+
+def fill_label_store(
+    hparams: Mapping, wavs: Mapping[str, str], hashes: Mapping[str, str], answers: LabelStore, serve, endpoint
+) -> tuple[Query, str]:
+    """Ask for what the label store lacks.
+
+    Parameters
+    ----------
+    hparams : mapping
+        The recipe's.
+    wavs, hashes : mapping of str to str
+        File and content hash by utterance id.
+    answers : LabelStore
+        The store.
+    serve, endpoint : callable, str or None
+        As `teacher_api` gives.
+
+    Returns
+    -------
+    Query
+        The key of the answers.
+    str
+        What was done.
+
+    Raises
+    ------
+    LalmError
+        If the API is down or refuses the key, or budget or deadline end it.
+
+    Example
+    -------
+    >>> fill_label_store.__name__  # runs in `recipes/RAVDESS/mifuse/train.py`
+    'fill_label_store'
+    """
+    profile, k = profile_of(hparams), hparams["lalm_samples"]
+    query = query_of(hparams, profile, profile.base_url or LOOPBACK, endpoint)
+    if not missing_answers(answers, query, hashes, k):
+        return query, f"{hparams['label_store']}: all answers are stored, nothing is asked."
+    require_capabilities(hparams, profile)
+    # Runs side by side may share a store: the first asks, the others wait and find its answers.
+    with one_at_a_time(f"{hparams['label_store']}.lock"), serve() as base_url, quiet(*EVERY_REQUEST):
+        query = query_of(hparams, profile, base_url, endpoint)
+        asked = [(key, wavs[key]) for key in missing_answers(answers, query, hashes, k)]
+        client, prompt = client_of(hparams, profile, base_url, answers, query), question_of(hparams, profile)
+        deadline = hparams.get("lalm_deadline")
+        found = collect(asked, prompt, client, answers, query, k, profile.concurrency, deadline=deadline)
+    return query, found.summary()
+
+
+def collect_answers(hparams: Mapping, names: Sequence[str], run_opts: Mapping | None = None, dry_run=False) -> None:
+    """Print the plan and collect the answers that a recipe needs, without training or encoding anything.
+
+    Only a teacher that is served on this machine is trained first, if it is not yet.
+
+    Parameters
+    ----------
+    hparams : mapping
+        The recipe's.
+    names : sequence of str
+        Chosen methods.
+    run_opts : mapping, optional
+        SpeechBrain's run options.
+    dry_run : bool
+        Stop after the plan; nothing is asked.
+
+    Raises
+    ------
+    UserError
+        If no chosen method needs answers, or a step fails.
+
+    Example
+    -------
+    >>> collect_answers.__name__  # runs in `speechbrain-mifuse collect`
+    'collect_answers'
+    """
+    run_on_main(hparams["prepare_target"])
+    wavs = wanted_recordings(hparams, names)
+    if not wavs:
+        raise UserError(f"--method: {', '.join(names)} needs no answers of a language model.")
+    store = Path(hparams["label_store"])
+    store.parent.mkdir(parents=True, exist_ok=True)
+    with HashCache.beside(store) as cache:
+        known = known_recordings(wavs, cache)
+    print(planned(hparams, known, store).told(), flush=True)
+    longest = max((recording.seconds for recording in known.values()), default=None)
+    require_capabilities(hparams, profile_of(hparams), longest)
+    if dry_run:
+        return
+    reader = None if hparams["lalm_base_url"] is not None else open_reader(hparams, run_opts)
+    with LabelStore(store) as answers, teacher_api(hparams, reader, run_opts) as (serve, endpoint):
+        hashes = {key: recording.audio for key, recording in known.items()}
+        query, told = fill_label_store(hparams, wavs, hashes, answers, serve, endpoint)
+        kinds = ", ".join(f"{count} {kind}" for kind, count in answers.counts(query).items() if count)
+    print(f"{told}\n{store}: {kinds or 'no answers'}", flush=True)
+
+
+def planned(hparams: Mapping, known: Mapping[str, Known], store: Path) -> Plan:
+    """Plan a collection by what a label store lacks, making none and training no teacher.
+
+    Parameters
+    ----------
+    hparams : mapping
+        The recipe's.
+    known : mapping of str to Known
+        Content hash and length by utterance id.
+    store : pathlib.Path
+        The label store; it may be missing.
+
+    Returns
+    -------
+    Plan
+
+    Example
+    -------
+    >>> planned.__name__  # runs in `speechbrain-mifuse collect`
+    'planned'
+    """
+    profile, endpoint = profile_of(hparams), None
+    if profile.base_url is None:
+        try:
+            endpoint = f"local:{recogniser_digest(hparams['teacher_classifier']['output_folder'])}"
+        except UserError:
+            endpoint = "local:not trained yet"
+    base_url = profile.base_url or LOOPBACK
+    query = query_of(hparams, profile, base_url, endpoint)
+    with LabelStore(store if store.exists() else ":memory:") as answers:
+        client = client_of(hparams, profile, base_url, answers, query)
+        return make_plan(known, question_of(hparams, profile), client, answers, query, hparams["lalm_samples"])
 
 
 @contextlib.contextmanager
@@ -565,6 +1008,7 @@ def report(hparams: Mapping, name: str, predictions: Mapping, n_train: int) -> N
     """
     method, target = hparams["adaptation"]["methods"][name], Path(hparams["target_manifests"])
     folder, rule = Path(hparams["output_folder"]) / name, hparams["adaptation"]["selection"]
+    norm = chosen_norm(hparams)
     scored = evaluate(predictions, target / "test.json", hparams["labels"])
     if scored["UA"] is None:
         logger.warning(
@@ -581,7 +1025,8 @@ def report(hparams: Mapping, name: str, predictions: Mapping, n_train: int) -> N
         teacher=hparams["teacher"] if hparams["lalm_base_url"] is None else hparams["lalm_model"],
         seed=hparams["seed"],
         encoder=f"{ENCODERS.get(hparams['encoder'], hparams['encoder'])}, layer {hparams['layer']}, frozen",
-        protocol=protocol(hparams["labels"], target),
+        protocol=protocol(hparams["labels"], target, norm),
+        speaker_norm="none" if norm is None else norm.told(),
         selection=known_rule(rule)[1],
         n_train=n_train if method.trains or "adapt" in method.answers_for else 0,
         diversity_weight=hparams["diversity_weight"],
@@ -591,8 +1036,8 @@ def report(hparams: Mapping, name: str, predictions: Mapping, n_train: int) -> N
     )
 
 
-def protocol(labels: Sequence[str], manifests: Path) -> str:
-    """Say how the target was split.
+def protocol(labels: Sequence[str], manifests: Path, norm=None) -> str:
+    """Say how the target was split, how many of its speakers are known, and what was done with them.
 
     Parameters
     ----------
@@ -600,11 +1045,13 @@ def protocol(labels: Sequence[str], manifests: Path) -> str:
         The classes.
     manifests : pathlib.Path
         Folder of `adapt` and `test`.
+    norm : KnownSpeakers or FoundSpeakers, optional
+        Speaker normalisation.
 
     Returns
     -------
     str
-        Number of classes and speakers, and whether the two sets share any.
+        Number of classes and speakers, whether the two sets share any, recordings without a known speaker.
 
     Example
     -------
@@ -616,10 +1063,17 @@ def protocol(labels: Sequence[str], manifests: Path) -> str:
     'speaker-independent, 2 classes, 0 speakers to adapt, 0 others to test'
     """
     paths = [unlabelled(manifests / f"{split}.json") for split in ("adapt", "test")]
-    adapt, test = ({row["speaker"] for row in read_manifest(path).values()} for path in paths)
-    if adapt & test:
-        return f"adapted and predicted on the same speakers, {len(labels)} classes, {len(adapt | test)} speakers"
-    return f"speaker-independent, {len(labels)} classes, {len(adapt)} speakers to adapt, {len(test)} others to test"
+    splits = [read_manifest(path) for path in paths]
+    adapt, test = (known_speakers(rows) for rows in splits)
+    rows = {**splits[0], **splits[1]}
+    without = recordings_without_speaker(rows)
+    if adapt & test or len(rows) < len(splits[0]) + len(splits[1]):
+        told = f"adapted and predicted on the same speakers, {len(labels)} classes, {len(adapt | test)} speakers"
+    else:
+        told = f"speaker-independent{' as far as speakers are known' if without else ''}, {len(labels)} classes, "
+        told += f"{len(adapt)} speakers to adapt, {len(test)} others to test"
+    told += f", {without} of {len(rows)} recordings without a known speaker" if without else ""
+    return told if norm is None else f"{told}; speaker_norm {norm.told()}"
 
 
 def summary(hparams: Mapping, names: Sequence[str]) -> str:
@@ -647,3 +1101,202 @@ def summary(hparams: Mapping, names: Sequence[str]) -> str:
     records = [json.loads((folder / name / "results.json").read_text()) for name in names]
     atomic_write(folder / "results.json", json.dumps(records if len(records) > 1 else records[0], indent=1))
     return side_by_side(folder, list(hparams["adaptation"]["methods"]))
+
+
+def chosen_among(value, known: Sequence, flag: str) -> list:
+    """Read a flag that takes one of several things, a list of them, or `all`.
+
+    Parameters
+    ----------
+    value
+        What was given.
+    known : sequence
+        What there is.
+    flag : str
+        For the message.
+
+    Returns
+    -------
+    list
+        In the order given.
+
+    Raises
+    ------
+    UserError
+        If something is unknown; the message lists what is known.
+
+    Example
+    -------
+    >>> chosen_among("all", [1, 2], "--fold"), chosen_among(2, [1, 2], "--fold")
+    ([1, 2], [2])
+    """
+    if isinstance(value, str) and value == "all":
+        return list(known)
+    chosen = list(value) if isinstance(value, Sequence) and not isinstance(value, str) else [value]
+    unknown = [one for one in chosen if one not in known]
+    if unknown:
+        raise UserError(f"{flag}: {', '.join(map(str, unknown))} is none of {', '.join(map(str, known))}.")
+    return chosen
+
+
+def fold_front(hparams: Mapping, fold: int, reader: FrameReader) -> StoredFrames:
+    """Fill the feature store with a fold's utterances and read frames from it.
+
+    Parameters
+    ----------
+    hparams : mapping
+        The recipe's.
+    fold : int
+        Number of the fold.
+    reader : FrameReader
+        Makes the frames.
+
+    Returns
+    -------
+    StoredFrames
+        The front; the folds of a corpus share one store.
+
+    Example
+    -------
+    >>> fold_front.__name__  # runs in `recipes/RAVDESS/adapter/train.py`
+    'fold_front'
+    """
+    options = {**hparams, "source_manifests": fold_folder(hparams["manifests"], fold)}
+    return open_front(options, "source", hparams["layer"], reader)
+
+
+def adapter_run(hparams: Mapping, fold: int, seed: int, labels_per_class: int | str) -> Run:
+    """Describe one run of an adapter comparison.
+
+    Parameters
+    ----------
+    hparams : mapping
+        The recipe's.
+    fold, seed : int
+        Number of the fold, training seed.
+    labels_per_class : int or str
+        A number or `all`.
+
+    Returns
+    -------
+    Run
+        With what its records shall say of corpus, protocol and encoder.
+
+    Example
+    -------
+    >>> adapter_run.__name__  # runs in `recipes/RAVDESS/adapter/train.py`
+    'adapter_run'
+    """
+    norm, folds = chosen_norm(hparams), hparams["folds"]
+    about = {
+        "corpus": hparams["source"],
+        "encoder": f"{ENCODERS.get(hparams['encoder'], hparams['encoder'])}, layer {hparams['layer']}, frozen",
+        "protocol": f"{len(folds)} folds, {hparams['protocol']}, {len(hparams['labels'])} classes",
+        "speaker_norm": "none" if norm is None else norm.told(),
+        "pretraining_audio": "the training folds' audio",
+    }
+    if "test" in hparams["pretrain_on"]:
+        about["pretraining_audio"] = "LEAK: the audio of all folds, the test fold's included"
+    folder = Path(hparams["output_folder"]) / f"fold_{fold}" / f"seed_{seed}"
+    return Run(folder, fold_folder(hparams["manifests"], fold), fold, seed, labels_per_class, about)
+
+
+def pretrained_adapter(
+    hparams: Mapping, run: Run, name: str, front: StoredFrames, run_opts: Mapping | None = None
+) -> Path:
+    """Pretrain an adapter on a fold's audio without labels, or find it pretrained.
+
+    Parameters
+    ----------
+    hparams : mapping
+        The recipe's.
+    run : Run
+        Fold and seed.
+    name : str
+        A key of `pretrainings`.
+    front : StoredFrames
+        Reads the frames.
+    run_opts : mapping, optional
+        SpeechBrain's run options.
+
+    Returns
+    -------
+    pathlib.Path
+        Folder of the adapter.
+
+    Raises
+    ------
+    UserError
+        If `pretrain_on` names a split that no fold has.
+
+    Example
+    -------
+    >>> pretrained_adapter.__name__  # runs in `recipes/RAVDESS/adapter/pretrain.py`
+    'pretrained_adapter'
+    """
+    splits = chosen_among(hparams["pretrain_on"], ["train", "test"], "--pretrain_on")
+    manifests = [unlabelled(run.manifests / f"{split}.json") for split in splits]
+    prosody = functools.partial(stored_prosody, hparams, manifests)
+    folder = run.folder / f"pretraining_{name}"
+    return pretrain(name, hparams["adapter"], manifests, front, folder, run.seed, prosody, run_opts)
+
+
+def stored_prosody(hparams: Mapping, manifests: Sequence[Path]) -> dict[str, torch.Tensor]:
+    """Prosodic functionals of every utterance of some manifests, from a store that is filled where it lacks any.
+
+    Parameters
+    ----------
+    hparams : mapping
+        `source`, `trim_db`, `feature_folder`.
+    manifests : sequence of pathlib.Path
+        Manifests.
+
+    Returns
+    -------
+    dict of str to torch.Tensor
+        `[P]` by utterance id.
+
+    Example
+    -------
+    >>> stored_prosody.__name__  # runs in `recipes/RAVDESS/adapter/pretrain.py`
+    'stored_prosody'
+    """
+    reader = ProsodyReader(hparams["trim_db"])
+    base = Path(hparams["feature_folder"] or cache_folder() / "features")
+    digest = hashlib.sha256(json.dumps(reader.fingerprint(), sort_keys=True).encode()).hexdigest()[:8]
+    folder = base / f"{hparams['source']}-prosody-{digest}"
+    run_on_main(extract, kwargs={"manifests": manifests, "reader": reader, "folder": folder})
+    store = open_store(folder, reader)
+    rows = {key for path in manifests for key in encoded_rows(path, store)}
+    return {key: torch.from_numpy(store.frames(key)).float().flatten() for key in rows}
+
+
+def adapter_summary(hparams: Mapping, records: Sequence[Mapping], arms: Sequence[str]) -> str:
+    """Bring an adapter comparison together: `results.json`, `results.md`, `adapter.csv` in the output folder.
+
+    Parameters
+    ----------
+    hparams : mapping
+        The recipe's.
+    records : sequence of mapping
+        As `train_arm` gives.
+    arms : sequence of str
+        In the order of the table.
+
+    Returns
+    -------
+    str
+        The table.
+
+    Example
+    -------
+    >>> adapter_summary.__name__  # runs in `recipes/RAVDESS/adapter/train.py`
+    'adapter_summary'
+    """
+    folder = Path(hparams["output_folder"])
+    write_csv(folder / "adapter.csv", records, ADAPTER_COLUMNS)
+    atomic_write(folder / "results.json", json.dumps(list(records), indent=1))
+    table = adapter_table(records, arms, hparams["compare_to"])
+    text = f"# {hparams['source']}\n\n{table.markdown()}\n{adapter_protocol(records)}\n"
+    atomic_write(folder / "results.md", text)
+    return text

@@ -20,7 +20,6 @@ from speechbrain.utils.checkpoints import mark_as_loader, mark_as_saver, registe
 from speechbrain.utils.epoch_loop import EpochCounter
 from speechbrain.utils.seed import seed_everything
 from speechbrain.utils.train_logger import FileTrainLogger
-from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from speechbrain_mifuse.adaptation.method import AdaptationMethod, Outputs, Survey, Teachers
 from speechbrain_mifuse.adaptation.selection import criteria
@@ -30,68 +29,13 @@ from speechbrain_mifuse.brains.whole_set import WholeSet
 from speechbrain_mifuse.corpora.manifest import atomic_write
 from speechbrain_mifuse.features.dataset import frame_batches
 from speechbrain_mifuse.inference import load_classifier, recogniser_digest
+from speechbrain_mifuse.nnet.ema import ema_copy, ema_decay
 from speechbrain_mifuse.progress import progress, quiet
 
 logger = logging.getLogger(__name__)
 
 # Lines of the log, checkpoints and snapshots per run, at most.
 LOG_POINTS = 5
-
-
-def ema_decay(window: float, steps: int) -> float:
-    """Decay whose averaging window is a share of the run: `alpha = 1 - 1 / (window * steps)`.
-
-    A fixed decay means another thing for each length of run: at 0.999 and 200 steps the average is still the start.
-
-    Parameters
-    ----------
-    window : float
-        Share of the run.
-    steps : int
-        Optimiser steps of the run.
-
-    Returns
-    -------
-    float
-        alpha.
-
-    Example
-    -------
-    >>> ema_decay(0.5, 200)
-    0.99
-    """
-    return 1 - 1 / max(window * steps, 1.0)
-
-
-def ema_copy(model: torch.nn.Module, decay: float) -> AveragedModel:
-    """Copy a model as the start of its exponential moving average `S <- alpha S + (1 - alpha) student`.
-
-    Parameters
-    ----------
-    model : torch.nn.Module
-        The student, as it starts.
-    decay : float
-        alpha.
-
-    Returns
-    -------
-    AveragedModel
-        In evaluation mode, without gradients, buffers averaged too.
-
-    Example
-    -------
-    >>> student = torch.nn.Linear(1, 1, bias=False)
-    >>> teacher = ema_copy(student, 0.75)
-    >>> before = float(teacher.module.weight)
-    >>> _ = torch.nn.init.constant_(student.weight, before + 1.0)
-    >>> teacher.update_parameters(student)
-    >>> round(float(teacher.module.weight) - before, 4)
-    0.25
-    """
-    average = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(decay), use_buffers=True)
-    # At 0 the first update would copy the student, and the teacher forget where it came from.
-    average.n_averaged.fill_(1)
-    return average.requires_grad_(False).eval()
 
 
 @register_checkpoint_hooks
@@ -292,7 +236,7 @@ def adapt(
         logger.info("%s: done already, skipped.", folder)
         return json.loads(predictions.read_text())
     seed_everything(hparams["seed"])
-    student = load_classifier(recogniser, hparams["labels"], front.store.fingerprint)
+    student = load_classifier(recogniser, hparams["labels"], front.fingerprint)
     brain = make_brain(method, hparams, student, len(datasets["adapt"]), folder, run_opts)
     frames = {key: row.frames for key, row in front.store.rows.items()}
     sets = {split: WholeSet(dataset, frames, hparams["batch_size"]) for split, dataset in datasets.items()}
@@ -328,7 +272,7 @@ def adaptation_settings(hparams: Mapping, front, recogniser: str | Path) -> dict
     """
     names = ("seed", "number_of_steps", "batch_size", "learning_rate", "ema_window", "passes", "selection")
     chosen = {name: hparams[name] for name in (*names, "layer")}
-    return {**chosen, "features": front.store.fingerprint, "source": recogniser_digest(recogniser)}
+    return {**chosen, "features": front.fingerprint, "source": recogniser_digest(recogniser)}
 
 
 def fingerprint_answers(datasets: Mapping[str, DynamicItemDataset], answers_for: Sequence[str]) -> str:

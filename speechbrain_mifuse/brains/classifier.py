@@ -19,6 +19,8 @@ from speechbrain_mifuse.corpora.manifest import atomic_write
 from speechbrain_mifuse.evaluation.metrics import scores
 from speechbrain_mifuse.features.dataset import encoded_rows, frame_batches, label_index
 from speechbrain_mifuse.inference import export_recogniser
+from speechbrain_mifuse.nnet.adapter_files import adapter_digest, load_adapter
+from speechbrain_mifuse.nnet.classifier import EmotionClassifier
 from speechbrain_mifuse.progress import progress, quiet
 
 logger = logging.getLogger(__name__)
@@ -167,7 +169,7 @@ def train_classifier(hparams: Mapping, front, run_opts=None) -> Path:
         return recogniser
     seed_everything(hparams["seed"])
     train = labelled_dataset(hparams["train_manifest"], front, hparams["labels"])
-    classifier = hparams["classifier"](input_size=front.dim, n_classes=len(hparams["labels"]), n_layers=front.n_layers)
+    classifier = starting_classifier(hparams, front)
     brain = make_brain(hparams, front, classifier, train, run_opts)
     batch_size = min(hparams["batch_size"], len(train))
     loader = frame_batches(batch_size=batch_size, shuffle=True, drop_last=True)
@@ -200,10 +202,44 @@ def classifier_settings(hparams: Mapping, front) -> dict:
     KeyError: 'train_manifest'
     """
     manifest = hashlib.sha256(Path(hparams["train_manifest"]).read_bytes()).hexdigest()
-    features = front.store.fingerprint if hasattr(front, "store") else {"finetuned": hparams["encoder"]}
+    features = front.fingerprint if hasattr(front, "store") else {"finetuned": hparams["encoder"]}
     names = ("seed", "labels", "batch_size", "learning_rate", "number_of_epochs", "class_balanced", "dropout", "layer")
     chosen = {name: hparams[name] for name in names}
-    return {"train_manifest": manifest, "features": features, **chosen}
+    adapter = {} if hparams["adapter"] is None else {"adapter": adapter_digest(hparams["adapter"])}
+    return {"train_manifest": manifest, "features": features, **chosen, **adapter}
+
+
+def starting_classifier(hparams: Mapping, front) -> EmotionClassifier:
+    """Build the classifier as training starts: random weights, but for a pretrained adapter if one is named.
+
+    Parameters
+    ----------
+    hparams, front
+        As for `train_classifier`.
+
+    Returns
+    -------
+    EmotionClassifier
+        To be trained, the adapter included.
+
+    Raises
+    ------
+    AdapterError
+        If the adapter was trained on other frames.
+
+    Example
+    -------
+    >>> starting_classifier.__name__  # runs in `recipes/RAVDESS/classifier/train.py`
+    'starting_classifier'
+    """
+    sizes = {"input_size": front.dim, "n_classes": len(hparams["labels"]), "n_layers": front.n_layers}
+    if hparams["adapter"] is None:
+        return hparams["classifier"](**sizes)
+    fingerprint = front.fingerprint if hasattr(front, "store") else {}
+    adapter = load_adapter(hparams["adapter"], {**fingerprint, "layer": hparams["layer"]})
+    classifier = hparams["classifier"](**sizes, adapter=adapter.sizes)
+    classifier.adapter.load_state_dict(adapter.state_dict())
+    return classifier
 
 
 def make_brain(hparams: Mapping, front, classifier, train, run_opts) -> ClassifierBrain:

@@ -11,7 +11,7 @@ Labels are optional and come from one of two places:
 Speakers come from the `speaker` column, else from the remaining folders on the way (`anna/angry/1.wav` and
 `angry/anna/1.wav` are of speaker `anna`). A recording for which neither names one counts as a speaker of its own, so
 the splits are speaker-independent only as far as speakers are named; `corpus.json` counts the others under
-`recordings_without_speaker`.
+`recordings_without_speaker`, and results say so wherever they speak of speakers.
 
 Split policy: with labels, by speaker, sorted by name. Without any label nothing can be scored or trained with labels,
 so each split holds every recording whatever its share: the folder is what is adapted to and what is predicted.
@@ -80,7 +80,9 @@ def list_folder(data_folder: str | Path) -> list[Utterance]:
         logger.warning("%s: %d recordings have no label and take no part.", root, passed_over)
     prefix = f"folder-{root.resolve().name}"
     return [
-        Utterance(f"{prefix}/{path.as_posix()}", root / path, emo, speaker or path.as_posix())
+        Utterance(
+            f"{prefix}/{path.as_posix()}", root / path, emo, speaker or path.as_posix(), speaker_known=bool(speaker)
+        )
         for path, emo, speaker in listed
     ]
 
@@ -169,12 +171,10 @@ def facts(data_folder: Path, utterances: list[Utterance]) -> Mapping:
 
     Example
     -------
-    >>> facts(Path("/mine"), [Utterance("folder-mine/1.wav", Path("/mine/1.wav"), None, "1.wav")])
+    >>> facts(Path("/mine"), [Utterance("folder-mine/1.wav", Path("/mine/1.wav"), None, "1.wav", speaker_known=False)])
     {'recordings_without_speaker': 1}
     """
-    return {
-        "recordings_without_speaker": sum(u.speaker == u.wav.relative_to(data_folder).as_posix() for u in utterances)
-    }
+    return {"recordings_without_speaker": sum(not utterance.speaker_known for utterance in utterances)}
 
 
 def prepare_folder(

@@ -1,8 +1,9 @@
 """Manifests: one JSON file per split, in the form `DynamicItemDataset.from_json` reads.
 
 Every entry is `{"wav": "{data_root}/...", "length": seconds, "emo": ..., "speaker": ...}`, with `session` or
-`partition` where the corpus has them; an unlabelled manifest is the same file without `emo`. Ids are unique across
-corpora because each corpus puts its own prefix before them. `corpus.json` beside them says what they were made from.
+`partition` where the corpus has them, and `"speaker_known": false` where `speaker` is but a stand-in; an unlabelled
+manifest is the same file without `emo`. Ids are unique across corpora because each corpus puts its own prefix before
+them. `corpus.json` beside them says what they were made from.
 """
 
 from __future__ import annotations
@@ -29,7 +30,8 @@ ABOUT = "corpus.json"
 TWIN = "_unlabelled"
 FLAGS = "--data_folder (or --source_data_folder, --teacher_data_folder)"
 
-# Of each split, either a share of the speakers or sessions, or a list of the corpus's official partitions.
+# Of each split, either a share of the speakers or sessions, or a list of the corpus's official partitions; where it has
+# none, of its speakers or sessions.
 Splits = Mapping[str, float] | Mapping[str, Sequence[str]]
 
 # From this many recordings on, looking at each of them shows progress.
@@ -55,11 +57,13 @@ class Utterance:
     emo : str or None
         Emotion, one of the corpus's label names; `None` in a corpus without labels.
     speaker : str
-        Speaker, as the corpus names it.
+        Speaker, as the corpus names it; a name of the recording's own where it is not known.
     session : str, optional
         Recording session, where its speakers talk to each other.
     partition : str, optional
         Official partition.
+    speaker_known : bool
+        Whether the corpus tells who speaks. Recordings where it does not may share a speaker.
 
     Example
     -------
@@ -73,6 +77,7 @@ class Utterance:
     speaker: str
     session: str | None = None
     partition: str | None = None
+    speaker_known: bool = True
 
     def row(self, data_folder: str | Path, length: float) -> dict:
         """Give the utterance's entry in a manifest.
@@ -92,6 +97,7 @@ class Utterance:
         wav = "{data_root}/" + self.wav.relative_to(data_folder).as_posix()
         row = {"wav": wav, "length": round(length, 4), "emo": self.emo, "speaker": self.speaker}
         row |= {"session": self.session, "partition": self.partition}
+        row |= {} if self.speaker_known else {"speaker_known": False}
         return {key: value for key, value in row.items() if value is not None}
 
 
@@ -229,15 +235,19 @@ def split_groups(groups: Sequence[str], splits: Mapping[str, float], kind: str =
     return dealt
 
 
-def choose_partitions(known: Iterable[str], splits: Mapping[str, Sequence[str]]) -> dict[str, list[str]]:
-    """Give each split the official partitions that it asks for.
+def choose_partitions(
+    known: Iterable[str], splits: Mapping[str, Sequence[str]], kind: str = "partition"
+) -> dict[str, list[str]]:
+    """Give each split the official partitions, speakers or sessions that it asks for.
 
     Parameters
     ----------
     known : iterable of str
-        Partitions of the corpus that hold labelled recordings.
+        Those of the corpus that hold labelled recordings.
     splits : mapping of str to sequence of str
-        Partitions for each split.
+        Those for each split.
+    kind : str
+        What they are, for the message.
 
     Returns
     -------
@@ -255,13 +265,13 @@ def choose_partitions(known: Iterable[str], splits: Mapping[str, Sequence[str]])
     {'train': ['Train'], 'valid': ['Test1']}
     """
     if not all(isinstance(part, Sequence) and not isinstance(part, str) for part in splits.values()):
-        raise CorpusError(f"splits: {dict(splits)} must be shares that add up to 1, or lists of partitions.")
+        raise CorpusError(f"splits: {dict(splits)} must be shares that add up to 1, or lists of {kind}s.")
     wanted = Counter(partition for part in splits.values() for partition in part)
     wrong = sorted(partition for partition, times in wanted.items() if partition not in known or times > 1)
     if wrong:
         raise CorpusError(
-            f"splits: partition {', '.join(wrong)} is unknown, holds no labelled recording, or is asked for twice; "
-            f"there are {', '.join(sorted(known)) or 'none'}."
+            f"splits: {kind} {', '.join(map(str, wrong))} is unknown, holds no labelled recording, or is asked for "
+            f"twice; there are {', '.join(sorted(known)) or 'none'}."
         )
     return {split: list(part) for split, part in splits.items()}
 
@@ -276,7 +286,8 @@ def deal(
     utterances : sequence of Utterance
         All recordings that take part.
     splits : mapping
-        For each split its share of the groups, or its list of official partitions.
+        For each split its share of the groups, or its list of official partitions; where the corpus has none, its list
+        of groups.
     order : sequence of str
         Groups in the fixed order in which they are dealt by shares; others follow, sorted by name.
     group : str
@@ -301,7 +312,8 @@ def deal(
     ('speaker', {'train': ['2'], 'test': ['1']})
     """
     if any(not isinstance(part, int | float) for part in splits.values()):
-        return "partition", choose_partitions({u.partition for u in utterances if u.partition}, splits)
+        kind = "partition" if any(utterance.partition for utterance in utterances) else group
+        return kind, choose_partitions({getattr(u, kind) for u in utterances} - {None}, splits, kind)
     present = {getattr(utterance, group) for utterance in utterances}
     known = [name for name in order if name in present]
     return group, split_groups([*known, *sorted(present.difference(known))], splits, group)
@@ -796,6 +808,48 @@ def read_manifest(path: str | Path) -> dict[str, dict]:
         raise CorpusError(f"{missing}: not found. {remedy}") from None
     except (ValueError, KeyError, AttributeError, TypeError) as error:
         raise CorpusError(f"{path}: not a manifest ({error!r}). Delete it and prepare again.") from None
+
+
+def known_speakers(rows: Mapping[str, Mapping]) -> set[str]:
+    """Collect the speakers of a manifest that the corpus names.
+
+    Parameters
+    ----------
+    rows : mapping of str to mapping
+        As `read_manifest` gives.
+
+    Returns
+    -------
+    set of str
+        Names.
+
+    Example
+    -------
+    >>> known_speakers({"t-a": {"speaker": "1"}, "t-b": {"speaker": "b.wav", "speaker_known": False}})
+    {'1'}
+    """
+    return {row["speaker"] for row in rows.values() if row.get("speaker_known", True)}
+
+
+def recordings_without_speaker(rows: Mapping[str, Mapping]) -> int:
+    """Count the recordings of a manifest whose speaker is not known: two of them may be of one person.
+
+    Parameters
+    ----------
+    rows : mapping of str to mapping
+        As `read_manifest` gives.
+
+    Returns
+    -------
+    int
+        How many.
+
+    Example
+    -------
+    >>> recordings_without_speaker({"t-a": {"speaker": "1"}, "t-b": {"speaker": "b.wav", "speaker_known": False}})
+    1
+    """
+    return sum(not row.get("speaker_known", True) for row in rows.values())
 
 
 def is_prepared(save_folder: str | Path, settings: Mapping) -> bool:

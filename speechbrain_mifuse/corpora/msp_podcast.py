@@ -14,7 +14,7 @@ known to be gender-biased, and Test3 carries no labels and is left out.
 Partitions are speaker-disjoint by intention of the release, and checked: recordings of a known speaker who is also in a
 later split (`test`, `valid`) are left out of the earlier one (`adapt`, `train`), and counted in `corpus.json`.
 Unknown speakers have no name to compare, so each of their recordings counts as a speaker of its own, here and in
-confidence intervals by speaker, which are somewhat too narrow for it.
+confidence intervals by speaker, which are somewhat too narrow for it; results say how many there are.
 """
 
 from __future__ import annotations
@@ -79,9 +79,10 @@ def list_msp_podcast(data_folder: str | Path) -> list[Utterance]:
             emo = None if partition == UNLABELLED else map_label(LABEL_MAP, code, f"{table}, {name}")
             if emo is not None:
                 stem = Path(name).stem
-                who = f"unknown-{stem}" if speaker.lower() in ("", "unknown") else speaker
+                known = speaker.lower() not in ("", "unknown")
+                who = speaker if known else f"unknown-{stem}"
                 wav = found.get(stem, root / "Audios" / name)
-                utterances.append(Utterance(f"msp-{stem}", wav, emo, who, partition=partition))
+                utterances.append(Utterance(f"msp-{stem}", wav, emo, who, partition=partition, speaker_known=known))
     return utterances
 
 
@@ -113,7 +114,7 @@ def facts(data_folder: Path, utterances: list[Utterance]) -> Mapping:
     return {
         "release": number.group() if number else None,
         "partition_counts": {name: dict(sorted(counts[name].items())) for name in sorted(counts)},
-        "unknown_speakers": sum(utterance.speaker.startswith("unknown-") for utterance in utterances),
+        "unknown_speakers": sum(not utterance.speaker_known for utterance in utterances),
     }
 
 

@@ -20,7 +20,7 @@ COLUMNS = ("source", "target", "teacher", "method", "seed", "UA", "WA", "macro_F
 # Rows that no method without labels is measured against as a rival: where all start, and what labels would give.
 LOWER, UPPER = "source_only", "oracle"
 # What every result of one transfer must agree in, or its numbers do not belong beside each other.
-SHARED = ("encoder", "protocol", "labels", "n_test", "diversity_weight", "temperature")
+SHARED = ("encoder", "speaker_norm", "protocol", "labels", "n_test", "diversity_weight", "temperature")
 
 Transfer = tuple[str, str, str]
 
@@ -68,7 +68,7 @@ def _record(path: Path) -> dict:
     return found
 
 
-def write_csv(path: str | Path, records: Sequence[Mapping]) -> None:
+def write_csv(path: str | Path, records: Sequence[Mapping], columns: Sequence[str] = COLUMNS) -> None:
     """Write one row per record, fractions in [0, 1].
 
     Parameters
@@ -77,6 +77,8 @@ def write_csv(path: str | Path, records: Sequence[Mapping]) -> None:
         CSV to write.
     records : sequence of mapping
         As `read_records` gives.
+    columns : sequence of str
+        Their keys, in order.
 
     Example
     -------
@@ -88,9 +90,9 @@ def write_csv(path: str | Path, records: Sequence[Mapping]) -> None:
     """
     buffer = io.StringIO()
     writer = csv.writer(buffer, lineterminator="\n")
-    writer.writerow(COLUMNS)
+    writer.writerow(columns)
     for record in records:
-        writer.writerow([f"{v:.4f}" if isinstance(v := record[name], float) else v for name in COLUMNS])
+        writer.writerow([f"{v:.4f}" if isinstance(v := record[name], float) else v for name in columns])
     atomic_write(path, buffer.getvalue())
 
 
@@ -613,22 +615,31 @@ def protocol(comparison: Comparison, teacher: str = "") -> str:
     records = comparison.records
     trained = [record for record in records if record["steps"]]
     adapted = {r["target"]: max(x["n_train"] for x in records if x["target"] == r["target"]) for r in records}
+    unknown = {r["target"]: r.get("test_recordings_without_speaker", 0) for r in records}
     sizes = {r["target"]: (adapted[r["target"]], r["n_test"], r["test_speakers"]) for r in records}
     told = "; ".join(
-        f"{t}: {a} to adapt, {n} to test of {_many(s, 'speaker')}" for t, (a, n, s) in sorted(sizes.items())
+        f"{t}: {a} to adapt, {n} to test of {_many(s, 'speaker')}"
+        + f" and {_many(unknown[t], 'recording')} without a known speaker" * (unknown[t] > 0)
+        for t, (a, n, s) in sorted(sizes.items())
     )
+    norms = _distinct(r.get("speaker_norm", "none") for r in records)
     teachers = "; ".join(f"{name}: {t[2]}" for name, t in zip(comparison.transfers, comparison.counts, strict=True))
     best = comparison.best_baseline
     parts = [
         f"UA in percent, mean ± standard deviation over {_many(len(comparison.seeds), 'seed')}.",
-        f"{_distinct(len(r['labels']) for r in records)} classes, speaker-independent: {told}.",
+        f"{_distinct(len(r['labels']) for r in records)} classes, speaker-independent"
+        f"{' as far as speakers are known' if any(unknown.values()) else ''}: {told}.",
         f"API teacher, one for all seeds ({teachers}){': ' + teacher if teacher else ''}.",
         f"Encoder: {_distinct(r['encoder'] for r in records)}.",
         f"Selection: {_distinct(r['selection'] for r in trained or records)}.",
         f"{_distinct(r['steps'] for r in trained)} steps," if trained else "",
         f"lambda {_distinct(r['diversity_weight'] for r in records)}, "
         f"tau {_distinct(r['temperature'] for r in records)}.",
+        f"Speaker normalisation: {norms}." if norms != "none" else "",
         "Intervals: bootstrap over test speakers and seeds, transfers fixed; differences are paired.",
+        "A recording without a known speaker is drawn by itself: too narrow where two share one."
+        if any(unknown.values())
+        else "",
         f"Best baseline: {best}, of all that is neither MI-Fuse nor a bound, by its mean on these test sets."
         if best
         else "",

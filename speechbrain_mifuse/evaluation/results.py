@@ -9,7 +9,12 @@ from pathlib import Path
 import torch
 
 from speechbrain_mifuse import __version__
-from speechbrain_mifuse.corpora.manifest import atomic_write, read_manifest
+from speechbrain_mifuse.corpora.manifest import (
+    atomic_write,
+    known_speakers,
+    read_manifest,
+    recordings_without_speaker,
+)
 from speechbrain_mifuse.evaluation.intervals import speaker_bootstrap, speaker_counts
 from speechbrain_mifuse.evaluation.metrics import scores_of
 from speechbrain_mifuse.evaluation.plots import plot_confusion
@@ -34,9 +39,10 @@ def evaluate(predictions: Mapping[str, Sequence[float]], manifest: str | Path, l
     Returns
     -------
     dict
-        `UA`, `WA`, `macro_F1`, `ci95` (of UA, by speaker bootstrap), `n_test`, `test_speakers`, `unanswered`,
-        `counts`, the confusion tensor, and `by_speaker`, the same for each speaker. Without labels the scores are
-        `None`, and `counts` and `by_speaker` are missing.
+        `UA`, `WA`, `macro_F1`, `ci95` (of UA, by speaker bootstrap), `n_test`, `test_speakers` (known ones),
+        `test_recordings_without_speaker` (each stands for itself in the bootstrap), `unanswered`, `counts`, the
+        confusion tensor, and `by_speaker`, the same for each speaker. Without labels the scores are `None`, and
+        `counts` and `by_speaker` are missing.
 
     Raises
     ------
@@ -55,7 +61,8 @@ def evaluate(predictions: Mapping[str, Sequence[float]], manifest: str | Path, l
     """
     rows = read_manifest(manifest)
     speakers = sorted({row["speaker"] for row in rows.values()})
-    about = {"n_test": len(rows), "test_speakers": len(speakers)}
+    about = {"n_test": len(rows), "test_speakers": len(known_speakers(rows))}
+    about["test_recordings_without_speaker"] = recordings_without_speaker(rows)
     if not labelled(rows):
         return {**dict.fromkeys(SCORES), **about, "unanswered": len(rows.keys() - predictions.keys())}
     by_speaker = counts_by_speaker(predictions, rows, labels)
@@ -235,12 +242,40 @@ def side_by_side(folder: str | Path, order: Sequence[str]) -> str:
         "",
         f"Protocol: {first['protocol']}. Adapted on {adapted} utterances, tested on {first['n_test']}. "
         f"Selection: {selection}. Encoder: {first['encoder']}. "
-        f"Interval of UA: bootstrap over the {first['test_speakers']} test speakers. Code {first['code_version']}.",
+        f"{interval_told(first)}Code {first['code_version']}.",
         "",
     ]
     text = "\n".join(lines)
     atomic_write(Path(folder) / "results.md", text)
     return text
+
+
+def interval_told(record: Mapping) -> str:
+    """Say what the interval of UA was drawn over, and what it is worth where speakers are not known.
+
+    Parameters
+    ----------
+    record : mapping
+        As `write_results` gives.
+
+    Returns
+    -------
+    str
+        A sentence and a blank; nothing where nothing was scored.
+
+    Example
+    -------
+    >>> interval_told({"UA": 0.5, "test_speakers": 8, "test_recordings_without_speaker": 0})
+    'Interval of UA: bootstrap over the 8 test speakers. '
+    >>> interval_told({"UA": 0.5, "test_speakers": 0, "test_recordings_without_speaker": 30})
+    'Interval of UA: bootstrap over 30 recordings without a known speaker, too narrow where ... share one. '
+    """
+    if record["UA"] is None:
+        return ""
+    speakers, without = record["test_speakers"], record.get("test_recordings_without_speaker", 0)
+    drawn = [f"the {speakers} test speakers"] if speakers or not without else []
+    drawn += [f"{without} recordings without a known speaker, too narrow where these share one"] if without else []
+    return f"Interval of UA: bootstrap over {' and '.join(drawn)}. "
 
 
 def cells(record: Mapping) -> list[str]:

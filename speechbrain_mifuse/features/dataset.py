@@ -130,13 +130,15 @@ def label_index(labels: Sequence[str], row: Mapping, utt_id: str) -> int:
     Raises
     ------
     CorpusError
-        If the row's label is not among them.
+        If the row has no label, or one that is not among them.
 
     Example
     -------
     >>> label_index(("angry", "sad"), {"emo": "sad"}, "t-a")
     1
     """
-    if row.get("emo") not in labels:
-        raise CorpusError(f"'{utt_id}' has the label '{row.get('emo')}', which is none of {', '.join(labels)}.")
+    if row.get("emo") is None:
+        raise CorpusError(f"'{utt_id}' has no label, and what is asked for needs one of every recording.")
+    if row["emo"] not in labels:
+        raise CorpusError(f"'{utt_id}' has the label '{row['emo']}', which is none of {', '.join(labels)}.")
     return list(labels).index(row["emo"])

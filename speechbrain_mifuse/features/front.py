@@ -9,13 +9,14 @@ from torch import nn
 
 from speechbrain_mifuse.audio import load_audio, trim_silence
 from speechbrain_mifuse.features.encoder import load_wrapper
+from speechbrain_mifuse.features.speakers import SpeakerOffsets
 
 # Bytes of frames that stay in memory once read: all of a small corpus, and a fixed amount of a large one.
 KEPT_BYTES = 64 * 2**20
 
 
 class StoredFrames(nn.Module):
-    """Frames from a store: read them, hand them on.
+    """Frames from a store: read them, subtract the speaker's offset if there are any, hand them on.
 
     Mapping an utterance's part of the file costs more than copying its frames, so the first `KEPT_BYTES` that are read
     stay in memory. None is ever replaced: epochs go through all of a corpus, and the oldest would be needed first.
@@ -26,11 +27,15 @@ class StoredFrames(nn.Module):
         The store.
     layer : int, optional
         Which of its layers; all of them, for a learned weighting, by default.
+    offsets : SpeakerOffsets, optional
+        Speaker normalisation; none by default.
 
     Attributes
     ----------
     dim, n_layers, frame_average : int
         Dimension of a frame; layers per frame; encoder frames averaged to one.
+    fingerprint : dict
+        What the frames are: the store's, and what is subtracted.
 
     Example
     -------
@@ -43,15 +48,15 @@ class StoredFrames(nn.Module):
     (torch.Size([5, 8]), torch.Size([5, 2, 8]))
     """
 
-    def __init__(self, store, layer: int | None = None):
+    def __init__(self, store, layer: int | None = None, offsets: SpeakerOffsets | None = None):
         super().__init__()
-        self.store, self.layer, self.dim = store, layer, store.dim
+        self.store, self.layer, self.dim, self.offsets = store, layer, store.dim, offsets
+        self.fingerprint = store.fingerprint if offsets is None else {**store.fingerprint, **offsets.fingerprint()}
         self.n_layers = len(store.layers) if layer is None else 1
         self.frame_average = store.fingerprint.get("frame_average", 1)
         self.kept: dict[str, torch.Tensor] = {}
         self.room = KEPT_BYTES
-        if layer is not None:
-            store.position(layer)
+        self.place = slice(None) if layer is None else store.position(layer)
 
     def read(self, utt_id: str, wav: str) -> torch.Tensor:
         """Read one utterance for the loader.
@@ -72,6 +77,8 @@ class StoredFrames(nn.Module):
             return self.kept[utt_id]
         frames = torch.from_numpy(self.store.frames(utt_id, self.layer))
         frames = frames if self.layer is not None else frames.transpose(0, 1)
+        if self.offsets is not None:
+            frames = self.offsets.subtract(utt_id, frames, self.place)
         if frames.nbytes <= self.room:
             self.room -= frames.nbytes
             frames = self.kept[utt_id] = frames.clone()

@@ -158,7 +158,7 @@ def test_partitions_that_cannot_be_given_are_one_error(splits, says, tmp_path):
 
 
 def test_partitions_of_a_corpus_that_has_none_are_an_error(tmp_path):
-    with pytest.raises(CorpusError, match="there are none"):
+    with pytest.raises(CorpusError, match="speaker Test1, Train is unknown"):
         prepare(recordings(tmp_path), tmp_path, {"adapt": ["Train"], "test": ["Test1"]})
 
 

@@ -21,14 +21,14 @@ from speechbrain_mifuse.brains.adaptation import adapt
 from speechbrain_mifuse.corpora.manifest import unlabelled
 from speechbrain_mifuse.errors import one_clear_error
 from speechbrain_mifuse.features.dataset import encoded_rows, label_index
-from speechbrain_mifuse.features.front import StoredFrames
 from speechbrain_mifuse.pipeline import (
     ask_teacher,
     chosen_methods,
+    open_front,
     open_reader,
     report,
+    require_labels,
     source_recogniser,
-    store_frames,
     summary,
 )
 
@@ -67,8 +67,9 @@ if __name__ == "__main__":
         names = chosen_methods(hparams)
         sb.create_experiment_directory(hparams["output_folder"], hparams_file, overrides)
         run_on_main(hparams["prepare_target"])
+        require_labels(hparams, names)
         reader = open_reader(hparams, run_opts)
-        front = StoredFrames(store_frames(hparams, "target", reader), hparams["layer"])
+        front = open_front(hparams, "target", hparams["layer"], reader)
         source = source_recogniser(hparams, reader, run_opts)
         answers = ask_teacher(hparams, names, front.store, reader, run_opts)
         for name in names:

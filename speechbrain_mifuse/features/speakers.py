@@ -1,0 +1,478 @@
+"""Speaker normalisation of stored frames: each speaker's mean, shrunk by how little is known of it, is subtracted.
+
+An option, never a silent default. It reads manifests without labels, one split at a time, and is transductive: the
+offset of a test speaker comes from all of that speaker's unlabelled test utterances.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import hashlib
+import json
+import logging
+import math
+import warnings
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save
+from scipy.cluster.vq import kmeans2
+
+from speechbrain_mifuse.audio import load_audio
+from speechbrain_mifuse.corpora.manifest import MANY, atomic_write, read_manifest
+from speechbrain_mifuse.errors import UserError
+from speechbrain_mifuse.features.store import FeatureStore, StoreError
+from speechbrain_mifuse.progress import progress
+
+logger = logging.getLogger(__name__)
+
+# Part of the name of cached offsets: to be raised when the arithmetic changes.
+VERSION = 1
+RESTARTS, ITERATIONS = 5, 50
+TRANSDUCTIVE = "transductive: for a test utterance from all unlabelled test utterances of its {of}"
+
+
+def shrunken_offsets(sums: torch.Tensor, counts: torch.Tensor, strength: float) -> torch.Tensor:
+    """Offset of each speaker: `n_s / (n_s + strength) * (mean_s - mean)`, the shrinkage of empirical Bayes.
+
+    A speaker heard once keeps nearly all that sets the utterance apart, its emotion included; one heard often is
+    centred on the mean of all.
+
+    Parameters
+    ----------
+    sums : torch.Tensor
+        `[S, ...]`, sum over each speaker's utterances of their mean frames. Row 0 holds the recordings whose speaker
+        is not known: they count for the mean of all and get no offset.
+    counts : torch.Tensor
+        `[S]`, utterances of each.
+    strength : float
+        Utterances at which half of the difference is subtracted; 0 subtracts all of it.
+
+    Returns
+    -------
+    torch.Tensor
+        `[S, ...]`; zeros in row 0.
+
+    Example
+    -------
+    >>> sums, counts = torch.tensor([[0.0], [6.0], [6.0]]), torch.tensor([0, 3, 1])
+    >>> shrunken_offsets(sums, counts, strength=1.0).flatten().tolist()  # means 2 and 6, of all 3
+    [0.0, -0.75, 1.5]
+    """
+    counts = counts.to(sums.dtype).view(-1, *[1] * (sums.dim() - 1))
+    offsets = counts / (counts + strength).clamp(min=1e-9) * (sums / counts.clamp(min=1) - sums.sum(0) / counts.sum())
+    offsets[0] = 0
+    return offsets
+
+
+def frame_statistics(rows: Mapping[str, Mapping], store: FeatureStore) -> np.ndarray:
+    """Mean and standard deviation of the earliest stored layer's frames, each dimension scaled over the utterances.
+
+    Parameters
+    ----------
+    rows : mapping of str to mapping
+        Utterances, by id.
+    store : FeatureStore
+        Has their frames.
+
+    Returns
+    -------
+    numpy.ndarray
+        `[N, 2 dim]`, float32.
+
+    Example
+    -------
+    >>> import tempfile
+    >>> store = FeatureStore(tempfile.mkdtemp(), {"layers": [1], "dim": 1})
+    >>> with store.writer() as add:
+    ...     add("t-a", np.array([[[0.0], [2.0]]]), audio="a", file=(1, 1))
+    ...     add("t-b", np.array([[[4.0], [4.0]]]), audio="b", file=(1, 1))
+    >>> frame_statistics({"t-a": {}, "t-b": {}}, store).tolist()
+    [[-1.0, 1.0], [1.0, -1.0]]
+    """
+    frames = (store.frames(key, min(store.layers)).astype(np.float32) for key in rows)
+    vectors = np.stack([np.concatenate([part.mean(0), part.std(0)]) for part in frames])
+    spread = vectors.std(0)
+    return (vectors - vectors.mean(0)) / np.where(spread > 0, spread, 1)
+
+
+def speaker_vectors(source: str, rows: Mapping[str, Mapping], store: FeatureStore) -> np.ndarray:
+    """Embeddings of SpeechBrain's speaker models, such as `speechbrain/spkrec-ecapa-voxceleb`, of unit length.
+
+    Parameters
+    ----------
+    source : str
+        Hub id or local folder, as for `EncoderClassifier.from_hparams`.
+    rows : mapping of str to mapping
+        Utterances with `wav`, by id.
+    store : FeatureStore
+        Not needed here.
+
+    Returns
+    -------
+    numpy.ndarray
+        `[N, size]`, float32.
+
+    Raises
+    ------
+    UserError
+        If the model cannot be loaded.
+
+    Example
+    -------
+    >>> speaker_vectors("./no-such-folder", {}, None)
+    Traceback (most recent call last):
+    ...
+    speechbrain_mifuse.errors.UserError: --speaker_embedding: ./no-such-folder cannot be loaded ...
+    """
+    from speechbrain.inference.classifiers import EncoderClassifier
+
+    try:
+        model = EncoderClassifier.from_hparams(source)
+    except Exception as error:
+        raise UserError(
+            f"--speaker_embedding: {source} cannot be loaded ({error}). "
+            f"Name a speaker model of SpeechBrain, or one of {', '.join(EMBEDDINGS)}."
+        ) from None
+    bar = progress(rows.values(), desc="speaker embeddings", unit="clip")
+    with torch.inference_mode():
+        found = [
+            model.encode_batch(load_audio(row["wav"], model.audio_normalizer.sample_rate).unsqueeze(0)) for row in bar
+        ]
+    return torch.nn.functional.normalize(torch.cat(found).flatten(1), dim=-1).cpu().numpy()
+
+
+EMBEDDINGS: dict[str, Callable[[Mapping, FeatureStore], np.ndarray]] = {"frames": frame_statistics}
+
+
+def cluster(vectors: np.ndarray, k: int) -> np.ndarray:
+    """K-means from k-means++ starts, the tightest of a few; the same for the same vectors.
+
+    Parameters
+    ----------
+    vectors : numpy.ndarray
+        `[N, size]`.
+    k : int
+        Clusters, at most.
+
+    Returns
+    -------
+    numpy.ndarray
+        `[N]`, number of each one's cluster.
+
+    Example
+    -------
+    >>> found = cluster(np.array([[0.0], [9.0], [0.1], [9.1]]), 2)
+    >>> [int(found[0] == other) for other in found]
+    [1, 0, 1, 0]
+    """
+
+    def attempt(seed: int) -> tuple[float, np.ndarray]:
+        # Fewer different vectors than clusters leave some clusters empty, and nothing to draw further centres by.
+        with warnings.catch_warnings(), np.errstate(invalid="ignore"):
+            warnings.filterwarnings("ignore", message="One of the clusters is empty")
+            centres, found = kmeans2(vectors, k, iter=ITERATIONS, minit="++", seed=seed)
+        return float(((vectors - centres[found]) ** 2).sum()), found
+
+    return min((attempt(seed) for seed in range(RESTARTS)), key=lambda tried: tried[0])[1]
+
+
+@dataclasses.dataclass(frozen=True)
+class KnownSpeakers:
+    """Speakers are those that the manifest names; a recording whose speaker is not known keeps its frames.
+
+    Parameters
+    ----------
+    strength : float
+        As for `shrunken_offsets`.
+
+    Example
+    -------
+    >>> rows = {"t-a": {"speaker": "1"}, "t-b": {"speaker": "b.wav", "speaker_known": False}}
+    >>> KnownSpeakers(10.0).speakers(rows, None)
+    ['1', None]
+    """
+
+    strength: float
+    name = "known"
+
+    def speakers(self, rows: Mapping[str, Mapping], store: FeatureStore) -> list[str | None]:
+        """Name the speaker of each utterance, `None` where it is not known."""
+        return [row["speaker"] if row.get("speaker_known", True) else None for row in rows.values()]
+
+    def told(self) -> str:
+        """Say what is done, for the protocol."""
+        return (
+            f"known (from each frame the speaker's mean frame, shrunk by n / (n + {self.strength:g}), is subtracted; "
+            f"{TRANSDUCTIVE.format(of='speaker')})"
+        )
+
+
+@dataclasses.dataclass(frozen=True)
+class FoundSpeakers:
+    """Speakers are clusters of utterances, found in each split apart without labels or names.
+
+    Parameters
+    ----------
+    strength : float
+        As for `shrunken_offsets`.
+    embedding : str
+        What is clustered: a key of `EMBEDDINGS`, else a speaker model for `speaker_vectors`.
+    clusters : int or None
+        How many; `round(sqrt(N / 2))` of N utterances by default, a rule of thumb.
+
+    Example
+    -------
+    >>> FoundSpeakers(10.0, "frames", None).count(200), FoundSpeakers(10.0, "frames", 4).count(3)
+    (10, 3)
+    """
+
+    strength: float
+    embedding: str
+    clusters: int | None
+    name = "clustered"
+
+    def count(self, utterances: int) -> int:
+        """Give the number of clusters of so many utterances."""
+        return min(utterances, self.clusters or max(1, round(math.sqrt(utterances / 2))))
+
+    def speakers(self, rows: Mapping[str, Mapping], store: FeatureStore) -> list[str | None]:
+        """Name the cluster of each utterance."""
+        vectors = EMBEDDINGS.get(self.embedding, functools.partial(speaker_vectors, self.embedding))(rows, store)
+        return [str(number) for number in cluster(vectors, self.count(len(rows)))]
+
+    def told(self) -> str:
+        """Say what is done, for the protocol."""
+        many = f"{self.clusters}" if self.clusters else "sqrt(N / 2)"
+        return (
+            f"clustered (from each frame the mean frame of its cluster, one of {many} in each split by k-means of "
+            f"{self.embedding}, shrunk by n / (n + {self.strength:g}), is subtracted; "
+            f"{TRANSDUCTIVE.format(of='cluster')})"
+        )
+
+
+SPEAKER_NORMS: dict[str, Callable[[Mapping], KnownSpeakers | FoundSpeakers | None]] = {
+    "none": lambda options: None,
+    "known": lambda options: KnownSpeakers(float(options["speaker_norm_strength"])),
+    "clustered": lambda options: FoundSpeakers(
+        float(options["speaker_norm_strength"]), options["speaker_embedding"], options["speaker_clusters"]
+    ),
+}
+
+
+def chosen_norm(options: Mapping) -> KnownSpeakers | FoundSpeakers | None:
+    """Find the speaker normalisation that a recipe asks for.
+
+    Parameters
+    ----------
+    options : mapping
+        `speaker_norm`, `speaker_norm_strength`, `speaker_embedding`, `speaker_clusters`.
+
+    Returns
+    -------
+    KnownSpeakers, FoundSpeakers or None
+        `None` for `none`.
+
+    Raises
+    ------
+    UserError
+        If a value is none that is known.
+
+    Example
+    -------
+    >>> chosen_norm({"speaker_norm": "known", "speaker_norm_strength": 10, "speaker_clusters": None})
+    KnownSpeakers(strength=10.0)
+    >>> chosen_norm({"speaker_norm": "mine"})
+    Traceback (most recent call last):
+    ...
+    speechbrain_mifuse.errors.UserError: --speaker_norm: 'mine' is none of none, known, clustered.
+    """
+    name = options["speaker_norm"]
+    if name not in SPEAKER_NORMS:
+        raise UserError(f"--speaker_norm: '{name}' is none of {', '.join(SPEAKER_NORMS)}.")
+    strength, clusters = options.get("speaker_norm_strength", 0), options.get("speaker_clusters")
+    if not isinstance(strength, int | float) or not 0 <= strength < math.inf:
+        raise UserError(f"--speaker_norm_strength: {strength} is no number of utterances, 0 or more.")
+    if clusters is not None and (not isinstance(clusters, int) or clusters < 1):
+        raise UserError(f"--speaker_clusters: {clusters} is no number of clusters; null leaves it to a rule.")
+    return SPEAKER_NORMS[name](options)
+
+
+@dataclasses.dataclass(frozen=True)
+class SpeakerOffsets:
+    """Offset of every utterance of some manifests.
+
+    Parameters
+    ----------
+    norm : KnownSpeakers or FoundSpeakers
+        How they were made.
+    digest : str
+        Of all that they depend on.
+    offsets : dict of str to torch.Tensor
+        `[layers, dim]` by utterance id, zeros where the speaker is not known.
+
+    Example
+    -------
+    >>> SpeakerOffsets(KnownSpeakers(10.0), "ab", {}).fingerprint()
+    {'speaker_norm': {'name': 'known', 'strength': 10.0}, 'speaker_offsets': 'ab'}
+    """
+
+    norm: KnownSpeakers | FoundSpeakers
+    digest: str
+    offsets: Mapping[str, torch.Tensor]
+
+    def fingerprint(self) -> dict:
+        """Describe them, of JSON's types: `speaker_norm` says how, `speaker_offsets` of which utterances."""
+        about = {"name": self.norm.name, **dataclasses.asdict(self.norm)}
+        return {"speaker_norm": about, "speaker_offsets": self.digest}
+
+    def subtract(self, utt_id: str, frames: torch.Tensor, place: int | slice) -> torch.Tensor:
+        """Subtract an utterance's offset.
+
+        Parameters
+        ----------
+        utt_id : str
+            Utterance id.
+        frames : torch.Tensor
+            `[frames, dim]` or `[frames, layers, dim]`, fp16.
+        place : int or slice
+            Which of the stored layers they are.
+
+        Returns
+        -------
+        torch.Tensor
+            Of the same shape, fp16.
+
+        Raises
+        ------
+        StoreError
+            If the utterance is in none of the manifests.
+        """
+        if utt_id not in self.offsets:
+            raise StoreError(f"'{utt_id}' is in none of the manifests whose speakers were normalised.")
+        return (frames.float() - self.offsets[utt_id][place]).to(frames.dtype)
+
+
+def speaker_offsets(
+    manifests: Sequence[str | Path], store: FeatureStore, norm: KnownSpeakers | FoundSpeakers
+) -> SpeakerOffsets:
+    """Compute the offsets of manifests, each by itself, or find them computed beside the store.
+
+    Parameters
+    ----------
+    manifests : sequence of str or pathlib.Path
+        The manifests, without labels: one for each split.
+    store : FeatureStore
+        Has the frames; utterances that it lacks are passed over.
+    norm : KnownSpeakers or FoundSpeakers
+        What is asked for.
+
+    Returns
+    -------
+    SpeakerOffsets
+        Of all their utterances.
+
+    Example
+    -------
+    >>> import tempfile
+    >>> folder = Path(tempfile.mkdtemp())
+    >>> store = FeatureStore(folder / "store", {"layers": [1], "dim": 1})
+    >>> with store.writer() as add:
+    ...     add("t-a", np.array([[[0.0], [2.0]]]), audio="a", file=(1, 1))
+    ...     add("t-b", np.array([[[5.0], [5.0]]]), audio="b", file=(1, 1))
+    >>> atomic_write(folder / "corpus.json", '{"data_root": "/toy"}')
+    >>> rows = {key: {"wav": f"{key}.wav", "speaker": key} for key in ("t-a", "t-b")}
+    >>> atomic_write(folder / "adapt_unlabelled.json", json.dumps(rows))
+    >>> found = speaker_offsets([folder / "adapt_unlabelled.json"], store, KnownSpeakers(1.0))
+    >>> {key: offset.item() for key, offset in found.offsets.items()}
+    {'t-a': -1.0, 't-b': 1.0}
+    """
+    offsets, digest = {}, hashlib.sha256()
+    for manifest in manifests:
+        rows = {key: row for key, row in read_manifest(manifest).items() if key in store}
+        name = offsets_digest(rows, store, norm)
+        digest.update(name.encode())
+        if rows:
+            table, places = cached_offsets(store.folder / "speakers" / f"{name}.safetensors", rows, store, norm)
+            offsets |= {key: table[place] for key, place in zip(rows, places.tolist(), strict=True)}
+            without = int((places == 0).sum())
+            logger.info("%s: speaker_norm %s: %d speakers", manifest, norm.name, len(table) - 1)
+            if without:
+                logger.warning("%s: %d recordings without a known speaker keep their frames", manifest, without)
+    return SpeakerOffsets(norm, digest.hexdigest()[:16], offsets)
+
+
+def offsets_digest(rows: Mapping[str, Mapping], store: FeatureStore, norm: KnownSpeakers | FoundSpeakers) -> str:
+    """Hash of all that decides the offsets of a manifest.
+
+    Parameters
+    ----------
+    rows : mapping of str to mapping
+        Its utterances, without labels.
+    store : FeatureStore
+        Knows what the frames are, and the content hash of each recording.
+    norm : KnownSpeakers or FoundSpeakers
+        What is asked for.
+
+    Returns
+    -------
+    str
+        First 16 hexadecimal digits.
+
+    Example
+    -------
+    >>> import tempfile
+    >>> store = FeatureStore(tempfile.mkdtemp(), {"layers": [1], "dim": 1})
+    >>> offsets_digest({}, store, KnownSpeakers(1.0)) == offsets_digest({}, store, KnownSpeakers(2.0))
+    False
+    """
+    names = [(key, row["speaker"], row.get("speaker_known", True), store.rows[key].audio) for key, row in rows.items()]
+    about = [VERSION, store.fingerprint, norm.name, dataclasses.asdict(norm), names]
+    return hashlib.sha256(json.dumps(about, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def cached_offsets(
+    path: Path, rows: Mapping[str, Mapping], store: FeatureStore, norm: KnownSpeakers | FoundSpeakers
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Read the offsets of a manifest, or compute and keep them.
+
+    Parameters
+    ----------
+    path : pathlib.Path
+        Where they are kept; named by `offsets_digest`.
+    rows, store, norm
+        As for `offsets_digest`.
+
+    Returns
+    -------
+    table : torch.Tensor
+        `[1 + speakers, layers, dim]`, float32; row 0 is zero.
+    places : torch.Tensor
+        `[N]`, row of each utterance; 0 where the speaker is not known.
+
+    Example
+    -------
+    >>> cached_offsets.__name__  # runs in `speaker_offsets`
+    'cached_offsets'
+    """
+    try:
+        found = load_file(path)
+        return found["table"], found["places"]
+    except FileNotFoundError:
+        pass
+    except (SafetensorError, KeyError):
+        logger.warning("%s is damaged and computed anew", path)
+    speakers = norm.speakers(rows, store)
+    order = {name: place for place, name in enumerate(sorted({*speakers} - {None}), start=1)}
+    places = torch.tensor([order.get(name, 0) for name in speakers])
+    sums = torch.zeros(1 + len(order), len(store.layers), store.dim, dtype=torch.float64)
+    bar = progress(rows, desc="speaker means", unit="clip", disable=len(rows) < MANY)
+    for key, place in zip(bar, places.tolist(), strict=True):
+        sums[place] += torch.from_numpy(store.frames(key).astype(np.float64).mean(1))
+    table = shrunken_offsets(sums, torch.bincount(places, minlength=len(sums)), norm.strength).float()
+    atomic_write(path, save({"table": table, "places": places}))
+    return table, places
