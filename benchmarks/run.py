@@ -17,7 +17,11 @@ import os
 from pathlib import Path
 
 BENCHMARKS = {
+    "adapter": "adapter pretraining on stored frames, against the same step with the encoder run inside it",
+    "collect": "ten thousand calls to a simulated API, against the least time they can take",
+    "collect_faults": "collection killed at random moments, and with half of all replies faulty",
     "epoch": "an epoch on stored frames, against the frozen encoder run in every epoch",
+    "label_store": "loading the targets of 100,000 utterances among 1,000,000 stored rows, against plain files",
     "mifuse_step": "a training step of MI-Fuse, against a supervised one",
     "memory": "resident memory while going through a store, and through one eight times its size",
 }

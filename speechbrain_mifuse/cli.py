@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 
 from speechbrain_mifuse import __version__
-from speechbrain_mifuse.errors import one_clear_error
+from speechbrain_mifuse.errors import UserError, one_clear_error
+from speechbrain_mifuse.label_commands import add_batch, add_labels
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -49,12 +51,19 @@ def main(arguments: Sequence[str] | None = None) -> None:
     recipes.add_argument("--match", default="", metavar="TEXT", help="only those whose lines contain this text")
     recipes.set_defaults(run=run_recipes)
     add_sweep(commands)
+    add_probe(commands)
+    add_collect(commands)
+    add_labels(commands)
+    add_batch(commands)
     arguments = list(sys.argv[1:] if arguments is None else arguments)
     flags: list[str] = []
     if arguments[:1] == ["sweep"] and "--" in arguments:
         place = arguments.index("--")
         arguments, flags = arguments[:place], arguments[place + 1 :]
-    options = parser.parse_args(arguments, argparse.Namespace(flags=flags))
+    options, others = parser.parse_known_args(arguments, argparse.Namespace(flags=flags, recipe_flags=False))
+    if others and not options.recipe_flags:
+        parser.error(f"unrecognized arguments: {' '.join(others)}")
+    options.flags += others
     with one_clear_error():
         try:
             options.run(options)
@@ -105,6 +114,69 @@ def add_sweep(commands) -> None:
     instead.add_argument("--commands", type=Path, metavar="FILE", help="run nothing; write one command per line")
     instead.add_argument("--collect", action="store_true", help="run nothing; write the tables of what is done")
     sweep.set_defaults(run=run_sweep)
+
+
+def add_collect(commands) -> None:
+    """Add the command `collect`.
+
+    Parameters
+    ----------
+    commands : argparse action
+        As `ArgumentParser.add_subparsers` gives.
+
+    Example
+    -------
+    >>> parser = argparse.ArgumentParser()
+    >>> add_collect(parser.add_subparsers())
+    >>> parser.parse_args(["collect", "hparams/nemo2rav.yaml", "--dry_run"]).dry_run
+    True
+    """
+    collect = commands.add_parser(
+        "collect",
+        help="ask a language model for the answers that a recipe needs, or only plan it",
+        usage="%(prog)s YAML [--dry_run] [--budget MONEY] [--deadline SECONDS] [FLAGS OF THE RECIPE]",
+        description="Prepares the target corpus of a recipe and fills its label store: what the recipe does before it "
+        "trains, on a machine that need not train. The plan comes first: one question, calls, tokens, cost, time. What "
+        "is stored is not asked again; the same command goes on after a stop. The key comes from OPENAI_API_KEY.",
+        allow_abbrev=False,
+    )
+    collect.add_argument("yaml", type=Path, metavar="YAML", help="of the recipe, as hparams/nemo2rav.yaml; comes first")
+    collect.add_argument("--dry_run", action="store_true", help="print the plan and ask nothing")
+    collect.add_argument("--budget", metavar="MONEY", help="same as --lalm_budget: stop before more is spent")
+    collect.add_argument("--deadline", metavar="SECONDS", help="same as --lalm_deadline: stop after this time")
+    collect.set_defaults(run=run_collect, recipe_flags=True)
+
+
+def add_probe(commands) -> None:
+    """Add the command `probe`.
+
+    Parameters
+    ----------
+    commands : argparse action
+        As `ArgumentParser.add_subparsers` gives.
+
+    Example
+    -------
+    >>> parser = argparse.ArgumentParser()
+    >>> add_probe(parser.add_subparsers())
+    >>> parser.parse_args(["probe", "--lalm_model", "m"]).samples
+    5
+    """
+    probe = commands.add_parser(
+        "probe",
+        help="ask an API about itself: does it hear audio, honour n, seed, constraints, ...",
+        description="Asks an API about itself in some thirty calls on real audio, prints what was found, and ends with "
+        "status 2 if a collection with this profile needs what the API lacks. The key comes from OPENAI_API_KEY.",
+    )
+    probe.add_argument("--profile", type=Path, metavar="YAML", help="a file as in hparams/lalm")
+    probe.add_argument("--lalm_base_url", metavar="URL", help="address (default: that of the profile)")
+    probe.add_argument("--lalm_model", metavar="NAME", help="model (default: that of the profile)")
+    probe.add_argument("--audio", type=Path, metavar="FILE", help="a recording of speech (default: a synthetic one)")
+    probe.add_argument("--samples", type=positive, default=5, help="answers per recording that are wanted (default: 5)")
+    probe.add_argument("--temperature", type=float, default=1.0, help="of the collection (default: 1)")
+    probe.add_argument("--longest", type=float, metavar="SECONDS", help="longest recording of the collection")
+    probe.add_argument("--json", type=Path, metavar="FILE", help="write the card there too")
+    probe.set_defaults(run=run_probe)
 
 
 def positive(text: str) -> int:
@@ -209,6 +281,84 @@ def run_sweep(options: argparse.Namespace) -> None:
     if not options.collect:
         sweep.run_plan(plan, options.jobs or max(sweep.usable_cores() // plan.threads, 1))
     print(sweep.collect(plan, options.table or plan.output, options.name, baselines, figure_methods))
+
+
+def run_collect(options: argparse.Namespace) -> None:
+    """Collect the answers that a recipe needs, or only plan it.
+
+    Parameters
+    ----------
+    options : argparse.Namespace
+        As `add_collect` defines, and `flags`, those of the recipe.
+
+    Raises
+    ------
+    SystemExit
+        With status 130 after Ctrl-C.
+
+    Example
+    -------
+    >>> run_collect(argparse.Namespace(yaml=Path("none.yaml"), flags=[], budget=None, deadline=None, dry_run=True))
+    Traceback (most recent call last):
+    ...
+    speechbrain_mifuse.errors.UserError: none.yaml: no such file. The recipe's YAML file comes first, ...
+    """
+    if not options.yaml.is_file():
+        raise UserError(f"{options.yaml}: no such file. The recipe's YAML file comes first, as hparams/nemo2rav.yaml")
+    from speechbrain_mifuse.pipeline import chosen_methods, collect_answers, load_hparams
+
+    given = {"lalm_budget": options.budget, "lalm_deadline": options.deadline}
+    flags = [f"--{key}={value}" for key, value in given.items() if value is not None]
+    hparams, run_opts = load_hparams(options.yaml, [*options.flags, *flags])
+    try:
+        collect_answers(hparams, chosen_methods(hparams), run_opts, options.dry_run)
+    except KeyboardInterrupt:
+        print("stopped; the same command goes on", file=sys.stderr)
+        raise SystemExit(130) from None
+
+
+def run_probe(options: argparse.Namespace) -> None:
+    """Probe an API, print its card, and hold it against what a collection needs.
+
+    Parameters
+    ----------
+    options : argparse.Namespace
+        As `add_probe` defines.
+
+    Example
+    -------
+    >>> parser = argparse.ArgumentParser()
+    >>> add_probe(parser.add_subparsers())
+    >>> run_probe(parser.parse_args(["probe", "--lalm_base_url", "http://127.0.0.1:9/v1"]))
+    Traceback (most recent call last):
+    ...
+    speechbrain_mifuse.errors.UserError: --lalm_model: name the model to be asked
+    """
+    from speechbrain_mifuse.audio import load_audio
+    from speechbrain_mifuse.corpora.manifest import atomic_write
+    from speechbrain_mifuse.lalm import probe
+    from speechbrain_mifuse.lalm.card import Needs, check
+    from speechbrain_mifuse.lalm.client import LalmClient
+
+    given = {"base_url": options.lalm_base_url, "model": options.lalm_model}
+    profile = probe.read_profile(options.profile, **{key: value for key, value in given.items() if value is not None})
+    if options.profile is not None and profile.base_url is None:
+        raise UserError(f"--lalm_base_url: {options.profile} names no address; give the one that the server prints")
+    client = LalmClient.of(dataclasses.replace(profile, max_retries=min(profile.max_retries, 2)))
+    speech = probe.speech_like() if options.audio is None else load_audio(options.audio, probe.SAMPLE_RATE)
+    lengths = probe.lengths_up_to(options.longest)
+    asked = probe.questions(profile, options.temperature, lengths)
+    seconds = probe.seconds_sent(asked)
+    print(f"{len(asked)} calls with {seconds:.0f} s of audio in all to {client.model} at {client.base_url}", flush=True)
+    card = probe.probe(client, profile, speech, options.temperature, lengths)
+    print(card.text())
+    if options.json is not None:
+        atomic_write(options.json, card.to_json() + "\n")
+    longest = None if profile.longest_audio else options.longest
+    untold = check(card, Needs(profile, options.samples, options.temperature, longest))
+    print(
+        "\nNothing that a collection with this profile needs is missing. Not known:", *(untold or ["nothing"]), sep="\n"
+    )
 
 
 def run_serve(options: argparse.Namespace) -> None:

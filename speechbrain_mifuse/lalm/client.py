@@ -4,36 +4,109 @@ from __future__ import annotations
 
 import asyncio
 import base64
+import dataclasses
+import io
 import ipaddress
 import json
 import os
+import random
+import secrets
+import time
 import urllib.parse
+import wave
+from collections.abc import Mapping, Sequence
+from typing import NamedTuple
 
 import openai
+from openai.types.chat import ChatCompletion
 
 from speechbrain_mifuse.errors import UserError
 from speechbrain_mifuse.lalm.answer import Answer, Reply, Response
+from speechbrain_mifuse.lalm.limits import (
+    LONGEST_PAUSE,
+    Budget,
+    LalmError,
+    Pace,
+    expected_tokens,
+    most_tokens,
+    retry_after,
+    used_tokens,
+)
+from speechbrain_mifuse.lalm.profile import NO_TOKENS, Profile, Tokens
 from speechbrain_mifuse.lalm.prompt import Prompt
 from speechbrain_mifuse.lalm.store import clean_base_url
+
+__all__ = ["BLOCKED", "DEFAULT_BASE_URL", "Clip", "LalmClient", "LalmError", "is_loopback", "reply_of"]
 
 DEFAULT_BASE_URL = "https://api.openai.com/v1"
 
 # Some servers report a blocked question as an error and not as a choice.
-_BLOCKED = {"content_filter", "content_policy_violation"}
+BLOCKED = {"content_filter", "content_policy_violation"}
+
+# Faults that pass: time-out, conflict, rate limit; and everything from 500 on.
+_PASSING = {408, 409, 429}
+# Statuses with which a server asks all to wait, where it says how long.
+_BUSY = {429, 503}
+# Failures before anything was sent; all others may have been paid for.
+_NEVER_SENT = {"ConnectError", "ConnectTimeout", "PoolTimeout"}
+_CALLS_PER_LINE = 2
+_FIRST_BACKOFF, _LONGEST_BACKOFF = 0.5, 8.0
+
+# Stands in the place of the audio while the rest of a body is made ready; no prompt can hold it by chance.
+_AUDIO = secrets.token_hex(16)
 
 
-class LalmError(UserError):
-    """The API did not answer.
+class Clip(NamedTuple):
+    """A recording ready to be sent any number of times.
 
     Attributes
     ----------
-    hopeless : bool
-        Whether every other request would fail the same way (wrong key, wrong model, no credit).
+    data : str
+        A WAV file in base64.
+    seconds : float
+        Its length.
+
+    Example
+    -------
+    >>> from speechbrain_mifuse.lalm.collect import encode_wav
+    >>> import torch
+    >>> Clip.of(encode_wav(torch.zeros(8000))).seconds
+    0.5
     """
 
-    def __init__(self, message: str, hopeless: bool = False):
-        super().__init__(message)
-        self.hopeless = hopeless
+    data: str
+    seconds: float
+
+    @classmethod
+    def of(cls, wav: bytes) -> Clip:
+        """Encode a WAV file."""
+        with wave.open(io.BytesIO(wav)) as file:
+            return cls(base64.b64encode(wav).decode(), file.getnframes() / file.getframerate())
+
+
+class _Unusable(Exception):
+    """A reply with status 200 that is no completion: cut off, no JSON, or without a choice."""
+
+
+@dataclasses.dataclass
+class _Call:
+    """One request with what it may take; `used` is the time in seconds that counts against its deadline."""
+
+    body: bytes
+    expected: Tokens = NO_TOKENS
+    most: Tokens = NO_TOKENS
+    used: float = 0.0
+
+
+@dataclasses.dataclass
+class _Line:
+    """An API client with a pool of connections, and how many calls it has open.
+
+    A pool looks at each of its connections for each request: many small pools cost less than a large one.
+    """
+
+    api: openai.AsyncOpenAI
+    busy: int = 0
 
 
 class LalmClient:
@@ -51,10 +124,16 @@ class LalmClient:
     timeout : float
         Seconds for one attempt.
     max_retries : int
-        Further attempts after a time-out, a lost connection or status 408, 409, 429 or 5xx, with exponential
-        back-off or as long as the server says (``Retry-After``).
+        Further attempts after a time-out, a lost connection, a reply that is no completion, or status 408, 409, 429 or
+        5xx, with exponential back-off. Where the server says how long to wait (``Retry-After``) after 429 or 503, all
+        calls of this client wait.
     deadline : float
-        Seconds for one `ask` with all its attempts.
+        Seconds for one request with all its attempts; waiting for limits, for the budget, or because the server asked
+        for it, does not count.
+    profile : Profile, optional
+        What the provider understands and allows.
+    budget : Budget, optional
+        Money that may be spent; nothing is counted by default.
 
     Raises
     ------
@@ -75,17 +154,49 @@ class LalmClient:
         timeout: float = 60.0,
         max_retries: int = 6,
         deadline: float = 300.0,
+        profile: Profile | None = None,
+        budget: Budget | None = None,
     ):
         self.base_url = clean_base_url(base_url or os.environ.get("OPENAI_BASE_URL") or DEFAULT_BASE_URL)
         self.model = model
         self.timeout = timeout
         self.max_retries = max_retries
         self.deadline = deadline
-        self._api: openai.AsyncOpenAI | None = None
+        self.profile = profile or Profile()
+        self.budget = budget or Budget()
+        self.pace = Pace(self.profile.requests_per_minute, self.profile.tokens_per_minute)
+        self._lines: list[_Line] = []
         self._loop: asyncio.AbstractEventLoop | None = None
 
+    @classmethod
+    def of(cls, profile: Profile, base_url: str | None = None, budget: Budget | None = None) -> LalmClient:
+        """Make the client that a profile describes.
+
+        Parameters
+        ----------
+        profile : Profile
+            Names at least the model.
+        base_url : str, optional
+            In place of the profile's.
+        budget : Budget, optional
+            Money that may be spent.
+
+        Returns
+        -------
+        LalmClient
+
+        Raises
+        ------
+        UserError
+            If there is no model, or an address cannot be used.
+        """
+        if not profile.model:
+            raise UserError("--lalm_model: name the model to be asked")
+        patience = (profile.timeout, int(profile.max_retries), profile.deadline)
+        return cls(base_url or profile.base_url, profile.model, *patience, profile=profile, budget=budget)
+
     async def __aenter__(self) -> LalmClient:
-        self._connection()
+        self._free_line()
         return self
 
     async def __aexit__(self, *_):
@@ -93,12 +204,18 @@ class LalmClient:
 
     async def aclose(self):
         """Close open connections; the client can be used again afterwards."""
-        api, self._api = self._api, None
-        if api is not None:
-            await api.close()
+        lines, self._lines = self._lines, []
+        for line in lines:
+            await line.api.close()
 
     async def ask(
-        self, prompt: Prompt, wav: bytes, n: int = 1, temperature: float = 1.0, seed: int | None = None, **sampling
+        self,
+        prompt: Prompt,
+        wav: bytes | Clip,
+        n: int = 1,
+        temperature: float = 1.0,
+        seed: int | None = None,
+        **sampling,
     ) -> list[Response]:
         """Ask for `n` answers about one recording.
 
@@ -109,14 +226,14 @@ class LalmClient:
         ----------
         prompt : Prompt
             The question.
-        wav : bytes
-            A WAV file.
+        wav : bytes or Clip
+            A WAV file; as a `Clip` it is encoded once for many calls.
         n : int
             Number of answers.
         temperature : float
             Sampling temperature; 0 asks for the most likely answer.
         seed : int, optional
-            Best effort on most servers.
+            Best effort on most servers; not sent where the profile says that it is not honoured.
         **sampling
             Further fields of the API, e.g. `top_p`.
 
@@ -129,13 +246,75 @@ class LalmClient:
         ------
         LalmError
             If the server is down, rejects the request, does not know the model, or does not answer before the deadline.
+        BudgetReached
+            If the next call could pass the budget.
         """
-        messages = prompt.messages(base64.b64encode(wav).decode())
-        fields = {"temperature": temperature, **sampling, **prompt.request_options()}
+        clip = wav if isinstance(wav, Clip) else Clip.of(wav)
+        responses: list[Response] = []
+        while len(responses) < n:
+            next_seed = None if seed is None else seed + len(responses)
+            responses += await self.ask_once(prompt, clip, n - len(responses), temperature, next_seed, **sampling)
+        return responses
+
+    async def ask_once(
+        self,
+        prompt: Prompt,
+        clip: Clip,
+        n: int = 1,
+        temperature: float = 1.0,
+        seed: int | None = None,
+        **sampling,
+    ) -> list[Response]:
+        """Make one request for `n` answers; it may bring fewer.
+
+        Parameters
+        ----------
+        prompt, n, temperature, seed, **sampling
+            As for `ask`.
+        clip : Clip
+            The recording.
+
+        Returns
+        -------
+        list of Response
+            At least one, at most `n`.
+
+        Raises
+        ------
+        LalmError, BudgetReached
+            As `ask`.
+        """
+        n = n if self.profile.honours_n else 1
+        call = self._call(prompt, clip, n, seed, {"temperature": temperature, **sampling})
+        return await self._answers(prompt, call, n, seed)
+
+    async def complete(self, messages: Sequence[Mapping], **fields) -> ChatCompletion:
+        """Send any chat messages, within the limits but outside the budget, for instance to find out what works.
+
+        Parameters
+        ----------
+        messages : sequence of mapping
+            As the API takes them.
+        **fields
+            Further fields of the request's body.
+
+        Returns
+        -------
+        ChatCompletion
+            As the server sent it: fields may be missing.
+
+        Raises
+        ------
+        LalmError
+            As `ask`; `status` tells the HTTP status.
+        """
+        body = json.dumps({"model": self.model, "messages": messages, **fields}).encode()
         try:
-            return await asyncio.wait_for(self._ask(prompt, messages, n, seed, fields), self.deadline)
-        except asyncio.TimeoutError:
-            raise LalmError(f"{self._name()}: no answer within {self.deadline:g} s") from None
+            return ChatCompletion.construct(**await self._attempts(_Call(body)))
+        except openai.OpenAIError as error:
+            raise await self.explain(error) from None
+        except _Unusable as error:
+            raise LalmError(f"{self._name()}: {error}") from None
 
     async def check(self):
         """Find out before any audio is sent whether a server is there and accepts the key.
@@ -146,79 +325,244 @@ class LalmClient:
             If nothing listens at the address or the key is refused. A server without a list of models passes.
         """
         try:
-            await self._connection().with_options(max_retries=0, timeout=min(self.timeout, 10.0)).models.list()
+            await self._free_line().api.with_options(max_retries=0, timeout=min(self.timeout, 10.0)).models.list()
         except (openai.APITimeoutError, json.JSONDecodeError):
             return
         except (openai.APIConnectionError, openai.AuthenticationError) as error:
-            raise await self._explain(error) from None
+            raise await self.explain(error) from None
         except openai.OpenAIError:
             return
 
-    async def _ask(self, prompt: Prompt, messages: list, n: int, seed: int | None, fields: dict) -> list[Response]:
-        responses: list[Response] = []
-        while len(responses) < n:
-            next_seed = None if seed is None else seed + len(responses)
-            responses += await self._request(prompt, messages, n - len(responses), next_seed, fields)
-        return responses
+    def body(
+        self,
+        prompt: Prompt,
+        wav_base64: str,
+        n: int = 1,
+        seed: int | None = None,
+        temperature: float = 1.0,
+        **sampling,
+    ) -> dict:
+        """Body of the request for `n` answers, as `ask` sends it.
 
-    async def _request(self, prompt: Prompt, messages: list, n: int, seed: int | None, fields: dict) -> list[Response]:
-        optional = {} if seed is None else {"seed": seed}
-        try:
-            completion = await self._connection().chat.completions.create(
-                model=self.model, messages=messages, n=n, **optional, **fields
-            )
-        except openai.BadRequestError as error:
-            if error.code in _BLOCKED:
-                return [self._blocked(error, seed)]
-            raise await self._explain(error) from None
-        except openai.OpenAIError as error:
-            raise await self._explain(error) from None
-        except json.JSONDecodeError:  # a body that announces JSON and is none
-            raise LalmError(f"{self._name()}: answered with something that is not JSON") from None
-        return self._responses(prompt, completion, n, seed)
+        Parameters
+        ----------
+        prompt : Prompt
+            The question.
+        wav_base64 : str
+            A WAV file in base64.
+        n, seed, temperature, **sampling
+            As for `ask`.
 
-    def _responses(self, prompt: Prompt, completion, n: int, seed: int | None) -> list[Response]:
-        choices = list(getattr(completion, "choices", None) or [])[:n]
-        if not choices:
-            raise LalmError(
-                f"{self._name()}: answered without any choice. Check that --lalm_base_url is an OpenAI-compatible API "
-                "(most end in /v1)"
-            )
-        usage = getattr(completion, "usage", None)
+        Returns
+        -------
+        dict
+            To be sent as JSON.
+
+        Example
+        -------
+        >>> sorted(LalmClient("http://127.0.0.1:8000/v1", "m").body(Prompt(("angry", "sad")), "UklGRg==", seed=3))
+        ['messages', 'model', 'n', 'seed', 'temperature']
+        """
+        optional = {}
+        if self.profile.honours_n:
+            optional["n"] = n
+        if seed is not None and self.profile.honours_seed:
+            optional["seed"] = seed
+        fields = {"temperature": temperature, **sampling, **prompt.request_options()}
+        return {"model": self.model, **optional, **fields, "messages": prompt.messages(wav_base64)}
+
+    def responses(self, prompt: Prompt, completion: Mapping, n: int = 1, seed: int | None = None) -> list[Response]:
+        """Read a chat completion.
+
+        Parameters
+        ----------
+        prompt : Prompt
+            What was asked.
+        completion : mapping
+            Decoded JSON.
+        n : int
+            Choices wanted; surplus ones are left out.
+        seed : int, optional
+            As sent.
+
+        Returns
+        -------
+        list of Response
+            One for each choice, without the key, should the server have echoed it.
+        """
+        usage = completion.get("usage")
         responses = []
-        for position, choice in enumerate(choices):
+        for position, choice in enumerate((completion.get("choices") or [])[:n]):
             # Whatever is kept of a reply is read from its redacted form.
-            reply = Reply.from_json(self._redacted(reply_of(choice).to_json()))
+            reply = Reply.from_json(self.redacted(reply_of(choice).to_json()))
             response = Response(
                 answer=prompt.parse(reply),
                 raw=reply.to_json(),
                 seed=None if seed is None else seed + position,
-                usage=usage.model_dump(exclude_none=True) if usage and position == 0 else None,
-                served_model=self._redacted(completion.model or ""),
-                system_fingerprint=self._redacted(completion.system_fingerprint or ""),
+                usage=dict(usage) if isinstance(usage, Mapping) and usage and position == 0 else None,
+                served_model=self.redacted(str(completion.get("model") or "")),
+                system_fingerprint=self.redacted(str(completion.get("system_fingerprint") or "")),
             )
             responses.append(response)
         return responses
 
-    def _blocked(self, error: openai.APIError, seed: int | None) -> Response:
-        raw = Reply("", "content_filter", self._redacted(error.message)).to_json()
+    def blocked(self, message: str, seed: int | None = None) -> Response:
+        """Make the refusal that stands for a request which the server's content filter rejected with an error.
+
+        Parameters
+        ----------
+        message : str
+            Of the error.
+        seed : int, optional
+            As sent.
+
+        Returns
+        -------
+        Response
+        """
+        raw = Reply("", "content_filter", self.redacted(message)).to_json()
         return Response(Answer("refusal", reason="the server's content filter rejected the request"), raw, seed)
 
-    def _connection(self) -> openai.AsyncOpenAI:
-        """Return the API client of the running event loop: pooled connections cannot move to another one."""
-        loop = asyncio.get_running_loop()
-        if self._api is None or self._loop is not loop:
-            self._loop = loop
-            # A proxy from the environment has no business between two programs on one machine.
-            direct = openai.DefaultAsyncHttpxClient(trust_env=False) if is_loopback(self.base_url) else None
-            self._api = openai.AsyncOpenAI(
-                api_key=self._key(),
-                base_url=self.base_url,
-                timeout=self.timeout,
-                max_retries=self.max_retries,
-                http_client=direct,
+    def redacted(self, text: str) -> str:
+        """Remove the key, which a careless server may echo, from a text."""
+        key = os.environ.get("OPENAI_API_KEY")
+        return text.replace(key, "***") if key else text
+
+    def _call(self, prompt: Prompt, clip: Clip, n: int, seed: int | None, sampling: Mapping) -> _Call:
+        # Escaping the audio again for each call would cost more than all the rest.
+        before, _, after = json.dumps(self.body(prompt, _AUDIO, n, seed, **sampling)).partition(_AUDIO)
+        expected = expected_tokens(prompt, clip.seconds, n, self.profile)
+        most = most_tokens(prompt, expected, n, self.profile.output_limit(sampling))
+        return _Call(f"{before}{clip.data}{after}".encode(), expected, most)
+
+    async def _answers(self, prompt: Prompt, call: _Call, n: int, seed: int | None) -> list[Response]:
+        try:
+            completion = await self._attempts(call)
+        except openai.BadRequestError as error:
+            if error.code in BLOCKED:
+                return [self.blocked(error.message, seed)]
+            raise await self.explain(error) from None
+        except openai.OpenAIError as error:
+            raise await self.explain(error) from None
+        except _Unusable as error:
+            raise LalmError(f"{self._name()}: {error}") from None
+        return self.responses(prompt, completion, n, seed)
+
+    async def _attempts(self, call: _Call) -> dict:
+        """Send a request until it is answered, its faults do not pass, or attempts or time are used up."""
+        for attempt in range(self.max_retries + 1):
+            try:
+                return await self._attempt(call)
+            except (openai.OpenAIError, _Unusable) as error:
+                wait = self._wait(error, attempt)
+                # A wait that the deadline cuts off would end in nothing but a less telling error.
+                if attempt == self.max_retries or wait is None or call.used + wait > self.deadline:
+                    raise
+            call.used += wait
+            await asyncio.sleep(wait)
+        raise AssertionError("unreachable: the last attempt raises")
+
+    async def _attempt(self, call: _Call) -> dict:
+        aside = await self.budget.reserve(call.most)
+        paid = None  # nobody knows, unless told otherwise
+        sent = False
+        try:
+            await self.pace.admit(call.expected.total)
+            sent, start = True, time.monotonic()
+            try:
+                completion = await asyncio.wait_for(self._post(call.body), self.deadline - call.used)
+            finally:
+                call.used += time.monotonic() - start
+            paid = used_tokens(completion.get("usage")) or call.most
+            self.pace.settle(call.expected.total, paid.total)
+            return completion
+        except asyncio.TimeoutError:
+            raise LalmError(f"{self._name()}: no answer within {self.deadline:g} s") from None
+        except openai.OpenAIError as error:
+            if isinstance(error, openai.APIStatusError) or type(error.__cause__).__name__ in _NEVER_SENT:
+                paid = NO_TOKENS
+            raise
+        finally:
+            self.budget.settle(aside, paid if sent else NO_TOKENS)
+
+    async def _post(self, body: bytes) -> dict:
+        line = self._free_line()
+        line.busy += 1
+        try:
+            # The package's own method for this route copies and checks messages and reply, which takes twice as long
+            # as all the rest of a call.
+            completion = await line.api.post(
+                "/chat/completions",
+                cast_to=object,
+                content=body,
+                options={"headers": {"Content-Type": "application/json"}},
             )
-        return self._api
+        except json.JSONDecodeError:  # a body that announces JSON and is none
+            raise _Unusable("answered with something that is not JSON") from None
+        finally:
+            line.busy -= 1
+        if not isinstance(completion, dict) or not completion.get("choices"):
+            raise _Unusable(
+                "answered without any choice. Check that --lalm_base_url is an OpenAI-compatible API (most end in /v1)"
+            )
+        return completion
+
+    def _wait(self, error: Exception, attempt: int) -> float | None:
+        """Seconds before the next attempt; `None` if none would help. A busy server makes all calls wait."""
+        backoff = min(_FIRST_BACKOFF * 2**attempt, _LONGEST_BACKOFF) * random.uniform(0.75, 1.0)
+        if not isinstance(error, openai.APIStatusError):
+            return backoff if isinstance(error, (openai.APIConnectionError, _Unusable)) else None
+        headers = error.response.headers
+        if error.status_code not in _PASSING and error.status_code < 500:
+            return None
+        if headers.get("x-should-retry") == "false" or error.code == "insufficient_quota":
+            return None
+        asked = retry_after(headers)
+        if asked is None:
+            return backoff
+        if asked > LONGEST_PAUSE:
+            return None
+        if error.status_code in _BUSY:
+            self.pace.pause(asked)
+            return 0.0
+        return asked
+
+    def _free_line(self) -> _Line:
+        """Return an API client of the running event loop with room: pooled connections cannot move to another loop."""
+        loop = asyncio.get_running_loop()
+        if self._loop is not loop:
+            self._loop, self._lines = loop, []
+        free = next((line for line in self._lines if line.busy < _CALLS_PER_LINE), None)
+        if free is None:
+            free = _Line(self.connection())
+            self._lines.append(free)
+        return free
+
+    def connection(self) -> openai.AsyncOpenAI:
+        """Make an API client of the openai package with address, key and patience of this one.
+
+        Returns
+        -------
+        openai.AsyncOpenAI
+            To be closed by whoever asked for it.
+
+        Raises
+        ------
+        LalmError
+            If there is no key and the server is not on this machine.
+        """
+        # A proxy from the environment has no business between two programs on one machine; and reading the
+        # certificates of all authorities takes a tenth of a second, for nothing where nothing is encrypted.
+        direct = None
+        if is_loopback(self.base_url):
+            direct = openai.DefaultAsyncHttpxClient(trust_env=False, verify=self.base_url.startswith("https:"))
+        return openai.AsyncOpenAI(
+            api_key=self._key(),
+            base_url=self.base_url,
+            timeout=self.timeout,
+            max_retries=0,  # its own retries would know neither the limits nor the budget
+            http_client=direct,
+        )
 
     def _key(self) -> str:
         key = os.environ.get("OPENAI_API_KEY")
@@ -229,13 +573,19 @@ class LalmClient:
     def _name(self) -> str:
         return f"--lalm_base_url {self.base_url} (model {self.model!r})"
 
-    def _redacted(self, text: str) -> str:
-        """Without the key, which a careless server may echo."""
-        key = os.environ.get("OPENAI_API_KEY")
-        return text.replace(key, "***") if key else text
+    async def explain(self, error: Exception) -> LalmError:
+        """Say in one sentence what failed and what to do about it.
 
-    async def _explain(self, error: Exception) -> LalmError:
-        """Say in one sentence what failed and what to do about it."""
+        Parameters
+        ----------
+        error : Exception
+            Of the openai package.
+
+        Returns
+        -------
+        LalmError
+            Without the key.
+        """
         status = getattr(error, "status_code", None)
         remedy, hopeless = _REMEDIES.get(status, ("", False))
         if isinstance(error, openai.APIConnectionError):
@@ -246,12 +596,12 @@ class LalmClient:
             remedy, hopeless = "the account has no credit left", True
         if status == 404:
             remedy += await self._models()
-        said = self._redacted(" ".join(str(getattr(error, "message", error)).split()))[:300]
-        return LalmError(f"{self._name()}: {said} -> {remedy or 'see the message of the server'}", hopeless)
+        said = self.redacted(" ".join(str(getattr(error, "message", error)).split()))[:300]
+        return LalmError(f"{self._name()}: {said} -> {remedy or 'see the message of the server'}", hopeless, status)
 
     async def _models(self) -> str:
         try:
-            page = await self._connection().with_options(max_retries=0, timeout=10.0).models.list()
+            page = await self._free_line().api.with_options(max_retries=0, timeout=10.0).models.list()
             names = [model.id for model in page.data]
         except (openai.OpenAIError, json.JSONDecodeError, AttributeError, TypeError):
             return ""
@@ -268,12 +618,12 @@ _REMEDIES = {
 
 
 def reply_of(choice) -> Reply:
-    """Translate a choice of the openai package, tolerating fields that lesser servers leave out.
+    """Translate a choice of a chat completion, tolerating fields that lesser servers leave out.
 
     Parameters
     ----------
-    choice : openai.types.chat.chat_completion.Choice
-        One choice of a chat completion.
+    choice : mapping or openai.types.chat.chat_completion.Choice
+        One choice, decoded from JSON or as the openai package gives it.
 
     Returns
     -------
@@ -281,17 +631,20 @@ def reply_of(choice) -> Reply:
 
     Example
     -------
-    >>> from types import SimpleNamespace as Namespace
-    >>> reply_of(Namespace(message=Namespace(content="angry"), finish_reason="stop"))
+    >>> reply_of({"message": {"content": "angry"}, "finish_reason": "stop"})
     Reply(text='angry', finish_reason='stop', refusal=None, top_logprobs=None)
     """
-    message = getattr(choice, "message", None)
+    message = _get(choice, "message")
     return Reply(
-        text=_text(getattr(message, "content", None)),
-        finish_reason=getattr(choice, "finish_reason", None),
-        refusal=getattr(message, "refusal", None),
-        top_logprobs=_first_token(getattr(choice, "logprobs", None)),
+        text=_text(_get(message, "content")),
+        finish_reason=_get(choice, "finish_reason"),
+        refusal=_get(message, "refusal"),
+        top_logprobs=_first_token(_get(choice, "logprobs")),
     )
+
+
+def _get(thing, name: str):
+    return thing.get(name) if isinstance(thing, Mapping) else getattr(thing, name, None)
 
 
 def is_loopback(base_url: str) -> bool:
@@ -327,7 +680,8 @@ def _text(content) -> str:
 
 def _first_token(logprobs) -> tuple[tuple[str, float], ...] | None:
     """Alternatives for the first token that is not blank or a quotation mark."""
-    for position in getattr(logprobs, "content", None) or ():
-        if position.token.strip(" \t\r\n\"'`*Ġ▁"):
-            return tuple((item.token, float(item.logprob)) for item in position.top_logprobs or ()) or None
+    for position in _get(logprobs, "content") or ():
+        if (_get(position, "token") or "").strip(" \t\r\n\"'`*Ġ▁"):
+            ranked = _get(position, "top_logprobs") or ()
+            return tuple((_get(item, "token") or "", float(_get(item, "logprob") or 0.0)) for item in ranked) or None
     return None

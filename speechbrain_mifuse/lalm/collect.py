@@ -3,10 +3,15 @@
 from __future__ import annotations
 
 import asyncio
+import collections
+import concurrent.futures
+import contextlib
 import dataclasses
 import io
 import itertools
 import logging
+import threading
+import time
 import wave
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -17,7 +22,9 @@ from tqdm import tqdm
 
 from speechbrain_mifuse.audio import BadAudio, content_hash, load_audio, pcm16
 from speechbrain_mifuse.errors import UserError
-from speechbrain_mifuse.lalm.client import LalmClient, LalmError
+from speechbrain_mifuse.lalm.client import Clip, LalmClient
+from speechbrain_mifuse.lalm.hashes import HashCache, Known, file_stamp
+from speechbrain_mifuse.lalm.limits import Breaker, BudgetReached, LalmError, Signal
 from speechbrain_mifuse.lalm.prompt import Prompt
 from speechbrain_mifuse.lalm.store import LabelStore, Query, Record
 from speechbrain_mifuse.progress import progress
@@ -27,6 +34,12 @@ SAMPLE_RATE = 16000
 # A retry with the seed that led to a refusal would be refused again; this stride keeps the seeds of retries apart from
 # those of other samples.
 RETRY_SEED_STRIDE = 1_000_003
+
+# Seconds between two looks whether a loop outside was told to stop.
+LOOK_FOR_CTRL_C = 0.2
+
+# Seconds between two looks at the counts: writing them out for each call would cost more than counting.
+BETWEEN_LOOKS = 0.2
 
 logger = logging.getLogger(__name__)
 
@@ -58,6 +71,10 @@ class CollectReport:
         Answers that are no samples; they are asked for again by the next run.
     failed : list of (str, str)
         Utterances that could not be read or asked about, and why.
+    cut : int
+        Recordings of which only the beginning was sent, because the model hears no more.
+    cost : str
+        What was spent, with the currency; empty if no price is known.
 
     Example
     -------
@@ -72,6 +89,8 @@ class CollectReport:
     refused: int = 0
     invalid: int = 0
     failed: list[tuple[str, str]] = dataclasses.field(default_factory=list)
+    cut: int = 0
+    cost: str = ""
 
     def summary(self, most: int = 20) -> str:
         """Describe the run in a few lines, naming at most `most` failed utterances."""
@@ -79,6 +98,7 @@ class CollectReport:
         lines = [
             f"{self.stored} samples stored of {self.asked} answers ({self.refused} refused, {self.invalid} invalid), "
             f"{self.skipped} skipped, {len(self.failed)} utterance{plural} failed"
+            + (f", {self.cost} spent" if self.cost else "")
         ]
         lines += [f"  {utt_id}: {reason}" for utt_id, reason in self.failed[:most]]
         if len(self.failed) > most:
@@ -97,13 +117,15 @@ def collect(
     max_attempts: int = 3,
     max_failures_in_a_row: int = 5,
     show_progress: bool = True,
+    deadline: float | None = None,
 ) -> CollectReport:
     """Ask the teacher until every recording has `k` samples in the store.
 
     Only what is missing is asked for: after an interruption the rest, with a larger `k` the additional samples. An
     answer counts when it is on disk. Sample `i` is asked with seed `query.sampling["seed"] + i`. Refused and unusable
     answers are asked for again by later runs, `max_attempts` times in all. Recordings with equal samples are asked
-    about once.
+    about once. Hashes of files are kept beside the store, so a file that did not change and has all its samples is not
+    read again. Works inside a running event loop (a notebook) too, and returns when all is done.
 
     Parameters
     ----------
@@ -112,7 +134,7 @@ def collect(
     prompt : Prompt
         The question.
     client : LalmClient
-        Access to the API.
+        Access to the API, its limits and the budget.
     store : LabelStore
         Where the answers go.
     query : Query
@@ -120,13 +142,15 @@ def collect(
     k : int
         Samples per recording.
     concurrency : int
-        Recordings asked about at the same time.
+        Calls at the same time.
     max_attempts : int
         How often a sample is asked for before it is given up.
     max_failures_in_a_row : int
-        Requests that fail one after the other before the run stops.
+        Calls that fail one after the other before the run stops.
     show_progress : bool
         Show a progress bar.
+    deadline : float, optional
+        Seconds after which the run stops, cancelling open calls.
 
     Returns
     -------
@@ -136,13 +160,15 @@ def collect(
     Raises
     ------
     LalmError
-        If the API is down, or fails for every request. What was answered before is kept.
+        If the API is down or fails for every request, or the deadline has passed. What was answered before is kept.
+    BudgetReached
+        If the next call could pass the budget; calls in flight are waited for and kept.
     StoreError
         If the store cannot be written; asking on would pay for answers that are lost.
     UserError
-        If `query` does not belong to `prompt` and `client`, or `k` or `concurrency` is not positive.
+        If `query` does not belong to `prompt` and `client`, or a number is not positive.
     KeyboardInterrupt
-        On Ctrl-C, after open requests were cancelled; the store is consistent and the next run goes on.
+        On Ctrl-C, after open calls were cancelled; the store is consistent and the next run goes on.
 
     Example
     -------
@@ -153,19 +179,76 @@ def collect(
     ...     collect([], prompt, client, store, query, k=5, show_progress=False).asked
     0
     """
-    _check(prompt, client, query, k, concurrency)
+    _check(prompt, client, query, k, concurrency, deadline)
     if not utterances:
         return CollectReport()
-    job = _Job(prompt, client, store, query, k, max_attempts, max_failures_in_a_row)
-    with progress(total=len(utterances), unit="utt", desc=f"asking {client.model}", disable=not show_progress) as bar:
+    wanted = Wanted(prompt, client.profile.honours_n, store, query, k, max_attempts)
+    title = f"asking {client.model}"
+    with (
+        HashCache.beside(store.path) as hashes,
+        progress(total=len(utterances) * k, unit="answer", desc=title, disable=not show_progress) as bar,
+    ):
+        job = _Job(wanted, client, store, hashes, Breaker(max_failures_in_a_row), bar)
         try:
-            asyncio.run(job.run(utterances, concurrency, bar))
+            run_to_end(lambda: job.run(utterances, concurrency, deadline))
         except KeyboardInterrupt:
             logger.warning("interrupted; run again to go on. %s", job.report.summary())
             raise
+        finally:
+            job.warn()
     if job.report.failed:
         logger.warning("%s", job.report.summary())
     return job.report
+
+
+def run_to_end(main: Callable):
+    """Run a coroutine to its end, also where an event loop runs already: then on a thread of its own.
+
+    Parameters
+    ----------
+    main : callable
+        Makes the coroutine.
+
+    Returns
+    -------
+    object
+        What it returns.
+
+    Example
+    -------
+    >>> async def answer():
+    ...     return 42
+    >>> async def notebook():
+    ...     return run_to_end(answer)
+    >>> run_to_end(answer), asyncio.run(notebook())
+    (42, 42)
+    """
+    try:
+        asyncio.get_running_loop()
+    except RuntimeError:
+        return asyncio.run(main())
+    outer, started, place = asyncio.current_task(), threading.Event(), {}
+
+    async def noted():
+        place.update(loop=asyncio.get_running_loop(), task=asyncio.current_task())
+        started.set()
+        return await main()
+
+    with concurrent.futures.ThreadPoolExecutor(1) as thread:
+        future = thread.submit(lambda: asyncio.run(noted()))
+        try:
+            while not future.done():
+                concurrent.futures.wait([future], timeout=LOOK_FOR_CTRL_C)
+                # From Python 3.11 on, asyncio.run takes Ctrl-C for itself and only notes it in its task.
+                if outer is not None and getattr(outer, "cancelling", int)():
+                    raise asyncio.CancelledError
+            return future.result()
+        except (KeyboardInterrupt, asyncio.CancelledError):
+            started.wait()
+            with contextlib.suppress(RuntimeError):  # it has just ended by itself
+                place["loop"].call_soon_threadsafe(place["task"].cancel)
+            concurrent.futures.wait([future])
+            raise
 
 
 def encode_wav(waveform: torch.Tensor) -> bytes:
@@ -194,7 +277,7 @@ def encode_wav(waveform: torch.Tensor) -> bytes:
     return buffer.getvalue()
 
 
-def plan(missing: Sequence[int], attempts: Sequence[int], seed: int | None) -> Iterator[Ask]:
+def plan(missing: Sequence[int], attempts: Sequence[int], seed: int | None, most: int | None = None) -> Iterator[Ask]:
     """Group missing sample indices into requests whose choices have consecutive seeds.
 
     Parameters
@@ -205,6 +288,8 @@ def plan(missing: Sequence[int], attempts: Sequence[int], seed: int | None) -> I
         For each of them, how often it was asked for in vain.
     seed : int, optional
         Seed of sample 0.
+    most : int, optional
+        Answers that one request may bring.
 
     Yields
     ------
@@ -218,94 +303,355 @@ def plan(missing: Sequence[int], attempts: Sequence[int], seed: int | None) -> I
     pairs = enumerate(zip(missing, attempts, strict=True))
     for _, group in itertools.groupby(pairs, key=lambda item: (item[1][0] - item[0], item[1][1])):
         run = [pair for _, pair in group]
-        first, tried = run[0]
-        yield Ask(first, len(run), None if seed is None else seed + first + tried * RETRY_SEED_STRIDE)
+        step = most or len(run)
+        for start in range(0, len(run), step):
+            first, tried = run[start]
+            own = None if seed is None else seed + first + tried * RETRY_SEED_STRIDE
+            yield Ask(first, min(step, len(run) - start), own)
 
 
-class _Job:
-    """State of one run that its workers share."""
+class Wanted:
+    """What is still to be asked about each recording, by what the store holds.
 
-    def __init__(self, prompt, client, store, query, k, max_attempts, max_failures):
-        self.prompt, self.client, self.store, self.query = prompt, client, store, query
-        self.k, self.max_attempts, self.max_failures = k, max_attempts, max_failures
-        self.report = CollectReport()
-        self.have = store.have(query)
-        self.rejected = store.rejected(query)
+    Parameters
+    ----------
+    prompt : Prompt
+        The question.
+    honours_n : bool
+        Whether one call can bring several answers.
+    store : LabelStore
+        Where the answers are.
+    query : Query
+        Their key.
+    k : int
+        Samples per recording.
+    max_attempts : int
+        How often a sample is asked for before it is given up.
+
+    Example
+    -------
+    >>> import tempfile
+    >>> prompt = Prompt(("angry", "sad"))
+    >>> query = Query.of(prompt, "m", "http://127.0.0.1:8000/v1", {"temperature": 1.0, "seed": 0})
+    >>> with LabelStore(tempfile.mkdtemp() + "/labels.sqlite") as store:
+    ...     wanted = Wanted(prompt, True, store, query, k=5, max_attempts=3)
+    >>> wanted.claim("ab" * 32), wanted.claim("ab" * 32)
+    ([Ask(k=0, n=5, seed=0)], [])
+    """
+
+    def __init__(self, prompt: Prompt, honours_n: bool, store: LabelStore, query: Query, k: int, max_attempts: int):
+        self.prompt, self.query, self.k, self.max_attempts = prompt, query, k, max_attempts
+        # Questions that differ from sample to sample cannot be asked together.
+        self.most = 1 if prompt.varies or not honours_n else None
+        self.have, self.rejected = store.have(query), store.rejected(query)
         self.claimed: set[str] = set()
-        self.failures_in_a_row = 0
 
-    async def run(self, utterances: Sequence[Utterance], concurrency: int, bar: tqdm):
-        queue = iter(utterances)
-        async with self.client:
-            await self.client.check()
-            workers = [asyncio.create_task(self._work(queue, bar)) for _ in range(min(concurrency, len(utterances)))]
-            try:
-                await asyncio.gather(*workers)
-            finally:
-                for worker in workers:
-                    worker.cancel()
-                await asyncio.gather(*workers, return_exceptions=True)
+    def claim(self, audio: str) -> list[Ask]:
+        """List the requests about a recording; none the second time, when another utterance has the same recording.
 
-    async def _work(self, queue: Iterator[Utterance], bar: tqdm):
-        for utt_id, source in queue:
-            try:
-                await self._utterance(utt_id, source)
-            except LalmError as error:
-                self._api_failed(utt_id, error)
-            except (BadAudio, OSError) as error:  # one unreadable recording says nothing about the API
-                self.report.failed.append((utt_id, str(error)))
-            bar.set_postfix(stored=self.report.stored, failed=len(self.report.failed), refresh=False)
-            bar.update()
+        Parameters
+        ----------
+        audio : str
+            Content hash.
 
-    async def _utterance(self, utt_id: str, source):
-        waveform = await asyncio.to_thread(_waveform, source)
-        audio = content_hash(waveform)
-        missing = [] if audio in self.claimed else [i for i in range(self.k) if self._wanted(audio, i)]
+        Returns
+        -------
+        list of Ask
+        """
+        if audio in self.claimed:
+            return []
         self.claimed.add(audio)
-        self.report.skipped += self.k - len(missing)
-        if not missing:
-            return
-        wav = encode_wav(waveform)
+        missing = [i for i in range(self.k) if self._wanted(audio, i)]
         attempts = [self.rejected.get((audio, i), 0) for i in missing]
-        for ask in plan(missing, attempts, self.query.sampling.get("seed")):
-            await self._ask(utt_id, audio, wav, ask)
+        return list(plan(missing, attempts, self.query.sampling.get("seed"), self.most))
 
-    async def _ask(self, utt_id: str, audio: str, wav: bytes, ask: Ask):
-        sampling = {**self.query.sampling, "seed": ask.seed}
-        responses = await self.client.ask(self.prompt, wav, ask.n, **sampling)
-        self.failures_in_a_row = 0
-        records = [Record(audio, ask.k + i, utt_id, response) for i, response in enumerate(responses)]
-        await asyncio.to_thread(self.store.put_many, self.query, records)
-        kinds = [response.answer.kind for response in responses]
-        self.report.asked += len(kinds)
-        self.report.stored += sum(response.answer.is_sample for response in responses)
-        self.report.refused += kinds.count("refusal")
-        self.report.invalid += kinds.count("invalid")
+    def nothing(self, audio: str) -> bool:
+        """Whether nothing is to be asked about a recording."""
+        return audio in self.claimed or not any(self._wanted(audio, i) for i in range(self.k))
 
     def _wanted(self, audio: str, index: int) -> bool:
         key = (audio, index)
         return key not in self.have and self.rejected.get(key, 0) < self.max_attempts
 
-    def _api_failed(self, utt_id: str, error: LalmError):
+
+class Recording(NamedTuple):
+    """A recording that was read.
+
+    Attributes
+    ----------
+    known : Known
+        Hash and length of the whole.
+    clip : Clip
+        What is sent.
+    cut : bool
+        Whether that is only the beginning.
+
+    Example
+    -------
+    >>> Recording._fields
+    ('known', 'clip', 'cut')
+    """
+
+    known: Known
+    clip: Clip
+    cut: bool
+
+
+def read_recording(source, longest_audio: float | None = None, hashes: HashCache | None = None) -> Recording:
+    """Read a recording and make it ready to be sent.
+
+    Parameters
+    ----------
+    source : str, pathlib.Path or callable
+        A file, or a function that returns the waveform `[samples]` at 16 kHz.
+    longest_audio : float, optional
+        Seconds of which no more is sent.
+    hashes : HashCache, optional
+        Is told the hash of a file.
+
+    Returns
+    -------
+    Recording
+
+    Raises
+    ------
+    BadAudio
+        If it cannot be read.
+
+    Example
+    -------
+    >>> recording = read_recording(lambda: torch.zeros(32000), longest_audio=0.5)
+    >>> recording.known.seconds, recording.clip.seconds, recording.cut
+    (2.0, 0.5, True)
+    """
+    before = None if callable(source) else file_stamp(source)
+    waveform = source() if callable(source) else load_audio(source, SAMPLE_RATE)
+    known = Known(content_hash(waveform), len(waveform) / SAMPLE_RATE)
+    if hashes is not None and not callable(source):
+        hashes.put(source, before, known)
+    heard = waveform if longest_audio is None else waveform[: int(longest_audio * SAMPLE_RATE)]
+    return Recording(known, Clip.of(encode_wav(heard)), len(heard) < len(waveform))
+
+
+class _Call(NamedTuple):
+    """One request to be made."""
+
+    utt_id: str
+    audio: str
+    clip: Clip
+    ask: Ask
+
+
+class _Halt(Exception):
+    """Ends all workers at once; why, the job knows."""
+
+
+class _Job:
+    """State of one run that its workers share."""
+
+    def __init__(
+        self, wanted: Wanted, client: LalmClient, store: LabelStore, hashes: HashCache, breaker: Breaker, bar: tqdm
+    ):
+        self.wanted, self.client, self.store, self.hashes = wanted, client, store, hashes
+        self.breaker, self.bar = breaker, bar
+        self.report = CollectReport()
+        self.failed: set[str] = set()
+        self.ready: collections.deque[_Call] = collections.deque()
+        self.reading, self.was_read = 0, Signal()
+        self.stop: LalmError | None = None
+        self.why = "Stopped"
+        self.next_look = 0.0
+
+    async def run(self, utterances: Sequence[Utterance], concurrency: int, deadline: float | None):
+        queue, writer = iter(utterances), _Writer(self.store, self.wanted.query, concurrency, self._on_disk)
+        async with self.client:
+            await self.client.check()
+            writing = asyncio.create_task(writer.run())
+            # One utterance can become several calls, so there may be more workers than utterances.
+            count = min(concurrency, len(utterances) * self.wanted.k)
+            workers = [asyncio.create_task(self._work(queue, writer)) for _ in range(count)]
+            try:
+                await self._watch(workers, writing, deadline)
+            finally:
+                for worker in workers:
+                    worker.cancel()
+                await asyncio.gather(*workers, return_exceptions=True)
+                await writer.close(writing)
+                self.report.cost = self.client.budget.told()
+        if self.stop is not None:
+            kept = f"{self.why}; {self.report.stored} new samples are stored. Run again to go on."
+            self.stop.args = (f"{self.stop}\n{kept}",)
+            raise self.stop from None
+
+    def warn(self):
+        """Tell of recordings that were not sent whole."""
+        if self.report.cut:
+            logger.warning(
+                "%d recordings are longer than the %g s that %s hears: only their beginning was sent",
+                self.report.cut,
+                self.client.profile.longest_audio,
+                self.client.model,
+            )
+
+    async def _watch(self, workers: Sequence[asyncio.Task], writing: asyncio.Task, deadline: float | None):
+        """Wait for the workers, for a store that cannot be written, or for the deadline."""
+        everyone = asyncio.gather(*workers)
+        done, _ = await asyncio.wait({everyone, writing}, timeout=deadline, return_when=asyncio.FIRST_COMPLETED)
+        if not done:
+            self.stop = LalmError(f"--lalm_deadline: the {deadline:g} s for the whole collection have passed")
+        for task in done:
+            with contextlib.suppress(_Halt):
+                task.result()
+
+    async def _work(self, queue: Iterator[Utterance], writer: _Writer):
+        while self.stop is None and (call := await self._next(queue)) is not None:
+            try:
+                records = await self._ask(call)
+            except BudgetReached as error:
+                self.stop = error  # the others bring home what they asked for
+            except LalmError as error:
+                self._call_failed(call, error)
+            else:
+                self.breaker.worked()
+                await writer.put(records)
+
+    async def _next(self, queue: Iterator[Utterance]) -> _Call | None:
+        """Take the next call; where there is none, read the next recording or wait for those who do."""
+        while not self.ready:
+            utterance = next(queue, None)
+            if utterance is not None:
+                self.reading += 1
+                try:
+                    await self._prepare(*utterance)
+                finally:
+                    self.reading -= 1
+                    self.was_read.fire()
+            elif self.reading:
+                await self.was_read.wait()
+            else:
+                return None
+        return self.ready.popleft()
+
+    async def _prepare(self, utt_id: str, source):
+        known = None if callable(source) else self.hashes.get(source)
+        if known is not None and self.wanted.nothing(known.audio):
+            self._skip(self.wanted.k)
+            await asyncio.sleep(0)  # thousands of these in a row must not keep the others from their replies
+            return
+        longest = self.client.profile.longest_audio
+        try:
+            recording = await asyncio.to_thread(read_recording, source, longest, self.hashes)
+        except (BadAudio, OSError) as error:  # one unreadable recording says nothing about the API
+            self._utterance_failed(utt_id, error, self.wanted.k)
+            return
+        asks = self.wanted.claim(recording.known.audio)
+        self._skip(self.wanted.k - sum(ask.n for ask in asks))
+        self.report.cut += bool(asks) and recording.cut
+        self.ready.extend(_Call(utt_id, recording.known.audio, recording.clip, ask) for ask in asks)
+
+    async def _ask(self, call: _Call) -> list[Record]:
+        sampling, (k, n, seed) = self.wanted.query.sampling, call.ask
+        prompt = self.wanted.prompt.at(k, sampling.get("seed"))
+        responses = await self.client.ask_once(prompt, call.clip, n, **{**sampling, "seed": seed})
+        got = len(responses)
+        if got < n:  # what came is brought to disk before the rest is asked for
+            rest = Ask(k + got, n - got, None if seed is None else seed + got)
+            self.ready.appendleft(call._replace(ask=rest))
+        return [Record(call.audio, k + i, call.utt_id, response) for i, response in enumerate(responses)]
+
+    def _on_disk(self, records: Sequence[Record]):
+        kinds = collections.Counter(record.response.answer.kind for record in records)
+        rejected = kinds["refusal"] + kinds["invalid"]
+        self.report.asked += len(records)
+        self.report.stored += len(records) - rejected
+        self.report.refused += kinds["refusal"]
+        self.report.invalid += kinds["invalid"]
+        self._show(len(records))
+
+    def _skip(self, count: int):
+        self.report.skipped += count
+        self._show(count)
+
+    def _call_failed(self, call: _Call, error: LalmError):
+        if call.utt_id in self.failed:
+            self._show(call.ask.n)
+        else:
+            self._utterance_failed(call.utt_id, error, call.ask.n)
+        if self.breaker.failed(error) and self.stop is None:
+            self.stop, self.why = error, f"Stopped after {self.breaker.in_a_row} failed requests in a row"
+            raise _Halt
+
+    def _utterance_failed(self, utt_id: str, error: Exception, count: int):
+        self.failed.add(utt_id)
         self.report.failed.append((utt_id, str(error)))
-        self.failures_in_a_row += 1
-        if error.hopeless or self.failures_in_a_row >= self.max_failures:
-            raise LalmError(
-                f"{error}\nStopped after {self.failures_in_a_row} failed requests in a row; {self.report.stored} new "
-                "samples are stored. Run again to go on.",
-                hopeless=True,
-            ) from None
+        self._show(count)
+
+    def _show(self, count: int):
+        self.bar.update(count)
+        now = time.monotonic()
+        if now < self.next_look and self.bar.n < self.bar.total:
+            return
+        self.next_look = now + BETWEEN_LOOKS
+        counts = {"refused": self.report.refused, "invalid": self.report.invalid, "failed": len(self.failed)}
+        cost = self.client.budget.told()
+        self.bar.set_postfix({**({"cost": cost} if cost else {}), **counts}, refresh=False)
 
 
-def _waveform(source) -> torch.Tensor:
-    return source() if callable(source) else load_audio(source, SAMPLE_RATE)
+class _Writer:
+    """Brings answers to disk, as many at a time as came in while the last ones were written.
+
+    Answers are taken at once, so none is lost when its worker is cancelled; but a worker waits while `room` calls are
+    unwritten, so a slow disk slows the asking down and not the memory up.
+    """
+
+    def __init__(self, store: LabelStore, query: Query, room: int, on_disk: Callable[[Sequence[Record]], None]):
+        self.store, self.query, self.room, self.on_disk = store, query, room, on_disk
+        self.waiting: list[list[Record]] = []
+        self.came, self.taken = Signal(), Signal()
+        self.commit: asyncio.Future | None = None
+
+    async def put(self, records: list[Record]):
+        self.waiting.append(records)
+        self.came.fire()
+        while len(self.waiting) >= self.room:
+            await self.taken.wait()
+
+    async def run(self):
+        while True:
+            while not self.waiting:
+                await self.came.wait()
+            self.commit = asyncio.ensure_future(self._write())
+            # Cancelling cannot stop a thread that writes: `close` waits for it.
+            await asyncio.shield(self.commit)
+            self.commit = None
+
+    async def close(self, writing: asyncio.Task):
+        """Stop `run`; write what is left, unless writing failed."""
+        failed = writing.done() and not writing.cancelled() and writing.exception() is not None
+        writing.cancel()
+        await asyncio.gather(writing, return_exceptions=True)
+        if failed:
+            return
+        if self.commit is not None:
+            await self.commit
+        if self.waiting:
+            await self._write()
+
+    async def _write(self):
+        records = [record for call in self.waiting for record in call]
+        self.waiting = []
+        self.taken.fire()
+        await asyncio.to_thread(self.store.put_many, self.query, records)
+        self.on_disk(records)
 
 
-def _check(prompt: Prompt, client: LalmClient, query: Query, k: int, concurrency: int):
+def _check(prompt: Prompt, client: LalmClient, query: Query, k: int, concurrency: int, deadline: float | None):
     mine = (prompt.prompt_hash(), prompt.labels, client.model, client.base_url)
     if mine != (query.prompt_hash, query.labels, query.model, query.base_url):
         raise UserError("the query belongs to another prompt, label set, model or base_url than the ones given")
     if k < 1 or concurrency < 1:
         raise UserError(f"the number of samples ({k}) and the concurrency ({concurrency}) must be at least 1")
+    if deadline is not None and not deadline > 0:
+        raise UserError(f"--lalm_deadline must be a positive number of seconds, not {deadline}")
     if "temperature" not in query.sampling:
         raise UserError("the query's sampling parameters must name the temperature that is sent")

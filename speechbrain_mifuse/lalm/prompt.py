@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
+import random
 from collections.abc import Callable, Sequence
 
 from speechbrain_mifuse.errors import UserError
@@ -18,6 +19,7 @@ from speechbrain_mifuse.lalm.answer import (
     parse_label,
     parse_logprobs,
 )
+from speechbrain_mifuse.lalm.profile import AUDIO_PARTS, CONSTRAINTS
 
 DEFAULT_TEMPLATE = (
     "Listen to the recording. Judge the emotion from how the voice sounds, not from what is said. "
@@ -37,6 +39,8 @@ class AnswerForm:
         Takes the labels, returns extra fields of the request.
     parsers : tuple of callable
         Tried in order on a reply; the first is the form asked for, the others what may still be believed.
+    shape : str
+        What a constraint must allow: "object", "word" or "first_token", as in `CONSTRAINTS`.
 
     Example
     -------
@@ -47,6 +51,7 @@ class AnswerForm:
     instruction: Callable[[tuple[str, ...]], str]
     options: Callable[[tuple[str, ...]], dict]
     parsers: tuple[Parser, ...]
+    shape: str
 
 
 def _ask_distribution(labels: tuple[str, ...]) -> str:
@@ -61,13 +66,13 @@ def _ask_label(labels: tuple[str, ...]) -> str:
     return "Reply with exactly one of these words and nothing else."
 
 
-# No response_format: some audio models refuse it (HTTP 400) and some servers ignore it silently, so every form is asked
-# for in words and read from text.
+# Every form is asked for in words and read from text, whatever the constraint: some audio models refuse constraints
+# (HTTP 400) and some servers ignore them silently.
 ANSWER_FORMS = {
-    "distribution": AnswerForm(_ask_distribution, lambda labels: {}, (parse_distribution, parse_exact_label)),
-    "label": AnswerForm(_ask_label, lambda labels: {}, (parse_label,)),
+    "distribution": AnswerForm(_ask_distribution, lambda labels: {}, (parse_distribution, parse_exact_label), "object"),
+    "label": AnswerForm(_ask_label, lambda labels: {}, (parse_label,), "word"),
     "logprobs": AnswerForm(
-        _ask_label, lambda labels: {"logprobs": True, "top_logprobs": 20}, (parse_logprobs, parse_label)
+        _ask_label, lambda labels: {"logprobs": True, "top_logprobs": 20}, (parse_logprobs, parse_label), "first_token"
     ),
 }
 
@@ -75,6 +80,9 @@ ANSWER_FORMS = {
 @dataclasses.dataclass(frozen=True)
 class Prompt:
     """A question about one recording: a template, a label set and a form of answer.
+
+    With `variants` or `shuffle_labels` it is a family of questions, one for each sample: `at` gives the question of
+    sample k. Their answers name labels, so all are read into the same fixed order.
 
     Parameters
     ----------
@@ -85,47 +93,107 @@ class Prompt:
         with the log-probabilities of its first token).
     template : str
         Text in which `{labels}` and `{answer}` are replaced; both must occur.
+    audio_part : str
+        A key of `speechbrain_mifuse.lalm.profile.AUDIO_PARTS`.
+    constraint : str
+        A key of `speechbrain_mifuse.lalm.profile.CONSTRAINTS`.
+    variants : sequence of str
+        Further templates: sample k is asked with number k modulo their count, `template` being number 0.
+    shuffle_labels : bool
+        Name the labels in an order drawn from the seed and k.
+    order : sequence of str, optional
+        Order in which the labels are named, that of `labels` by default; no part of the meaning of an answer.
 
     Raises
     ------
     UserError
-        If the labels, the form or the template cannot be used.
+        If the labels, a form or a template cannot be used.
 
     Example
     -------
-    >>> prompt = Prompt(("angry", "sad"), "label", "Which of {labels}? {answer}")
-    >>> prompt.text()
+    >>> prompt = Prompt(("angry", "sad"), "label", "Which of {labels}? {answer}", variants=["{labels}? {answer}"])
+    >>> prompt.at(0).text()
     'Which of angry, sad? Reply with exactly one of these words and nothing else.'
-    >>> [part["type"] for part in prompt.messages("UklGRg==")[0]["content"]]
+    >>> prompt.at(3).text()
+    'angry, sad? Reply with exactly one of these words and nothing else.'
+    >>> [part["type"] for part in prompt.at(0).messages("UklGRg==")[0]["content"]]
     ['input_audio', 'text']
     """
 
     labels: Sequence[str]
     answer_form: str = "distribution"
     template: str = DEFAULT_TEMPLATE
+    audio_part: str = "input_audio"
+    constraint: str = "none"
+    variants: Sequence[str] = ()
+    shuffle_labels: bool = False
+    order: Sequence[str] | None = None
 
     def __post_init__(self):
         object.__setattr__(self, "labels", tuple(self.labels))
+        object.__setattr__(self, "variants", tuple(self.variants))
+        object.__setattr__(self, "order", tuple(self.order or self.labels))
         words = [label.strip().casefold() for label in self.labels]
         if len(words) < 2 or len(set(words)) < len(words) or not all(words):
             raise UserError(f"labels {list(self.labels)}: at least two different, non-empty labels are needed")
-        if self.answer_form not in ANSWER_FORMS:
+        for what, known in (("answer_form", ANSWER_FORMS), ("audio_part", AUDIO_PARTS), ("constraint", CONSTRAINTS)):
+            if getattr(self, what) not in known:
+                name = what.replace("_", " ")
+                raise UserError(f"lalm {name} {getattr(self, what)!r} is unknown: choose one of {', '.join(known)}")
+        if self.form.shape not in CONSTRAINTS[self.constraint]:
             raise UserError(
-                f"lalm answer form {self.answer_form!r} is unknown: choose one of {', '.join(ANSWER_FORMS)}"
+                f"lalm constraint {self.constraint!r} gives no answer of the form {self.answer_form!r}: choose another "
+                "--lalm_answer_form, or another constraint in the lalm_profile"
             )
-        missing = [name for name in ("{labels}", "{answer}") if name not in self.template]
-        if missing:
-            raise UserError(f"the prompt template lacks {' and '.join(missing)}: {self.template!r}")
+        for template in self.templates:
+            missing = [name for name in ("{labels}", "{answer}") if name not in template]
+            if missing:
+                raise UserError(f"the prompt template lacks {' and '.join(missing)}: {template!r}")
 
     @property
     def form(self) -> AnswerForm:
         """The answer form itself."""
         return ANSWER_FORMS[self.answer_form]
 
+    @property
+    def templates(self) -> tuple[str, ...]:
+        """All templates."""
+        return (self.template, *self.variants)
+
+    @property
+    def varies(self) -> bool:
+        """Whether samples are asked for with different questions."""
+        return bool(self.variants) or self.shuffle_labels
+
+    def at(self, k: int, seed: int | None = None) -> Prompt:
+        """Give the one question that sample `k` is asked with.
+
+        Parameters
+        ----------
+        k : int
+            Index of the sample.
+        seed : int, optional
+            Seed of the collection; with `k` it decides the order of the labels.
+
+        Returns
+        -------
+        Prompt
+            One that does not vary.
+        """
+        if not self.varies:
+            return self
+        order = list(self.labels)
+        if self.shuffle_labels:
+            random.Random(f"{seed}:{k}").shuffle(order)
+        template = self.templates[k % len(self.templates)]
+        return dataclasses.replace(self, template=template, variants=(), shuffle_labels=False, order=tuple(order))
+
     def text(self) -> str:
-        """Render the question without its audio."""
-        instruction = self.form.instruction(self.labels)
-        return self.template.replace("{labels}", ", ".join(self.labels)).replace("{answer}", instruction)
+        """Render the question without its audio; all wordings, one a line, if there are several."""
+        instruction, labels = self.form.instruction(self.order), ", ".join(self.order)
+        return "\n".join(
+            template.replace("{labels}", labels).replace("{answer}", instruction) for template in self.templates
+        )
 
     def messages(self, wav_base64: str) -> list[dict]:
         """Chat messages of one request.
@@ -139,19 +207,36 @@ class Prompt:
         -------
         list of dict
             One user message: the audio part, then the text part.
+
+        Raises
+        ------
+        UserError
+            If the question varies from sample to sample: take `at` first.
         """
-        audio = {"type": "input_audio", "input_audio": {"data": wav_base64, "format": "wav"}}
-        return [{"role": "user", "content": [audio, {"type": "text", "text": self.text()}]}]
+        if self.varies:
+            raise UserError("this prompt differs from sample to sample: ask with prompt.at(k, seed)")
+        return self._messages(wav_base64)
 
     def request_options(self) -> dict:
-        """Fields of the request that the answer form needs, such as `logprobs`."""
-        return self.form.options(self.labels)
+        """Fields of the request's body that the answer form and the constraint need, such as `logprobs`."""
+        return {**self.form.options(self.order), **CONSTRAINTS[self.constraint][self.form.shape](self.order)}
 
     def prompt_hash(self) -> str:
-        """SHA-256 over everything sent except audio, model and sampling parameters: 64 hexadecimal digits."""
-        sent = {"messages": self.messages(""), "options": self.request_options()}
+        """SHA-256 over everything sent except audio, model and sampling parameters: 64 hexadecimal digits.
+
+        The hash of a family of questions covers all templates and whether labels are shuffled.
+        """
+        sent = {"messages": self._messages(""), "options": self.request_options()}
+        if self.shuffle_labels:
+            sent["shuffle_labels"] = True
+        if self.variants:
+            sent["variants"] = list(self.variants)
         return hashlib.sha256(json.dumps(sent, sort_keys=True).encode()).hexdigest()
 
     def parse(self, reply: Reply) -> Answer:
         """Read one reply to this prompt, see `speechbrain_mifuse.lalm.answer.parse_answer`."""
         return parse_answer(reply, self.labels, self.form.parsers)
+
+    def _messages(self, wav_base64: str) -> list[dict]:
+        audio = AUDIO_PARTS[self.audio_part](wav_base64)
+        return [{"role": "user", "content": [audio, {"type": "text", "text": self.text()}]}]

@@ -1,8 +1,9 @@
 """An emotion recogniser behind an OpenAI-compatible chat-completions API: audio in, label or distribution out.
 
 The form of the reply follows the request: `logprobs: true` gives a label with the log-probabilities of its token;
+otherwise a `response_format` whose schema has a single property with an `enum` gives a JSON object with a label;
 otherwise a `response_format` of a JSON type, or the word "JSON" in the text, gives a JSON object of probabilities;
-otherwise the reply is a single label.
+otherwise the reply is a single label. Audio is taken as `input_audio`, or as `audio_url` with a data URI.
 """
 
 from __future__ import annotations
@@ -106,6 +107,8 @@ class ChatRequest:
         Number of alternatives to report; `None` if no log-probabilities are wanted.
     wants_json : bool
         Whether a JSON object of probabilities is asked for.
+    label_key : str, optional
+        Key of the JSON object with one label that is asked for.
     """
 
     waveform: torch.Tensor
@@ -116,6 +119,7 @@ class ChatRequest:
     seed: int | None
     top_logprobs: int | None
     wants_json: bool
+    label_key: str | None = None
 
 
 class EmotionServer:
@@ -274,7 +278,7 @@ def parse_request(body: dict, model_name: str, sample_rate: int) -> ChatRequest:
     >>> parse_request({"model": "mifuse", "messages": []}, "mifuse", 16000)
     Traceback (most recent call last):
     ...
-    speechbrain_mifuse.lalm.serve.RequestError: messages: no part of type input_audio
+    speechbrain_mifuse.lalm.serve.RequestError: messages: no part of type input_audio or audio_url
     """
     if not isinstance(body, dict):
         raise RequestError("the body must be a JSON object")
@@ -296,6 +300,7 @@ def parse_request(body: dict, model_name: str, sample_rate: int) -> ChatRequest:
         seed=_field(body, "seed", None, int, -(2**63), 2**63 - 1),
         top_logprobs=top,
         wants_json=_response_type(body) in _JSON_FORMATS or "json" in text.lower(),
+        label_key=_label_key(body),
     )
 
 
@@ -361,15 +366,30 @@ def _parts(messages: object) -> list[dict]:
 
 
 def _audio_data(parts: list[dict]) -> str:
-    audios = [part.get("input_audio") for part in parts if part.get("type") == "input_audio"]
+    audios = [part for part in parts if part.get("type") in _AUDIO_DATA]
     if not audios:
-        raise RequestError("messages: no part of type input_audio")
+        raise RequestError(f"messages: no part of type {' or '.join(_AUDIO_DATA)}")
     if len(audios) > 1:
-        raise RequestError("messages: more than one part of type input_audio")
-    data = audios[0].get("data") if isinstance(audios[0], dict) else None
+        raise RequestError(f"messages: more than one part of type {' or '.join(_AUDIO_DATA)}")
+    kind = audios[0]["type"]
+    read, otherwise = _AUDIO_DATA[kind]
+    content = audios[0].get(kind)
+    data = read(content) if isinstance(content, dict) else None
     if not isinstance(data, str) or not data:
-        raise RequestError("input_audio.data: missing")
+        raise RequestError(otherwise)
     return data
+
+
+def _data_of_uri(content: dict) -> str | None:
+    # An address to fetch from would let a request make this server open connections.
+    head, _, data = str(content.get("url")).partition(";base64,")
+    return data if head.startswith("data:") else None
+
+
+_AUDIO_DATA = {
+    "input_audio": (lambda content: content.get("data"), "input_audio.data: missing"),
+    "audio_url": (_data_of_uri, "audio_url.url: must be a data URI in base64"),
+}
 
 
 def _field(body: dict, name: str, default, kind, low, high):
@@ -384,6 +404,17 @@ def _field(body: dict, name: str, default, kind, low, high):
 def _response_type(body: dict) -> object:
     wanted = body.get("response_format")
     return wanted.get("type") if isinstance(wanted, dict) else None
+
+
+def _label_key(body: dict) -> str | None:
+    """Key of a schema's only property, if that is a choice."""
+    schema = body.get("response_format")
+    for name in ("json_schema", "schema", "properties"):
+        schema = schema.get(name) if isinstance(schema, dict) else None
+    if not isinstance(schema, dict) or len(schema) != 1:
+        return None
+    ((key, value),) = schema.items()
+    return key if isinstance(value, dict) and "enum" in value else None
 
 
 def _mixed_seed(seed: int, recording: bytes) -> int:
@@ -403,6 +434,8 @@ def _reply_form(request: ChatRequest) -> ReplyForm:
     """Apply the rule of the module's docstring."""
     if request.top_logprobs is not None:
         return _logprobs_choice
+    if request.label_key is not None:
+        return _label_object_choice
     return _distribution_choice if request.wants_json else _label_choice
 
 
@@ -413,6 +446,11 @@ def _distribution_choice(probs: np.ndarray, labels: tuple[str, ...], request: Ch
 
 def _label_choice(probs: np.ndarray, labels: tuple[str, ...], request: ChatRequest, seed: int) -> dict:
     return _choice(labels[_draw(probs, request.temperature, seed)])
+
+
+def _label_object_choice(probs: np.ndarray, labels: tuple[str, ...], request: ChatRequest, seed: int) -> dict:
+    label = labels[_draw(probs, request.temperature, seed)]
+    return _choice(json.dumps({request.label_key: label}, ensure_ascii=False))
 
 
 def _logprobs_choice(probs: np.ndarray, labels: tuple[str, ...], request: ChatRequest, seed: int) -> dict:

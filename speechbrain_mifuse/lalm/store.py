@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import hashlib
 import json
 import math
 import sqlite3
 import threading
 import time
 import urllib.parse
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -19,6 +20,8 @@ import torch
 
 from speechbrain_mifuse.errors import UserError
 from speechbrain_mifuse.lalm.answer import KINDS, SAMPLE_KINDS, Response
+from speechbrain_mifuse.lalm.limits import used_tokens
+from speechbrain_mifuse.lalm.profile import Tokens
 from speechbrain_mifuse.lalm.prompt import Prompt
 
 SCHEMA_VERSION = 1
@@ -64,28 +67,68 @@ CREATE TABLE answers (
 ) WITHOUT ROWID;
 """
 
-# A sample is never overwritten: what training has read once stays true. A rejected answer makes room for its retry.
+# A sample is never overwritten: what training has read once stays true. A rejected answer makes room for its retry,
+# which keeps the tokens of the replaced attempt below its own: they were paid for.
 _PUT = """
 INSERT INTO answers VALUES (?, (SELECT audio_id FROM audio WHERE sha256 = ?), ?, ?, ?, ?, ?, 1, ?, ?, ?, ?, ?, ?, ?, ?)
 ON CONFLICT DO UPDATE SET
     kind = excluded.kind, probs = excluded.probs, label_mass = excluded.label_mass, status = excluded.status,
     attempts = answers.attempts + 1, reason = excluded.reason, seed = excluded.seed, created = excluded.created,
-    served_model = excluded.served_model, system_fingerprint = excluded.system_fingerprint, usage = excluded.usage,
+    served_model = excluded.served_model, system_fingerprint = excluded.system_fingerprint,
+    usage = CASE WHEN answers.usage IS NULL THEN excluded.usage
+        ELSE json_set(coalesce(excluded.usage, '{}'), '$.replaced', json(answers.usage)) END,
     utt_id = excluded.utt_id, raw = excluded.raw
 WHERE answers.status = 'rejected'
 """
 
-# CROSS JOIN fixes the order of the loops: few wanted recordings cost few look-ups, however large the store. SQLite
-# itself joins the rows of a block into two strings, because a million Python tuples would take longer than the scan.
+# CROSS JOIN fixes the order of the loops: few wanted recordings cost few look-ups, however large the store. Going
+# through them in the order in which the answers lie on disk reads each page once. SQLite itself joins the rows of a
+# block into two strings, because a million Python tuples would take longer than the scan; place and kind of a row are
+# one number.
+_TEMPORARY = (
+    "CREATE TEMP TABLE IF NOT EXISTS asked (position INTEGER PRIMARY KEY, sha256 BLOB)",
+    "CREATE TEMP TABLE IF NOT EXISTS wanted (line INTEGER PRIMARY KEY, audio_id INTEGER, position INTEGER)",
+    "DELETE FROM temp.asked",
+    "DELETE FROM temp.wanted",
+)
+_WANT = """
+INSERT INTO temp.wanted (audio_id, position) SELECT u.audio_id, w.position
+FROM temp.asked w CROSS JOIN audio u ON u.sha256 = w.sha256 ORDER BY u.audio_id
+"""
 _CODE = " ".join(f"WHEN '{kind}' THEN {code}" for code, kind in enumerate(KINDS))
 _LOAD = f"""
-SELECT group_concat(w.position || ' ' || a.k || ' ' || CASE a.kind {_CODE} END, ' '), group_concat(hex(a.probs), '')
+SELECT group_concat((w.position * :k + a.k) * {len(KINDS)} + CASE a.kind {_CODE} END, ' '),
+    group_concat(hex(a.probs), '')
 FROM temp.wanted w
-CROSS JOIN audio u ON u.sha256 = w.sha256
-CROSS JOIN answers a ON a.query_id = ? AND a.audio_id = u.audio_id AND a.k < ?
-WHERE w.position BETWEEN ? AND ?
+CROSS JOIN answers a ON a.query_id = :query AND a.audio_id = w.audio_id AND a.k < :k
+WHERE w.line BETWEEN :first AND :last
 """
 _LOAD_BLOCK = 10000
+
+# Reading through a map of the file spares `load` a copy of every page; SQLite maps no more than the file holds.
+_MAPPED_BYTES = 1 << 30
+
+_ENTRY = """u.sha256, a.k, a.utt_id, a.kind, a.probs, a.label_mass, a.attempts, a.reason, a.seed, a.created,
+a.served_model, a.system_fingerprint, a.usage, a.raw"""
+
+# By content hash and not by row number: equal answers come in equal order from every store.
+_ENTRIES = f"""
+SELECT {_ENTRY} FROM audio u CROSS JOIN answers a ON a.query_id = ? AND a.audio_id = u.audio_id
+WHERE (u.sha256, a.k) > (?, ?) ORDER BY u.sha256, a.k LIMIT ?
+"""
+_FIND = f"""
+SELECT {_ENTRY} FROM audio u CROSS JOIN answers a ON a.query_id = ? AND a.audio_id = u.audio_id AND a.k = ?
+WHERE u.sha256 = ?
+"""
+_COPY = """
+INSERT OR REPLACE INTO answers
+VALUES (?, (SELECT audio_id FROM audio WHERE sha256 = ?), ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)
+"""
+_QUERIES = """
+SELECT q.query_id, q.prompt_hash, q.labels, q.model, q.base_url, q.sampling, q.endpoint, q.prompt,
+    COUNT(DISTINCT a.audio_id), coalesce(MAX(a.k) + 1, 0), coalesce(SUM(a.attempts), 0), MIN(a.created), MAX(a.created)
+FROM queries q LEFT JOIN answers a USING (query_id) GROUP BY q.query_id ORDER BY q.query_id
+"""
 
 
 class StoreError(UserError):
@@ -158,6 +201,12 @@ class Query:
         """JSON list of the labels."""
         return json.dumps(self.labels, ensure_ascii=False)
 
+    @property
+    def digest(self) -> str:
+        """SHA-256 over the identity, the same in every store: 64 hexadecimal digits."""
+        identity = (self.prompt_hash, self.labels_json, self.model, self.endpoint, self.sampling_json)
+        return hashlib.sha256(json.dumps(identity).encode()).hexdigest()
+
 
 @dataclasses.dataclass(frozen=True)
 class Record:
@@ -185,6 +234,105 @@ class Record:
     k: int
     utt_id: str
     response: Response
+
+
+class Entry(NamedTuple):
+    """One stored answer, with all that is kept of it.
+
+    Attributes
+    ----------
+    audio : str
+        `content_hash` of the recording.
+    k : int
+        Index of the sample.
+    utt_id : str
+        Utterance it was asked for; empty where an export left it out.
+    kind : str
+        One of `KINDS`.
+    probs : tuple of float or None
+        float32 values in the order of the labels; `None` for a refusal or an invalid answer.
+    label_mass : float or None
+        For "logprobs", what the labels held before renormalisation.
+    attempts : int
+        How often it was asked for.
+    reason : str
+        Why there are no probabilities.
+    seed : int or None
+        Of the request.
+    created : float
+        Seconds since 1970 when it was stored.
+    served_model, system_fingerprint : str or None
+        As the server reported them.
+    usage : dict or None
+        Tokens of the request on the first of its choices; those of a replaced attempt below "replaced".
+    raw : str
+        The reply, as `Reply.to_json` gives it.
+
+    Example
+    -------
+    >>> Entry("ab" * 32, 0, "u1", "label", (1.0, 0.0), None, 1, "", None, 0.0, "m", "", None, "{}").is_sample
+    True
+    """
+
+    audio: str
+    k: int
+    utt_id: str
+    kind: str
+    probs: tuple[float, ...] | None
+    label_mass: float | None
+    attempts: int
+    reason: str
+    seed: int | None
+    created: float
+    served_model: str | None
+    system_fingerprint: str | None
+    usage: dict | None
+    raw: str
+
+    @property
+    def is_sample(self) -> bool:
+        """Whether it is a prediction of the teacher."""
+        return self.kind in SAMPLE_KINDS
+
+
+class QuerySummary(NamedTuple):
+    """One query of a store and what is stored of it.
+
+    Attributes
+    ----------
+    number : int
+        Of the query in this store.
+    query : Query
+        What was asked.
+    counts : dict of str to int
+        Answers of each kind in `KINDS`.
+    recordings : int
+        Recordings with an answer of any kind.
+    k : int
+        Greatest sample index plus 1.
+    attempts : int
+        Answers received, replaced ones included.
+    first, last : float or None
+        Seconds since 1970 of the oldest and the newest answer; `None` without any.
+    tokens, batch_tokens : Tokens
+        Of live requests and of the Batch API.
+
+    Example
+    -------
+    >>> QuerySummary._fields[:3]
+    ('number', 'query', 'counts')
+    """
+
+    number: int
+    query: Query
+    counts: dict[str, int]
+    recordings: int
+    k: int
+    attempts: int
+    first: float | None
+    last: float | None
+    tokens: Tokens
+    batch_tokens: Tokens
 
 
 class Samples(NamedTuple):
@@ -245,6 +393,28 @@ class LabelStore:
         except BaseException:
             self._db.close()
             raise
+
+    @classmethod
+    def existing(cls, path: str | Path) -> LabelStore:
+        """Open a store that must exist.
+
+        Parameters
+        ----------
+        path : str or pathlib.Path
+            Its file.
+
+        Returns
+        -------
+        LabelStore
+
+        Raises
+        ------
+        StoreError
+            If there is no such file, or as the class says.
+        """
+        if not Path(path).is_file():
+            raise StoreError(f"label store {path}: no such file. Name one that a collection or an import has written.")
+        return cls(path)
 
     def __enter__(self) -> LabelStore:
         return self
@@ -317,9 +487,9 @@ class LabelStore:
         )
         with self._reading():
             self._want(audio_hashes)
-            number = self._query_id(query)
-            for first in range(0, len(audio_hashes), _LOAD_BLOCK):
-                block = (number, k, first, first + _LOAD_BLOCK - 1)
+            wanted = {"query": self._query_id(query), "k": k}
+            for first in range(1, len(audio_hashes) + 1, _LOAD_BLOCK):
+                block = {**wanted, "first": first, "last": first + _LOAD_BLOCK - 1}
                 _fill(samples, *self._db.execute(_LOAD, block).fetchone())
         return samples
 
@@ -330,6 +500,155 @@ class LabelStore:
         with self._reading():
             counts.update(self._db.execute(statement, (self._query_id(query),)))
         return counts
+
+    def queries(self) -> list[QuerySummary]:
+        """List what was asked, with counts, refusals and tokens.
+
+        Returns
+        -------
+        list of QuerySummary
+            In the order of their first answer.
+        """
+        counts: dict[int, dict[str, int]] = {}
+        for number, kind, count in self.read("SELECT query_id, kind, COUNT(*) FROM answers GROUP BY query_id, kind"):
+            counts.setdefault(number, dict.fromkeys(KINDS, 0))[kind] = count
+        bills = self._bills()
+        return [
+            QuerySummary(
+                number,
+                Query(prompt_hash, json.loads(labels), model, base_url, json.loads(sampling), endpoint, prompt),
+                counts.get(number, dict.fromkeys(KINDS, 0)),
+                *(recordings, k, attempts, first, last),
+                *(bills.get((number, batch), Tokens()) for batch in (False, True)),
+            )
+            for number, prompt_hash, labels, model, base_url, sampling, endpoint, prompt, *rest in self.read(_QUERIES)
+            for recordings, k, attempts, first, last in (rest,)
+        ]
+
+    def recordings(self, query: Query) -> dict[str, str]:
+        """Content hashes by utterance id, of all utterances that a query was asked for.
+
+        Parameters
+        ----------
+        query : Query
+            What was asked.
+
+        Returns
+        -------
+        dict of str to str
+            Without utterances whose recording was asked about under another id.
+        """
+        with self._reading():
+            number = self._query_id(query)
+        rows = self.read(
+            "SELECT DISTINCT a.utt_id, lower(hex(u.sha256)) FROM answers a JOIN audio u USING (audio_id) "
+            "WHERE a.query_id = ? AND a.utt_id <> ''",
+            (number,),
+        )
+        return dict(rows)
+
+    def entries(self, query: Query) -> Iterator[Entry]:
+        """Read all answers of a query, whatever their kind, without holding them in memory.
+
+        Parameters
+        ----------
+        query : Query
+            What was asked.
+
+        Yields
+        ------
+        Entry
+            By content hash and sample index: in the same order from every store with these answers.
+        """
+        with self._reading():
+            number = self._query_id(query)
+        last: tuple[bytes, int] = (b"", -1)
+        while rows := self.read(_ENTRIES, (number, *last, _LOAD_BLOCK)):
+            yield from map(_entry, rows)
+            last = rows[-1][:2]
+
+    @contextlib.contextmanager
+    def copying(self) -> Iterator[Callable[[Query, Entry], str]]:
+        """Take over answers of another store: all of them when the block ends, none if it raises.
+
+        Yields
+        ------
+        callable
+            Takes a query and an entry, and returns what became of it: "new" (stored, where there was none or a rejected
+            one), "same" (the store has it, or a sample where this one is rejected), or "conflict" (the store has
+            another sample, and keeps it).
+
+        Raises
+        ------
+        StoreError
+            If the store cannot be written, or an entry does not fit the label set.
+
+        Example
+        -------
+        >>> import tempfile
+        >>> query = Query("0" * 64, ("angry", "sad"), "m", "http://127.0.0.1/v1", {"temperature": 1})
+        >>> entry = Entry("ab" * 32, 0, "u1", "label", (1.0, 0.0), None, 1, "", None, 0.0, "m", "", None, "{}")
+        >>> other = entry._replace(probs=(0.0, 1.0))
+        >>> with LabelStore(tempfile.mkdtemp() + "/labels.sqlite") as store, store.copying() as copy:
+        ...     copy(query, entry), copy(query, entry), copy(query, other)
+        ('new', 'same', 'conflict')
+        """
+        numbers: dict[Query, int] = {}
+
+        def copy(query: Query, entry: Entry) -> str:
+            if query not in numbers:
+                numbers[query] = self._query_id(query, create=True)
+            return self._copy(numbers[query], len(query.labels), entry)
+
+        with self._transaction():
+            yield copy
+
+    def read(self, statement: str, parameters: Sequence = ()) -> list[tuple]:
+        """Run one reading SQL statement.
+
+        Parameters
+        ----------
+        statement : str
+            SQL; the tables are described at the top of this file.
+        parameters : sequence
+            Its values.
+
+        Returns
+        -------
+        list of tuple
+            Rows.
+
+        Raises
+        ------
+        StoreError
+            If the file is damaged.
+        """
+        with self._reading():
+            return self._db.execute(statement, parameters).fetchall()
+
+    def _copy(self, number: int, classes: int, entry: Entry) -> str:
+        digest = bytes.fromhex(entry.audio)
+        found = self._db.execute(_FIND, (number, entry.k, digest)).fetchone()
+        if found is not None:
+            stored = _entry(found)
+            if stored.is_sample:
+                return "conflict" if entry.is_sample and _said(entry) != _said(stored) else "same"
+            if not entry.is_sample and _newness(entry) <= _newness(stored):
+                return "same"
+        self._db.execute("INSERT INTO audio (sha256) VALUES (?) ON CONFLICT DO NOTHING", (digest,))
+        self._db.execute(_COPY, _copied_row(number, classes, entry))
+        return "new"
+
+    def _bills(self) -> dict[tuple[int, bool], Tokens]:
+        """Tokens by query number, and whether the Batch API brought them."""
+        bills: dict[tuple[int, bool], Tokens] = {}
+        for number, text in self.read("SELECT query_id, usage FROM answers WHERE usage IS NOT NULL"):
+            usage = json.loads(text)
+            while usage:
+                key = (number, "batch" in usage)
+                bills[key] = bills.get(key, Tokens()) + (used_tokens(usage) or Tokens())
+                usage = usage.get("replaced")
+        return bills
 
     def _prepare(self):
         try:
@@ -343,6 +662,7 @@ class LabelStore:
             self._db.execute("PRAGMA journal_mode = WAL")
             self._db.execute("PRAGMA synchronous = FULL")
             self._db.execute("PRAGMA temp_store = MEMORY")
+            self._db.execute(f"PRAGMA mmap_size = {_MAPPED_BYTES}")
             self._create()
         except sqlite3.Error as error:
             raise self._error(error, "Name a new file or a label store.") from None
@@ -377,10 +697,11 @@ class LabelStore:
             ).fetchall()
 
     def _want(self, audio_hashes: Sequence[str]):
-        self._db.execute("CREATE TEMP TABLE IF NOT EXISTS wanted (position INTEGER PRIMARY KEY, sha256 BLOB)")
-        self._db.execute("DELETE FROM temp.wanted")
+        for statement in _TEMPORARY:
+            self._db.execute(statement)
         digests = (bytes.fromhex(digest) for digest in audio_hashes)
-        self._db.executemany("INSERT INTO temp.wanted VALUES (?, ?)", enumerate(digests))
+        self._db.executemany("INSERT INTO temp.asked VALUES (?, ?)", enumerate(digests))
+        self._db.execute(_WANT)
 
     @contextlib.contextmanager
     def _reading(self) -> Iterator[None]:
@@ -389,11 +710,11 @@ class LabelStore:
             try:
                 self._db.execute("BEGIN")
                 yield
+                self._db.execute("COMMIT")
             except sqlite3.Error as error:
                 raise self._error(error, "Check the disk, or restore the file from a copy.") from None
             finally:
-                if self._db.in_transaction:
-                    self._db.execute("COMMIT")
+                self._roll_back()
 
     @contextlib.contextmanager
     def _transaction(self) -> Iterator[None]:
@@ -405,8 +726,12 @@ class LabelStore:
             except sqlite3.Error as error:
                 raise self._error(error, "Check free space and permissions of its folder.") from None
             finally:
-                if self._db.in_transaction:
-                    self._db.execute("ROLLBACK")
+                self._roll_back()
+
+    def _roll_back(self):
+        if self._db.in_transaction:
+            with contextlib.suppress(sqlite3.Error):  # of a damaged file; what went wrong is on its way already
+                self._db.execute("ROLLBACK")
 
     def _error(self, error: sqlite3.Error, remedy: str) -> StoreError:
         return StoreError(f"label store {self.path}: {error}. {remedy}")
@@ -477,11 +802,42 @@ def _row(number: int, record: Record, classes: int, now: float) -> tuple:
     )
 
 
-def _fill(samples: Samples, indices: str | None, probs_hex: str | None):
-    """Scatter one block into the tensors: "position k kind" of all its rows, and the probabilities of its samples."""
-    position, k, code = np.array((indices or "").split(), dtype=np.int64).reshape(-1, 3).T
+def _copied_row(number: int, classes: int, entry: Entry) -> tuple:
+    if entry.is_sample and len(entry.probs or ()) != classes:
+        raise StoreError(
+            f"recording {entry.audio}, sample {entry.k}: {len(entry.probs or ())} probabilities for {classes} labels"
+        )
+    probs = np.asarray(entry.probs, dtype="<f4").tobytes() if entry.is_sample else None
+    status = "sample" if entry.is_sample else "rejected"
+    usage = json.dumps(entry.usage) if entry.usage else None
+    return (
+        *(number, bytes.fromhex(entry.audio), entry.k, entry.kind, probs, entry.label_mass, status, entry.attempts),
+        *(entry.reason, entry.seed, entry.created, entry.served_model, entry.system_fingerprint, usage),
+        *(entry.utt_id, entry.raw),
+    )
+
+
+def _entry(row: tuple) -> Entry:
+    digest, k, utt_id, kind, probs, *middle, usage, raw = row
+    values = None if probs is None else tuple(np.frombuffer(probs, dtype="<f4").tolist())
+    return Entry(digest.hex(), k, utt_id, kind, values, *middle, None if usage is None else json.loads(usage), raw)
+
+
+def _said(entry: Entry) -> tuple:
+    """Give what training reads of a sample."""
+    return entry.kind, np.asarray(entry.probs, dtype="<f4").tobytes()
+
+
+def _newness(entry: Entry) -> tuple:
+    """Of two rejected answers the greater one is kept, whichever comes first."""
+    return entry.attempts, entry.created, entry.raw
+
+
+def _fill(samples: Samples, places: str | None, probs_hex: str | None):
+    """Scatter one block into the tensors: place and kind of all its rows, and the probabilities of its samples."""
+    place, code = np.divmod(np.array((places or "").split(), dtype=np.int64), len(KINDS))
     good = code < len(SAMPLE_KINDS)
     probs, mask, kinds = (tensor.numpy() for tensor in samples)
-    kinds[position, k], mask[position, k] = code, good
+    kinds.reshape(-1)[place], mask.reshape(-1)[place] = code, good
     values = np.frombuffer(bytes.fromhex(probs_hex or ""), dtype="<f4")
-    probs[position[good], k[good]] = values.reshape(-1, probs.shape[2])
+    probs.reshape(-1, probs.shape[2])[place[good]] = values.reshape(-1, probs.shape[2])

@@ -39,6 +39,7 @@ def overlay(tmp_path):
     assert text.count("\nmethods:\n") == 1
     (folder / name).write_text(text.replace("\nmethods:\n", f"\nmethods:\n{entry}"), encoding="utf-8")
     (folder / "hparams" / "base" / "classifier.yaml").symlink_to(ROOT / "hparams" / "base" / "classifier.yaml")
+    (folder / "hparams" / "lalm").symlink_to(ROOT / "hparams" / "lalm")
     shutil.copy(ROOT / "hparams" / "nemo2rav.yaml", folder / "hparams")
     (folder / "recipes").symlink_to(ROOT / "recipes")
     return folder

@@ -70,7 +70,7 @@ def completion(*texts, finish_reason="stop", refusal=None, model="m"):
 
 @contextlib.contextmanager
 def scripted_server(script, models=("m",)):
-    """Serve `script(body, headers) -> (status, body)`; yields (base_url, list of request bodies)."""
+    """Serve `script(body, headers) -> (status, body[, headers])`; yields (base_url, list of request bodies)."""
     requests = []
 
     class Handler(http.server.BaseHTTPRequestHandler):
@@ -85,12 +85,13 @@ def scripted_server(script, models=("m",)):
             requests.append(body)
             self.reply(*script(body, self.headers))
 
-        def reply(self, status, body):
+        def reply(self, status, body, headers=(("retry-after-ms", "1"),)):
             data = body if isinstance(body, bytes) else json.dumps(body).encode()
             self.send_response(status)
             self.send_header("Content-Type", "application/json")
             self.send_header("Content-Length", str(len(data)))
-            self.send_header("retry-after-ms", "1")
+            for name, value in headers:
+                self.send_header(name, value)
             self.end_headers()
             self.wfile.write(data)
 

@@ -1,5 +1,4 @@
 import base64
-import dataclasses
 import logging
 import os
 import signal
@@ -13,7 +12,7 @@ from lalm_support import LABELS, EnergyRecogniser, completion, scripted_server, 
 from speechbrain_mifuse.audio import content_hash, load_audio
 from speechbrain_mifuse.errors import UserError
 from speechbrain_mifuse.lalm.client import LalmClient, LalmError
-from speechbrain_mifuse.lalm.collect import RETRY_SEED_STRIDE, collect, plan
+from speechbrain_mifuse.lalm.collect import RETRY_SEED_STRIDE, CollectReport, collect, plan
 from speechbrain_mifuse.lalm.prompt import Prompt
 from speechbrain_mifuse.lalm.serve import EmotionServer
 from speechbrain_mifuse.lalm.store import LabelStore, Query, StoreError
@@ -56,7 +55,7 @@ def hashes(utterances):
 def test_every_sample_of_every_recording_is_stored(store, teacher, tmp_path, form):
     utterances = write_tones(tmp_path, 5)
     report, query = run(store, teacher, utterances, 3, form)
-    assert dataclasses.astuple(report) == (15, 15, 0, 0, 0, [])
+    assert report == CollectReport(asked=15, stored=15)
     loaded = store.load(query, hashes(utterances), 3)
     assert loaded.mask.all() and torch.allclose(loaded.probs.sum(-1), torch.ones(5, 3))
     assert store.counts(query)[form] == 15

@@ -75,6 +75,28 @@ def test_response_format_asks_for_a_distribution_without_the_word(api):
     assert texts(api.chat.completions.create(model="mifuse", messages=messages))[0] in LABELS
 
 
+def test_audio_as_a_data_uri_is_heard_like_input_audio(api):
+    data = base64.b64encode(encode_wav(tone(3))).decode()
+    prompt = Prompt(LABELS)
+
+    def answer(url):
+        parts = [{"type": "audio_url", "audio_url": {"url": url}}, {"type": "text", "text": prompt.text()}]
+        message = {"role": "user", "content": parts}
+        return texts(api.chat.completions.create(model="mifuse", messages=[message], temperature=0))
+
+    assert answer(f"data:audio/wav;base64,{data}") == texts(ask(api, temperature=0))
+    for address in ("http://127.0.0.1:1/a.wav", "file:///etc/hostname", data, ""):
+        with pytest.raises(openai.BadRequestError, match=r"audio_url\.url: must be a data URI"):
+            answer(address)
+
+
+def test_a_schema_with_one_choice_is_answered_by_one_label(api, recogniser):
+    properties = {"emotion": {"type": "string", "enum": list(LABELS)}}
+    schema = {"type": "json_schema", "json_schema": {"name": "s", "schema": {"properties": properties}}}
+    reply = texts(ask(api, "label", temperature=0, response_format=schema))
+    assert json.loads(reply[0]) == {"emotion": LABELS[expected(recogniser, 3).argmax()]}
+
+
 def test_label_at_temperature_zero_is_the_most_likely(api, recogniser):
     reply = ask(api, "label", temperature=0, n=3)
     assert texts(reply) == [LABELS[expected(recogniser, 3).argmax()]] * 3

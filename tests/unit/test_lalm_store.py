@@ -1,6 +1,7 @@
 import dataclasses
 import hashlib
 import os
+import re
 import signal
 import sqlite3
 import subprocess
@@ -12,6 +13,8 @@ import torch
 
 from speechbrain_mifuse.errors import UserError
 from speechbrain_mifuse.lalm.answer import KINDS, Answer, Response
+from speechbrain_mifuse.lalm.integrity import check
+from speechbrain_mifuse.lalm.profile import Tokens
 from speechbrain_mifuse.lalm.store import LabelStore, Query, Record, StoreError
 
 LABELS = ("angry", "happy", "neutral", "sad")
@@ -218,3 +221,98 @@ def test_many_rows_load_fast_across_blocks(tmp_path):
         assert loaded.mask[:count].all() and loaded.mask[count].tolist() == [False, True]
         assert loaded.probs[count, 1].tolist() == [0, 0, 0, 1]
         assert torch.equal(loaded.probs[:count], torch.tensor(answer.probs).expand(count, 2, 4))
+
+
+def test_queries_are_listed_with_counts_refusals_attempts_and_tokens(store):
+    usage = {"prompt_tokens": 50, "prompt_tokens_details": {"audio_tokens": 40}, "completion_tokens": 7}
+    other = dataclasses.replace(QUERY, model="n", prompt="Which?")
+    store.put_many(QUERY, [record(1, 0, sample(1, 0, 0, 0), usage=usage), record(1, 2, REFUSAL, usage=usage)])
+    store.put_many(QUERY, [record(1, 2, REFUSAL, usage=usage), record(2, 0, Answer("invalid", reason="?"))])
+    store.put_many(other, [record(1, 0, sample(1, 0, 0, 0), usage={**usage, "batch": "b1"})])
+    first, second = store.queries()
+    assert (first.query, second.query, second.query.prompt) == (QUERY, other, "Which?")
+    assert first.counts == {"distribution": 1, "logprobs": 0, "label": 0, "refusal": 1, "invalid": 1}
+    assert (first.recordings, first.k, first.attempts) == (2, 3, 4) and first.first <= first.last
+    assert (first.tokens, first.batch_tokens) == (Tokens(30, 120, 21), Tokens())
+    assert (second.tokens, second.batch_tokens) == (Tokens(), Tokens(10, 40, 7))
+
+
+def test_tokens_of_replaced_attempts_stay_counted_however_many_they_were(store):
+    for answer in (REFUSAL, Answer("invalid", reason="?"), REFUSAL, sample(1, 0, 0, 0)):
+        store.put_many(QUERY, [record(1, 0, answer, usage={"prompt_tokens": 10, "completion_tokens": 1})])
+    store.put_many(QUERY, [record(1, 0, sample(0, 1, 0, 0), usage={"prompt_tokens": 1000})])
+    assert store.queries()[0].tokens == Tokens(0, 40, 4)
+
+
+def test_entries_come_back_whole_and_in_an_order_that_only_the_answers_decide(store, tmp_path):
+    fields = {"seed": 7, "usage": {"prompt_tokens": 9}, "served_model": "m-1", "system_fingerprint": "fp"}
+    records = [record(i, k, sample(0.1, 0.2, 0.3, 0.4), **fields) for i in range(5) for k in (1, 0)]
+    records.append(record(7, 0, REFUSAL))
+    store.put_many(QUERY, records)
+    with LabelStore(tmp_path / "reversed.sqlite") as other:
+        for item in reversed(records):
+            other.put_many(QUERY, [item])
+        there = [entry._replace(created=0) for entry in other.entries(QUERY)]
+    here = [entry._replace(created=0) for entry in store.entries(QUERY)]
+    assert here == there and len(here) == 11
+    (refused,) = [entry for entry in here if not entry.is_sample]
+    assert (refused.audio, refused.kind, refused.reason, refused.probs) == (audio(7), "refusal", "no", None)
+    one = next(entry for entry in here if (entry.audio, entry.k) == (audio(3), 1))
+    assert (one.utt_id, one.seed, one.usage, one.served_model) == ("u3", 7, {"prompt_tokens": 9}, "m-1")
+    assert one.probs == tuple(torch.tensor([0.1, 0.2, 0.3, 0.4]).tolist())
+
+
+def test_a_store_that_must_exist_is_not_made(tmp_path):
+    with pytest.raises(StoreError, match=r"nothing.sqlite: no such file"):
+        LabelStore.existing(tmp_path / "nothing.sqlite")
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_sound_store_passes_its_check_and_gaps_are_a_note(store):
+    store.put_many(QUERY, [record(1, 0, sample(0.1, 0.2, 0.3, 0.4)), record(1, 1, REFUSAL)])
+    assert check(store).summary() == "sound"
+    store.put_many(QUERY, [record(1, 4, sample(1, 0, 0, 0)), record(2, 1, sample(1, 0, 0, 0))])
+    found = check(store)
+    assert found.problems == [] and found.notes == ["query 1: 2 recordings lack 3 samples below their greatest index"]
+
+
+DAMAGE = {
+    "UPDATE answers SET kind = 'guess' WHERE k = 1": r"sample 1: is of no known kind",
+    "UPDATE answers SET kind = 'refusal' WHERE k = 1": r"sample 1: is a sample by its status and none by its kind",
+    "UPDATE answers SET probs = NULL WHERE k = 1": r"sample 1: is a sample without probabilities",
+    "UPDATE answers SET probs = x'0000803F' WHERE k = 2": r"sample 2: is rejected and has probabilities",
+    "UPDATE answers SET probs = x'0000803F' WHERE k = 1": r"sample 1: has not 4 probabilities$",
+    "UPDATE answers SET probs = x'0000803F0000803F0000000000000000' WHERE k < 2": r"sample 0: .* 1 \(and 1 more\)",
+    "UPDATE answers SET probs = x'00000040000080BF0000000000000000' WHERE k = 1": r"sample 1: .* negative",
+    "UPDATE answers SET probs = x'0000C07F0000803F0000000000000000' WHERE k = 1": r"sample 1: .* not finite",
+    "UPDATE answers SET k = -1 WHERE k = 1": r"sample -1: has a negative sample index",
+    "UPDATE answers SET attempts = 0 WHERE k = 1": r"sample 1: was stored without an attempt",
+    "UPDATE answers SET label_mass = 1.5 WHERE k = 1": r"sample 1: has a label mass outside",
+    "UPDATE answers SET raw = 'cut o' WHERE k = 1": r"sample 1: has a reply or usage that is no JSON",
+    "UPDATE answers SET query_id = 9": r"query 9, recording \w{64}, sample 0: belongs to a query that does not",
+    "DELETE FROM audio": r"recording number 1, sample 0: belongs to a recording that does not exist \(and 2 more\)",
+    "UPDATE audio SET sha256 = x'AB'": r"recording ab, sample 0: .* is no SHA-256",
+    'UPDATE queries SET labels = \'["angry","sad"]\'': r"query 1: labels or sampling are not in their canonical form",
+    "UPDATE queries SET sampling = 'hot'": r"query 1: cannot be read",
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGE)
+def test_check_names_what_is_wrong_and_where(store, damage):
+    good = sample(0.1, 0.2, 0.3, 0.4)
+    store.put_many(QUERY, [record(1, 0, good), record(1, 1, good), record(1, 2, REFUSAL)])
+    store._db.execute("PRAGMA foreign_keys = OFF")
+    store._db.execute(damage)
+    assert any(re.search(DAMAGE[damage], problem) for problem in check(store).problems), check(store)
+
+
+def test_check_reports_damaged_pages(tmp_path):
+    path = tmp_path / "labels.sqlite"
+    with LabelStore(path) as store:
+        store.put_many(QUERY, [record(i, 0, sample(1, 0, 0, 0)) for i in range(500)])
+    content = bytearray(path.read_bytes())
+    content[-8192:] = b"\xff" * 8192
+    path.write_bytes(content)
+    with LabelStore(path) as store:
+        problems = check(store).problems
+    assert problems and any(word in problems[0].lower() for word in ("sqlite", "malformed"))

@@ -1,0 +1,466 @@
+"""Answers on the move: export without audio, import, merge. What was paid for on one machine trains on another.
+
+An export is JSON lines, gzip-compressed if its name ends in ``.gz``:
+
+- a header, ``{"format", "version", "written_by", "queries": {id: {labels, model, endpoint, prompt, sampling, ...}}}``,
+- one line per answer, whatever its kind: the query's id, the content hash of the recording, the sample index, the
+  distribution, and where it came from (served model, time, tokens, seed, the reply itself),
+- a last line, ``{"answers": N}``, without which the file counts as cut off.
+
+Probabilities are written so that the same float32 values come back: an import trains bit for bit as its origin does.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import gzip
+import json
+import math
+import os
+import re
+import tempfile
+import zlib
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import IO
+
+from speechbrain_mifuse import __version__
+from speechbrain_mifuse.errors import UserError
+from speechbrain_mifuse.lalm.answer import KINDS, SAMPLE_KINDS
+from speechbrain_mifuse.lalm.integrity import SUM_TOLERANCE
+from speechbrain_mifuse.lalm.store import Entry, LabelStore, Query, StoreError
+from speechbrain_mifuse.progress import progress
+
+FORMAT = "speechbrain-mifuse labels"
+VERSION = 1
+
+# So many digits of a query's digest tell the queries of a file apart.
+ID_DIGITS = 16
+
+# Whatever the environment calls a key, and what looks like one of the usual providers. Shorter values are placeholders
+# such as "EMPTY", whose removal would only damage the text.
+_SECRET_NAMES = re.compile(r"(API_KEY|TOKEN|SECRET|PASSWORD)$")
+_SECRET_LOOKS = re.compile(r"\b(?:sk-[\w-]{16,}|AIza[\w-]{30,}|hf_\w{20,}|Bearer\s+[\w.~+/-]{16,})")
+_SECRET_MARKS = ("sk-", "AIza", "hf_", "Bearer")
+_SHORTEST_SECRET = 8
+
+
+@dataclasses.dataclass
+class Taken:
+    """What an import or a merge did.
+
+    Attributes
+    ----------
+    new : int
+        Answers stored.
+    same : int
+        Answers that the store had already.
+    conflicts : list of str
+        Samples that differ from the stored ones, which were kept.
+
+    Example
+    -------
+    >>> print(Taken(5, 2, ["a.jsonl:9: another sample is stored"]).summary())
+    5 answers stored, 2 were there already, 1 in conflict with a stored sample (which was kept)
+      a.jsonl:9: another sample is stored
+    """
+
+    new: int = 0
+    same: int = 0
+    conflicts: list[str] = dataclasses.field(default_factory=list)
+
+    def count(self, outcome: str, place: Callable[[], str]) -> None:
+        """Count what `LabelStore.copying` says of an answer; `place` names it."""
+        if outcome == "conflict":
+            self.conflicts.append(f"{place()}: the store has another sample there")
+        else:
+            setattr(self, outcome, getattr(self, outcome) + 1)
+
+    def summary(self, most: int = 20) -> str:
+        """Say it in a few lines, naming at most `most` conflicts."""
+        lines = [f"{self.new} answers stored, {self.same} were there already"]
+        if self.conflicts:
+            lines[0] += f", {len(self.conflicts)} in conflict with a stored sample (which was kept)"
+        lines += [f"  {conflict}" for conflict in self.conflicts[:most]]
+        if len(self.conflicts) > most:
+            lines.append(f"  ... and {len(self.conflicts) - most} more")
+        return "\n".join(lines)
+
+
+def export(
+    store: LabelStore,
+    path: str | Path,
+    queries: Sequence[Query] | None = None,
+    with_ids: bool = True,
+    show_progress: bool = True,
+) -> int:
+    """Write answers to a file without any audio and without any key.
+
+    Parameters
+    ----------
+    store : LabelStore
+        Where they are.
+    path : str or pathlib.Path
+        File to write, as ``labels.jsonl`` or ``labels.jsonl.gz``.
+    queries : sequence of Query, optional
+        Which; all by default.
+    with_ids : bool
+        Write utterance ids too. Training does not need them, and they may name people.
+    show_progress : bool
+        Show a progress bar.
+
+    Returns
+    -------
+    int
+        Answers written.
+
+    Raises
+    ------
+    StoreError
+        If the store cannot be read, the file not be written, or a model or endpoint name holds a key.
+
+    Example
+    -------
+    >>> path = tempfile.mkdtemp() + "/labels"
+    >>> with LabelStore(path + ".sqlite") as store:
+    ...     export(store, path + ".jsonl", show_progress=False)
+    0
+    """
+    known = {summary.query: sum(summary.counts.values()) for summary in store.queries()}
+    chosen = list(known if queries is None else queries)
+    clean, written = _redactor(), 0
+    total = sum(known.get(query, 0) for query in chosen)
+    with (
+        _replacing(Path(path)) as write,
+        progress(total=total, unit="answer", desc="export", disable=not show_progress) as bar,
+    ):
+        header = _header(chosen)
+        if clean(header) != header:
+            raise StoreError(
+                f"{store.path}: the model, endpoint, prompt or a sampling parameter of a query holds what looks like a "
+                "key. Nothing was exported: such a query cannot be given away."
+            )
+        write(header)
+        for query in chosen:
+            name = _id(query)
+            for entry in store.entries(query):
+                write(clean(_line(name, entry, with_ids)))
+                written += 1
+                bar.update()
+        write(_dumps({"answers": written}))
+    return written
+
+
+def import_file(path: str | Path, store: LabelStore, show_progress: bool = True) -> Taken:
+    """Take over an export: all of it, or nothing if a line of it is wrong. A second time changes nothing.
+
+    A stored sample is never replaced; one that differs is reported. A refused or invalid answer makes room for a
+    sample.
+
+    Parameters
+    ----------
+    path : str or pathlib.Path
+        As `export` writes.
+    store : LabelStore
+        Where the answers go.
+    show_progress : bool
+        Show a progress bar.
+
+    Returns
+    -------
+    Taken
+
+    Raises
+    ------
+    StoreError
+        If the file is none, was cut off, or a line does not fit; the message names file and line.
+
+    Example
+    -------
+    >>> folder = tempfile.mkdtemp()
+    >>> _ = Path(folder, "labels.jsonl").write_text('{"format": "something else"}')
+    >>> with LabelStore(folder + "/labels.sqlite") as store:
+    ...     import_file(folder + "/labels.jsonl", store)
+    Traceback (most recent call last):
+    ...
+    speechbrain_mifuse.lalm.store.StoreError: .../labels.jsonl:1: no export of answers ...
+    """
+    taken = Taken()
+    with (
+        store.copying() as copy,
+        progress(unit="answer", desc="import", disable=not show_progress) as bar,
+    ):
+        for number, query, entry in _read(Path(path)):
+            outcome = copy(query, entry)
+            taken.count(outcome, lambda number=number, entry=entry: f"{path}:{number}: {_named(entry)}")
+            bar.update()
+    return taken
+
+
+def merge(shards: Sequence[str | Path], into: str | Path, show_progress: bool = True) -> Taken:
+    """Bring stores together that were collected apart, as on several machines.
+
+    Equal answers are kept once. Of samples that differ the first one is kept, those of `into` before all, and the
+    others are reported. All of it is stored at once, or nothing.
+
+    Parameters
+    ----------
+    shards : sequence of str or pathlib.Path
+        Stores to read; they stay as they are.
+    into : str or pathlib.Path
+        Store to write; made if missing.
+    show_progress : bool
+        Show a progress bar.
+
+    Returns
+    -------
+    Taken
+
+    Raises
+    ------
+    StoreError
+        If a store cannot be opened, read or written, or `into` is one of the shards.
+
+    Example
+    -------
+    >>> merge(["no-such-shard.sqlite"], "all.sqlite")
+    Traceback (most recent call last):
+    ...
+    speechbrain_mifuse.lalm.store.StoreError: label store no-such-shard.sqlite: no such file. ...
+    """
+    into, taken = Path(into), Taken()
+    if into.exists() and any(Path(shard).exists() and into.samefile(shard) for shard in shards):
+        raise StoreError(f"{into}: cannot be merged into itself. Leave it out of the stores to read.")
+    with contextlib.ExitStack() as open_files:
+        stores = [open_files.enter_context(LabelStore.existing(shard)) for shard in shards]
+        parts = [(store, part.query, sum(part.counts.values())) for store in stores for part in store.queries()]
+        total = sum(count for _, _, count in parts)
+        copy = open_files.enter_context(open_files.enter_context(LabelStore(into)).copying())
+        bar = open_files.enter_context(
+            progress(total=total, unit="answer", desc="merge", disable=not show_progress),
+        )
+        for store, query, _ in parts:
+            for entry in store.entries(query):
+                outcome = copy(query, entry)
+                taken.count(outcome, lambda store=store, entry=entry: f"{store.path}: {_named(entry)}")
+                bar.update()
+    return taken
+
+
+def _header(queries: Iterable[Query]) -> str:
+    about = {
+        _id(query): {
+            "prompt_hash": query.prompt_hash,
+            "labels": query.labels,
+            "model": query.model,
+            "endpoint": query.endpoint,
+            "base_url": query.base_url,
+            "sampling": query.sampling,
+            "prompt": query.prompt,
+        }
+        for query in queries
+    }
+    return _dumps({"format": FORMAT, "version": VERSION, "written_by": __version__, "queries": about})
+
+
+def _line(query: str, entry: Entry, with_ids: bool) -> str:
+    fields = {"query": query, **entry._asdict()}
+    if not with_ids:
+        del fields["utt_id"]
+    return _dumps({name: value for name, value in fields.items() if value is not None and value != ""})
+
+
+def _id(query: Query) -> str:
+    return query.digest[:ID_DIGITS]
+
+
+def _named(entry: Entry) -> str:
+    return f"recording {entry.audio}, sample {entry.k}"
+
+
+def _dumps(fields: Mapping) -> str:
+    return json.dumps(fields, ensure_ascii=False, allow_nan=False)
+
+
+def _redactor() -> Callable[[str], str]:
+    """Make the function that removes every key of this process's environment, and what looks like one."""
+    secrets = {
+        value
+        for name, value in os.environ.items()
+        if _SECRET_NAMES.search(name.upper()) and len(value) >= _SHORTEST_SECRET
+    }
+    longest_first = sorted(secrets, key=len, reverse=True)
+
+    def clean(text: str) -> str:
+        for secret in longest_first:
+            text = text.replace(secret, "***")
+        # Most lines hold nothing of the kind, and looking for its marks takes a tenth of the time.
+        return _SECRET_LOOKS.sub("***", text) if any(mark in text for mark in _SECRET_MARKS) else text
+
+    return clean
+
+
+@contextlib.contextmanager
+def _replacing(path: Path) -> Iterator[Callable[[str], object]]:
+    """Write lines to a file that appears under its name when the block ends, whole or not at all."""
+    try:
+        handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    except OSError as error:
+        raise StoreError(
+            f"{path}: cannot be written ({error.strerror}). Name a file in a folder that exists."
+        ) from None
+    try:
+        with os.fdopen(handle, "wb") as file:
+            with _packed(path, file) as packed:
+                yield lambda line: packed.write(line.encode() + b"\n")
+            file.flush()
+            os.fsync(file.fileno())
+        os.chmod(name, 0o644)
+        os.replace(name, path)
+    except BaseException:
+        Path(name).unlink(missing_ok=True)
+        raise
+
+
+def _packed(path: Path, file: IO[bytes]) -> contextlib.AbstractContextManager:
+    # Neither name nor time go into the compressed file: equal answers make equal bytes.
+    return gzip.GzipFile("", "wb", 6, file, mtime=0) if path.suffix == ".gz" else contextlib.nullcontext(file)
+
+
+def _read(path: Path) -> Iterator[tuple[int, Query, Entry]]:
+    """Line number, query and entry of every answer of an export."""
+    queries: dict[str, Query] = {}
+    answers, ended = 0, False
+    for number, fields in _lines(path):
+        try:
+            if number == 1:
+                queries = _queries(fields)
+            elif ended:
+                raise ValueError("follows the last line of the export; were files joined? Import each on its own")
+            elif set(fields) == {"answers"}:
+                ended = _whole(fields["answers"], answers)
+            else:
+                answers += 1
+                yield number, *_checked(fields, queries)
+        except ValueError as error:
+            raise StoreError(f"{path}:{number}: {error}") from None
+    if not ended:
+        raise StoreError(f"{path}: cut off after {answers} answers: its last line is missing. Export or copy it again.")
+
+
+def _lines(path: Path) -> Iterator[tuple[int, dict]]:
+    number = 0
+    try:
+        with gzip.open(path, "rb") if path.suffix == ".gz" else path.open("rb") as file:
+            for number, line in enumerate(file, start=1):
+                fields = json.loads(line)
+                if not isinstance(fields, dict):
+                    raise StoreError(f"{path}:{number}: not a JSON object.")
+                yield number, fields
+    except (OSError, EOFError, zlib.error) as error:
+        raise StoreError(f"{path}: cannot be read ({error}).") from None
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise StoreError(f"{path}:{number}: not a line of JSON ({error}).") from None
+
+
+def _queries(header: Mapping) -> dict[str, Query]:
+    if header.get("format") != FORMAT:
+        raise ValueError(f"no export of answers (its first line does not say {FORMAT!r})")
+    if header.get("version") != VERSION:
+        raise ValueError(
+            f"an export of version {header.get('version')}, and this is speechbrain_mifuse {__version__}, which reads "
+            f"version {VERSION}"
+        )
+    queries = header.get("queries")
+    if not isinstance(queries, dict):
+        raise ValueError("the header has no queries")
+    return {name: _query(name, about) for name, about in queries.items()}
+
+
+def _query(name: str, about: Mapping) -> Query:
+    try:
+        query = Query(**about)
+    except (UserError, TypeError, AttributeError) as error:
+        raise ValueError(f"query {name}: {error}") from None
+    if _id(query) != name:
+        raise ValueError(f"query {name} was changed: its fields have the id {_id(query)}")
+    return query
+
+
+def _whole(announced: object, found: int) -> bool:
+    if announced != found:
+        raise ValueError(f"{found} answers before this line, which says {announced}: lines are missing or added")
+    return True
+
+
+def _number(value: object) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def _count(least: int) -> Callable[[object], bool]:
+    return lambda value: isinstance(value, int) and not isinstance(value, bool) and least <= value < 2**63
+
+
+def _text(value: object) -> bool:
+    return isinstance(value, str)
+
+
+def _json(value: object) -> bool:
+    try:
+        json.loads(value if isinstance(value, str) else "")
+    except json.JSONDecodeError:
+        return False
+    return True
+
+
+# What a field must be, and what stands for one that is left out (nothing does where there is none).
+_FIELDS: dict[str, tuple[Callable[[object], bool], str]] = {
+    "audio": (lambda v: _text(v) and re.fullmatch("[0-9a-f]{64}", v) is not None, "64 hexadecimal digits"),
+    "k": (_count(0), "a whole number from 0"),
+    "utt_id": (_text, "text"),
+    "kind": (lambda v: v in KINDS, f"one of {', '.join(KINDS)}"),
+    "probs": (lambda v: isinstance(v, list) and all(map(_number, v)), "a list of numbers"),
+    "label_mass": (lambda v: _number(v) and 0 <= v <= 1, "a number from 0 to 1"),
+    "attempts": (_count(1), "a whole number from 1"),
+    "reason": (_text, "text"),
+    "seed": (_count(-(2**63)), "a whole number"),
+    "created": (_number, "seconds since 1970"),
+    "served_model": (_text, "text"),
+    "system_fingerprint": (_text, "text"),
+    "usage": (lambda v: isinstance(v, dict), "an object"),
+    "raw": (_json, "JSON as text"),
+}
+_LEFT_OUT = {name: None for name in ("probs", "label_mass", "seed", "served_model", "system_fingerprint", "usage")}
+_LEFT_OUT |= {"utt_id": "", "reason": ""}
+
+
+def _checked(fields: dict, queries: Mapping[str, Query]) -> tuple[Query, Entry]:
+    name = fields.pop("query", None)
+    if name not in queries:
+        raise ValueError(f"query {name!r} is not in the header")
+    for field, value in fields.items():
+        if field not in _FIELDS:
+            raise ValueError(f"unknown field {field!r}")
+        fits, what = _FIELDS[field]
+        if not fits(value):
+            raise ValueError(f"{field} must be {what}, not {value!r}")
+    missing = _FIELDS.keys() - fields.keys() - _LEFT_OUT.keys()
+    if missing:
+        raise ValueError(f"{', '.join(sorted(missing))} missing")
+    entry = Entry(**{**_LEFT_OUT, **fields})
+    _check_probs(entry, len(queries[name].labels))
+    return queries[name], entry
+
+
+def _check_probs(entry: Entry, classes: int) -> None:
+    if (entry.kind in SAMPLE_KINDS) != (entry.probs is not None):
+        raise ValueError(
+            f"an answer of kind {entry.kind!r} {'without' if entry.probs is None else 'with'} probabilities"
+        )
+    if entry.probs is None:
+        return
+    if len(entry.probs) != classes:
+        raise ValueError(f"{len(entry.probs)} probabilities for {classes} labels")
+    if min(entry.probs) < 0 or abs(sum(entry.probs) - 1) > SUM_TOLERANCE:
+        raise ValueError(f"probabilities {entry.probs} are negative or do not sum to 1")

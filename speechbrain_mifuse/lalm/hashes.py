@@ -1,0 +1,202 @@
+"""Content hashes of recordings that were read before, so that a second run need not decode them again."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+import sqlite3
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import NamedTuple
+
+logger = logging.getLogger(__name__)
+
+# A file written a moment ago may be written again within the resolution of its time stamp.
+SETTLED = 2.0
+_TABLE = "files (path TEXT PRIMARY KEY, size INTEGER, mtime_ns INTEGER, sha256 TEXT, seconds REAL) WITHOUT ROWID"
+
+
+class Known(NamedTuple):
+    """What is known of a recording.
+
+    Attributes
+    ----------
+    audio : str
+        `content_hash` of its waveform at 16 kHz.
+    seconds : float
+        Its length.
+
+    Example
+    -------
+    >>> Known("0" * 64, 1.5).seconds
+    1.5
+    """
+
+    audio: str
+    seconds: float
+
+
+class HashCache:
+    """Remembers content hashes by path, size and time of the last change; a file that changed is unknown.
+
+    It is a cache: a file that cannot be opened is replaced, and one that cannot be written only costs time. Entries
+    appear whole or not at all, and several processes may use one file. Files are left out for two seconds after their
+    last change.
+
+    Parameters
+    ----------
+    path : str or pathlib.Path
+        SQLite file, created if missing.
+
+    Example
+    -------
+    >>> import tempfile
+    >>> folder = Path(tempfile.mkdtemp())
+    >>> (folder / "a.wav").touch()
+    >>> os.utime(folder / "a.wav", (1, 1))
+    >>> with HashCache(folder / "hashes.sqlite") as cache:
+    ...     first = cache.of(folder / "a.wav", lambda: Known("ab" * 32, 1.0))
+    ...     again = cache.get(folder / "a.wav")
+    >>> first == again
+    True
+    """
+
+    def __init__(self, path: str | Path):
+        self.path = Path(path)
+        self._lock = threading.Lock()
+        try:
+            self._db = self._opened()
+        except sqlite3.DatabaseError:
+            logger.warning("%s: no cache of content hashes, made anew.", self.path)
+            self._db = self._anew()
+
+    @classmethod
+    def beside(cls, label_store: str | Path) -> HashCache:
+        """Open the cache that belongs to a label store: the file of that name with `.hashes` behind it."""
+        return cls(f"{label_store}.hashes")
+
+    def __enter__(self) -> HashCache:
+        return self
+
+    def __exit__(self, *_):
+        self.close()
+
+    def close(self):
+        """Close the file."""
+        self._db.close()
+
+    def get(self, wav: str | Path) -> Known | None:
+        """Look up a recording.
+
+        Parameters
+        ----------
+        wav : str or pathlib.Path
+            A file.
+
+        Returns
+        -------
+        Known or None
+            `None` if it is unknown, has changed, or is missing.
+        """
+        stamp = file_stamp(wav)
+        if stamp is None:
+            return None
+        with self._lock:
+            row = self._db.execute(
+                "SELECT sha256, seconds FROM files WHERE path = ? AND size = ? AND mtime_ns = ?",
+                (os.path.abspath(wav), *stamp),
+            ).fetchone()
+        return Known(*row) if row else None
+
+    def of(self, wav: str | Path, read: Callable[[], Known]) -> Known:
+        """Look up a recording, or read it and remember what was found.
+
+        Parameters
+        ----------
+        wav : str or pathlib.Path
+            A file.
+        read : callable
+            Reads it.
+
+        Returns
+        -------
+        Known
+        """
+        known = self.get(wav)
+        if known is None:
+            before = file_stamp(wav)
+            known = read()
+            self.put(wav, before, known)
+        return known
+
+    def put(self, wav: str | Path, before: tuple[int, int] | None, known: Known):
+        """Remember a recording, unless it changed while it was read.
+
+        Parameters
+        ----------
+        wav : str or pathlib.Path
+            A file.
+        before : (int, int), optional
+            Size and time of change in nanoseconds, taken before it was read.
+        known : Known
+            What was found.
+        """
+        if before is None or before != file_stamp(wav) or time.time() - before[1] / 1e9 < SETTLED:
+            return
+        # The next run reads the file again, that is all.
+        with self._lock, contextlib.suppress(sqlite3.OperationalError):
+            row = (os.path.abspath(wav), *before, *known)
+            self._db.execute("INSERT OR REPLACE INTO files VALUES (?, ?, ?, ?, ?)", row)
+
+    def _opened(self) -> sqlite3.Connection:
+        db = sqlite3.connect(self.path, timeout=10, isolation_level=None, check_same_thread=False)
+        try:
+            # Losing entries to a power cut is harmless; waiting for the disk on each is not.
+            db.execute("PRAGMA synchronous = OFF")
+            db.execute("PRAGMA journal_mode = WAL")
+            db.execute(f"CREATE TABLE IF NOT EXISTS {_TABLE}")
+            db.execute("SELECT path, size, mtime_ns, sha256, seconds FROM files LIMIT 1")
+        except BaseException:
+            db.close()
+            raise
+        return db
+
+    def _anew(self) -> sqlite3.Connection:
+        for ending in ("", "-wal", "-shm"):
+            with contextlib.suppress(OSError):
+                os.unlink(f"{self.path}{ending}")
+        try:
+            return self._opened()
+        except sqlite3.Error:
+            logger.warning("%s: cannot be written, recordings will be read again by the next run.", self.path)
+            db = sqlite3.connect(":memory:", isolation_level=None, check_same_thread=False)
+            db.execute(f"CREATE TABLE {_TABLE}")
+            return db
+
+
+def file_stamp(wav: str | Path) -> tuple[int, int] | None:
+    """Size and time of the last change, by which a change is noticed.
+
+    Parameters
+    ----------
+    wav : str or pathlib.Path
+        A file.
+
+    Returns
+    -------
+    (int, int) or None
+        Bytes, and nanoseconds since the epoch; `None` if the file is missing.
+
+    Example
+    -------
+    >>> file_stamp("no such file") is None
+    True
+    """
+    try:
+        status = os.stat(wav)
+    except OSError:
+        return None
+    return status.st_size, status.st_mtime_ns

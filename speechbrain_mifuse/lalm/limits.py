@@ -1,0 +1,424 @@
+"""What holds a collection back: the provider's limits, its request to wait, the money, and an API that is down."""
+
+from __future__ import annotations
+
+import asyncio
+import email.utils
+import math
+import time
+from collections.abc import Callable, Mapping
+
+from speechbrain_mifuse.errors import UserError
+from speechbrain_mifuse.lalm.profile import Price, Profile, Tokens
+from speechbrain_mifuse.lalm.prompt import Prompt
+
+# Seconds that a server may ask to wait; a longer pause is a matter for people.
+LONGEST_PAUSE = 600.0
+
+# Beside what is asked, a chat template holds some tokens of its own.
+TEMPLATE_TOKENS = 64
+
+# Tokens of an answer by its shape, for plans: of each label in an object of probabilities, or of one word.
+EXPECTED_OUTPUT = {"object": lambda classes: 10 * classes, "word": lambda classes: 4, "first_token": lambda classes: 4}
+
+
+class LalmError(UserError):
+    """The API did not answer.
+
+    Attributes
+    ----------
+    hopeless : bool
+        Whether every other request would fail the same way (wrong key, wrong model, no credit).
+    status : int, optional
+        HTTP status, if the server answered with an error.
+    """
+
+    def __init__(self, message: str, hopeless: bool = False, status: int | None = None):
+        super().__init__(message)
+        self.hopeless = hopeless
+        self.status = status
+
+
+class BudgetReached(LalmError):
+    """The next call could pass the budget; nothing is wrong with the API."""
+
+    def __init__(self, message: str):
+        super().__init__(message, hopeless=True)
+
+
+class Signal:
+    """Wakes whoever waits; bound to no event loop until someone does.
+
+    Example
+    -------
+    >>> async def main():
+    ...     signal = Signal()
+    ...     asyncio.get_running_loop().call_soon(signal.fire)
+    ...     await signal.wait()
+    ...     return "woken"
+    >>> asyncio.run(main())
+    'woken'
+    """
+
+    def __init__(self):
+        self._waiting: list[asyncio.Future] = []
+
+    async def wait(self):
+        """Wait for the next `fire`."""
+        future = asyncio.get_running_loop().create_future()
+        self._waiting.append(future)
+        await future
+
+    def fire(self):
+        """Wake all who wait now."""
+        waiting, self._waiting = self._waiting, []
+        for future in waiting:
+            if not future.done():
+                future.set_result(None)
+
+
+class Pace:
+    """Lets calls start no faster than the provider allows, and none at all while it asked to wait.
+
+    Calls get evenly spaced starts, so no window of a minute holds more than the limit. Tokens are counted by an
+    estimate first and corrected by what was used.
+
+    Parameters
+    ----------
+    requests_per_minute, tokens_per_minute : float, optional
+        Limits; none by default.
+
+    Example
+    -------
+    >>> async def three_calls():
+    ...     pace, start = Pace(requests_per_minute=6000), time.monotonic()
+    ...     for _ in range(3):
+    ...         await pace.admit(tokens=10)
+    ...     return time.monotonic() - start
+    >>> asyncio.run(three_calls()) >= 0.02
+    True
+    """
+
+    def __init__(self, requests_per_minute: float | None = None, tokens_per_minute: float | None = None):
+        self.per_request = 60 / requests_per_minute if requests_per_minute else 0.0
+        self.per_token = 60 / tokens_per_minute if tokens_per_minute else 0.0
+        self._next_request = self._next_token = self._paused_until = -math.inf
+
+    async def admit(self, tokens: float):
+        """Wait until a call may start.
+
+        Parameters
+        ----------
+        tokens : float
+            Estimate of what it takes.
+        """
+        while True:
+            now = time.monotonic()
+            start = max(now, self._next_request, self._next_token, self._paused_until)
+            self._next_request = start + self.per_request
+            self._next_token = start + tokens * self.per_token
+            if start > now:
+                await asyncio.sleep(start - now)
+            # A pause that came meanwhile holds for this call too; it queues again, or all would start at its end.
+            if self._paused_until <= time.monotonic():
+                return
+
+    def settle(self, estimated: float, used: float):
+        """Correct the count of tokens after a call.
+
+        Parameters
+        ----------
+        estimated, used : float
+            As given to `admit`, and as the reply says.
+        """
+        self._next_token += (used - estimated) * self.per_token
+
+    def pause(self, seconds: float):
+        """Let no call start for a while, whoever makes it.
+
+        Parameters
+        ----------
+        seconds : float
+            From now on.
+        """
+        self._paused_until = max(self._paused_until, time.monotonic() + seconds)
+
+
+class Budget:
+    """Money that may be spent, counted so that calls in flight cannot pass it together.
+
+    The most that a call can cost is set aside before it starts and settled by the usage in its reply. A call that does
+    not fit waits while others are in flight, because they mostly cost less than was set aside. The first call goes
+    alone: it shows how the provider counts tokens, and what is set aside is scaled if the estimate was too low.
+
+    Parameters
+    ----------
+    limit : float, optional
+        In the currency of `price`; no limit by default.
+    price : Price, optional
+        Without it nothing is counted.
+    spent : float
+        What was spent before.
+
+    Attributes
+    ----------
+    spent : float
+        Cost of settled calls. A call whose outcome is unknown (a lost connection) counts with all that was set aside.
+    in_flight : float
+        Set aside for calls in flight.
+
+    Raises
+    ------
+    UserError
+        If there is a limit and no price, or the limit is not positive.
+
+    Example
+    -------
+    >>> budget = Budget(1.0, Price(1.0, 1.0, 1.0))
+    >>> aside = asyncio.run(budget.reserve(Tokens(text=600_000)))
+    >>> budget.settle(aside, Tokens(text=500_000))
+    >>> budget.spent
+    0.5
+    >>> asyncio.run(budget.reserve(Tokens(text=600_000)))
+    Traceback (most recent call last):
+    ...
+    speechbrain_mifuse.lalm.limits.BudgetReached: the budget of 1 USD would be passed: ...
+    """
+
+    def __init__(self, limit: float | None = None, price: Price | None = None, spent: float = 0.0):
+        if limit is not None and (isinstance(limit, bool) or not isinstance(limit, (int, float)) or not limit > 0):
+            raise UserError(f"--lalm_budget must be a positive amount of money, not {limit!r}")
+        if limit is not None and price is None:
+            raise UserError(
+                "--lalm_budget needs prices: add `price` to the lalm_profile (see hparams/lalm/openai.yaml)"
+            )
+        self.limit, self.price, self.spent = limit, price, spent
+        self.in_flight, self.margin = 0.0, 1.0
+        self._calls, self._counted = 0, False
+        self._changed = Signal()
+
+    async def reserve(self, most: Tokens) -> float:
+        """Set aside what a call can cost, waiting for other calls if it does not fit.
+
+        Parameters
+        ----------
+        most : Tokens
+            Upper bound.
+
+        Returns
+        -------
+        float
+            The amount, to be given to `settle`.
+
+        Raises
+        ------
+        BudgetReached
+            If it does not fit and no call is in flight.
+        """
+        while not self._fits(amount := self._cost(most) * self.margin):
+            if not self._calls:
+                raise BudgetReached(
+                    f"the budget of {self.limit:g} {self.price.currency} would be passed: {self.spent:.4g} are spent "
+                    f"and the next call can cost {amount:.3g}. Raise --lalm_budget to go on"
+                )
+            await self._changed.wait()
+        self._calls += 1
+        self.in_flight += amount
+        return amount
+
+    def settle(self, amount: float, used: Tokens | None):
+        """Replace what was set aside by what was used.
+
+        Parameters
+        ----------
+        amount : float
+            As `reserve` gave it.
+        used : Tokens, optional
+            `None` if nobody knows; then all of it counts as spent.
+        """
+        cost = amount if used is None else self._cost(used)
+        self._calls -= 1
+        self.in_flight = self.in_flight - amount if self._calls else 0.0
+        self.spent += cost
+        if used is not None and used.total:
+            self._counted = True
+            if cost > amount:
+                self.margin *= 1.1 * cost / amount if amount else 1.0
+        self._changed.fire()
+
+    def told(self) -> str:
+        """Tell people what was spent; empty without a price."""
+        if self.price is None:
+            return ""
+        limit = f"/{self.limit:g}" if self.limit is not None else ""
+        return f"{self.spent:.4g}{limit} {self.price.currency}"
+
+    def _cost(self, tokens: Tokens) -> float:
+        return self.price.cost(tokens) if self.price else 0.0
+
+    def _fits(self, amount: float) -> bool:
+        if self.limit is None:
+            return True
+        alone = self._counted or not self._calls
+        return alone and self.spent + self.in_flight + amount <= self.limit
+
+
+class Breaker:
+    """Counts failures in a row: an API that is down fails every call, and asking on helps nobody.
+
+    Parameters
+    ----------
+    most : int
+        Failures in a row that stop a collection.
+
+    Example
+    -------
+    >>> breaker = Breaker(2)
+    >>> breaker.failed(LalmError("down")), breaker.worked(), breaker.failed(LalmError("down"))
+    (False, None, False)
+    >>> breaker.failed(LalmError("down"))
+    True
+    """
+
+    def __init__(self, most: int):
+        self.most, self.in_a_row = most, 0
+
+    def worked(self):
+        """Note a call that was answered."""
+        self.in_a_row = 0
+
+    def failed(self, error: LalmError) -> bool:
+        """Note a call that failed; whether that is enough."""
+        self.in_a_row += 1
+        return error.hopeless or self.in_a_row >= self.most
+
+
+def retry_after(headers: Mapping[str, str], now: Callable[[], float] = time.time) -> float | None:
+    """Seconds that a server asks to wait, by `Retry-After` (seconds or a date) or `retry-after-ms`.
+
+    Parameters
+    ----------
+    headers : mapping of str to str
+        Of the reply, with lower-case names or case-insensitive.
+    now : callable
+        Gives the time since the epoch in seconds.
+
+    Returns
+    -------
+    float or None
+        `None` if it says nothing that can be understood.
+
+    Example
+    -------
+    >>> retry_after({"retry-after": "1.5"}), retry_after({"retry-after-ms": "20"}), retry_after({})
+    (1.5, 0.02, None)
+    >>> retry_after({"retry-after": "Thu, 01 Jan 1970 00:01:00 GMT"}, now=lambda: 50.0)
+    10.0
+    """
+    for name, unit in (("retry-after-ms", 0.001), ("retry-after", 1.0)):
+        try:
+            seconds = float(headers.get(name, "")) * unit
+        except ValueError:
+            continue
+        return seconds if 0 <= seconds < math.inf else None
+    try:
+        return max(email.utils.parsedate_to_datetime(headers.get("retry-after", "")).timestamp() - now(), 0.0)
+    except (TypeError, ValueError):
+        return None
+
+
+def expected_tokens(prompt: Prompt, seconds: float, n: int, profile: Profile) -> Tokens:
+    """Estimate what a call takes, for plans and limits.
+
+    Parameters
+    ----------
+    prompt : Prompt
+        The question.
+    seconds : float
+        Length of the recording.
+    n : int
+        Answers asked for.
+    profile : Profile
+        Who is asked.
+
+    Returns
+    -------
+    Tokens
+
+    Example
+    -------
+    >>> expected_tokens(Prompt(("angry", "sad"), "label"), 4.0, 5, Profile())
+    Tokens(text=63, audio=100, output=20)
+    """
+    heard = min(seconds, profile.longest_audio or seconds)
+    return Tokens(
+        text=math.ceil(len(prompt.text()) / 4) + TEMPLATE_TOKENS // 4,
+        audio=math.ceil(heard * profile.audio_tokens_per_second),
+        output=n * EXPECTED_OUTPUT[prompt.form.shape](len(prompt.labels)),
+    )
+
+
+def most_tokens(prompt: Prompt, expected: Tokens, n: int, longest_output: float | None) -> Tokens:
+    """Upper bound of what a call takes, for budgets: no token of text is shorter than a byte.
+
+    Parameters
+    ----------
+    prompt : Prompt
+        The question.
+    expected : Tokens
+        As `expected_tokens` gives.
+    n : int
+        Answers asked for.
+    longest_output : float, optional
+        Limit of one answer in the request.
+
+    Returns
+    -------
+    Tokens
+
+    Example
+    -------
+    >>> most_tokens(Prompt(("angry", "sad"), "label"), Tokens(63, 100, 20), 5, 8).output
+    40
+    """
+    return Tokens(
+        text=len(prompt.text().encode()) + TEMPLATE_TOKENS,
+        audio=expected.audio + TEMPLATE_TOKENS,
+        output=expected.output if longest_output is None else n * longest_output,
+    )
+
+
+def used_tokens(usage: Mapping | None) -> Tokens | None:
+    """Read the usage that a reply reports.
+
+    Parameters
+    ----------
+    usage : mapping, optional
+        In OpenAI's shape.
+
+    Returns
+    -------
+    Tokens or None
+        `None` if there is none. Where a server does not tell audio from text, all that was sent counts as audio, the
+        dearer of the two; what it counts beside prompt and completion (thinking) counts as output.
+
+    Example
+    -------
+    >>> used_tokens({"prompt_tokens": 130, "completion_tokens": 9, "prompt_tokens_details": {"audio_tokens": 100}})
+    Tokens(text=30, audio=100, output=9)
+    >>> used_tokens({"prompt_tokens": 130, "completion_tokens": 9, "total_tokens": 200})
+    Tokens(text=0, audio=130, output=70)
+    """
+    if not isinstance(usage, Mapping):
+        return None
+    prompt, completion, total = (
+        _count(usage.get(name)) for name in ("prompt_tokens", "completion_tokens", "total_tokens")
+    )
+    details = usage.get("prompt_tokens_details")
+    audio = details.get("audio_tokens") if isinstance(details, Mapping) else None
+    audio = prompt if audio is None else min(_count(audio), prompt)
+    return Tokens(prompt - audio, audio, max(completion, total - prompt))
+
+
+def _count(value: object) -> int:
+    return value if isinstance(value, int) and value > 0 else 0

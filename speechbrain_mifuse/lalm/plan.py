@@ -1,0 +1,317 @@
+"""What a collection will ask and cost, before anything is spent."""
+
+from __future__ import annotations
+
+import concurrent.futures
+import dataclasses
+import json
+import logging
+from collections.abc import Mapping
+from pathlib import Path
+
+from speechbrain_mifuse.audio import BadAudio, content_hash, load_audio
+from speechbrain_mifuse.lalm.batch import BATCH_SHARE
+from speechbrain_mifuse.lalm.client import LalmClient
+from speechbrain_mifuse.lalm.collect import SAMPLE_RATE, Wanted
+from speechbrain_mifuse.lalm.hashes import HashCache, Known
+from speechbrain_mifuse.lalm.limits import expected_tokens, most_tokens
+from speechbrain_mifuse.lalm.profile import NO_TOKENS, Price, Profile, Tokens
+from speechbrain_mifuse.lalm.prompt import Prompt
+from speechbrain_mifuse.lalm.store import LabelStore, Query
+from speechbrain_mifuse.progress import progress
+
+logger = logging.getLogger(__name__)
+
+READERS = 4
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+    """A collection that has not begun.
+
+    Attributes
+    ----------
+    prompt : str
+        The question about one recording.
+    fields : mapping
+        The other fields of the request's body.
+    profile : Profile
+        Who is asked.
+    utterances, recordings : int
+        Asked for, and different ones among them.
+    wanted, stored, given_up : int
+        Samples of the recordings: all, those in the store, those out of attempts.
+    calls : int
+        Requests to be made.
+    expected, most : Tokens
+        Estimate of what they take, and upper bound.
+    spent : float
+        Cost of what is stored, if there are prices.
+    longer : int
+        Recordings longer than the model hears.
+    budget : float, optional
+        Limit on the cost of all answers to this query.
+
+    Example
+    -------
+    >>> plan = Plan("Which?", {"model": "m"}, Profile(), 10, 9, 45, 5, 0, calls=40, expected=Tokens(400, 4000, 200))
+    >>> round(plan.seconds)
+    10
+    >>> print(plan.told().splitlines()[-2])
+    cost            price unknown: add `price` to the lalm_profile
+    """
+
+    prompt: str
+    fields: Mapping
+    profile: Profile
+    utterances: int
+    recordings: int
+    wanted: int
+    stored: int
+    given_up: int
+    calls: int = 0
+    expected: Tokens = NO_TOKENS
+    most: Tokens = NO_TOKENS
+    spent: float = 0.0
+    longer: int = 0
+    budget: float | None = None
+
+    @property
+    def cost(self) -> float | None:
+        """Estimate of what the calls cost; `None` without prices."""
+        return self.profile.price.cost(self.expected) if self.profile.price else None
+
+    @property
+    def seconds(self) -> float:
+        """Least time that the calls take at the configured rates and the assumed time of a call."""
+        profile = self.profile
+        by_latency = self.calls * profile.seconds_per_call / profile.concurrency
+        by_requests = 60 * self.calls / profile.requests_per_minute if profile.requests_per_minute else 0.0
+        by_tokens = 60 * self.expected.total / profile.tokens_per_minute if profile.tokens_per_minute else 0.0
+        return max(by_latency, by_requests, by_tokens)
+
+    def told(self) -> str:
+        """Describe the plan, with one whole question."""
+        stored, asked = self.stored, self.wanted - self.stored - self.given_up
+        given_up = f", {self.given_up} given up after repeated refusals" if self.given_up else ""
+        parts = (
+            ("recordings", f"{self.recordings} different ones among {self.utterances} utterances"),
+            ("samples", f"{self.wanted} wanted, {stored} stored{given_up}, {asked} to ask for"),
+            ("calls", f"{self.calls}"),
+            ("tokens", self._tokens()),
+            ("cost", self._cost()),
+            ("time", self._time()),
+            ("audio", self._audio()),
+        )
+        question = "\n".join(f"  {line}" for line in self.prompt.splitlines())
+        fields = json.dumps(dict(self.fields), ensure_ascii=False)
+        head = f"Question about one recording, after its audio ({self.profile.audio_part}):\n\n{question}\n"
+        return "\n".join([head, f"with {fields}\n", *(f"{name:15} {text}" for name, text in parts if text)])
+
+    def _tokens(self) -> str:
+        counts = (f"{count:,.0f} {kind}" for kind, count in dataclasses.asdict(self.expected).items())
+        return f"about {', '.join(counts)}"
+
+    def _cost(self) -> str:
+        price = self.profile.price
+        if price is None:
+            return "price unknown: add `price` to the lalm_profile"
+        text = f"about {self.cost:.2f} {price.currency}, at most {price.cost(self.most):.2f}"
+        if self.profile.output_limit(self.fields) is None:
+            text += " if answers are as short as asked for (no max_tokens)"
+        if self.spent:
+            text += f"; {self.spent:.2f} were spent before"
+        if self.budget is not None:
+            text += f"; budget {self.budget:g}"
+            text += ": IT STOPS BEFORE THE END" if self.spent + self.cost > self.budget else ""
+        return f"{text} (prices: {price.source or 'yours'})"
+
+    def _time(self) -> str:
+        rates = [f"{self.profile.concurrency} calls at a time of {self.profile.seconds_per_call:g} s (assumed)"]
+        if self.profile.requests_per_minute:
+            rates.append(f"{self.profile.requests_per_minute:g} requests a minute")
+        if self.profile.tokens_per_minute:
+            rates.append(f"{self.profile.tokens_per_minute:g} tokens a minute")
+        return f"{_duration(self.seconds)} at {', '.join(rates)}"
+
+    def _audio(self) -> str:
+        if not self.longer:
+            return ""
+        return f"{self.longer} recordings are longer than {self.profile.longest_audio:g} s: their beginning is sent"
+
+
+def make_plan(
+    known: Mapping[str, Known],
+    prompt: Prompt,
+    client: LalmClient,
+    store: LabelStore,
+    query: Query,
+    k: int,
+    max_attempts: int = 3,
+) -> Plan:
+    """Plan what `collect` would do, asking nothing.
+
+    Parameters
+    ----------
+    known : mapping of str to Known
+        Content hash and length by utterance id.
+    prompt, client, store, query, k, max_attempts
+        As for `speechbrain_mifuse.lalm.collect.collect`.
+
+    Returns
+    -------
+    Plan
+
+    Example
+    -------
+    >>> import tempfile
+    >>> prompt, client = Prompt(("angry", "sad")), LalmClient("http://127.0.0.1:8000/v1", "m")
+    >>> query = Query.of(prompt, "m", client.base_url, {"temperature": 1.0, "seed": 0})
+    >>> known = {"a": Known("ab" * 32, 2.0), "copy": Known("ab" * 32, 2.0)}
+    >>> with LabelStore(tempfile.mkdtemp() + "/labels.sqlite") as store:
+    ...     plan = make_plan(known, prompt, client, store, query, k=5)
+    >>> plan.utterances, plan.recordings, plan.wanted, plan.calls
+    (2, 1, 5, 1)
+    """
+    profile, seed = client.profile, query.sampling.get("seed")
+    wanted = Wanted(prompt, profile.honours_n, store, query, k, max_attempts)
+    lengths = {recording.audio: recording.seconds for recording in known.values()}
+    samples = [(audio, i) for audio in lengths for i in range(k)]
+    stored = sum(sample in wanted.have for sample in samples)
+    given_up = sum(wanted.rejected.get(sample, 0) >= max_attempts for sample in samples)
+    longest = profile.output_limit(query.sampling)
+    calls, expected, most = 0, NO_TOKENS, NO_TOKENS
+    for audio, seconds in lengths.items():
+        for ask in wanted.claim(audio):
+            question = prompt.at(ask.k, seed)
+            tokens = expected_tokens(question, seconds, ask.n, profile)
+            calls, expected = calls + 1, expected + tokens
+            most = most + most_tokens(question, tokens, ask.n, longest)
+    first = prompt.at(0, seed)
+    n = 1 if wanted.most else k
+    fields = {key: value for key, value in client.body(first, "", n, **query.sampling).items() if key != "messages"}
+    return Plan(
+        *(
+            first.text(),
+            fields,
+            profile,
+            len(known),
+            len(lengths),
+            len(samples),
+            stored,
+            given_up,
+            calls,
+            expected,
+            most,
+        ),
+        spent=client.budget.spent,
+        longer=sum(seconds > profile.longest_audio for seconds in lengths.values()) if profile.longest_audio else 0,
+        budget=client.budget.limit,
+    )
+
+
+def spent_before(store: LabelStore, query: Query, price: Price | None) -> float:
+    """Price of the answers to a query that are stored, refused ones and those they replaced included.
+
+    Parameters
+    ----------
+    store : LabelStore
+        Where they are.
+    query : Query
+        Their key.
+    price : Price, optional
+        Without it nothing is counted.
+
+    Returns
+    -------
+    float
+        In the currency of `price`. Calls whose reply was lost are not known.
+
+    Example
+    -------
+    >>> import tempfile
+    >>> query = Query("0" * 64, ("angry", "sad"), "m", "http://127.0.0.1/v1", {"temperature": 1})
+    >>> with LabelStore(tempfile.mkdtemp() + "/labels.sqlite") as store:
+    ...     spent_before(store, query, Price(1.0, 1.0, 1.0))
+    0.0
+    """
+    if price is None:
+        return 0.0
+    bills = ((told.tokens, told.batch_tokens) for told in store.queries() if told.query == query)
+    return sum((price.cost(live) + BATCH_SHARE * price.cost(batch) for live, batch in bills), 0.0)
+
+
+def known_recordings(wavs: Mapping[str, str | Path], hashes: HashCache, show_progress: bool = True) -> dict[str, Known]:
+    """Find content hash and length of recordings, reading only those that are new or have changed.
+
+    Parameters
+    ----------
+    wavs : mapping of str to path
+        File by utterance id.
+    hashes : HashCache
+        What is known; grows.
+    show_progress : bool
+        Show a progress bar.
+
+    Returns
+    -------
+    dict of str to Known
+        Without unreadable ones, which the log names.
+
+    Example
+    -------
+    >>> import tempfile
+    >>> with HashCache(tempfile.mkdtemp() + "/hashes.sqlite") as hashes:
+    ...     known_recordings({}, hashes, show_progress=False)
+    {}
+    """
+
+    def find(item: tuple[str, str | Path]) -> tuple[str, Known | None]:
+        utt_id, wav = item
+        try:
+            return utt_id, hashes.of(wav, lambda: read_known(wav))
+        except (BadAudio, OSError) as error:
+            logger.warning("%s: %s", utt_id, error)
+            return utt_id, None
+
+    with concurrent.futures.ThreadPoolExecutor(READERS) as readers:
+        found = readers.map(find, wavs.items())
+        bar = progress(found, total=len(wavs), unit="utt", desc="reading recordings", disable=not show_progress)
+        return {utt_id: known for utt_id, known in bar if known is not None}
+
+
+def read_known(wav: str | Path) -> Known:
+    """Read a recording for its content hash and length.
+
+    Parameters
+    ----------
+    wav : str or pathlib.Path
+        A file.
+
+    Returns
+    -------
+    Known
+
+    Raises
+    ------
+    BadAudio
+        If it cannot be read.
+
+    Example
+    -------
+    >>> read_known("missing.wav")
+    Traceback (most recent call last):
+    ...
+    speechbrain_mifuse.audio.BadAudio: missing.wav: cannot be read as audio ...
+    """
+    waveform = load_audio(wav, SAMPLE_RATE)
+    return Known(content_hash(waveform), len(waveform) / SAMPLE_RATE)
+
+
+def _duration(seconds: float) -> str:
+    """Time for people: two units are enough."""
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    if hours:
+        return f"{hours} h {minutes} min"
+    return f"{minutes} min {rest} s" if minutes else f"{rest} s"

@@ -1,0 +1,408 @@
+"""Asking a server about itself before it is paid: the capability card.
+
+A server's documentation says what it accepts; many accept more than they heed. So each capability is tried on real
+audio, in a fixed number of calls, and each finding is "yes", "no" or "cannot tell" with what was seen.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import base64
+import dataclasses
+import itertools
+import math
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import torch
+import yaml
+
+from speechbrain_mifuse.errors import UserError
+from speechbrain_mifuse.lalm.card import Card
+from speechbrain_mifuse.lalm.client import LalmClient, LalmError, reply_of
+from speechbrain_mifuse.lalm.collect import SAMPLE_RATE, encode_wav, run_to_end
+from speechbrain_mifuse.lalm.findings import (
+    CHOICES,
+    CLIP_SECONDS,
+    COOL,
+    LABELS,
+    OFF_LIST,
+    WARM,
+    Outcome,
+    constraints_of,
+    findings,
+)
+from speechbrain_mifuse.lalm.profile import AUDIO_PARTS, Profile
+from speechbrain_mifuse.lalm.prompt import ANSWER_FORMS, Prompt
+from speechbrain_mifuse.progress import progress
+
+LENGTHS = (10.0, 30.0, 60.0)
+
+
+@dataclasses.dataclass(frozen=True)
+class Question:
+    """One call.
+
+    Attributes
+    ----------
+    clip : str, optional
+        Which recording is sent with it, see `clips`; none at all if missing.
+    text : str
+        What is asked.
+    fields : mapping
+        Fields of the request's body besides model and messages.
+    audio_part : str
+        Key of `AUDIO_PARTS`.
+
+    Example
+    -------
+    >>> Question("speech", "What do you hear?").audio_part
+    'input_audio'
+    """
+
+    clip: str | None
+    text: str
+    fields: Mapping = dataclasses.field(default_factory=dict)
+    audio_part: str = "input_audio"
+
+    def messages(self, wavs: Mapping[str, str]) -> list[dict]:
+        """Messages of the request, with the clip from `wavs`, WAV files in base64."""
+        audio = [] if self.clip is None else [AUDIO_PARTS[self.audio_part](wavs[self.clip])]
+        return [{"role": "user", "content": [*audio, {"type": "text", "text": self.text}]}]
+
+
+def probe(
+    client: LalmClient,
+    profile: Profile,
+    speech: torch.Tensor,
+    temperature: float = 1.0,
+    lengths: Sequence[float] = LENGTHS,
+    show_progress: bool = True,
+) -> Card:
+    """Ask a server about itself.
+
+    Parameters
+    ----------
+    client : LalmClient
+        Access to the server.
+    profile : Profile
+        The forms to try: audio part, constraint, further fields of every request.
+    speech : torch.Tensor
+        A recording `[samples]` at 16 kHz, at least one second; its first four seconds are used.
+    temperature : float
+        Of the collection that is planned; above 0.
+    lengths : sequence of float
+        Ascending durations in seconds that are tried to find the longest audio heard.
+    show_progress : bool
+        Show a progress bar.
+
+    Returns
+    -------
+    Card
+
+    Raises
+    ------
+    LalmError
+        If the server is down, refuses the key or does not know the model.
+    UserError
+        If the recording is too short, or the lengths do not ascend from above the clip's.
+
+    Example
+    -------
+    >>> len(questions(Profile(), 1.0, (10.0, 30.0)))  # the calls that it takes
+    28
+    """
+    asked = questions(profile, temperature, lengths)
+    wavs = {name: base64.b64encode(wav).decode() for name, wav in clips(speech, lengths).items()}
+    with progress(total=len(asked), unit="call", desc=f"probing {client.model}", disable=not show_progress) as bar:
+        outcomes = run_to_end(lambda: _ask_all(client, asked, wavs, min(profile.concurrency, 4), bar))
+    first = outcomes["speech 1"]
+    card = Card(
+        client.base_url,
+        client.model,
+        first.served_model,
+        first.fingerprint,
+        profile.audio_part,
+        profile.constraint,
+        calls=len(asked),
+        prompt_tokens=sum(outcome.prompt_tokens or 0 for outcome in outcomes.values()),
+        completion_tokens=sum(outcome.completion_tokens or 0 for outcome in outcomes.values()),
+        findings=findings(outcomes, profile, lengths),
+    )
+    # A careless server may echo the key, and cards are kept and passed on.
+    key = os.environ.get("OPENAI_API_KEY")
+    return Card.from_json(card.to_json().replace(key, "***")) if key else card
+
+
+def questions(profile: Profile, temperature: float, lengths: Sequence[float]) -> dict[str, Question]:
+    """List every call of a probe by name, so that their number is known before the first.
+
+    Parameters
+    ----------
+    profile, temperature, lengths
+        As in `probe`.
+
+    Returns
+    -------
+    dict of str to Question
+
+    Example
+    -------
+    >>> questions(Profile(), 1.0, (10.0,))["n"].fields["n"]
+    3
+    """
+    part, always = profile.audio_part, dict(profile.sampling)
+    score, word = (Prompt(LABELS, form).text() for form in ("distribution", "label"))
+    shape = ANSWER_FORMS[profile.answer_form].shape
+    off_list = f"Reply with the single word {OFF_LIST} and nothing else."
+    cold, warm = {**always, "temperature": 0}, {**always, "temperature": temperature}
+    # The same pass of a model that also computes at random.
+    same_pass = {"seed": 1} if profile.honours_seed else {}
+    first_token = {**always, **Prompt(LABELS, "logprobs").request_options(), **same_pass}
+    json_object = {"response_format": {"type": "json_object"}}
+    return {
+        **{f"{clip} {i}": Question(clip, score, cold, part) for clip in ("speech", "silence") for i in (1, 2, 3)},
+        "noise": Question("noise", score, cold, part),
+        "tagged": Question("tagged", score, cold, part),
+        "without audio": Question(None, score, cold),
+        **{
+            f"{other} {clip}": Question(clip, score, cold, other)
+            for other in AUDIO_PARTS
+            for clip in ("speech", "silence", "tagged")
+            if other != part
+        },
+        **{f"warm {i}": Question("speech", score, warm, part) for i in (1, 2, 3)},
+        "seed 1": Question("speech", score, {**warm, "seed": 1}, part),
+        "seed 1 again": Question("speech", score, {**warm, "seed": 1}, part),
+        "seed 2": Question("speech", score, {**warm, "seed": 2}, part),
+        "n": Question("speech", score, {**warm, "n": CHOICES}, part),
+        "first token warm": Question("speech", word, {**first_token, "temperature": WARM}, part),
+        "first token cool": Question("speech", word, {**first_token, "temperature": COOL}, part),
+        "free": Question("speech", off_list, cold, part),
+        **{
+            f"constraint {name}": Question("speech", off_list, {**cold, **forms[shape](LABELS)}, part)
+            for name, forms in constraints_of(shape).items()
+        },
+        "json_object": Question("speech", score, {**cold, **json_object}, part),
+        **{f"{seconds:g} s": Question(f"{seconds:g} s", score, cold, part) for seconds in lengths},
+    }
+
+
+def seconds_sent(asked: Mapping[str, Question]) -> float:
+    """Seconds of audio in all questions together, at most.
+
+    Parameters
+    ----------
+    asked : mapping of str to Question
+        As `questions` gives.
+
+    Returns
+    -------
+    float
+
+    Example
+    -------
+    >>> seconds_sent({"a": Question("speech", ""), "b": Question("10 s", ""), "c": Question(None, "")})
+    14.0
+    """
+    named = [question.clip for question in asked.values() if question.clip is not None]
+    return sum(float(clip[:-2]) if clip.endswith(" s") else CLIP_SECONDS for clip in named)
+
+
+def lengths_up_to(longest: float | None) -> list[float]:
+    """Give the durations to be tried, with the longest recording of a collection among them.
+
+    Parameters
+    ----------
+    longest : float, optional
+        Seconds.
+
+    Returns
+    -------
+    list of float
+
+    Example
+    -------
+    >>> lengths_up_to(45), lengths_up_to(None)
+    ([10.0, 30.0, 45.0, 60.0], [10.0, 30.0, 60.0])
+    """
+    further = {float(longest)} if longest is not None and longest > CLIP_SECONDS else set()
+    return sorted(set(LENGTHS) | further)
+
+
+def read_profile(path: str | Path | None, **given) -> Profile:
+    """Read a provider's profile.
+
+    Parameters
+    ----------
+    path : str or pathlib.Path, optional
+        A YAML file as in `hparams/lalm`; the default profile without it.
+    **given
+        Fields that take precedence.
+
+    Returns
+    -------
+    Profile
+
+    Raises
+    ------
+    UserError
+        If the file cannot be read, or holds what no profile has.
+
+    Example
+    -------
+    >>> read_profile(None, model="m").model
+    'm'
+    """
+    if path is None:
+        return Profile.of(None, **given)
+    try:
+        values = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+    except (OSError, ValueError, yaml.YAMLError) as error:
+        raise UserError(
+            f"--profile {path}: cannot be read: {error}. Name a file such as hparams/lalm/openai.yaml"
+        ) from None
+    if not isinstance(values, Mapping):
+        raise UserError(f"--profile {path}: holds no keys of a profile. Name a file such as hparams/lalm/openai.yaml")
+    return Profile.of(values, **given)
+
+
+def clips(speech: torch.Tensor, lengths: Sequence[float]) -> dict[str, bytes]:
+    """Make the recordings that a probe sends.
+
+    Parameters
+    ----------
+    speech : torch.Tensor
+        `[samples]` at 16 kHz.
+    lengths : sequence of float
+        Durations in seconds; the speech is repeated to fill them.
+
+    Returns
+    -------
+    dict of str to bytes
+        WAV files: `speech`, `silence` and `noise` of one duration, `tagged` with the samples of the first in other
+        bytes, and one for each length.
+
+    Raises
+    ------
+    UserError
+        If there is less than a second of speech, or the lengths do not ascend from above the clip's.
+
+    Example
+    -------
+    >>> {name: len(wav) for name, wav in clips(speech_like(2.0), (5, 8)).items()}
+    {'speech': 64044, 'silence': 64044, 'noise': 64044, '5 s': 160044, '8 s': 256044, 'tagged': 64070}
+    """
+    if len(lengths) < 2 or sorted(set(lengths)) != list(lengths) or lengths[0] <= CLIP_SECONDS:
+        raise UserError(f"the probe's lengths {list(lengths)}: name at least two, ascending, above {CLIP_SECONDS:g} s")
+    if len(speech) < SAMPLE_RATE:
+        raise UserError(f"the probe's recording has {len(speech) / SAMPLE_RATE:.2g} s: at least one second is needed")
+    speech = speech[: int(CLIP_SECONDS * SAMPLE_RATE)]
+    noise = torch.randn(len(speech), generator=torch.Generator().manual_seed(0))
+    made = {"speech": speech, "silence": torch.zeros_like(speech), "noise": noise * speech.std()}
+    for seconds in lengths:
+        samples = int(seconds * SAMPLE_RATE)
+        made[f"{seconds:g} s"] = speech.repeat(math.ceil(samples / len(speech)))[:samples]
+    wavs = {name: encode_wav(clip) for name, clip in made.items()}
+    return {**wavs, "tagged": _tagged(wavs["speech"])}
+
+
+def _tagged(wav: bytes) -> bytes:
+    """Give a WAV file a comment: the same sound in other bytes."""
+    text = b"probe\0"
+    comment = b"INFOICMT" + len(text).to_bytes(4, "little") + text
+    chunk = b"LIST" + len(comment).to_bytes(4, "little") + comment
+    return wav[:4] + (len(wav) + len(chunk) - 8).to_bytes(4, "little") + wav[8:] + chunk
+
+
+def speech_like(seconds: float = CLIP_SECONDS) -> torch.Tensor:
+    """Render vowels with a moving pitch: a stand-in for speech where no recording is at hand.
+
+    Parameters
+    ----------
+    seconds : float
+        Duration.
+
+    Returns
+    -------
+    torch.Tensor
+        `[samples]` at 16 kHz.
+
+    Example
+    -------
+    >>> wave = speech_like(1.0)
+    >>> len(wave), bool(wave.abs().max() <= 0.5)
+    (16000, True)
+    """
+    time = torch.arange(int(seconds * SAMPLE_RATE)) / SAMPLE_RATE
+    pitch = 140 + 40 * torch.sin(2 * torch.pi * 0.7 * time) + 5 * torch.sin(2 * torch.pi * 5 * time)
+    phase = 2 * torch.pi * torch.cumsum(pitch, 0) / SAMPLE_RATE
+    vowels = torch.tensor([[730, 1090, 2440], [270, 2290, 3010], [300, 870, 2240], [530, 1840, 2480]])  # a i u e
+    formants = vowels[(4 * time).long() % len(vowels)]
+    wave = torch.zeros_like(time)
+    for harmonic in range(1, 24):
+        distance = (harmonic * pitch[:, None] - formants) / 90
+        wave += torch.sin(harmonic * phase) * (1 / (1 + distance.square())).sum(1) / harmonic**0.5
+    syllables = torch.sin(torch.pi * (4 * time % 1)).sqrt()
+    wave = wave * syllables
+    return 0.5 * wave / wave.abs().max()
+
+
+async def _ask_all(client: LalmClient, asked: Mapping[str, Question], wavs: Mapping[str, str], workers: int, bar):
+    """Ask all questions, the first one alone: a wrong address or key is found out by a single call."""
+    outcomes, queue = {}, iter(asked.items())
+
+    async def work(questions):
+        for name, question in questions:
+            outcomes[name] = await _ask(client, question, wavs)
+            bar.update()
+
+    async with client:
+        await client.check()
+        await work(itertools.islice(queue, 1))
+        await asyncio.gather(*(work(queue) for _ in range(workers)))
+    return {name: outcomes[name] for name in asked}
+
+
+async def _ask(client: LalmClient, question: Question, wavs: Mapping[str, str]) -> Outcome:
+    try:
+        completion = await client.complete(question.messages(wavs), **question.fields)
+    except LalmError as error:
+        if error.hopeless:
+            raise
+        # The card names the address once, and what to do is said where it is held against a collection.
+        said = str(error).partition("): ")[2].partition(" -> ")[0]
+        return Outcome(error=said or str(error), status=error.status)
+    return outcome_of(completion)
+
+
+def outcome_of(completion) -> Outcome:
+    """Read a completion, tolerating fields that lesser servers leave out.
+
+    Parameters
+    ----------
+    completion : openai.types.chat.ChatCompletion
+        As the server sent it.
+
+    Returns
+    -------
+    Outcome
+
+    Example
+    -------
+    >>> from types import SimpleNamespace as Namespace
+    >>> choice = Namespace(message=Namespace(content="angry"), finish_reason="stop")
+    >>> outcome_of(Namespace(choices=[choice], usage=None)).text
+    'angry'
+    """
+    usage = getattr(completion, "usage", None)
+    details = getattr(usage, "prompt_tokens_details", None)
+    return Outcome(
+        tuple(reply_of(choice) for choice in getattr(completion, "choices", None) or ()),
+        getattr(usage, "prompt_tokens", None),
+        getattr(details, "audio_tokens", None),
+        getattr(usage, "completion_tokens", None),
+        getattr(completion, "model", None) or "",
+        getattr(completion, "system_fingerprint", None) or "",
+    )

@@ -1,0 +1,311 @@
+"""What differs between providers of audio language models, as data: one YAML file for each in `hparams/lalm/`."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import re
+from collections.abc import Callable, Mapping, Sequence
+
+from speechbrain_mifuse.errors import UserError
+
+Labels = tuple[str, ...]
+
+
+def _input_audio(wav_base64: str) -> dict:
+    return {"type": "input_audio", "input_audio": {"data": wav_base64, "format": "wav"}}
+
+
+def _audio_url(wav_base64: str) -> dict:
+    return {"type": "audio_url", "audio_url": {"url": f"data:audio/wav;base64,{wav_base64}"}}
+
+
+# How a WAV file in base64 becomes a part of a message.
+AUDIO_PARTS: dict[str, Callable[[str], dict]] = {"input_audio": _input_audio, "audio_url": _audio_url}
+
+
+def _free(labels: Labels) -> dict:
+    return {}
+
+
+def _probabilities(labels: Labels) -> dict:
+    """JSON schema of one probability for each label."""
+    number = {"type": "number", "minimum": 0, "maximum": 1}
+    return _object({label: number for label in labels})
+
+
+def _object(properties: dict) -> dict:
+    return {"type": "object", "properties": properties, "required": list(properties), "additionalProperties": False}
+
+
+def _response_format(schema: dict) -> dict:
+    return {
+        "response_format": {
+            "type": "json_schema",
+            "json_schema": {"name": "emotion", "strict": True, "schema": schema},
+        }
+    }
+
+
+def _word_pattern(labels: Labels) -> str:
+    return "(" + "|".join(map(re.escape, labels)) + ")"
+
+
+def _object_pattern(labels: Labels) -> str:
+    """Regular expression of one JSON object, which also keeps a weak model from endless digits."""
+    pairs = (re.escape(json.dumps(label, ensure_ascii=False)) + r": (0(\.\d{1,4})?|1(\.0)?)" for label in labels)
+    return r"\{" + ", ".join(pairs) + r"\}"
+
+
+# By name, then by what the answer shall be: one "word", one "object" of probabilities, or a word whose "first_token"
+# is looked at. Each function takes the labels and gives fields of the request's body. A shape that is missing cannot be
+# had: a schema's reply begins with a brace, so its first token says nothing.
+CONSTRAINTS: dict[str, dict[str, Callable[[Labels], dict]]] = {
+    "none": dict.fromkeys(("word", "object", "first_token"), _free),
+    # vLLM. Its older field guided_choice is ignored today, with status 200.
+    "structured_outputs": {
+        "word": lambda labels: {"structured_outputs": {"choice": list(labels)}},
+        "object": lambda labels: {"structured_outputs": {"json": _probabilities(labels)}},
+        "first_token": lambda labels: {"structured_outputs": {"choice": list(labels)}},
+    },
+    "json_schema": {
+        "word": lambda labels: _response_format(_object({"emotion": {"type": "string", "enum": list(labels)}})),
+        "object": lambda labels: _response_format(_probabilities(labels)),
+    },
+    # SGLang.
+    "regex": {
+        "word": lambda labels: {"regex": _word_pattern(labels)},
+        "object": lambda labels: {"regex": _object_pattern(labels)},
+        "first_token": lambda labels: {"regex": _word_pattern(labels)},
+    },
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Price:
+    """What a provider asks for a million tokens. Prices change: they are the user's to check.
+
+    Attributes
+    ----------
+    per_million_input_text, per_million_input_audio, per_million_output : float
+        For a million tokens of each kind.
+    currency : str
+        Three letters.
+    source : str
+        Where and when the prices were read.
+
+    Example
+    -------
+    >>> price = Price(per_million_input_text=2.0, per_million_input_audio=40.0, per_million_output=10.0)
+    >>> round(price.cost(Tokens(text=1000, audio=50, output=100)), 6)
+    0.005
+    """
+
+    per_million_input_text: float
+    per_million_input_audio: float
+    per_million_output: float
+    currency: str = "USD"
+    source: str = ""
+
+    def __post_init__(self):
+        for name in ("per_million_input_text", "per_million_input_audio", "per_million_output"):
+            value = getattr(self, name)
+            if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value < float("inf"):
+                raise UserError(f"lalm_profile: price: {name} must be a number that is not negative, not {value!r}")
+
+    def cost(self, tokens: Tokens) -> float:
+        """Price of some tokens, in the currency."""
+        parts = (
+            (tokens.text, self.per_million_input_text),
+            (tokens.audio, self.per_million_input_audio),
+            (tokens.output, self.per_million_output),
+        )
+        return sum(count * price for count, price in parts) / 1e6
+
+
+@dataclasses.dataclass(frozen=True)
+class Tokens:
+    """Numbers of tokens by what they cost.
+
+    Attributes
+    ----------
+    text, audio : float
+        Of what is sent.
+    output : float
+        Of what is answered.
+
+    Example
+    -------
+    >>> (Tokens(10, 20, 5) + Tokens(1, 2, 3)).total
+    41
+    """
+
+    text: float = 0
+    audio: float = 0
+    output: float = 0
+
+    @property
+    def total(self) -> float:
+        """All of them, as limits count."""
+        return self.text + self.audio + self.output
+
+    def __add__(self, other: Tokens) -> Tokens:
+        return Tokens(self.text + other.text, self.audio + other.audio, self.output + other.output)
+
+    def __mul__(self, times: float) -> Tokens:
+        return Tokens(self.text * times, self.audio * times, self.output * times)
+
+
+NO_TOKENS = Tokens()
+
+
+@dataclasses.dataclass(frozen=True)
+class Profile:
+    """One provider: where it is, what its API understands, what it allows and what it costs.
+
+    Attributes
+    ----------
+    name : str
+        For people.
+    base_url, model : str, optional
+        Address and model. Without an address the teacher is a classifier served on this machine.
+    audio_part : str
+        Key of `AUDIO_PARTS`.
+    constraint : str
+        Key of `CONSTRAINTS`: how the server is told to answer in no other form.
+    answer_form : str
+        Key of `speechbrain_mifuse.lalm.prompt.ANSWER_FORMS`.
+    sampling : mapping
+        Further fields of every request, such as `max_tokens`; they are part of the answers' key.
+    requests_per_minute, tokens_per_minute : float, optional
+        What the provider allows.
+    concurrency : int
+        Calls at a time.
+    honours_n : bool
+        Whether one call can bring several answers; if not, each answer is a call.
+    honours_seed : bool
+        Whether `seed` is sent.
+    longest_audio : float, optional
+        Seconds that the model hears; of longer recordings the beginning is sent, and a warning tells how many.
+    audio_tokens_per_second : float
+        Estimate for plans and budgets; what was used is taken from the replies.
+    seconds_per_call : float
+        Estimate for plans.
+    timeout, deadline : float
+        Seconds for one attempt, and for one call with all its attempts.
+    max_retries : int
+        Further attempts after a passing fault.
+    price : Price, optional
+        Unknown if missing.
+
+    Raises
+    ------
+    UserError
+        If a value cannot be used; the message names the key.
+
+    Example
+    -------
+    >>> profile = Profile.of({"name": "here", "base_url": "http://127.0.0.1:8000/v1", "audio_part": "audio_url"})
+    >>> profile.honours_n, profile.price
+    (True, None)
+    >>> Profile.of({"audio_part": "wav"})
+    Traceback (most recent call last):
+    ...
+    speechbrain_mifuse.errors.UserError: lalm_profile: audio_part 'wav' is none of input_audio, audio_url
+    """
+
+    name: str = "default"
+    base_url: str | None = None
+    model: str | None = None
+    audio_part: str = "input_audio"
+    constraint: str = "none"
+    answer_form: str = "distribution"
+    sampling: Mapping = dataclasses.field(default_factory=dict, hash=False)
+    requests_per_minute: float | None = None
+    tokens_per_minute: float | None = None
+    concurrency: int = 8
+    honours_n: bool = True
+    honours_seed: bool = True
+    longest_audio: float | None = None
+    audio_tokens_per_second: float = 25.0
+    seconds_per_call: float = 2.0
+    timeout: float = 60.0
+    deadline: float = 300.0
+    max_retries: int = 6
+    price: Price | None = None
+
+    def __post_init__(self):
+        for name, known in (("audio_part", AUDIO_PARTS), ("constraint", CONSTRAINTS)):
+            if getattr(self, name) not in known:
+                raise UserError(f"lalm_profile: {name} {getattr(self, name)!r} is none of {', '.join(known)}")
+        for name, (least, optional) in _NUMBERS.items():
+            value = getattr(self, name)
+            if value is None and optional:
+                continue
+            if isinstance(value, bool) or not isinstance(value, (int, float)) or not least < value < float("inf"):
+                raise UserError(f"lalm_profile: {name} must be a number above {max(least, 0)}, not {value!r}")
+        if not isinstance(self.sampling, Mapping):
+            raise UserError(f"lalm_profile: sampling must be a mapping of request fields, not {self.sampling!r}")
+
+    @classmethod
+    def of(cls, values: Mapping | None, **given) -> Profile:
+        """Make a profile of a YAML file's values.
+
+        Parameters
+        ----------
+        values : mapping, optional
+            Fields of the class; `price` as a mapping of the fields of `Price`.
+        **given
+            Fields that take precedence.
+
+        Returns
+        -------
+        Profile
+
+        Raises
+        ------
+        UserError
+            If a key is unknown or a value cannot be used.
+        """
+        fields = {**(values or {}), **given}
+        if fields.get("price") is not None:
+            fields["price"] = _of(Price, fields["price"], "lalm_profile: price: ")
+        return _of(cls, fields, "lalm_profile: ")
+
+    def output_limit(self, sampling: Mapping) -> float | None:
+        """Tokens that one answer can have at most, if some field of the request limits them."""
+        limits = [sampling[name] for name in OUTPUT_LIMITS if sampling.get(name) is not None]
+        return min(limits, default=None)
+
+
+# Fields of a request that limit the length of an answer; providers differ in the name.
+OUTPUT_LIMITS = ("max_completion_tokens", "max_tokens")
+
+# Least value (exclusive), and whether the key may be empty.
+_NUMBERS = {
+    "requests_per_minute": (0, True),
+    "tokens_per_minute": (0, True),
+    "longest_audio": (0, True),
+    "concurrency": (0, False),
+    "audio_tokens_per_second": (0, False),
+    "seconds_per_call": (0, False),
+    "timeout": (0, False),
+    "deadline": (0, False),
+    "max_retries": (-1, False),
+}
+
+
+def _of(cls, values: Mapping, where: str):
+    known: Sequence[str] = [field.name for field in dataclasses.fields(cls)]
+    unknown = [key for key in values if key not in known]
+    if unknown:
+        raise UserError(f"{where}{', '.join(map(str, unknown))} is none of {', '.join(known)}")
+    needed = [
+        field.name
+        for field in dataclasses.fields(cls)
+        if field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING
+    ]
+    missing = [name for name in needed if name not in values]
+    if missing:
+        raise UserError(f"{where}{', '.join(missing)} missing")
+    return cls(**values)
