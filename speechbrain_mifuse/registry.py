@@ -22,6 +22,8 @@ COLUMNS = (
 )
 REGISTRY = Path("tests", "recipes")
 REFERENCE = re.compile(r"<(\w+)>")
+# A value that is one key of an included file.
+PICKED = re.compile(r"<(\w+)\[(\w+)\]>")
 
 
 class RegistryError(UserError):
@@ -93,7 +95,7 @@ def plain_values(path: str | Path) -> dict:
     Returns
     -------
     dict
-        Its values; references stay as `<key>`, included files are merged in.
+        Its values; references stay as `<key>`, included files are merged in, and `<key[inner]>` is looked up in them.
 
     Raises
     ------
@@ -115,7 +117,32 @@ def plain_values(path: str | Path) -> dict:
         raise RegistryError(f"{path}: cannot be read as YAML ({error}).") from None
     if not isinstance(values, Mapping):
         raise RegistryError(f"{path}: holds no keys.")
-    return dict(values)
+    return {key: picked(value, values) for key, value in values.items()}
+
+
+def picked(value, values: Mapping):
+    """Look up a value that refers to one key of a mapping.
+
+    Parameters
+    ----------
+    value : object
+        Any value; what is no such reference is given back.
+    values : mapping
+        Where the mapping is.
+
+    Returns
+    -------
+    object
+        What the reference stands for.
+
+    Example
+    -------
+    >>> picked("<profile[model]>", {"profile": {"model": "m"}})
+    'm'
+    """
+    found = PICKED.fullmatch(value) if isinstance(value, str) else None
+    inner = values.get(found[1]) if found else None
+    return inner[found[2]] if isinstance(inner, Mapping) and found[2] in inner else value
 
 
 @dataclass(frozen=True)

@@ -10,6 +10,7 @@ from pathlib import Path
 import speechbrain as sb
 import torch
 from speechbrain.utils.checkpoints import Checkpointer
+from speechbrain.utils.distributed import ddp_barrier
 from speechbrain.utils.epoch_loop import EpochCounter
 
 from speechbrain_mifuse.corpora.manifest import atomic_write
@@ -50,6 +51,8 @@ class WholeCheckpointer(Checkpointer):
         saved = super().save_checkpoint(*args, **kwargs)
         if saved is not None:
             (saved.path / WHOLE).touch()
+        # All processes look for checkpoints next: one that missed the mark would wait for the others forever.
+        ddp_barrier()
         return saved
 
     def list_checkpoints(self):

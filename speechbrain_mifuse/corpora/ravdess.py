@@ -6,12 +6,14 @@ Licence: CC BY-NC-SA 4.0. Tree: `Actor_NN/MM-VV-EE-II-SS-RR-AA.wav` (any file ty
 
 Four classes: neutral 96, happy 192, sad 192, angry 192 = 672 clips; calm, fearful, disgust and surprised take no part.
 Two clips of actor 07 (happy, normal intensity, second sentence, both repetitions) are one recording; preparation keeps
-the first, so 671 take part.
+the first, so 671 take part. `prepare_ravdess_8` takes all eight classes, of which each has 192 clips but neutral.
 Split policy: speaker-independent. Actors are dealt to the splits in numerical order, which alternates the sexes.
 """
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 
 from speechbrain_mifuse.corpora.manifest import Corpus, CorpusError, Utterance, map_label
@@ -26,16 +28,19 @@ LABEL_MAP = {
     "07": None,
     "08": None,
 }
+EIGHT_CLASSES = {**LABEL_MAP, "02": "calm", "06": "fearful", "07": "disgust", "08": "surprised"}
 SPEAKERS = tuple(f"{actor:02d}" for actor in range(1, 25))
 
 
-def list_ravdess(data_folder: str | Path) -> list[Utterance]:
-    """List the clips of the four common classes.
+def list_ravdess(data_folder: str | Path, label_map: Mapping[str, str | None] = LABEL_MAP) -> list[Utterance]:
+    """List the clips of some classes, by default the four common ones.
 
     Parameters
     ----------
     data_folder : str or pathlib.Path
         Folder that holds `Actor_01 ... Actor_24`.
+    label_map : mapping of str to str or None
+        Class by emotion code; `None` leaves one out.
 
     Returns
     -------
@@ -61,11 +66,13 @@ def list_ravdess(data_folder: str | Path) -> list[Utterance]:
         fields = wav.stem.split("-")
         if len(fields) != 7:
             raise CorpusError(f"{wav}: not a RAVDESS name (seven two-digit fields). Move the file away.")
-        emo = map_label(LABEL_MAP, fields[2], wav)
+        emo = map_label(label_map, fields[2], wav)
         if emo is not None:
             utterances.append(Utterance(f"rav-{wav.stem}", wav, emo, fields[6]))
     return utterances
 
 
 RAVDESS = Corpus("ravdess", "ravdess", "Actor_*", SPEAKERS, list_ravdess)
+RAVDESS_8 = Corpus("ravdess", "ravdess", "Actor_*", SPEAKERS, partial(list_ravdess, label_map=EIGHT_CLASSES))
 prepare_ravdess = RAVDESS.prepare
+prepare_ravdess_8 = RAVDESS_8.prepare

@@ -58,7 +58,7 @@ def plot_confusion(path: str | Path, counts: torch.Tensor, labels: Sequence[str]
     axes.set_yticks(range(len(labels)), labels)
     axes.set(xlabel="predicted", ylabel="reference")
     axes.set_title(title, fontsize=10)
-    _save(figure, path)
+    save_figure(figure, path)
 
 
 def plot_heatmap(path: str | Path, comparison: Comparison) -> None:
@@ -99,7 +99,7 @@ def plot_heatmap(path: str | Path, comparison: Comparison) -> None:
     axes.set_yticks(range(rows), comparison.methods, fontsize=9)
     axes.tick_params(length=0)
     axes.set_title(f"UA %, mean over {len(comparison.seeds)} seeds", fontsize=10)
-    _save(figure, path)
+    save_figure(figure, path)
 
 
 def plot_transfers(path: str | Path, comparison: Comparison, methods: Sequence[str]) -> None:
@@ -152,10 +152,27 @@ def plot_transfers(path: str | Path, comparison: Comparison, methods: Sequence[s
     axes.set_axisbelow(True)
     axes.spines[["top", "right"]].set_visible(False)
     figure.legend(loc="outside upper center", ncols=4, frameon=False)
-    _save(figure, path)
+    save_figure(figure, path)
 
 
-def _save(figure: Figure, path: str | Path) -> None:
+def save_figure(figure: Figure, path: str | Path) -> None:
+    """Write a figure.
+
+    Parameters
+    ----------
+    figure : matplotlib.figure.Figure
+        Drawn.
+    path : str or pathlib.Path
+        PNG to write.
+
+    Example
+    -------
+    >>> import tempfile
+    >>> path = Path(tempfile.mkdtemp()) / "empty.png"
+    >>> save_figure(Figure(figsize=(1, 1)), path)
+    >>> path.stat().st_size > 100
+    True
+    """
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png", dpi=130)
     atomic_write(path, buffer.getvalue())

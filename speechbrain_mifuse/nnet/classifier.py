@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import torch
 from torch import nn
 from torch.nn import functional as F
 
 from speechbrain_mifuse.nnet.statistical_attentive_pooling import StatisticalAttentivePooling
+from speechbrain_mifuse.nnet.wap_transformer import WAPTransformer
 
 
 class LayerWeighting(nn.Module):
@@ -44,7 +47,7 @@ class LayerWeighting(nn.Module):
 
 
 class EmotionClassifier(nn.Module):
-    """SAP, batch normalisation without affine part, one hidden layer, dropout, output.
+    """Adapter if there is one, SAP, batch normalisation without affine part, one hidden layer, dropout, output.
 
     Dropout stands only before the last layer, so K stochastic passes (Gal & Ghahramani 2016) share everything up to
     the hidden units and cost next to nothing.
@@ -63,6 +66,8 @@ class EmotionClassifier(nn.Module):
         Encoder layers in the input; more than one are combined by learned weights.
     attention_size : int
         Width of the pooling's attention.
+    adapter : mapping, optional
+        Sizes of a `WAPTransformer` before the pooling (`WAPTransformer.sizes`); none by default.
 
     Example
     -------
@@ -82,12 +87,15 @@ class EmotionClassifier(nn.Module):
         dropout: float = 0.5,
         n_layers: int = 1,
         attention_size: int = 64,
+        adapter: Mapping | None = None,
     ):
         super().__init__()
         self.layer_weighting = LayerWeighting(n_layers) if n_layers > 1 else nn.Identity()
-        self.pooling = StatisticalAttentivePooling(input_size, attention_size)
-        self.norm = nn.BatchNorm1d(2 * input_size, affine=False)
-        self.hidden = nn.Linear(2 * input_size, hidden_size)
+        self.adapter = None if adapter is None else WAPTransformer(**adapter)
+        pooled_size = input_size if adapter is None else self.adapter.output_size
+        self.pooling = StatisticalAttentivePooling(pooled_size, attention_size)
+        self.norm = nn.BatchNorm1d(2 * pooled_size, affine=False)
+        self.hidden = nn.Linear(2 * pooled_size, hidden_size)
         self.output = nn.Linear(hidden_size, n_classes)
         self.dropout = dropout
 
@@ -104,9 +112,11 @@ class EmotionClassifier(nn.Module):
         Returns
         -------
         torch.Tensor
-            `[batch, 2 D]`.
+            `[batch, 2 D]`; 2 d with an adapter of dimension d.
         """
-        return self.norm(self.pooling(self.layer_weighting(frames), lengths))
+        frames = self.layer_weighting(frames)
+        frames = frames if self.adapter is None else self.adapter(frames, lengths)
+        return self.norm(self.pooling(frames, lengths))
 
     def head(self, vectors: torch.Tensor, stochastic: bool) -> torch.Tensor:
         """Classify pooled vectors.

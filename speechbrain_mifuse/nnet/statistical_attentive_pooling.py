@@ -44,6 +44,11 @@ class StatisticalAttentivePooling(nn.Module):
     attention_size : int
         Rows of W.
 
+    Attributes
+    ----------
+    output_size : int
+        2 D.
+
     Example
     -------
     >>> pool = StatisticalAttentivePooling(8)
@@ -53,9 +58,28 @@ class StatisticalAttentivePooling(nn.Module):
 
     def __init__(self, input_size: int, attention_size: int = 64):
         super().__init__()
+        self.output_size = 2 * input_size
         self.project = nn.Linear(input_size, attention_size)
         self.score = nn.Linear(attention_size, 1, bias=False)
         nn.init.zeros_(self.score.weight)
+
+    def attention(self, frames: torch.Tensor, lengths: torch.Tensor | None = None) -> torch.Tensor:
+        """Weigh the frames.
+
+        Parameters
+        ----------
+        frames, lengths
+            As for `forward`.
+
+        Returns
+        -------
+        torch.Tensor
+            `[batch, frames]`: a, which sums to 1 over each utterance's true frames and is 0 behind them.
+        """
+        energy = self.score(torch.tanh(self.project(frames))).squeeze(-1)
+        if lengths is not None:
+            energy = energy.masked_fill(~frame_mask(lengths, frames.shape[1]), float("-inf"))
+        return torch.softmax(energy, dim=1)
 
     def forward(self, frames: torch.Tensor, lengths: torch.Tensor | None = None) -> torch.Tensor:
         """Pool a batch.
@@ -72,10 +96,7 @@ class StatisticalAttentivePooling(nn.Module):
         torch.Tensor
             `[batch, 2 D]`: means, then standard deviations. Padding has no influence.
         """
-        energy = self.score(torch.tanh(self.project(frames))).squeeze(-1)
-        if lengths is not None:
-            energy = energy.masked_fill(~frame_mask(lengths, frames.shape[1]), float("-inf"))
-        weights = torch.softmax(energy, dim=1).unsqueeze(1)
+        weights = self.attention(frames, lengths).unsqueeze(1)
         mean = torch.bmm(weights, frames)
         # Centred before squaring: the difference of two large moments would lose the digits that matter. The mean is
         # detached because the variance does not change with it to first order: sum_t a_t (z_t - mu) is 0. The gradient

@@ -12,12 +12,12 @@ ROOT = Path(__file__).resolve().parents[2]
 PACKAGE = ROOT / "speechbrain_mifuse"
 # Each room may import from those before it.
 ROOMS = ("errors", "progress", "audio", "corpora", "features", "nnet", "inference", "lalm", "adaptation")
-ROOMS += ("evaluation", "brains", "pipeline", "registry", "sweep", "cli")
+ROOMS += ("evaluation", "brains", "pipeline", "registry", "sweep", "label_commands", "cli")
 PAIRS = sorted(path.name for path in (ROOT / "hparams").glob("*2*.yaml"))
 PAPER = [name for name in PAIRS if set(name.removesuffix(".yaml").split("2")) < {"iem", "imp", "msp"}]
 OPEN = [name for name in PAIRS if name not in PAPER]
 # What a pair of the paper may set otherwise than the open ones.
-PUBLISHED = {"encoder", "encoder_layers", "layer", "lalm_base_url", "lalm_model", "teacher_layer"}
+PUBLISHED = {"encoder", "encoder_layers", "layer", "lalm_profile", "teacher_layer"}
 
 
 def room_of(path: Path) -> str:

@@ -1,0 +1,38 @@
+#!/usr/bin/env python3
+"""Recipe: pretrain adapters without labels on the frames of a frozen encoder (arXiv 2509.23795).
+
+Run from the repository's root, or from this folder:
+
+    python recipes/RAVDESS/adapter/pretrain.py hparams/adapter_ravdess.yaml --data_folder /path/to/corpora --fold 1
+
+One adapter for each fold and seed that the flags name, on the audio of the other folds. `train.py` does the same for
+those that it lacks; this script alone also runs under `torchrun --nproc_per_node=N`.
+"""
+
+import sys
+
+import speechbrain as sb
+from hyperpyyaml import load_hyperpyyaml
+from speechbrain.utils.distributed import ddp_init_group, run_on_main
+
+from speechbrain_mifuse.errors import one_clear_error
+from speechbrain_mifuse.pipeline import adapter_run, chosen_among, fold_front, open_reader, pretrained_adapter
+
+if __name__ == "__main__":
+    with one_clear_error():
+        hparams_file, run_opts, overrides = sb.parse_arguments(sys.argv[1:])
+        ddp_init_group(run_opts)
+        with open(hparams_file, encoding="utf-8") as file:
+            hparams = load_hyperpyyaml(file, overrides)
+        numbers = list(range(1, len(hparams["folds"]) + 1))
+        folds = chosen_among(hparams["fold"], numbers, "--fold")
+        names = chosen_among(hparams["pretraining"], list(hparams["adapter"]["pretrainings"]), "--pretraining")
+        sb.create_experiment_directory(hparams["output_folder"], hparams_file, overrides)
+        run_on_main(hparams["prepare"])
+        reader = open_reader(hparams, run_opts)
+        for fold in folds:
+            front = fold_front(hparams, fold, reader)
+            for seed in hparams["seeds"]:
+                run = adapter_run(hparams, fold, seed, "all")
+                for name in names:
+                    print(pretrained_adapter(hparams, run, name, front, run_opts))

@@ -1,0 +1,52 @@
+#!/usr/bin/env python3
+"""Recipe: what adapter training is worth (arXiv 2509.23795): arms x folds x seeds, and the table they end in.
+
+Run from the repository's root, or from this folder:
+
+    python recipes/RAVDESS/adapter/train.py hparams/adapter_ravdess.yaml --data_folder /path/to/corpora
+
+For each fold and seed it pretrains the adapters that the arms need, without labels and without the test fold, trains
+each arm with labels on the other folds, and scores it on the test fold. What is done already is skipped; a killed run
+goes on.
+"""
+
+import sys
+
+import speechbrain as sb
+from hyperpyyaml import load_hyperpyyaml
+
+from speechbrain_mifuse.brains.adapter_arms import train_arm
+from speechbrain_mifuse.errors import one_clear_error
+from speechbrain_mifuse.pipeline import (
+    adapter_run,
+    adapter_summary,
+    chosen_among,
+    fold_front,
+    open_reader,
+    pretrained_adapter,
+)
+
+if __name__ == "__main__":
+    with one_clear_error():
+        hparams_file, run_opts, overrides = sb.parse_arguments(sys.argv[1:])
+        with open(hparams_file, encoding="utf-8") as file:
+            hparams = load_hyperpyyaml(file, overrides)
+        arms = hparams["adapter"]["arms"]
+        names = chosen_among(hparams["arm"], list(arms), "--arm")
+        folds = chosen_among(hparams["fold"], list(range(1, len(hparams["folds"]) + 1)), "--fold")
+        amounts = hparams["labels_per_class"]
+        amounts = amounts if isinstance(amounts, list) else [amounts]
+        sb.create_experiment_directory(hparams["output_folder"], hparams_file, overrides)
+        hparams["prepare"]()
+        reader = open_reader(hparams, run_opts)
+        records = []
+        for fold in folds:
+            front = fold_front(hparams, fold, reader)
+            for seed in hparams["seeds"]:
+                needed = dict.fromkeys(arms[name].pretraining for name in names if arms[name].pretraining)
+                start = adapter_run(hparams, fold, seed, "all")
+                adapters = {one: pretrained_adapter(hparams, start, one, front, run_opts) for one in needed}
+                for amount in amounts:
+                    run = adapter_run(hparams, fold, seed, amount)
+                    records += [train_arm(name, hparams["adapter"], run, front, adapters, run_opts) for name in names]
+        print(adapter_summary(hparams, records, names))

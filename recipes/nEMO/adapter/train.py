@@ -1,0 +1,1 @@
+../../RAVDESS/adapter/train.py

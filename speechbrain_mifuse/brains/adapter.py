@@ -1,0 +1,590 @@
+"""Adapter training without labels (arXiv 2509.23795): mask prediction, self-distillation, local attributes.
+
+The dataset of this module holds frames and, where an objective has prepared some, target vectors. It has no field for
+labels.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import math
+import shutil
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+
+import speechbrain as sb
+import torch
+from speechbrain.dataio.dataset import DynamicItemDataset
+from speechbrain.nnet.schedulers import WarmCoolDecayLRSchedule
+from speechbrain.utils.checkpoints import mark_as_loader, mark_as_saver, register_checkpoint_hooks
+from speechbrain.utils.distributed import ddp_barrier, if_main_process, run_on_main
+from speechbrain.utils.epoch_loop import EpochCounter
+from speechbrain.utils.seed import seed_everything
+from speechbrain.utils.train_logger import FileTrainLogger, TensorboardLogger
+from torch.utils.data import Sampler
+
+from speechbrain_mifuse.adaptation.method import described
+from speechbrain_mifuse.brains.training import EVERY_EPOCH, ResumableBrain, WholeCheckpointer, same_settings, watched
+from speechbrain_mifuse.errors import UserError
+from speechbrain_mifuse.evaluation.adapter_plots import plot_codebook, plot_layer_weights
+from speechbrain_mifuse.features.dataset import encoded_rows, frame_batches
+from speechbrain_mifuse.nnet.across_processes import process_count, summed
+from speechbrain_mifuse.nnet.adapter_files import ABOUT, export_adapter
+from speechbrain_mifuse.nnet.adapter_objectives import AdapterPretraining, Objective, UtteranceSurvey, Views
+from speechbrain_mifuse.nnet.block_masking import draw_masks
+from speechbrain_mifuse.nnet.ema import ema_copy, linear_decay
+from speechbrain_mifuse.nnet.statistical_attentive_pooling import frame_mask
+from speechbrain_mifuse.progress import progress, quiet
+
+logger = logging.getLogger(__name__)
+
+# Checkpoints of a run, at most: each holds weights, teacher and optimiser.
+CHECKPOINTS = 10
+# What decides the pretrained weights, beside network, objectives and data.
+DECISIVE = (
+    *("number_of_steps", "frames_per_batch", "learning_rate", "warmup", "mask_share", "mask_width"),
+    *("ema_start", "ema_end", "pretraining_dropout"),
+)
+
+
+class LengthBatches(Sampler):
+    """Batches of utterances of similar length and about equal numbers of frames, dealt to a run's processes.
+
+    Utterances are sorted by their length, which a random factor blurs, and cut into parts of equal frames, which come
+    in random order. Every epoch has the same number of them. Each process gets every n-th utterance of the same batch,
+    so that a step sees the same utterances however many processes there are.
+
+    SpeechBrain's `DynamicBatchSampler` is not used: its buckets each end in a batch that is not full, so on a small
+    corpus few buckets mean padding (measured: 10 %) and many mean batches of a fraction of the size asked for.
+
+    Parameters
+    ----------
+    lengths : sequence of int
+        Frames of each utterance.
+    frames_per_batch : int
+        True frames of a batch over all processes, at most.
+    seed : int
+        Of the order; an epoch's order follows from it and the epoch.
+    blur : float
+        How much longer an utterance may be taken for than it is.
+
+    Raises
+    ------
+    UserError
+        When iterated, if a batch has fewer utterances than there are processes.
+
+    Example
+    -------
+    >>> batches = LengthBatches([5, 6, 20, 21] * 8, frames_per_batch=100, seed=1)
+    >>> len(batches), sorted(utterance for batch in batches for utterance in batch) == list(range(32))
+    (5, True)
+    """
+
+    def __init__(self, lengths: Sequence[int], frames_per_batch: int, seed: int, blur: float = 0.05):
+        self.lengths = torch.tensor(lengths, dtype=torch.double)
+        self.count = math.ceil(sum(lengths) / frames_per_batch)
+        self.seed, self.blur, self.epoch = seed, blur, 0
+
+    def set_epoch(self, epoch: int) -> None:
+        """Order the utterances anew.
+
+        Parameters
+        ----------
+        epoch : int
+            Epoch.
+        """
+        self.epoch = epoch
+
+    def batches(self) -> list[list[int]]:
+        """Give the epoch's batches, each whole.
+
+        Returns
+        -------
+        list of list of int
+            Places of utterances.
+        """
+        # Far enough apart that no epoch of one seed is an epoch of another.
+        generator = torch.Generator().manual_seed(self.seed * 100003 + self.epoch)
+        blurred = self.lengths * (1 + self.blur * torch.rand(len(self.lengths), generator=generator))
+        order = blurred.argsort()
+        # An utterance belongs to the part in which its middle lies.
+        middle = self.lengths[order].cumsum(0) - self.lengths[order] / 2
+        part = (middle / self.lengths.sum() * self.count).long()
+        cut = [order[part == number].tolist() for number in range(self.count)]
+        return [cut[number] for number in torch.randperm(self.count, generator=generator) if cut[number]]
+
+    def __iter__(self):
+        rank = torch.distributed.get_rank() if process_count() > 1 else 0
+        for batch in self.batches():
+            if len(batch) < process_count():
+                raise UserError(
+                    f"a batch has {len(batch)} utterances for {process_count()} processes: use fewer of them."
+                )
+            yield batch[rank :: process_count()]
+
+    def __len__(self) -> int:
+        return self.count
+
+
+@register_checkpoint_hooks
+class History:
+    """What each epoch told, kept with the checkpoints: curves of a resumed run have no gap.
+
+    Example
+    -------
+    >>> import tempfile
+    >>> history, path = History(), tempfile.mktemp()
+    >>> history.rows.append({"epoch": 1, "loss": 0.5})
+    >>> history.save(path)
+    >>> restored = History()
+    >>> restored.load(path, end_of_epoch=True)
+    >>> restored.rows
+    [{'epoch': 1, 'loss': 0.5}]
+    """
+
+    def __init__(self):
+        self.rows: list[dict] = []
+
+    @mark_as_saver
+    def save(self, path):
+        """Write the rows."""
+        Path(path).write_text(json.dumps(self.rows))
+
+    @mark_as_loader
+    def load(self, path, end_of_epoch):
+        """Read the rows."""
+        self.rows = json.loads(Path(path).read_text())
+
+
+class AdapterBrain(ResumableBrain):
+    """Train an adapter without labels.
+
+    `modules.student` is an `AdapterPretraining`. Beyond `ResumableBrain`'s, `hparams` must hold `student` (the same,
+    never wrapped), `ema` (from `ema_copy` of its adapter), `batches` (a `LengthBatches`), `schedule` (of the learning
+    rate by step), `mask_share`, `mask_width`, `history` and `loggers`. Batches give `id`, `feats` and a vector for each
+    objective that has prepared some. Every epoch is logged, every `log_interval`-th one saved.
+
+    Example
+    -------
+    >>> issubclass(AdapterBrain, ResumableBrain)
+    True
+    """
+
+    def on_stage_start(self, stage, epoch=None):
+        """Seed the epoch, order its batches."""
+        super().on_stage_start(stage, epoch)
+        self.epoch = epoch
+        self.hparams.batches.set_epoch(epoch)
+
+    def on_fit_batch_start(self, batch, should_step):
+        """Set the learning rate of the step."""
+        self.hparams.schedule(self.optimizer, self.optimizer_step + 1)
+
+    def compute_forward(self, batch, stage):
+        """Give each objective's loss."""
+        batch = batch.to(self.device)
+        frames, lengths = batch.feats
+        layers = None
+        if frames.dim() == 4:  # the input's layer, then those that an objective asks for
+            frames, layers = frames[:, :, 0], frames[:, :, 1:]
+        with torch.no_grad():
+            views = self.views(batch, frames, layers, lengths)
+        return self.modules.student(views, lengths)
+
+    def views(self, batch, frames, layers, lengths) -> Views:
+        """Collect what the objectives compare, but for the student's own part."""
+        student = self.hparams.student
+        true = frame_mask(lengths, frames.shape[1])
+        masked, keys = draw_masks(
+            batch.id,
+            true.sum(1).tolist(),
+            self.hparams.mask_share,
+            self.hparams.mask_width,
+            self.hparams.seed,
+            self.epoch,
+        )
+        masked, keys = masked.to(self.device), keys.to(self.device)
+        inputs = student.adapter.standardise(frames)
+        names = ("masked", "true", "utterances")
+        totals = summed(torch.stack([masked.sum(), true.sum(), torch.tensor(len(batch.id), device=self.device)]))
+        vectors = {name: getattr(batch, name) for name in student.objectives if name in self.hparams.vectors}
+        return Views(
+            inputs=inputs,
+            true=true,
+            masked=masked,
+            keys=keys,
+            teacher=self.hparams.ema.module.encode(inputs, lengths),
+            totals=dict(zip(names, totals, strict=True)),
+            layers=layers,
+            vectors=vectors,
+        )
+
+    def compute_objectives(self, predictions, batch, stage):
+        """Weigh and add the losses."""
+        objectives = self.hparams.student.objectives
+        total = sum(objectives[name].weight * loss for name, loss in predictions.items())
+        told = summed(torch.stack([total.detach(), *(loss.detach() for loss in predictions.values())])).tolist()
+        self.count(**dict(zip(["loss", *predictions], told, strict=True)))
+        # The average of the processes' gradients is taken, and each loss is the process's share of the whole batch's.
+        return total * process_count()
+
+    def on_fit_batch_end(self, batch, outputs, loss, should_step):
+        """Let the teacher follow the student."""
+        if should_step:
+            self.hparams.ema.update_parameters(self.hparams.student.adapter)
+
+    def on_stage_end(self, stage, stage_loss, epoch=None):
+        """Log the epoch; save a checkpoint every `log_interval` epochs and at the last one."""
+        if stage != sb.Stage.TRAIN:
+            return
+        means = {name: total / batches for name, (total, batches) in self.statistics.items()}
+        told = {**means, **self.hparams.student.statistics(), "learning_rate": self.optimizer.param_groups[0]["lr"]}
+        self.hparams.history.rows.append({"epoch": epoch, "step": self.optimizer_step, **told})
+        for train_logger in self.hparams.loggers:
+            train_logger.log_stats({"epoch": epoch}, train_stats=told)
+        if epoch % self.hparams.log_interval == 0 or epoch == self.hparams.epoch_counter.limit:
+            self.checkpointer.save_and_keep_only(meta={"epoch": epoch}, num_to_keep=1)
+
+
+def unlabelled_dataset(
+    manifests: Sequence[str | Path],
+    front,
+    vectors: Mapping[str, Mapping[str, torch.Tensor]] | None = None,
+    layers: Sequence[int] = (),
+) -> DynamicItemDataset:
+    """Frames of each utterance of some manifests, without any label.
+
+    Parameters
+    ----------
+    manifests : sequence of str or pathlib.Path
+        Manifests without labels.
+    front : StoredFrames
+        Reads the frames of the input's layer.
+    vectors : mapping of str to mapping, optional
+        Target vectors by utterance id, by the objective's name.
+    layers : sequence of int
+        Encoder layers that objectives ask for beside the input's.
+
+    Returns
+    -------
+    DynamicItemDataset
+        With `id`, `feats` and the objectives' names.
+
+    Raises
+    ------
+    UserError
+        If a manifest holds labels: an adapter is trained without.
+
+    Example
+    -------
+    >>> unlabelled_dataset.__name__  # runs in `recipes/RAVDESS/adapter/pretrain.py`
+    'unlabelled_dataset'
+    """
+    rows = {key: row for path in manifests for key, row in encoded_rows(path, front.store).items()}
+    labelled = next((key for key, row in rows.items() if "emo" in row), None)
+    if labelled is not None:
+        raise UserError(
+            f"'{labelled}' comes with a label. Adapter training takes the manifests named *_unlabelled.json."
+        )
+    vectors = vectors or {}
+    data = {
+        key: {"wav": row["wav"]} | {name: found[key] for name, found in vectors.items()} for key, row in rows.items()
+    }
+
+    def frames(utt_id: str, wav: str) -> torch.Tensor:
+        read = front.read(utt_id, wav)
+        further = [torch.from_numpy(front.store.frames(utt_id, layer)) for layer in layers]
+        return torch.stack([read, *further], dim=1) if further else read
+
+    dataset = DynamicItemDataset(data)
+    dataset.add_dynamic_item(frames, takes=["id", "wav"], provides="feats")
+    dataset.set_output_keys(["id", "feats", *vectors])
+    return dataset
+
+
+def survey_utterances(
+    manifests: Sequence[str | Path], front, prosody: Callable[[], Mapping[str, torch.Tensor]]
+) -> tuple[UtteranceSurvey, torch.Tensor, torch.Tensor]:
+    """Go through a pretraining set once.
+
+    Parameters
+    ----------
+    manifests : sequence of str or pathlib.Path
+        Manifests without labels.
+    front : StoredFrames
+        Reads the frames.
+    prosody : callable
+        Gives prosodic functionals `[P]` by utterance id.
+
+    Returns
+    -------
+    survey : UtteranceSurvey
+        Statistics and speaker of each utterance.
+    mean, deviation : torch.Tensor
+        `[D]`, over all frames.
+
+    Example
+    -------
+    >>> survey_utterances.__name__  # runs in `recipes/RAVDESS/adapter/pretrain.py`
+    'survey_utterances'
+    """
+    rows = {key: row for path in manifests for key, row in encoded_rows(path, front.store).items()}
+    means, squares, counts = [], [], []
+    for key, row in rows.items():
+        frames = front.read(key, row["wav"]).float()
+        means.append(frames.mean(0))
+        squares.append(frames.square().mean(0))
+        counts.append(len(frames))
+    means, squares = torch.stack(means).double(), torch.stack(squares).double()
+    share = (torch.tensor(counts).double() / sum(counts)).unsqueeze(1)
+    mean = (share * means).sum(0)
+    deviation = ((share * squares).sum(0) - mean.square()).clamp(min=0).sqrt()
+    spread = (squares - means.square()).clamp(min=0).sqrt()
+    statistics = torch.cat([means, spread], dim=1).float()
+    speakers = [row["speaker"] for row in rows.values()]
+
+    def functionals() -> torch.Tensor:
+        found = prosody()
+        return torch.stack([found[key] for key in rows])
+
+    return UtteranceSurvey(list(rows), statistics, speakers, functionals), mean.float(), deviation.float()
+
+
+def pretrain(
+    name: str,
+    hparams: Mapping,
+    manifests: Sequence[str | Path],
+    front,
+    folder: str | Path,
+    seed: int,
+    prosody: Callable[[], Mapping[str, torch.Tensor]],
+    run_opts: Mapping | None = None,
+) -> Path:
+    """Pretrain an adapter, or find it pretrained; a killed run goes on from its last checkpoint.
+
+    Parameters
+    ----------
+    name : str
+        A key of `hparams["pretrainings"]`.
+    hparams : mapping
+        As `hparams/base/adapter.yaml` defines.
+    manifests : sequence of str or pathlib.Path
+        What it is trained on: manifests without labels.
+    front : StoredFrames
+        Reads the frames of one layer.
+    folder : str or pathlib.Path
+        Output folder: log, checkpoints, figures; the adapter goes to `adapter` below it.
+    seed : int
+        Of weights, order and masks.
+    prosody : callable
+        Gives prosodic functionals `[P]` by utterance id, should an objective want them.
+    run_opts : mapping, optional
+        SpeechBrain's run options.
+
+    Returns
+    -------
+    pathlib.Path
+        Folder of the adapter, for `load_adapter`.
+
+    Raises
+    ------
+    SettingsError
+        If the folder holds an adapter that was trained otherwise.
+    UserError
+        If the name is unknown.
+
+    Example
+    -------
+    >>> pretrain("unknown", {"pretrainings": {"paper": {}}}, [], None, "/nowhere", 1, dict)
+    Traceback (most recent call last):
+    ...
+    speechbrain_mifuse.errors.UserError: pretraining 'unknown' is none of paper.
+    """
+    if name not in hparams["pretrainings"]:
+        raise UserError(f"pretraining '{name}' is none of {', '.join(hparams['pretrainings'])}.")
+    folder = Path(folder)
+    settings = pretraining_settings(name, hparams, manifests, front, seed)
+    begun = same_settings(folder / "settings.json", settings)
+    if begun and (folder / "adapter" / ABOUT).exists():
+        logger.info("%s: adapter is pretrained already, skipped.", folder)
+        return folder / "adapter"
+    seed_everything(seed)
+    brain, dataset = make_brain(name, hparams, manifests, front, folder, seed, prosody, run_opts)
+    loader = brain.make_dataloader(
+        dataset, sb.Stage.TEST, ckpt_prefix=None, **frame_batches(batch_sampler=brain.hparams.batches)
+    )
+    counter = brain.hparams.epoch_counter
+    hidden = not if_main_process()
+    with (
+        quiet(*EVERY_EPOCH),
+        progress(total=counter.limit, desc=f"pretrain {name}", unit="epoch", disable=hidden) as bar,
+    ):
+        brain.fit(watched(counter, bar), loader)
+    run_on_main(finish, args=[brain, folder, {**settings, "utterances": len(dataset)}])
+    ddp_barrier()
+    return folder / "adapter"
+
+
+def finish(brain: AdapterBrain, folder: Path, settings: Mapping) -> None:
+    """Write the figures of a pretraining and the adapter, and remove the checkpoints, which are ten times its size.
+
+    Parameters
+    ----------
+    brain : AdapterBrain
+        Trained.
+    folder : pathlib.Path
+        Output folder.
+    settings : mapping
+        Provenance, of JSON's types.
+
+    Example
+    -------
+    >>> finish.__name__  # runs in `recipes/RAVDESS/adapter/pretrain.py`
+    'finish'
+    """
+    rows, adapter = brain.hparams.history.rows, brain.hparams.student.adapter
+    plot_codebook(folder / "codebook.png", rows)
+    plot_layer_weights(folder / "layer_weights.png", rows)
+    told = {**settings, "epochs": len(rows), "steps": brain.optimizer_step, "last_epoch": rows[-1]}
+    export_adapter(folder / "adapter", adapter, settings["features"], told)
+    shutil.rmtree(folder / "save")
+
+
+def pretraining_settings(name: str, hparams: Mapping, manifests: Sequence[str | Path], front, seed: int) -> dict:
+    """Everything that decides the pretrained weights.
+
+    Parameters
+    ----------
+    name, hparams, manifests, front, seed
+        As for `pretrain`.
+
+    Returns
+    -------
+    dict
+        Of JSON's types.
+
+    Example
+    -------
+    >>> pretraining_settings("paper", {"pretrainings": {}}, [], None, 1)
+    Traceback (most recent call last):
+    ...
+    KeyError: 'paper'
+    """
+    objectives = {}
+    for key, objective in hparams["pretrainings"][name].items():
+        objectives |= described(key, objective)
+    digests = [hashlib.sha256(Path(path).read_bytes()).hexdigest() for path in manifests]
+    return {
+        "pretraining": name,
+        "seed": seed,
+        "manifests": digests,
+        "features": {**front.fingerprint, "layer": front.layer},
+        "network": described("network", hparams["network"]),
+        "objectives": objectives,
+        **{key: hparams[key] for key in DECISIVE},
+    }
+
+
+def make_brain(
+    name, hparams, manifests, front, folder, seed, prosody, run_opts
+) -> tuple[AdapterBrain, DynamicItemDataset]:
+    """Wire an `AdapterBrain` with its objectives, teacher, batches, logs and checkpointer.
+
+    Parameters
+    ----------
+    name, hparams, manifests, front, folder, seed, prosody, run_opts
+        As for `pretrain`.
+
+    Returns
+    -------
+    brain : AdapterBrain
+        Ready to fit.
+    dataset : DynamicItemDataset
+        What it is fitted on.
+
+    Example
+    -------
+    >>> make_brain.__name__  # runs in `recipes/RAVDESS/adapter/pretrain.py`
+    'make_brain'
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    survey, mean, deviation = survey_utterances(manifests, front, prosody)
+    objectives: dict[str, Objective] = {key: make() for key, make in hparams["pretrainings"][name].items()}
+    prepared = {key: objective.prepare(survey) for key, objective in objectives.items()}
+    vectors = {key: found for key, found in prepared.items() if found is not None}
+    adapter = hparams["network"](input_size=front.dim)
+    adapter.standardise_by(mean, deviation)
+    adapter.set_dropout(hparams["pretraining_dropout"])
+    for objective in objectives.values():
+        objective.build(front.dim, adapter.output_size)
+    student = AdapterPretraining(adapter, objectives)
+    layers = sorted({layer for objective in objectives.values() for layer in objective.layers})
+    dataset = unlabelled_dataset(manifests, front, vectors, layers)
+    lengths = [front.store.rows[key].frames for key in dataset.data_ids]
+    batches = LengthBatches(lengths, hparams["frames_per_batch"], seed)
+    epochs = math.ceil(hparams["number_of_steps"] / len(batches))
+    steps = epochs * len(batches)
+    ema = ema_copy(adapter, linear_decay(hparams["ema_start"], hparams["ema_end"], steps))
+    counter, history = EpochCounter(epochs), History()
+    warm = max(1, round(hparams["warmup"] * steps))
+    own = {
+        "seed": seed,
+        "student": student,
+        "ema": ema,
+        "batches": batches,
+        "vectors": sorted(vectors),
+        "schedule": WarmCoolDecayLRSchedule(hparams["learning_rate"], warm, steps - warm, steps),
+        "mask_share": hparams["mask_share"],
+        "mask_width": hparams["mask_width"],
+        "epoch_counter": counter,
+        "log_interval": math.ceil(epochs / CHECKPOINTS),
+        "history": history,
+        "loggers": loggers(folder, hparams["tensorboard"]),
+    }
+    recoverables = {"student": student, "ema": ema, "counter": counter, "history": history}
+    brain = AdapterBrain(
+        modules={"student": student},
+        opt_class=hparams["opt_class"],
+        hparams=own,
+        run_opts={**(run_opts or {}), "noprogressbar": True},
+        checkpointer=WholeCheckpointer(folder / "save", recoverables),
+    )
+    ema.to(brain.device)
+    return brain, dataset
+
+
+def loggers(folder: Path, tensorboard: bool) -> list:
+    """Give the logs of a run: a text file and, if asked for, TensorBoard's.
+
+    Parameters
+    ----------
+    folder : pathlib.Path
+        Output folder.
+    tensorboard : bool
+        Whether TensorBoard's files go to `tensorboard` below it.
+
+    Returns
+    -------
+    list
+        SpeechBrain train loggers.
+
+    Raises
+    ------
+    UserError
+        If TensorBoard is asked for and not installed.
+
+    Example
+    -------
+    >>> import tempfile
+    >>> [type(found).__name__ for found in loggers(Path(tempfile.mkdtemp()), tensorboard=False)]
+    ['FileTrainLogger']
+    """
+    found = [FileTrainLogger(folder / "train_log.txt")]
+    if tensorboard:
+        try:
+            found.append(TensorboardLogger(str(folder / "tensorboard")))
+        except ImportError:
+            raise UserError("tensorboard: True needs the package tensorboard. pip install tensorboard") from None
+    return found

@@ -1,0 +1,100 @@
+"""Cross-validation: a corpus cut into stated groups of speakers or sessions, each of which is the test set once."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from speechbrain_mifuse.corpora.manifest import CorpusError
+
+
+def fold_splits(folds: Sequence[Sequence[str]], fold: int) -> dict[str, list[str]]:
+    """Split of one fold: its own groups test, all others train.
+
+    Parameters
+    ----------
+    folds : sequence of sequence of str
+        Groups (speakers, sessions or official partitions) of each fold.
+    fold : int
+        Number of the fold, from 1.
+
+    Returns
+    -------
+    dict of str to list of str
+        `train` and `test`.
+
+    Raises
+    ------
+    CorpusError
+        If there is no such fold, a fold is empty, there is only one, or a group is in two.
+
+    Example
+    -------
+    >>> fold_splits([["01", "11"], ["04"], ["08"]], 2)
+    {'train': ['01', '11', '08'], 'test': ['04']}
+    """
+    groups = [name for part in folds for name in part]
+    doubled = [str(name) for name, times in Counter(groups).items() if times > 1]
+    if len(folds) < 2 or not all(folds) or doubled:
+        raise CorpusError(
+            f"--folds: needs two or more folds, none of them empty and no group in two; given: {list(folds)}."
+        )
+    if fold not in range(1, len(folds) + 1):
+        raise CorpusError(f"--fold: {fold} is none of 1 to {len(folds)}.")
+    train = [name for number, part in enumerate(folds, start=1) if number != fold for name in part]
+    return {"train": train, "test": list(folds[fold - 1])}
+
+
+def fold_folder(save_folder: str | Path, fold: int) -> Path:
+    """Where the manifests of one fold lie.
+
+    Parameters
+    ----------
+    save_folder : str or pathlib.Path
+        Of all folds.
+    fold : int
+        Number of the fold.
+
+    Returns
+    -------
+    pathlib.Path
+        Its folder.
+
+    Example
+    -------
+    >>> fold_folder("manifests", 2).as_posix()
+    'manifests/fold_2'
+    """
+    return Path(save_folder) / f"fold_{fold}"
+
+
+def prepare_folds(
+    prepare: Callable, data_folder: str | Path | None, save_folder: str | Path, folds: Sequence[Sequence[str]]
+) -> None:
+    """Write the manifests of every fold, unless they are there already.
+
+    Parameters
+    ----------
+    prepare : callable
+        A corpus's `prepare_x`.
+    data_folder : str or pathlib.Path or None
+        As for it.
+    save_folder : str or pathlib.Path
+        Each fold gets a folder below it, with `train.json`, `test.json` and their twins without labels.
+    folds : sequence of sequence of str
+        As for `fold_splits`.
+
+    Raises
+    ------
+    CorpusError
+        If the corpus is not found, or lacks a group that a fold names.
+
+    Example
+    -------
+    >>> prepare_folds(lambda data, save, splits: print(save.name, splits), None, "manifests", [["a"], ["b"]])
+    fold_1 {'train': ['b'], 'test': ['a']}
+    fold_2 {'train': ['a'], 'test': ['b']}
+    """
+    for fold in range(1, len(folds) + 1):
+        prepare(data_folder, fold_folder(save_folder, fold), fold_splits(folds, fold))

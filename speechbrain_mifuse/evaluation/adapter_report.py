@@ -1,0 +1,199 @@
+"""From the records of an adapter comparison to `adapter.csv` and a table with intervals and paired differences."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+
+from speechbrain_mifuse.errors import UserError
+from speechbrain_mifuse.evaluation.aggregate import Table, bootstrap, unweighted_accuracy
+
+COLUMNS = ("corpus", "fold", "seed", "labels_per_class", "arm", "UA", "WA", "macro_F1")
+# What all records of a table must agree in.
+SHARED = ("corpus", "encoder", "speaker_norm", "protocol", "pretraining_audio", "labels", "steps")
+Condition = tuple[str, str]
+
+
+def conditions(records: Sequence[Mapping]) -> dict[Condition, list[Mapping]]:
+    """Group records by corpus and amount of labels.
+
+    Parameters
+    ----------
+    records : sequence of mapping
+        As `train_arm` gives.
+
+    Returns
+    -------
+    dict of tuple to list of mapping
+        By corpus and labels per class, in the order they come.
+
+    Example
+    -------
+    >>> list(conditions([{"corpus": "toy", "labels_per_class": 20}]))
+    [('toy', '20')]
+    """
+    found: dict[Condition, list[Mapping]] = {}
+    for record in records:
+        found.setdefault((record["corpus"], str(record["labels_per_class"])), []).append(record)
+    return found
+
+
+def pooled_counts(records: Sequence[Mapping], arms: Sequence[str]) -> np.ndarray:
+    """Arrange the confusion counts of one condition; each speaker is in the test set of one fold.
+
+    Parameters
+    ----------
+    records : sequence of mapping
+        Every arm with the same seeds on the same folds.
+    arms : sequence of str
+        Order of the first axis.
+
+    Returns
+    -------
+    numpy.ndarray
+        `[arms, seeds, speakers, C, C + 1]`; seeds ascend, speakers go by fold, then name.
+
+    Raises
+    ------
+    UserError
+        If a result is missing, or results were got under other settings.
+
+    Example
+    -------
+    >>> record = dict(corpus="toy", labels_per_class="all", arm="scratch", fold=1, seed=1)
+    >>> pooled_counts([dict(record, by_speaker={"s": [[3, 1, 0], [0, 2, 0]]})], ["scratch"]).shape
+    (1, 1, 1, 2, 3)
+    """
+    place = {(record["arm"], record["seed"], record["fold"]): record for record in records}
+    seeds = sorted({record["seed"] for record in records})
+    folds = sorted({record["fold"] for record in records})
+    missing = [key for arm in arms for seed in seeds for fold in folds if (key := (arm, seed, fold)) not in place]
+    if missing:
+        raise UserError(f"no result of arm {missing[0][0]}, seed {missing[0][1]}, fold {missing[0][2]}. Run it.")
+    for record in records:
+        differs = [key for key in SHARED if record.get(key) != records[0].get(key)]
+        if differs:
+            raise UserError(f"{record['arm']}, fold {record['fold']} was got under other settings ({differs}).")
+    return np.array(
+        [
+            [[counts for fold in folds for counts in place[arm, seed, fold]["by_speaker"].values()] for seed in seeds]
+            for arm in arms
+        ]
+    )
+
+
+def adapter_table(records: Sequence[Mapping], arms: Sequence[str], baselines: Sequence[str]) -> Table:
+    """UA of each arm: over all folds' test speakers, mean ± standard deviation over seeds, interval, differences.
+
+    UA is that of the counts of all folds together; the mean of the folds' own UA stands beside it. Intervals and
+    differences: bootstrap over test speakers and seeds, the same draws for all arms.
+
+    Parameters
+    ----------
+    records : sequence of mapping
+        As `train_arm` gives.
+    arms : sequence of str
+        Rows.
+    baselines : sequence of str
+        Arms that every row is compared with; those that did not run are passed over.
+
+    Returns
+    -------
+    Table
+        A row for each condition and arm.
+
+    Example
+    -------
+    >>> record = dict(corpus="toy", labels_per_class="all", fold=1, seed=1, UA=0.875, WA=5 / 6, macro_F1=0.83)
+    >>> record["by_speaker"] = {"s": [[3, 1, 0], [0, 2, 0]]}
+    >>> records = [dict(record, arm=arm) for arm in ("scratch", "pretrained")]
+    >>> adapter_table(records, ["scratch", "pretrained"], ["scratch"]).rows[1][:4]
+    ['toy', 'all', 'pretrained', '87.5 ± 0.0']
+    """
+    others = [name for name in baselines if name in arms]
+    head = ["corpus", "labels per class", "arm", "UA %", "95 % interval", "mean of folds", "WA %", "macro-F1 %"]
+    rows = []
+    for (corpus, labels), found in conditions(records).items():
+        counts = pooled_counts(found, arms)
+        accuracy = 100 * unweighted_accuracy(counts.sum(2))  # [arms, seeds]
+        drawn = 100 * bootstrap(counts, np.random.default_rng(0))  # [draws, arms]
+        for place, name in enumerate(arms):
+            own = [record for record in found if record["arm"] == name]
+            low, high = np.percentile(drawn[:, place], [2.5, 97.5])
+            spread = accuracy[place].std(ddof=1) if accuracy.shape[1] > 1 else 0.0
+            means = [f"{100 * np.mean([record[key] for record in own]):.1f}" for key in ("UA", "WA", "macro_F1")]
+            cells = [f"{accuracy[place].mean():.1f} ± {spread:.1f}", f"{low:.1f} to {high:.1f}", *means]
+            for other in others:
+                against = arms.index(other)
+                cells.append("" if place == against else paired(accuracy, drawn, place, against))
+            rows.append([corpus, labels, name, *cells])
+    return Table([*head, *(f"above {name}" for name in others)], rows)
+
+
+def paired(accuracy: np.ndarray, drawn: np.ndarray, place: int, against: int) -> str:
+    """Difference of two arms with its paired 95 % interval.
+
+    Parameters
+    ----------
+    accuracy : numpy.ndarray
+        `[arms, seeds]`, percent.
+    drawn : numpy.ndarray
+        `[draws, arms]`, percent.
+    place, against : int
+        The two arms.
+
+    Returns
+    -------
+    str
+        Text of a cell.
+
+    Example
+    -------
+    >>> paired(np.array([[50.0], [52.0]]), np.array([[50.0, 52.0], [51.0, 53.0]]), 1, 0)
+    '+2.0 (+2.0 to +2.0)'
+    """
+    low, high = np.percentile(drawn[:, place] - drawn[:, against], [2.5, 97.5])
+    return f"{accuracy[place].mean() - accuracy[against].mean():+.1f} ({low:+.1f} to {high:+.1f})"
+
+
+def adapter_protocol(records: Sequence[Mapping]) -> str:
+    """Say how the table was made, from the records themselves.
+
+    Parameters
+    ----------
+    records : sequence of mapping
+        As `train_arm` gives.
+
+    Returns
+    -------
+    str
+        One paragraph.
+
+    Example
+    -------
+    >>> record = dict(fold=1, seed=1, protocol="2 folds", encoder="toy", pretraining_audio="training folds", steps=5)
+    >>> record.update(speaker_norm="none", selection="last step", n_test=6, test_speakers=1, code_version="1")
+    >>> adapter_protocol([record])
+    'UA over the test speakers of all folds (1 fold, 1 speaker), mean ± standard deviation over 1 seed. ...'
+    """
+    first = records[0]
+    tests = {(record.get("corpus"), record["fold"]): record["test_speakers"] for record in records}
+    seeds = len({record["seed"] for record in records})
+    norm = first["speaker_norm"]
+    parts = [
+        f"UA over the test speakers of all folds ({_many(len(tests), 'fold')}, "
+        f"{_many(sum(tests.values()), 'speaker')}), mean ± standard deviation over {_many(seeds, 'seed')}.",
+        f"Protocol: {first['protocol']}.",
+        f"Adapters pretrained, without labels, on {first['pretraining_audio']}.",
+        f"Encoder: {first['encoder']}.",
+        f"Speaker normalisation: {norm}." if norm != "none" else "",
+        f"Fine-tuning: {first['steps']} steps; {first['selection']}.",
+        "Intervals and paired differences: bootstrap over test speakers and seeds.",
+        f"Code {first['code_version']}.",
+    ]
+    return " ".join(part for part in parts if part)
+
+
+def _many(number: int, noun: str) -> str:
+    return f"{number} {noun}" + "s" * (number != 1)

@@ -1,0 +1,184 @@
+"""A pretrained adapter as files: safetensors, the YAML that builds and loads it, and what it was trained on."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file, save
+
+from speechbrain_mifuse import __version__
+from speechbrain_mifuse.corpora.manifest import atomic_write
+from speechbrain_mifuse.errors import UserError
+from speechbrain_mifuse.features.store import difference
+from speechbrain_mifuse.nnet.wap_transformer import WAPTransformer
+
+WEIGHTS, ABOUT = "adapter.safetensors", "about.json"
+# What the frames an adapter was trained on and those it is to read must share.
+DECISIVE = ("encoder", "dim", "trim_db", "frame_average", "preprocessing_version", "speaker_norm", "layer")
+
+YAML = """# A pretrained adapter. In a recipe of your own, include this file or copy it; then
+#   run_on_main(hparams["pretrainer"].collect_files); hparams["pretrainer"].load_collected()
+# and hparams["adapter"](frames, lengths) adapts frames [batch, frames, {input_size}] of layer {layer} of its encoder.
+adapter_folder: .
+adapter: !new:speechbrain_mifuse.nnet.wap_transformer.WAPTransformer
+    input_size: {input_size}
+    d_model: {d_model}
+    n_layers: {n_layers}
+    n_heads: {n_heads}
+    d_ffn: {d_ffn}
+    dropout: {dropout}
+pretrainer: !new:speechbrain.utils.parameter_transfer.Pretrainer
+    loadables:
+        adapter: !ref <adapter>
+    paths:
+        adapter: !ref <adapter_folder>/adapter.safetensors
+    custom_hooks:
+        adapter: !name:speechbrain_mifuse.nnet.adapter_files.load_adapter_weights
+"""
+
+
+class AdapterError(UserError):
+    """An adapter's folder that is not whole, or does not fit what is asked of it."""
+
+
+def export_adapter(folder: str | Path, adapter: WAPTransformer, features: Mapping, about: Mapping) -> None:
+    """Write an adapter, its weights in half precision.
+
+    Parameters
+    ----------
+    folder : str or pathlib.Path
+        Target folder: `adapter.safetensors`, `hyperparams.yaml`, and last `about.json`.
+    adapter : WAPTransformer
+        Trained.
+    features : mapping
+        Fingerprint of the frames it was trained on, with their `layer`.
+    about : mapping
+        Provenance, of JSON's types.
+
+    Example
+    -------
+    >>> import tempfile
+    >>> folder = tempfile.mkdtemp()
+    >>> export_adapter(folder, WAPTransformer(8, n_heads=2), {"dim": 8, "layer": 2}, {"seed": 1})
+    >>> sorted(path.name for path in Path(folder).iterdir())
+    ['about.json', 'adapter.safetensors', 'hyperparams.yaml']
+    """
+    folder = Path(folder)
+    weights = {name: value.detach().cpu().half().contiguous() for name, value in adapter.state_dict().items()}
+    atomic_write(folder / WEIGHTS, save(weights))
+    atomic_write(folder / "hyperparams.yaml", YAML.format(**adapter.sizes, layer=features["layer"]))
+    told = {"adapter": adapter.sizes, "features": dict(features), **about, "code_version": __version__}
+    # Last, because its presence tells that the folder is whole.
+    atomic_write(folder / ABOUT, json.dumps(told, indent=1))
+
+
+def load_adapter_weights(module: torch.nn.Module, path: str | Path, end_of_epoch: bool = False) -> None:
+    """Load safetensors into an adapter; a hook for SpeechBrain's `Pretrainer`.
+
+    Parameters
+    ----------
+    module : torch.nn.Module
+        Receives the weights; all must fit.
+    path : str or pathlib.Path
+        `adapter.safetensors`.
+    end_of_epoch : bool
+        Part of the hook's signature, of no meaning here.
+
+    Raises
+    ------
+    AdapterError
+        If the file is missing, damaged, or of another architecture.
+
+    Example
+    -------
+    >>> load_adapter_weights(torch.nn.Linear(1, 1), "missing.safetensors")
+    Traceback (most recent call last):
+    ...
+    speechbrain_mifuse.nnet.adapter_files.AdapterError: missing.safetensors: cannot be loaded ...
+    """
+    try:
+        module.load_state_dict(load_file(str(path)))
+    except Exception as error:
+        raise AdapterError(f"{path}: cannot be loaded ({error}). Pretrain the adapter again.") from None
+
+
+def load_adapter(folder: str | Path, features: Mapping | None = None) -> WAPTransformer:
+    """Build a pretrained adapter with its weights.
+
+    Parameters
+    ----------
+    folder : str or pathlib.Path
+        A folder that `export_adapter` wrote.
+    features : mapping, optional
+        Fingerprint of the frames that it is to read, with their `layer`; not compared by default.
+
+    Returns
+    -------
+    WAPTransformer
+        The adapter.
+
+    Raises
+    ------
+    AdapterError
+        If the folder is not whole, or the adapter was trained on other frames.
+
+    Example
+    -------
+    >>> import tempfile
+    >>> folder = tempfile.mkdtemp()
+    >>> export_adapter(folder, WAPTransformer(8, n_heads=2), {"dim": 8, "layer": 2}, {"seed": 1})
+    >>> load_adapter(folder, {"dim": 8, "layer": 2}).output_size
+    8
+    >>> load_adapter(folder, {"dim": 8, "layer": 3})
+    Traceback (most recent call last):
+    ...
+    speechbrain_mifuse.nnet.adapter_files.AdapterError: ...: was trained on other frames (layer: found 2, wanted 3). ...
+    """
+    folder = Path(folder)
+    try:
+        about = json.loads((folder / ABOUT).read_text())
+        sizes, found = about["adapter"], about["features"]
+    except (OSError, ValueError, KeyError) as error:
+        raise AdapterError(f"{folder}: no whole adapter there ({error!r}). Pretrain it again.") from None
+    if features is not None:
+        differs = difference(*({key: part.get(key) for key in DECISIVE} for part in (found, features)))
+        if differs:
+            raise AdapterError(f"{folder}: was trained on other frames ({differs}). Pass the same --encoder.")
+    adapter = WAPTransformer(**sizes)
+    load_adapter_weights(adapter, folder / WEIGHTS)
+    return adapter
+
+
+def adapter_digest(folder: str | Path) -> str:
+    """Identity of an adapter: SHA-256 of its weights.
+
+    Parameters
+    ----------
+    folder : str or pathlib.Path
+        A folder that `export_adapter` wrote.
+
+    Returns
+    -------
+    str
+        First 16 hexadecimal digits.
+
+    Raises
+    ------
+    AdapterError
+        If the weights are missing.
+
+    Example
+    -------
+    >>> adapter_digest("/nowhere")
+    Traceback (most recent call last):
+    ...
+    speechbrain_mifuse.nnet.adapter_files.AdapterError: /nowhere: no whole adapter there. Pretrain it again.
+    """
+    try:
+        return hashlib.sha256((Path(folder) / WEIGHTS).read_bytes()).hexdigest()[:16]
+    except OSError:
+        raise AdapterError(f"{folder}: no whole adapter there. Pretrain it again.") from None

@@ -1,0 +1,637 @@
+"""What an adapter is pretrained towards: one object per objective, each with its weight, head and state.
+
+A recipe's YAML names the objectives of a run; a new one is a class here and an entry there.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+
+import torch
+from torch import nn
+
+from speechbrain_mifuse.nnet.across_processes import summed
+from speechbrain_mifuse.nnet.adapter_losses import (
+    frame_distillation,
+    local_attribute_prediction,
+    mask_prediction,
+    mean_frame,
+    unit_frames,
+    utterance_distillation,
+)
+from speechbrain_mifuse.nnet.local_attributes import LocalAttributes
+from speechbrain_mifuse.nnet.wap_transformer import WAPTransformer
+
+
+@dataclass(frozen=True)
+class Views:
+    """One batch as the student and the teacher see it.
+
+    Parameters
+    ----------
+    inputs : torch.Tensor
+        `[batch, frames, D]`, the encoder's frames, standardised and not masked.
+    true, masked : torch.Tensor
+        `[batch, frames]`, bool: frames that are no padding; those that the student does not see.
+    keys : torch.Tensor
+        `[batch, frames]`, a random number of each true frame.
+    teacher : torch.Tensor
+        `[batch, frames, d]`, of the EMA teacher, which sees everything; without gradient.
+    student : torch.Tensor, optional
+        `[batch, frames, d]`, of the student, which sees the masked input.
+    totals : mapping of str to torch.Tensor
+        `masked`, `true`, `utterances`: how many there are over all processes.
+    layers : torch.Tensor, optional
+        `[batch, frames, layers, D]`, further layers of the encoder, where an objective asks for them.
+    vectors : mapping of str to torch.Tensor
+        `[batch, V]` by the objective's name, where an objective has prepared some.
+
+    Example
+    -------
+    >>> views = toy_views()
+    >>> views.student.shape, int(views.totals["masked"])
+    (torch.Size([2, 6, 4]), 4)
+    """
+
+    inputs: torch.Tensor
+    true: torch.Tensor
+    masked: torch.Tensor
+    keys: torch.Tensor
+    teacher: torch.Tensor
+    totals: Mapping[str, torch.Tensor]
+    student: torch.Tensor | None = None
+    layers: torch.Tensor | None = None
+    vectors: Mapping[str, torch.Tensor] = field(default_factory=dict)
+
+
+def toy_views(dim: int = 4) -> Views:
+    """Two utterances of six frames, for examples.
+
+    Parameters
+    ----------
+    dim : int
+        D and d.
+
+    Returns
+    -------
+    Views
+        Frames of a fixed random draw, two of each utterance masked.
+
+    Example
+    -------
+    >>> toy_views().inputs.shape
+    torch.Size([2, 6, 4])
+    """
+    generator = torch.Generator().manual_seed(0)
+    inputs, teacher, student = torch.randn(3, 2, 6, dim, generator=generator)
+    true = torch.ones(2, 6, dtype=torch.bool)
+    masked = torch.zeros_like(true)
+    masked[:, 2:4] = True
+    keys = torch.rand(2, 6, generator=generator)
+    totals = {"masked": masked.sum(), "true": true.sum(), "utterances": torch.tensor(2)}
+    return Views(inputs, true, masked, keys, teacher, totals, student)
+
+
+class Objective(nn.Module):
+    """Base of the objectives.
+
+    Parameters
+    ----------
+    weight : float
+        Of its loss in the sum.
+
+    Attributes
+    ----------
+    layers : tuple of int
+        Encoder layers that its targets need beyond the input's.
+
+    Example
+    -------
+    >>> Objective(weight=0.5).weight
+    0.5
+    """
+
+    layers: Sequence[int] = ()
+
+    def __init__(self, weight: float = 1.0):
+        super().__init__()
+        self.weight = weight
+
+    def prepare(self, survey) -> Mapping[str, torch.Tensor] | None:
+        """Look at the whole pretraining set once, before `build`.
+
+        Parameters
+        ----------
+        survey : UtteranceSurvey
+            What is known of each utterance; never its label.
+
+        Returns
+        -------
+        mapping of str to torch.Tensor or None
+            A target vector by utterance id, handed back in `Views.vectors`.
+        """
+        return None
+
+    def build(self, input_size: int, d_model: int) -> None:
+        """Make what is trained.
+
+        Parameters
+        ----------
+        input_size, d_model : int
+            D and d.
+        """
+
+    def forward(self, views: Views, name: str) -> torch.Tensor:
+        """Loss of a batch, before its weight.
+
+        Parameters
+        ----------
+        views : Views
+            The batch, with the student's part.
+        name : str
+            The objective's own name.
+
+        Returns
+        -------
+        torch.Tensor
+            Scalar.
+        """
+        raise NotImplementedError
+
+    def statistics(self) -> dict[str, float]:
+        """Tell the log what happened since the last call.
+
+        Returns
+        -------
+        dict of str to float
+            By name.
+        """
+        return {}
+
+
+class MaskPrediction(Objective):
+    """`L_mask`: regress the encoder's own frames under the mask; see `adapter_losses.mask_prediction`.
+
+    Example
+    -------
+    >>> objective = MaskPrediction()
+    >>> objective.build(4, 4)
+    >>> objective(toy_views(), "mask").shape
+    torch.Size([])
+    """
+
+    def build(self, input_size: int, d_model: int) -> None:
+        """Make the head; see `Objective.build`."""
+        self.head = nn.Linear(d_model, input_size)
+
+    def forward(self, views: Views, name: str) -> torch.Tensor:
+        """Compare head and input; see `Objective.forward`."""
+        return mask_prediction(self.head(views.student), views.inputs, views.masked, views.totals["masked"])
+
+
+class LayerPrediction(Objective):
+    """`L_mask` with the mean of several encoder layers as target, each normalised by itself (as data2vec averages).
+
+    Its control is the same objective with the input's layer alone.
+
+    Parameters
+    ----------
+    layers : sequence of int
+        Layers of the encoder; they must be in the feature store (`encoder_layers`).
+    weight : float
+        Of its loss.
+
+    Example
+    -------
+    >>> import dataclasses
+    >>> objective = LayerPrediction(layers=[2, 3])
+    >>> objective.build(4, 4)
+    >>> objective(dataclasses.replace(toy_views(), layers=torch.randn(2, 6, 2, 4)), "layers").shape
+    torch.Size([])
+    """
+
+    def __init__(self, layers: Sequence[int], weight: float = 1.0):
+        super().__init__(weight)
+        self.layers = tuple(layers)
+
+    def build(self, input_size: int, d_model: int) -> None:
+        """Make the head; see `Objective.build`."""
+        self.head = nn.Linear(d_model, input_size)
+
+    def forward(self, views: Views, name: str) -> torch.Tensor:
+        """Compare head and layers; see `Objective.forward`."""
+        target = unit_frames(views.layers).mean(2)
+        return mask_prediction(self.head(views.student), target, views.masked, views.totals["masked"])
+
+
+class FrameDistillation(Objective):
+    """Frame part of `L_sd`; see `adapter_losses.frame_distillation`.
+
+    Example
+    -------
+    >>> objective = FrameDistillation()
+    >>> objective.build(4, 4)
+    >>> objective(toy_views(), "frames").shape
+    torch.Size([])
+    """
+
+    def build(self, input_size: int, d_model: int) -> None:
+        """Make the head; see `Objective.build`."""
+        self.head = nn.Linear(d_model, d_model)
+
+    def forward(self, views: Views, name: str) -> torch.Tensor:
+        """Compare head and teacher; see `Objective.forward`."""
+        return frame_distillation(self.head(views.student), views.teacher, views.true, views.totals["true"])
+
+
+class UtteranceDistillation(Objective):
+    """Utterance part of `L_sd`: the student's mean frame agrees with the teacher's, normalised.
+
+    Example
+    -------
+    >>> objective = UtteranceDistillation()
+    >>> objective.build(4, 4)
+    >>> objective(toy_views(), "utterances").shape
+    torch.Size([])
+    """
+
+    def build(self, input_size: int, d_model: int) -> None:
+        """Make the head; see `Objective.build`."""
+        self.head = nn.Linear(d_model, d_model)
+
+    def forward(self, views: Views, name: str) -> torch.Tensor:
+        """Compare head and teacher; see `Objective.forward`."""
+        target = unit_frames(mean_frame(views.teacher, views.true))
+        predicted = self.head(mean_frame(views.student, views.true))
+        return utterance_distillation(predicted, target, views.totals["utterances"])
+
+
+class LocalAttributePrediction(Objective):
+    """`L_la`: name the cluster of the teacher's frame under the mask; see `LocalAttributes`.
+
+    With a `span` above 1 attributes belong to spans of that many neighbouring frames: the means of teacher and student
+    over a span take the place of frames, and a span counts as masked when more than half of its frames are. The control
+    of that is a span of 1, the paper's form.
+
+    Parameters
+    ----------
+    weight : float
+        Of its loss.
+    size : int
+        Codes.
+    decay, dead_share : float
+        As for `LocalAttributes`.
+    span : int
+        Frames that share an attribute.
+
+    Example
+    -------
+    >>> objective = LocalAttributePrediction(size=3, span=2)
+    >>> objective.build(4, 4)
+    >>> objective(toy_views(), "attributes").shape, sorted(objective.statistics())
+    (torch.Size([]), ['codebook_perplexity', 'codes_reseeded', 'codes_used'])
+    """
+
+    def __init__(
+        self, weight: float = 1.0, size: int = 256, decay: float = 0.9, dead_share: float = 0.02, span: int = 1
+    ):
+        super().__init__(weight)
+        self.size, self.decay, self.dead_share, self.span = size, decay, dead_share, span
+
+    def build(self, input_size: int, d_model: int) -> None:
+        """Make codebook and head; see `Objective.build`."""
+        self.attributes = LocalAttributes(d_model, self.size, self.decay, self.dead_share)
+        self.head = nn.Linear(d_model, self.size)
+
+    def forward(self, views: Views, name: str) -> torch.Tensor:
+        """Update the codebook and compare; see `Objective.forward`."""
+        true, masked, keys = views.true, views.masked, views.keys
+        teacher, student = views.teacher, views.student
+        if self.span > 1:
+            teacher, student = span_means(teacher, true, self.span), span_means(student, true, self.span)
+            covered = span_counts(masked, self.span) * 2 > span_counts(true, self.span)
+            true, masked, keys = span_counts(true, self.span) > 0, covered, keys[:, :: self.span]
+        found = self.attributes.update(unit_frames(teacher)[true], keys[true])
+        attributes = torch.zeros(true.shape, dtype=torch.long, device=true.device)
+        attributes[true] = found
+        total = summed(masked.sum()) if self.span > 1 else views.totals["masked"]
+        return local_attribute_prediction(self.head(student), attributes, masked, total)
+
+    def statistics(self) -> dict[str, float]:
+        """Use of the codebook; see `LocalAttributes.statistics`."""
+        return self.attributes.statistics()
+
+
+def span_counts(chosen: torch.Tensor, span: int) -> torch.Tensor:
+    """How many frames of each span are chosen; the last span may be a short one.
+
+    Parameters
+    ----------
+    chosen : torch.Tensor
+        `[batch, frames]`, bool.
+    span : int
+        Frames of a span.
+
+    Returns
+    -------
+    torch.Tensor
+        `[batch, ceil(frames / span)]`.
+
+    Example
+    -------
+    >>> span_counts(torch.tensor([[True, True, False, False, True]]), 2).tolist()
+    [[2, 0, 1]]
+    """
+    short = -chosen.shape[1] % span
+    return nn.functional.pad(chosen, (0, short)).unflatten(1, (-1, span)).sum(-1)
+
+
+def span_means(frames: torch.Tensor, true: torch.Tensor, span: int) -> torch.Tensor:
+    """Mean of each span's true frames.
+
+    Parameters
+    ----------
+    frames : torch.Tensor
+        `[batch, frames, D]`.
+    true : torch.Tensor
+        `[batch, frames]`, bool.
+    span : int
+        Frames of a span.
+
+    Returns
+    -------
+    torch.Tensor
+        `[batch, ceil(frames / span), D]`.
+
+    Example
+    -------
+    >>> span_means(torch.tensor([[[1.0], [3.0], [9.0]]]), torch.ones(1, 3).bool(), 2).flatten().tolist()
+    [2.0, 9.0]
+    """
+    kept = frames.masked_fill(~true.unsqueeze(-1), 0.0)
+    short = -frames.shape[1] % span
+    total = nn.functional.pad(kept, (0, 0, 0, short)).unflatten(1, (-1, span)).sum(2)
+    return total / span_counts(true, span).clamp(min=1).unsqueeze(-1)
+
+
+@dataclass(frozen=True)
+class UtteranceSurvey:
+    """What is known of each utterance of a pretraining set: no label.
+
+    Parameters
+    ----------
+    ids : sequence of str
+        N utterance ids.
+    statistics : torch.Tensor
+        `[N, 2 D]`, mean and standard deviation of the encoder's frames.
+    speakers : sequence of str
+        Speaker of each.
+    prosody : callable
+        Gives `[N, P]`, prosodic functionals; a function, so that who does not ask does not pay.
+
+    Example
+    -------
+    >>> survey = UtteranceSurvey(["t-a"], torch.zeros(1, 8), ["1"], prosody=lambda: torch.zeros(1, 3))
+    >>> survey.prosody().shape
+    torch.Size([1, 3])
+    """
+
+    ids: Sequence[str]
+    statistics: torch.Tensor
+    speakers: Sequence[str]
+    prosody: Callable[[], torch.Tensor]
+
+
+def corpus_centred(vectors: torch.Tensor, speakers: Sequence[str]) -> torch.Tensor:
+    """Vectors less the mean of all: what is left also tells who speaks.
+
+    Parameters
+    ----------
+    vectors : torch.Tensor
+        `[N, V]`.
+    speakers : sequence of str
+        Not looked at.
+
+    Returns
+    -------
+    torch.Tensor
+        `[N, V]`.
+
+    Example
+    -------
+    >>> corpus_centred(torch.tensor([[1.0], [3.0]]), ["a", "b"]).tolist()
+    [[-1.0], [1.0]]
+    """
+    return vectors - vectors.mean(0)
+
+
+def speaker_centred(vectors: torch.Tensor, speakers: Sequence[str]) -> torch.Tensor:
+    """Vectors less the mean of their speaker's: what is left tells how something is said.
+
+    A speaker with a single utterance is left with nothing. Where each speaker has one emotion, emotion goes with it.
+
+    Parameters
+    ----------
+    vectors : torch.Tensor
+        `[N, V]`.
+    speakers : sequence of str
+        `[N]`.
+
+    Returns
+    -------
+    torch.Tensor
+        `[N, V]`.
+
+    Example
+    -------
+    >>> speaker_centred(torch.tensor([[1.0], [3.0], [9.0]]), ["a", "a", "b"]).tolist()
+    [[-1.0], [1.0], [0.0]]
+    """
+    names = {name: place for place, name in enumerate(sorted(set(speakers)))}
+    whose = torch.tensor([names[speaker] for speaker in speakers])
+    total = torch.zeros(len(names), vectors.shape[1]).index_add_(0, whose, vectors)
+    return vectors - (total / torch.bincount(whose).unsqueeze(1))[whose]
+
+
+def principal_components(vectors: torch.Tensor, count: int) -> torch.Tensor:
+    """Leading principal components of standardised vectors, scaled to a variance of 1 on average.
+
+    Parameters
+    ----------
+    vectors : torch.Tensor
+        `[N, V]`, centred.
+    count : int
+        Components; fewer where there are fewer.
+
+    Returns
+    -------
+    torch.Tensor
+        `[N, count]`.
+
+    Example
+    -------
+    >>> found = principal_components(torch.randn(20, 5), 3)
+    >>> found.shape, round(float(found.square().mean()), 4)
+    (torch.Size([20, 3]), 1.0)
+    """
+    standardised = vectors / vectors.std(0, correction=0).clamp(min=1e-6)
+    left, values, _ = torch.linalg.svd(standardised, full_matrices=False)
+    scores = left[:, :count] * values[:count]
+    return scores / scores.square().mean().sqrt().clamp(min=1e-6)
+
+
+class UtteranceStatistics(Objective):
+    """Regress a vector of the whole, unmasked utterance from the masked one. Ours, not the paper's.
+
+    The vector holds principal components of the encoder's mean and standard deviation and, if asked for, of prosodic
+    functionals; both less what `centre` takes away. With `speaker_centred` this is *speaker-centred utterance
+    distillation*, which needs speaker ids and no label; its controls are `corpus_centred` and
+    `PermutedUtteranceStatistics`.
+
+    Parameters
+    ----------
+    weight : float
+        Of its loss.
+    centre : callable
+        `speaker_centred` or `corpus_centred`.
+    components, prosody_components : int
+        Principal components of the encoder's statistics and of the prosodic functionals; 0 for none.
+
+    Example
+    -------
+    >>> import dataclasses
+    >>> objective = UtteranceStatistics(components=3, prosody_components=0)
+    >>> survey = UtteranceSurvey(["t-a", "t-b"], torch.randn(2, 8), ["1", "1"], prosody=None)
+    >>> targets = objective.prepare(survey)
+    >>> objective.build(4, 4)
+    >>> vectors = {"utt": torch.stack([targets["t-a"], targets["t-b"]])}
+    >>> objective(dataclasses.replace(toy_views(), vectors=vectors), "utt").shape
+    torch.Size([])
+    """
+
+    def __init__(
+        self,
+        weight: float = 1.0,
+        centre: Callable[[torch.Tensor, Sequence[str]], torch.Tensor] = speaker_centred,
+        components: int = 64,
+        prosody_components: int = 24,
+    ):
+        super().__init__(weight)
+        self.centre, self.components, self.prosody_components = centre, components, prosody_components
+
+    def prepare(self, survey: UtteranceSurvey) -> dict[str, torch.Tensor]:
+        """Compute the targets; see `Objective.prepare`."""
+        parts = []
+        if self.components:
+            parts.append(principal_components(self.centre(survey.statistics, survey.speakers), self.components))
+        if self.prosody_components:
+            prosody = self.centre(survey.prosody(), survey.speakers)
+            parts.append(principal_components(prosody, self.prosody_components))
+        vectors = self.dealt(torch.cat(parts, dim=1))
+        self.size = vectors.shape[1]
+        return dict(zip(survey.ids, vectors, strict=True))
+
+    def dealt(self, vectors: torch.Tensor) -> torch.Tensor:
+        """Which utterance gets which target: its own.
+
+        Parameters
+        ----------
+        vectors : torch.Tensor
+            `[N, V]`.
+
+        Returns
+        -------
+        torch.Tensor
+            `[N, V]`.
+        """
+        return vectors
+
+    def build(self, input_size: int, d_model: int) -> None:
+        """Make the head; see `Objective.build`."""
+        self.head = nn.Linear(2 * d_model, self.size)
+
+    def forward(self, views: Views, name: str) -> torch.Tensor:
+        """Compare head and target; see `Objective.forward`."""
+        mean = mean_frame(views.student, views.true)
+        squares = mean_frame((views.student.float() - mean.unsqueeze(1)).square(), views.true)
+        pooled = torch.cat([mean, squares.clamp(min=1e-6).sqrt()], dim=-1)
+        return utterance_distillation(self.head(pooled), views.vectors[name], views.totals["utterances"])
+
+
+class PermutedUtteranceStatistics(UtteranceStatistics):
+    """Control of `UtteranceStatistics`: every utterance gets another one's target.
+
+    Parameters
+    ----------
+    weight, centre, components, prosody_components
+        As for `UtteranceStatistics`.
+
+    Example
+    -------
+    >>> PermutedUtteranceStatistics().dealt(torch.tensor([[1.0], [2.0], [3.0]])).flatten().tolist() != [1.0, 2.0, 3.0]
+    True
+    """
+
+    def dealt(self, vectors: torch.Tensor) -> torch.Tensor:
+        """Shuffle, and turn by one: no utterance keeps its own; see `UtteranceStatistics.dealt`."""
+        order = torch.randperm(len(vectors), generator=torch.Generator().manual_seed(0))
+        dealt = torch.empty_like(vectors)
+        dealt[order] = vectors[order.roll(1)]
+        return dealt
+
+
+class AdapterPretraining(nn.Module):
+    """The student: adapter, what stands in the place of a masked frame, and the objectives.
+
+    Parameters
+    ----------
+    adapter : WAPTransformer
+        What is wanted in the end.
+    objectives : mapping of str to Objective
+        Built.
+
+    Example
+    -------
+    >>> objective = MaskPrediction()
+    >>> objective.build(4, 4)
+    >>> student = AdapterPretraining(WAPTransformer(4, n_heads=2), {"mask_prediction": objective})
+    >>> {name: loss.shape for name, loss in student(toy_views(), torch.ones(2)).items()}
+    {'mask_prediction': torch.Size([])}
+    """
+
+    def __init__(self, adapter: WAPTransformer, objectives: Mapping[str, Objective]):
+        super().__init__()
+        self.adapter, self.objectives = adapter, nn.ModuleDict(objectives)
+        self.mask_frame = nn.Parameter(torch.zeros(adapter.sizes["input_size"]))
+
+    def forward(self, views: Views, lengths: torch.Tensor) -> dict[str, torch.Tensor]:
+        """Losses of a batch, each before its weight.
+
+        Parameters
+        ----------
+        views : Views
+            Without the student's part.
+        lengths : torch.Tensor
+            `[batch]`, relative.
+
+        Returns
+        -------
+        dict of str to torch.Tensor
+            Scalar by the objective's name.
+        """
+        seen = torch.where(views.masked.unsqueeze(-1), self.mask_frame, views.inputs)
+        views = replace(views, student=self.adapter.encode(seen, lengths))
+        return {name: objective(views, name) for name, objective in self.objectives.items()}
+
+    def statistics(self) -> dict[str, float]:
+        """Layer weights and what the objectives tell.
+
+        Returns
+        -------
+        dict of str to float
+            By name.
+        """
+        weights = {f"layer_{place}": w for place, w in enumerate(self.adapter.layer_weights.tolist(), start=1)}
+        told = [objective.statistics() for objective in self.objectives.values()]
+        return weights | {name: value for part in told for name, value in part.items()}
