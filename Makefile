@@ -5,7 +5,7 @@ RUN = $(VENV)/bin/python
 # Threads that wait for a busy core by sleeping: spinning makes a shared machine many times slower.
 export OMP_WAIT_POLICY = passive
 
-.PHONY: demo test table ablations skew bench clean
+.PHONY: demo test table ablations skew norms sensitivity bench clean
 
 $(VENV)/.installed: pyproject.toml
 	$(PYTHON) -m venv $(VENV)
@@ -26,6 +26,7 @@ SWEEP = $(VENV)/bin/speechbrain-mifuse sweep $(PAIRS) --table docs/results
 ABLATIONS = lalm_sfuda,mi_fuse,mi_fuse_reciprocal,mi_fuse_tau_1,mi_fuse_product,mi_fuse_product_prior
 ABLATIONS := $(ABLATIONS),mi_fuse_plus_no_prior,mi_fuse_plus_once,mi_fuse_plus_equal_shares,mi_fuse_plus_temperature_2
 SKEWED = --seeds 1-2 --methods source_only,lalm_sfuda,mi_fuse,mi_fuse_product_prior,mi_fuse_plus_equal_shares,mi_fuse_plus
+NORMED = --methods source_only,lalm_sfuda,mean_fusion,mi_fuse,mi_fuse_plus,oracle --baselines mi_fuse
 LESS = --prepare_target "{keep: {$(1): 0.2, $(2): 0.2}}"
 
 table: $(VENV)/.installed
@@ -39,8 +40,15 @@ skew: $(VENV)/.installed
 	$(SWEEP) $(SKEWED) --name skew_happy_neutral --baselines mi_fuse -- $(call LESS,happy,neutral)
 	$(SWEEP) $(SKEWED) --name skew_angry_sad --baselines mi_fuse -- $(call LESS,angry,sad)
 
+norms: $(VENV)/.installed
+	$(SWEEP) $(NORMED) --seeds 1-2 --name speaker_norm_known -- --speaker_norm=known
+	$(SWEEP) $(NORMED) --seeds 1 --name speaker_norm_clustered -- --speaker_norm=clustered
+
+sensitivity: $(VENV)/.installed
+	$(RUN) benchmarks/sensitivity.py --seeds 1
+
 bench: $(VENV)/.installed
-	for name in epoch mifuse_step memory; do $(RUN) benchmarks/run.py $$name --json docs/results/speed/$$name.json; done
+	for name in epoch mifuse_step memory collect collect_faults label_store adapter; do $(RUN) benchmarks/run.py $$name --json docs/results/speed/$$name.json; done
 
 clean:
 	rm -rf $(VENV) results

@@ -185,6 +185,7 @@ def started(path: Path, url: str, count: int, profile: Profile = HERE):
 def in_own_process(path: Path, url: str, count: int, profile: Profile):
     """Collect in a process that may be killed, without the lock that progress bars share between processes."""
     tqdm.set_lock(threading.RLock())  # a semaphore that a killed process leaves behind is warned of
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs begin with Ctrl-C ignored
     collect_all(path, url, count, profile)
 
 

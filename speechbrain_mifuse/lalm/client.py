@@ -17,6 +17,7 @@ import wave
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
+import aiohttp
 import openai
 from openai.types.chat import ChatCompletion
 
@@ -48,7 +49,7 @@ _PASSING = {408, 409, 429}
 # Statuses with which a server asks all to wait, where it says how long.
 _BUSY = {429, 503}
 # Failures before anything was sent; all others may have been paid for.
-_NEVER_SENT = {"ConnectError", "ConnectTimeout", "PoolTimeout"}
+_NEVER_SENT = (aiohttp.ClientConnectorError, aiohttp.ConnectionTimeoutError)
 _CALLS_PER_LINE = 2
 _FIRST_BACKOFF, _LONGEST_BACKOFF = 0.5, 8.0
 
@@ -326,11 +327,10 @@ class LalmClient:
         """
         try:
             await self._free_line().api.with_options(max_retries=0, timeout=min(self.timeout, 10.0)).models.list()
-        except (openai.APITimeoutError, json.JSONDecodeError):
-            return
         except (openai.APIConnectionError, openai.AuthenticationError) as error:
-            raise await self.explain(error) from None
-        except openai.OpenAIError:
+            if not _timed_out(error):
+                raise await self.explain(error) from None
+        except (openai.OpenAIError, json.JSONDecodeError):
             return
 
     def body(
@@ -479,7 +479,7 @@ class LalmClient:
         except asyncio.TimeoutError:
             raise LalmError(f"{self._name()}: no answer within {self.deadline:g} s") from None
         except openai.OpenAIError as error:
-            if isinstance(error, openai.APIStatusError) or type(error.__cause__).__name__ in _NEVER_SENT:
+            if isinstance(error, openai.APIStatusError) or _never_sent(error):
                 paid = NO_TOKENS
             raise
         finally:
@@ -553,15 +553,16 @@ class LalmClient:
         """
         # A proxy from the environment has no business between two programs on one machine; and reading the
         # certificates of all authorities takes a tenth of a second, for nothing where nothing is encrypted.
-        direct = None
-        if is_loopback(self.base_url):
-            direct = openai.DefaultAsyncHttpxClient(trust_env=False, verify=self.base_url.startswith("https:"))
+        here = is_loopback(self.base_url)
+        checked = self.base_url.startswith("https:") or not here
+        # aiohttp takes half of the processor time that httpx's own transport takes, with many calls at a time.
+        line = openai.DefaultAioHttpClient(trust_env=not here, verify=checked)
         return openai.AsyncOpenAI(
             api_key=self._key(),
             base_url=self.base_url,
             timeout=self.timeout,
             max_retries=0,  # its own retries would know neither the limits nor the budget
-            http_client=direct,
+            http_client=line,
         )
 
     def _key(self) -> str:
@@ -590,13 +591,14 @@ class LalmClient:
         remedy, hopeless = _REMEDIES.get(status, ("", False))
         if isinstance(error, openai.APIConnectionError):
             remedy, hopeless = "is the server running and the address right?", False
-        if isinstance(error, openai.APITimeoutError):
+        if _timed_out(error):
             remedy, hopeless = f"no answer within {self.timeout:g} s; retry later or raise the time-out", False
         if getattr(error, "code", None) == "insufficient_quota":
             remedy, hopeless = "the account has no credit left", True
         if status == 404:
             remedy += await self._models()
-        said = self.redacted(" ".join(str(getattr(error, "message", error)).split()))[:300]
+        said = str(_transport(error) or getattr(error, "message", error))
+        said = self.redacted(" ".join(said.split()))[:300]
         return LalmError(f"{self._name()}: {said} -> {remedy or 'see the message of the server'}", hopeless, status)
 
     async def _models(self) -> str:
@@ -645,6 +647,19 @@ def reply_of(choice) -> Reply:
 
 def _get(thing, name: str):
     return thing.get(name) if isinstance(thing, Mapping) else getattr(thing, name, None)
+
+
+def _transport(error: Exception) -> BaseException | None:
+    """Give what aiohttp raised: the classes in between take every lost connection for one that timed out."""
+    return getattr(error.__cause__, "__cause__", None)
+
+
+def _never_sent(error: Exception) -> bool:
+    return isinstance(_transport(error), _NEVER_SENT)
+
+
+def _timed_out(error: Exception) -> bool:
+    return isinstance(_transport(error), asyncio.TimeoutError) and not _never_sent(error)
 
 
 def is_loopback(base_url: str) -> bool:
