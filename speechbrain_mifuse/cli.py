@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from speechbrain_mifuse import __version__
-from speechbrain_mifuse.errors import UserError, one_clear_error
+from speechbrain_mifuse.errors import UserError, one_clear_error, stopped_by_ctrl_c
 from speechbrain_mifuse.label_commands import add_batch, add_labels
 
 
@@ -310,11 +310,8 @@ def run_collect(options: argparse.Namespace) -> None:
     given = {"lalm_budget": options.budget, "lalm_deadline": options.deadline}
     flags = [f"--{key}={value}" for key, value in given.items() if value is not None]
     hparams, run_opts = load_hparams(options.yaml, [*options.flags, *flags])
-    try:
+    with stopped_by_ctrl_c():
         collect_answers(hparams, chosen_methods(hparams), run_opts, options.dry_run)
-    except KeyboardInterrupt:
-        print("stopped; the same command goes on", file=sys.stderr)
-        raise SystemExit(130) from None
 
 
 def run_probe(options: argparse.Namespace) -> None:
@@ -339,9 +336,10 @@ def run_probe(options: argparse.Namespace) -> None:
     from speechbrain_mifuse.lalm import probe
     from speechbrain_mifuse.lalm.card import Needs, check
     from speechbrain_mifuse.lalm.client import LalmClient
+    from speechbrain_mifuse.lalm.profile import read_profile
 
     given = {"base_url": options.lalm_base_url, "model": options.lalm_model}
-    profile = probe.read_profile(options.profile, **{key: value for key, value in given.items() if value is not None})
+    profile = read_profile(options.profile, **{key: value for key, value in given.items() if value is not None})
     if options.profile is not None and profile.base_url is None:
         raise UserError(f"--lalm_base_url: {options.profile} names no address; give the one that the server prints")
     client = LalmClient.of(dataclasses.replace(profile, max_retries=min(profile.max_retries, 2)))

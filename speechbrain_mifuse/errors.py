@@ -33,3 +33,27 @@ def one_clear_error():
         sys.stdout.flush()
         print(f"error: {error}", file=sys.stderr)
         raise SystemExit(2) from None
+
+
+@contextlib.contextmanager
+def stopped_by_ctrl_c():
+    """Turn Ctrl-C inside the block into one line on standard error and exit status 130, for work that resumes.
+
+    Raises
+    ------
+    SystemExit
+        With status 130, in place of `KeyboardInterrupt`.
+
+    Example
+    -------
+    >>> with stopped_by_ctrl_c():
+    ...     raise KeyboardInterrupt
+    Traceback (most recent call last):
+    ...
+    SystemExit: 130
+    """
+    try:
+        yield
+    except KeyboardInterrupt:
+        print("stopped; the same command goes on", file=sys.stderr)
+        raise SystemExit(130) from None

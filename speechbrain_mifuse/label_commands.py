@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import argparse
 import datetime
-import sys
 from pathlib import Path
 
-from speechbrain_mifuse.errors import UserError
+from speechbrain_mifuse.errors import UserError, stopped_by_ctrl_c
 
 
 def add_labels(commands) -> None:
@@ -328,7 +327,7 @@ def run_report(options: argparse.Namespace) -> None:
     speechbrain_mifuse.lalm.store.StoreError: label store nowhere.sqlite: no such file. ...
     """
     from speechbrain_mifuse.evaluation.teacher_report import report_store
-    from speechbrain_mifuse.lalm.probe import read_profile
+    from speechbrain_mifuse.lalm.profile import read_profile
     from speechbrain_mifuse.lalm.store import LabelStore
 
     price = None if options.profile is None else read_profile(options.profile).price
@@ -406,9 +405,7 @@ def run_batch(options: argparse.Namespace) -> None:
         client = pipeline.client_of(hparams, profile, profile.base_url, store, query)
         with BatchJob(prompt, client, store, query) as job:
             try:
-                print(STEPS[options.step](job, wavs, hparams["lalm_samples"], options.every))
-            except KeyboardInterrupt:
-                print("stopped; the same command goes on", file=sys.stderr)
-                raise SystemExit(130) from None
+                with stopped_by_ctrl_c():
+                    print(STEPS[options.step](job, wavs, hparams["lalm_samples"], options.every))
             finally:
                 print(job.status(), flush=True)

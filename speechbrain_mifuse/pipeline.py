@@ -7,7 +7,7 @@ import functools
 import hashlib
 import json
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 
 import speechbrain as sb
@@ -94,12 +94,41 @@ def chosen_methods(hparams: Mapping) -> list[str]:
     >>> chosen_methods({"method": "mi_fuse", "adaptation": {"methods": {"mi_fuse": None}}})
     ['mi_fuse']
     """
-    method, known = hparams["method"], hparams["adaptation"]["methods"]
-    names = [method] if isinstance(method, str) else list(method)
-    unknown = [name for name in names if name not in known]
+    return known_ones(hparams["method"], hparams["adaptation"]["methods"], "--method")
+
+
+def known_ones(value, known: Collection, flag: str) -> list:
+    """Read a flag that takes one of several things, or a list of them.
+
+    Parameters
+    ----------
+    value
+        What was given.
+    known : collection
+        What there is.
+    flag : str
+        For the message.
+
+    Returns
+    -------
+    list
+        In the order given.
+
+    Raises
+    ------
+    UserError
+        If something is unknown; the message lists what is known.
+
+    Example
+    -------
+    >>> known_ones([2, 1], [1, 2], "--fold"), known_ones(2, [1, 2], "--fold")
+    ([2, 1], [2])
+    """
+    chosen = list(value) if isinstance(value, Sequence) and not isinstance(value, str) else [value]
+    unknown = [one for one in chosen if one not in known]
     if unknown:
-        raise UserError(f"--method: {', '.join(map(str, unknown))} is none of {', '.join(known)}.")
-    return names
+        raise UserError(f"{flag}: {', '.join(map(str, unknown))} is none of {', '.join(map(str, known))}.")
+    return chosen
 
 
 def require_labels(hparams: Mapping, names: Sequence[str]) -> None:
@@ -1104,16 +1133,12 @@ def summary(hparams: Mapping, names: Sequence[str]) -> str:
 
 
 def chosen_among(value, known: Sequence, flag: str) -> list:
-    """Read a flag that takes one of several things, a list of them, or `all`.
+    """Read a flag as `known_ones` does, or as `all` of them.
 
     Parameters
     ----------
-    value
-        What was given.
-    known : sequence
-        What there is.
-    flag : str
-        For the message.
+    value, known, flag
+        As for `known_ones`.
 
     Returns
     -------
@@ -1123,7 +1148,7 @@ def chosen_among(value, known: Sequence, flag: str) -> list:
     Raises
     ------
     UserError
-        If something is unknown; the message lists what is known.
+        As `known_ones` does.
 
     Example
     -------
@@ -1132,11 +1157,7 @@ def chosen_among(value, known: Sequence, flag: str) -> list:
     """
     if isinstance(value, str) and value == "all":
         return list(known)
-    chosen = list(value) if isinstance(value, Sequence) and not isinstance(value, str) else [value]
-    unknown = [one for one in chosen if one not in known]
-    if unknown:
-        raise UserError(f"{flag}: {', '.join(map(str, unknown))} is none of {', '.join(map(str, known))}.")
-    return chosen
+    return known_ones(value, known, flag)
 
 
 def fold_front(hparams: Mapping, fold: int, reader: FrameReader) -> StoredFrames:

@@ -24,13 +24,11 @@ from speechbrain.utils.train_logger import FileTrainLogger
 from speechbrain_mifuse.adaptation.method import AdaptationMethod, Outputs, Survey, Teachers
 from speechbrain_mifuse.adaptation.selection import criteria
 from speechbrain_mifuse.brains.snapshots import Snapshots
-from speechbrain_mifuse.brains.training import EVERY_EPOCH, ResumableBrain, WholeCheckpointer, same_settings, watched
+from speechbrain_mifuse.brains.training import ResumableBrain, WholeCheckpointer, fit, same_settings
 from speechbrain_mifuse.brains.whole_set import WholeSet
 from speechbrain_mifuse.corpora.manifest import atomic_write
-from speechbrain_mifuse.features.dataset import frame_batches
 from speechbrain_mifuse.inference import load_classifier, recogniser_digest
 from speechbrain_mifuse.nnet.ema import ema_copy, ema_decay
-from speechbrain_mifuse.progress import progress, quiet
 
 logger = logging.getLogger(__name__)
 
@@ -243,7 +241,7 @@ def adapt(
     brain.look_at(sets["adapt"], sets["test"], snapshots)
     brain.begin()
     if method.trains:
-        fit(brain, datasets["adapt"], hparams["batch_size"], name)
+        fit(brain, datasets["adapt"], name, hparams["batch_size"])
         atomic_write(folder / "student.safetensors", snapshots.weights.read_bytes())
     found = snapshots.chosen()["predictions"] if method.trains else brain.predictions()
     atomic_write(predictions, json.dumps(found))
@@ -356,29 +354,3 @@ def make_brain(method, hparams: Mapping, student, utterances: int, folder: Path,
     brain.checkpointer.add_recoverable("memory", Memory(method, brain.device))
     ema.to(brain.device)
     return brain
-
-
-def fit(brain: AdaptationBrain, dataset: DynamicItemDataset, batch_size: int, name: str) -> None:
-    """Train the student; a killed run goes on from its last checkpoint.
-
-    Parameters
-    ----------
-    brain : AdaptationBrain
-        The Brain.
-    dataset : DynamicItemDataset
-        The adaptation set.
-    batch_size : int
-        Utterances in a batch; all, when there are fewer.
-    name : str
-        For the progress bar.
-
-    Example
-    -------
-    >>> fit.__name__  # runs in `recipes/RAVDESS/mifuse/train.py`
-    'fit'
-    """
-    # A small last batch would make the diversity term, a statistic of the batch, mean something else.
-    loader = frame_batches(batch_size=min(batch_size, len(dataset)), shuffle=True, drop_last=True)
-    counter = brain.hparams.epoch_counter
-    with quiet(*EVERY_EPOCH), progress(total=counter.limit, desc=name, unit="epoch") as bar:
-        brain.fit(watched(counter, bar), dataset, train_loader_kwargs=loader)

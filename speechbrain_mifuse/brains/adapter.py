@@ -19,14 +19,14 @@ import torch
 from speechbrain.dataio.dataset import DynamicItemDataset
 from speechbrain.nnet.schedulers import WarmCoolDecayLRSchedule
 from speechbrain.utils.checkpoints import mark_as_loader, mark_as_saver, register_checkpoint_hooks
-from speechbrain.utils.distributed import ddp_barrier, if_main_process, run_on_main
+from speechbrain.utils.distributed import ddp_barrier, run_on_main
 from speechbrain.utils.epoch_loop import EpochCounter
 from speechbrain.utils.seed import seed_everything
 from speechbrain.utils.train_logger import FileTrainLogger, TensorboardLogger
 from torch.utils.data import Sampler
 
 from speechbrain_mifuse.adaptation.method import described
-from speechbrain_mifuse.brains.training import EVERY_EPOCH, ResumableBrain, WholeCheckpointer, same_settings, watched
+from speechbrain_mifuse.brains.training import ResumableBrain, WholeCheckpointer, fit, same_settings
 from speechbrain_mifuse.errors import UserError
 from speechbrain_mifuse.evaluation.adapter_plots import plot_codebook, plot_layer_weights
 from speechbrain_mifuse.features.dataset import encoded_rows, frame_batches
@@ -36,7 +36,6 @@ from speechbrain_mifuse.nnet.adapter_objectives import AdapterPretraining, Objec
 from speechbrain_mifuse.nnet.block_masking import draw_masks
 from speechbrain_mifuse.nnet.ema import ema_copy, linear_decay
 from speechbrain_mifuse.nnet.statistical_attentive_pooling import frame_mask
-from speechbrain_mifuse.progress import progress, quiet
 
 logger = logging.getLogger(__name__)
 
@@ -415,13 +414,7 @@ def pretrain(
     loader = brain.make_dataloader(
         dataset, sb.Stage.TEST, ckpt_prefix=None, **frame_batches(batch_sampler=brain.hparams.batches)
     )
-    counter = brain.hparams.epoch_counter
-    hidden = not if_main_process()
-    with (
-        quiet(*EVERY_EPOCH),
-        progress(total=counter.limit, desc=f"pretrain {name}", unit="epoch", disable=hidden) as bar,
-    ):
-        brain.fit(watched(counter, bar), loader)
+    fit(brain, loader, f"pretrain {name}")
     run_on_main(finish, args=[brain, folder, {**settings, "utterances": len(dataset)}])
     ddp_barrier()
     return folder / "adapter"

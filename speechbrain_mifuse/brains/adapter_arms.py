@@ -23,7 +23,7 @@ from speechbrain_mifuse.adaptation.method import described
 from speechbrain_mifuse.audio import load_audio, trim_silence
 from speechbrain_mifuse.brains.adapter import survey_utterances
 from speechbrain_mifuse.brains.classifier import ClassifierBrain, class_weights, labelled_dataset
-from speechbrain_mifuse.brains.training import EVERY_EPOCH, WholeCheckpointer, same_settings, watched
+from speechbrain_mifuse.brains.training import WholeCheckpointer, fit, same_settings
 from speechbrain_mifuse.corpora.manifest import atomic_write, read_manifest, unlabelled
 from speechbrain_mifuse.errors import UserError
 from speechbrain_mifuse.evaluation.adapter_plots import plot_attention
@@ -32,7 +32,6 @@ from speechbrain_mifuse.evaluation.results import evaluate
 from speechbrain_mifuse.features.dataset import frame_batches
 from speechbrain_mifuse.nnet.adapter_classifier import AdapterClassifier
 from speechbrain_mifuse.nnet.adapter_files import adapter_digest, load_adapter
-from speechbrain_mifuse.progress import progress, quiet
 
 logger = logging.getLogger(__name__)
 
@@ -247,7 +246,7 @@ def train_arm(
     adapter = starting_adapter(arm, hparams, run, front, adapters)
     classifier = arm.classifier(front.dim, len(hparams["labels"]), adapter)
     brain = make_brain(hparams, run, folder, front, classifier, train, run_opts)
-    fit(brain, train, hparams["finetuning_batch_size"], f"fold {run.fold}, seed {run.seed}, {name}")
+    fit(brain, train, f"fold {run.fold}, seed {run.seed}, {name}", hparams["finetuning_batch_size"])
     test = labelled_dataset(run.manifests / "test.json", front, hparams["labels"])
     predictions = brain.predict(test, **frame_batches(batch_size=hparams["finetuning_batch_size"]))
     atomic_write(folder / "predictions.json", json.dumps(predictions))
@@ -386,31 +385,6 @@ def make_brain(hparams: Mapping, run: Run, folder: Path, front, classifier, trai
         run_opts={**(run_opts or {}), "noprogressbar": True},
         checkpointer=WholeCheckpointer(folder / "save", recoverables),
     )
-
-
-def fit(brain: FinetuningBrain, train: DynamicItemDataset, batch_size: int, told: str) -> None:
-    """Train; a killed run goes on from its last checkpoint.
-
-    Parameters
-    ----------
-    brain : FinetuningBrain
-        The Brain.
-    train : DynamicItemDataset
-        The training set.
-    batch_size : int
-        Utterances in a batch; all, when there are fewer.
-    told : str
-        For the progress bar.
-
-    Example
-    -------
-    >>> fit.__name__  # runs in `recipes/RAVDESS/adapter/train.py`
-    'fit'
-    """
-    loader = frame_batches(batch_size=min(batch_size, len(train)), shuffle=True, drop_last=True)
-    counter = brain.hparams.epoch_counter
-    with quiet(*EVERY_EPOCH), progress(total=counter.limit, desc=told, unit="epoch") as bar:
-        brain.fit(watched(counter, bar), train, train_loader_kwargs=loader)
 
 
 @torch.inference_mode()

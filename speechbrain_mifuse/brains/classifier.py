@@ -14,14 +14,13 @@ from speechbrain.dataio.dataset import DynamicItemDataset
 from speechbrain.utils.seed import seed_everything
 from torch.nn import functional as F
 
-from speechbrain_mifuse.brains.training import EVERY_EPOCH, ResumableBrain, WholeCheckpointer, same_settings, watched
+from speechbrain_mifuse.brains.training import ResumableBrain, WholeCheckpointer, fit, same_settings
 from speechbrain_mifuse.corpora.manifest import atomic_write
 from speechbrain_mifuse.evaluation.metrics import scores
 from speechbrain_mifuse.features.dataset import encoded_rows, frame_batches, label_index
 from speechbrain_mifuse.inference import export_recogniser
 from speechbrain_mifuse.nnet.adapter_files import adapter_digest, load_adapter
 from speechbrain_mifuse.nnet.classifier import EmotionClassifier
-from speechbrain_mifuse.progress import progress, quiet
 
 logger = logging.getLogger(__name__)
 
@@ -171,11 +170,7 @@ def train_classifier(hparams: Mapping, front, run_opts=None) -> Path:
     train = labelled_dataset(hparams["train_manifest"], front, hparams["labels"])
     classifier = starting_classifier(hparams, front)
     brain = make_brain(hparams, front, classifier, train, run_opts)
-    batch_size = min(hparams["batch_size"], len(train))
-    loader = frame_batches(batch_size=batch_size, shuffle=True, drop_last=True)
-    counter = hparams["epoch_counter"]
-    with quiet(*EVERY_EPOCH), progress(total=counter.limit, desc=f"classifier {hparams['name']}", unit="epoch") as bar:
-        brain.fit(watched(counter, bar), train, train_loader_kwargs=loader)
+    fit(brain, train, f"classifier {hparams['name']}", hparams["batch_size"])
     validation = validate(brain, hparams, front)
     export_recogniser(recogniser, classifier.cpu(), front, hparams, {**settings, "validation": validation})
     return recogniser

@@ -10,12 +10,14 @@ from pathlib import Path
 import speechbrain as sb
 import torch
 from speechbrain.utils.checkpoints import Checkpointer
-from speechbrain.utils.distributed import ddp_barrier
+from speechbrain.utils.distributed import ddp_barrier, if_main_process
 from speechbrain.utils.epoch_loop import EpochCounter
 
 from speechbrain_mifuse.corpora.manifest import atomic_write
 from speechbrain_mifuse.errors import UserError
+from speechbrain_mifuse.features.dataset import frame_batches
 from speechbrain_mifuse.features.store import difference
+from speechbrain_mifuse.progress import progress, quiet
 
 logger = logging.getLogger(__name__)
 
@@ -192,3 +194,31 @@ def watched(counter: EpochCounter, bar):
     for epoch in counter:
         yield epoch
         bar.update(epoch - bar.n)
+
+
+def fit(brain: sb.Brain, train, told: str, batch_size: int | None = None) -> None:
+    """Train until the Brain's epoch counter ends; a killed run goes on from its last checkpoint.
+
+    Parameters
+    ----------
+    brain : sb.Brain
+        The Brain, with `epoch_counter` among its hparams.
+    train : DynamicItemDataset or DataLoader
+        The training set, or a loader that makes its own batches.
+    told : str
+        For the progress bar.
+    batch_size : int, optional
+        Utterances in a batch of a training set; all, when there are fewer.
+
+    Example
+    -------
+    >>> fit.__name__  # runs in `recipes/RAVDESS/mifuse/train.py`
+    'fit'
+    """
+    loader = {}
+    if batch_size is not None:
+        # A small last batch would make the diversity term, a statistic of the batch, mean something else.
+        loader = frame_batches(batch_size=min(batch_size, len(train)), shuffle=True, drop_last=True)
+    counter, hidden = brain.hparams.epoch_counter, not if_main_process()
+    with quiet(*EVERY_EPOCH), progress(total=counter.limit, desc=told, unit="epoch", disable=hidden) as bar:
+        brain.fit(watched(counter, bar), train, train_loader_kwargs=loader)

@@ -13,10 +13,8 @@ import itertools
 import math
 import os
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 
 import torch
-import yaml
 
 from speechbrain_mifuse.errors import UserError
 from speechbrain_mifuse.lalm.card import Card
@@ -229,43 +227,6 @@ def lengths_up_to(longest: float | None) -> list[float]:
     """
     further = {float(longest)} if longest is not None and longest > CLIP_SECONDS else set()
     return sorted(set(LENGTHS) | further)
-
-
-def read_profile(path: str | Path | None, **given) -> Profile:
-    """Read a provider's profile.
-
-    Parameters
-    ----------
-    path : str or pathlib.Path, optional
-        A YAML file as in `hparams/lalm`; the default profile without it.
-    **given
-        Fields that take precedence.
-
-    Returns
-    -------
-    Profile
-
-    Raises
-    ------
-    UserError
-        If the file cannot be read, or holds what no profile has.
-
-    Example
-    -------
-    >>> read_profile(None, model="m").model
-    'm'
-    """
-    if path is None:
-        return Profile.of(None, **given)
-    try:
-        values = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
-    except (OSError, ValueError, yaml.YAMLError) as error:
-        raise UserError(
-            f"--profile {path}: cannot be read: {error}. Name a file such as hparams/lalm/openai.yaml"
-        ) from None
-    if not isinstance(values, Mapping):
-        raise UserError(f"--profile {path}: holds no keys of a profile. Name a file such as hparams/lalm/openai.yaml")
-    return Profile.of(values, **given)
 
 
 def clips(speech: torch.Tensor, lengths: Sequence[float]) -> dict[str, bytes]:

@@ -6,6 +6,9 @@ import dataclasses
 import json
 import re
 from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+
+import yaml
 
 from speechbrain_mifuse.errors import UserError
 
@@ -309,3 +312,40 @@ def _of(cls, values: Mapping, where: str):
     if missing:
         raise UserError(f"{where}{', '.join(missing)} missing")
     return cls(**values)
+
+
+def read_profile(path: str | Path | None, **given) -> Profile:
+    """Read a provider's profile.
+
+    Parameters
+    ----------
+    path : str or pathlib.Path, optional
+        A YAML file as in `hparams/lalm`; the default profile without it.
+    **given
+        Fields that take precedence.
+
+    Returns
+    -------
+    Profile
+
+    Raises
+    ------
+    UserError
+        If the file cannot be read, or holds what no profile has.
+
+    Example
+    -------
+    >>> read_profile(None, model="m").model
+    'm'
+    """
+    if path is None:
+        return Profile.of(None, **given)
+    try:
+        values = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+    except (OSError, ValueError, yaml.YAMLError) as error:
+        raise UserError(
+            f"--profile {path}: cannot be read: {error}. Name a file such as hparams/lalm/openai.yaml"
+        ) from None
+    if not isinstance(values, Mapping):
+        raise UserError(f"--profile {path}: holds no keys of a profile. Name a file such as hparams/lalm/openai.yaml")
+    return Profile.of(values, **given)

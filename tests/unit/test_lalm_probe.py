@@ -13,8 +13,8 @@ from speechbrain_mifuse.cli import main
 from speechbrain_mifuse.errors import UserError
 from speechbrain_mifuse.lalm.card import Card, Needs, check, read_card
 from speechbrain_mifuse.lalm.client import LalmClient, LalmError
-from speechbrain_mifuse.lalm.probe import lengths_up_to, probe, questions, read_profile, speech_like
-from speechbrain_mifuse.lalm.profile import Profile
+from speechbrain_mifuse.lalm.probe import lengths_up_to, probe, questions, speech_like
+from speechbrain_mifuse.lalm.profile import Profile, read_profile
 from speechbrain_mifuse.lalm.serve import EmotionServer
 
 KEY = "sk-planted-0123456789"
