@@ -5,10 +5,11 @@ backward pass, optimiser, the teacher's update, and all that SpeechBrain's Brain
 same `AdapterBrain`, the recipes' network (d 384, three layers), objectives, batches and recordings. Audio is counted as
 the encoder got it, silence trimmed; `whole_recordings` counts the recordings as they are.
 
-- Stored: frames of 80 ms, as the recipes store them.
+- Stored: frames of 80 ms, as IEMOCAP's recipe stores them.
 - Inside: the demo encoder at each clip's true length and no deeper than its layer, run without gradients in every step.
 
-`bf16` is the stored side with SpeechBrain's run option `--precision bf16`.
+`bf16` is the stored side with SpeechBrain's run option `--precision bf16`. `coarse` has frames of 320 ms, as the recipes
+of the open corpora store them.
 Data: a random sample of nEMO if `MIFUSE_CORPORA` is set, else noise of 1 to 3 s.
 """
 
@@ -42,7 +43,10 @@ from speechbrain_mifuse.pipeline import open_reader
 from speechbrain_mifuse.progress import quiet
 
 HPARAMS = Path(__file__).resolve().parents[1] / "hparams" / "base" / "adapter.yaml"
-LAYER, FRAME_AVERAGE, TRIM_DB = 2, 4, 40.0
+LAYER, TRIM_DB = 2, 40.0
+# Encoder frames averaged to one, and what the recipes set with it.
+FINE, COARSE = 4, 16
+WITH = {FINE: {"frames_per_batch": 2000, "mask_width": 10}, COARSE: {"frames_per_batch": 700, "mask_width": 3}}
 NEVER = 10**9  # epochs
 
 
@@ -69,18 +73,19 @@ def run(quick: bool) -> tuple[str, dict[str, Figure]]:
         kind, manifests = write_manifests(folder, {setting.clips}, seconds)
         manifest = unlabelled_copy(manifests[setting.clips])
         options = {"encoder": setting.source(folder / "encoder"), "encoder_layers": [LAYER], "trim_db": TRIM_DB}
-        reader = open_reader({**options, "frame_average": FRAME_AVERAGE})
-        front = StoredFrames(extract([manifest], reader, folder / "store"), LAYER)
+        readers = {count: open_reader({**options, "frame_average": count}) for count in (FINE, COARSE)}
+        fronts = {n: StoredFrames(extract([manifest], reader, folder / f"{n}"), LAYER) for n, reader in readers.items()}
         audio = audio_seconds(manifest)
-        train = functools.partial(Training, setting, manifest, front, audio["trimmed"])
-        sides = {"stored": train(folder / "1"), "inside": train(folder / "2", reader=reader)}
+        train = functools.partial(Training, setting, manifest, fronts[FINE], audio["trimmed"])
+        sides = {"stored": train(folder / "1"), "inside": train(folder / "2", reader=readers[FINE])}
         sides["bf16"] = train(folder / "3", run_opts={"precision": "bf16"})
+        sides["coarse"] = Training(setting, manifest, fronts[COARSE], audio["trimmed"], folder / "4")
         speeds = take_turns(sides, setting.turns, "adapter")
     share = audio["whole"] / audio["trimmed"]
     figures = {"encoder_inside_ratio": ratio(speeds["stored"], speeds["inside"])}
     figures |= {f"{name}_times_real_time": Figure("s/s", values) for name, values in speeds.items()}
     figures["stored_whole_recordings_times_real_time"] = Figure("s/s", [share * speed for speed in speeds["stored"]])
-    return f"{setting.clips} clips of {kind}, {audio['trimmed']:.0f} s without silence, d {front.dim}", figures
+    return f"{setting.clips} clips of {kind}, {audio['trimmed']:.0f} s without silence, d {fronts[FINE].dim}", figures
 
 
 def unlabelled_copy(manifest: Path) -> Path:
@@ -106,7 +111,7 @@ class Training:
 
     def __init__(self, setting: Setting, manifest: Path, front, audio: float, folder: Path, reader=None, run_opts=None):
         filled = dict(setting.sizes, labels=[], number_of_steps=NEVER, ema_start=0.99, ema_end=0.999)
-        filled |= {"finetuning_steps": 1, "span": 8, "target_layers": [LAYER]}
+        filled |= {"finetuning_steps": 1, "span": 8, "target_layers": [LAYER], **WITH[front.frame_average]}
         with HPARAMS.open(encoding="utf-8") as file:
             hparams = load_hyperpyyaml(file, filled)
         torch.manual_seed(0)

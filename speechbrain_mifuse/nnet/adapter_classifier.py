@@ -120,6 +120,21 @@ class AdapterClassifier(nn.Module):
         """
         return frames if self.adapter is None else self.adapter(frames, lengths)
 
+    def vector(self, frames: torch.Tensor, lengths: torch.Tensor) -> torch.Tensor:
+        """One normalised vector for each utterance: what the linear layer sees.
+
+        Parameters
+        ----------
+        frames, lengths
+            As for `adapted`.
+
+        Returns
+        -------
+        torch.Tensor
+            `[batch, V]`.
+        """
+        return self.norm(self.pooling(self.adapted(frames, lengths), lengths))
+
     def forward(self, frames: torch.Tensor, lengths: torch.Tensor) -> torch.Tensor:
         """Classify a batch; dropout is on in training mode.
 
@@ -133,5 +148,4 @@ class AdapterClassifier(nn.Module):
         torch.Tensor
             Logits `[batch, C]`.
         """
-        vectors = self.norm(self.pooling(self.adapted(frames, lengths), lengths))
-        return self.output(F.dropout(vectors, self.dropout, self.training))
+        return self.output(F.dropout(self.vector(frames, lengths), self.dropout, self.training))

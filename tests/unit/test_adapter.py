@@ -12,14 +12,14 @@ from hyperpyyaml import load_hyperpyyaml
 
 from speechbrain_mifuse.adaptation.method import described
 from speechbrain_mifuse.brains import adapter as brains
-from speechbrain_mifuse.brains.adapter_arms import few_labels
+from speechbrain_mifuse.brains.arms import few_labels
 from speechbrain_mifuse.brains.classifier import starting_classifier, train_classifier
 from speechbrain_mifuse.brains.training import SettingsError
 from speechbrain_mifuse.corpora.folds import fold_splits, prepare_folds
 from speechbrain_mifuse.corpora.manifest import LABELS, CorpusError, atomic_write
 from speechbrain_mifuse.corpora.ravdess import prepare_ravdess_8
 from speechbrain_mifuse.errors import UserError
-from speechbrain_mifuse.evaluation.adapter_report import adapter_table, pooled_counts
+from speechbrain_mifuse.evaluation.arm_report import arm_table, pooled_counts
 from speechbrain_mifuse.features.front import StoredFrames
 from speechbrain_mifuse.features.prosody import ProsodyReader
 from speechbrain_mifuse.inference import load_classifier
@@ -535,7 +535,7 @@ def test_the_table_pools_the_folds_and_pairs_the_differences():
         for fold in (1, 2, 3)
         for seed in (1, 2)
     ]
-    rows = adapter_table(records, ["scratch", "pretrained"], ["scratch"]).rows
+    rows = arm_table(records, ["scratch", "pretrained"], ["scratch"]).rows
     # 2 of 12 and 8 of 12 right in the first class, all in the second.
     assert [row[3] for row in rows] == ["58.3 ± 0.0", "83.3 ± 0.0"]
     assert rows[1][-1] == "+25.0 (+25.0 to +25.0)" and rows[1][5] == "83.3"

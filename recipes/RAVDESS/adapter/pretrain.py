@@ -16,7 +16,8 @@ from hyperpyyaml import load_hyperpyyaml
 from speechbrain.utils.distributed import ddp_init_group, run_on_main
 
 from speechbrain_mifuse.errors import one_clear_error
-from speechbrain_mifuse.pipeline import adapter_run, chosen_among, fold_front, open_reader, pretrained_adapter
+from speechbrain_mifuse.fold_pipeline import adapter_run, chosen_among, fold_front, pretrained_adapter
+from speechbrain_mifuse.pipeline import open_reader
 
 if __name__ == "__main__":
     with one_clear_error():

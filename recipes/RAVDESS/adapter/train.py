@@ -17,14 +17,8 @@ from hyperpyyaml import load_hyperpyyaml
 
 from speechbrain_mifuse.brains.adapter_arms import train_arm
 from speechbrain_mifuse.errors import one_clear_error
-from speechbrain_mifuse.pipeline import (
-    adapter_run,
-    adapter_summary,
-    chosen_among,
-    fold_front,
-    open_reader,
-    pretrained_adapter,
-)
+from speechbrain_mifuse.fold_pipeline import adapter_run, arm_summary, chosen_among, fold_front, pretrained_adapter
+from speechbrain_mifuse.pipeline import open_reader
 
 if __name__ == "__main__":
     with one_clear_error():
@@ -49,4 +43,4 @@ if __name__ == "__main__":
                 for amount in amounts:
                     run = adapter_run(hparams, fold, seed, amount)
                     records += [train_arm(name, hparams["adapter"], run, front, adapters, run_opts) for name in names]
-        print(adapter_summary(hparams, records, names))
+        print(arm_summary(hparams, records, names, "adapter"))

@@ -1,4 +1,4 @@
-"""From the records of an adapter comparison to `adapter.csv` and a table with intervals and paired differences."""
+"""From the records of a comparison of arms to a table with intervals and paired differences."""
 
 from __future__ import annotations
 
@@ -11,7 +11,12 @@ from speechbrain_mifuse.evaluation.aggregate import Table, bootstrap, unweighted
 
 COLUMNS = ("corpus", "fold", "seed", "labels_per_class", "arm", "UA", "WA", "macro_F1")
 # What all records of a table must agree in.
-SHARED = ("corpus", "encoder", "speaker_norm", "protocol", "pretraining_audio", "labels", "steps")
+SHARED = ("corpus", "encoder", "speaker_norm", "protocol", "pretraining_audio", "scores_from", "labels", "steps")
+# What is said of a record that has it.
+SENTENCES = {
+    "pretraining_audio": "Adapters pretrained, without labels, on {}.",
+    "scores_from": "Scores: {}.",
+}
 Condition = tuple[str, str]
 
 
@@ -83,7 +88,7 @@ def pooled_counts(records: Sequence[Mapping], arms: Sequence[str]) -> np.ndarray
     )
 
 
-def adapter_table(records: Sequence[Mapping], arms: Sequence[str], baselines: Sequence[str]) -> Table:
+def arm_table(records: Sequence[Mapping], arms: Sequence[str], baselines: Sequence[str]) -> Table:
     """UA of each arm: over all folds' test speakers, mean ± standard deviation over seeds, interval, differences.
 
     UA is that of the counts of all folds together; the mean of the folds' own UA stands beside it. Intervals and
@@ -108,7 +113,7 @@ def adapter_table(records: Sequence[Mapping], arms: Sequence[str], baselines: Se
     >>> record = dict(corpus="toy", labels_per_class="all", fold=1, seed=1, UA=0.875, WA=5 / 6, macro_F1=0.83)
     >>> record["by_speaker"] = {"s": [[3, 1, 0], [0, 2, 0]]}
     >>> records = [dict(record, arm=arm) for arm in ("scratch", "pretrained")]
-    >>> adapter_table(records, ["scratch", "pretrained"], ["scratch"]).rows[1][:4]
+    >>> arm_table(records, ["scratch", "pretrained"], ["scratch"]).rows[1][:4]
     ['toy', 'all', 'pretrained', '87.5 ± 0.0']
     """
     others = [name for name in baselines if name in arms]
@@ -157,7 +162,7 @@ def paired(accuracy: np.ndarray, drawn: np.ndarray, place: int, against: int) ->
     return f"{accuracy[place].mean() - accuracy[against].mean():+.1f} ({low:+.1f} to {high:+.1f})"
 
 
-def adapter_protocol(records: Sequence[Mapping]) -> str:
+def arm_protocol(records: Sequence[Mapping]) -> str:
     """Say how the table was made, from the records themselves.
 
     Parameters
@@ -174,7 +179,7 @@ def adapter_protocol(records: Sequence[Mapping]) -> str:
     -------
     >>> record = dict(fold=1, seed=1, protocol="2 folds", encoder="toy", pretraining_audio="training folds", steps=5)
     >>> record.update(speaker_norm="none", selection="last step", n_test=6, test_speakers=1, code_version="1")
-    >>> adapter_protocol([record])
+    >>> arm_protocol([record])
     'UA over the test speakers of all folds (1 fold, 1 speaker), mean ± standard deviation over 1 seed. ...'
     """
     first = records[0]
@@ -185,8 +190,8 @@ def adapter_protocol(records: Sequence[Mapping]) -> str:
         f"UA over the test speakers of all folds ({_many(len(tests), 'fold')}, "
         f"{_many(sum(tests.values()), 'speaker')}), mean ± standard deviation over {_many(seeds, 'seed')}.",
         f"Protocol: {first['protocol']}.",
-        f"Adapters pretrained, without labels, on {first['pretraining_audio']}.",
         f"Encoder: {first['encoder']}.",
+        *(text.format(first[key]) for key, text in SENTENCES.items() if first.get(key)),
         f"Speaker normalisation: {norm}." if norm != "none" else "",
         f"Fine-tuning: {first['steps']} steps; {first['selection']}.",
         "Intervals and paired differences: bootstrap over test speakers and seeds.",

@@ -1,0 +1,439 @@
+"""Arms of a comparison: classifiers trained alike on the same folds, each scored on speakers it never heard."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import random
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from speechbrain.dataio.dataset import DynamicItemDataset
+from speechbrain.utils.epoch_loop import EpochCounter
+from speechbrain.utils.train_logger import FileTrainLogger
+
+from speechbrain_mifuse import __version__
+from speechbrain_mifuse.brains.classifier import ClassifierBrain, class_weights, labelled_dataset
+from speechbrain_mifuse.brains.training import WholeCheckpointer, fit, same_settings
+from speechbrain_mifuse.corpora.manifest import atomic_write
+from speechbrain_mifuse.errors import UserError
+from speechbrain_mifuse.evaluation.plots import plot_confusion
+from speechbrain_mifuse.evaluation.results import evaluate
+from speechbrain_mifuse.features.dataset import frame_batches
+
+# Lines of the log and checkpoints of a run, at most.
+LOG_POINTS = 3
+# What decides the trained weights, beside arm and data; the same for every arm.
+DECISIVE = ("finetuning_steps", "finetuning_batch_size", "finetuning_learning_rate", "adapter_learning_rate")
+
+
+@dataclass(frozen=True)
+class Run:
+    """One fold with one seed and one amount of labels.
+
+    Parameters
+    ----------
+    folder : pathlib.Path
+        Output folder of fold and seed; arms go below it.
+    manifests : pathlib.Path
+        Folder of the fold's `train.json` and `test.json`.
+    fold, seed : int
+        Number of the fold, from 1; training seed.
+    labels_per_class : int or str
+        How many labelled utterances of each class are trained on, or `all`.
+    about : mapping
+        What every record of the run shall say.
+
+    Example
+    -------
+    >>> Run(Path("out"), Path("manifests/fold_1"), 1, 1, 20).arm_folder("scratch").as_posix()
+    'out/labels_20/scratch'
+    """
+
+    folder: Path
+    manifests: Path
+    fold: int
+    seed: int
+    labels_per_class: int | str = "all"
+    about: Mapping = field(default_factory=dict)
+
+    @property
+    def splits(self) -> tuple[Path, Path]:
+        """Manifests of the training and of the test set."""
+        return self.manifests / "train.json", self.manifests / "test.json"
+
+    def arm_folder(self, name: str) -> Path:
+        """Where an arm's results go.
+
+        Parameters
+        ----------
+        name : str
+            The arm.
+
+        Returns
+        -------
+        pathlib.Path
+            Its folder.
+        """
+        return self.folder / f"labels_{self.labels_per_class}" / name
+
+
+class FinetuningBrain(ClassifierBrain):
+    """`ClassifierBrain` with a learning rate of its own for the adapter.
+
+    `hparams` must also hold `adapter_learning_rate`.
+
+    Example
+    -------
+    >>> issubclass(FinetuningBrain, ClassifierBrain)
+    True
+    """
+
+    def init_optimizers(self):
+        """Group the parameters: adapter, then the rest; see `sb.Brain.init_optimizers`."""
+        named = [item for item in self.modules.named_parameters() if item[1].requires_grad]
+        adapter = [value for name, value in named if ".adapter." in name]
+        rest = [value for name, value in named if ".adapter." not in name]
+        # SpeechBrain clips the gradient of the first group alone: the adapter's, where there is one.
+        groups = [{"params": adapter, "lr": self.hparams.adapter_learning_rate}] if adapter else []
+        self.optimizer = self.opt_class([*groups, {"params": rest}])
+        self.optimizers_dict = {"opt_class": self.optimizer}
+        self.checkpointer.add_recoverable("optimizer", self.optimizer)
+
+
+def few_labels(rows: Mapping[str, Mapping], per_class: int | str, seed: int) -> list[str]:
+    """Draw the same number of labelled utterances of every class; the draw depends on ids and seed alone.
+
+    Parameters
+    ----------
+    rows : mapping of str to mapping
+        Each with its `label`.
+    per_class : int or str
+        How many of each class, or `all`; a class with fewer gives all it has.
+    seed : int
+        Of the draw.
+
+    Returns
+    -------
+    list of str
+        Utterance ids, sorted.
+
+    Raises
+    ------
+    UserError
+        If it is neither a positive number nor `all`.
+
+    Example
+    -------
+    >>> rows = {f"t-{number}": {"label": number % 2} for number in range(10)}
+    >>> chosen = few_labels(rows, 2, seed=1)
+    >>> [sum(rows[key]["label"] == label for key in chosen) for label in (0, 1)]
+    [2, 2]
+    """
+    if per_class == "all":
+        return sorted(rows)
+    if not isinstance(per_class, int) or per_class < 1:
+        raise UserError(f"--labels_per_class: {per_class} is neither 'all' nor a positive number.")
+    by_label: dict[int, list[str]] = {}
+    for key in sorted(rows):
+        by_label.setdefault(rows[key]["label"], []).append(key)
+    dice = random.Random(seed)
+    return sorted(key for label in sorted(by_label) for key in sample_of(by_label[label], per_class, dice))
+
+
+def sample_of(keys: Sequence[str], count: int, dice: random.Random) -> list[str]:
+    """Draw without replacement, all when there are too few.
+
+    Parameters
+    ----------
+    keys : sequence of str
+        What to draw from.
+    count : int
+        How many.
+    dice : random.Random
+        Source of chance.
+
+    Returns
+    -------
+    list of str
+        Drawn ones.
+
+    Example
+    -------
+    >>> sample_of(["a"], 3, random.Random(0))
+    ['a']
+    """
+    return dice.sample(keys, min(count, len(keys)))
+
+
+def keep_only(dataset: DynamicItemDataset, keys: Sequence[str]) -> None:
+    """Leave some utterances in a dataset.
+
+    Parameters
+    ----------
+    dataset : DynamicItemDataset
+        Changed in place.
+    keys : sequence of str
+        Ids that stay, in the order they get.
+
+    Example
+    -------
+    >>> dataset = DynamicItemDataset({"t-a": {}, "t-b": {}})
+    >>> keep_only(dataset, ["t-b"])
+    >>> len(dataset)
+    1
+    """
+    dataset.data = {key: dataset.data[key] for key in keys}
+    dataset.data_ids = list(keys)
+
+
+def shared_settings(hparams: Mapping, run: Run, front) -> dict:
+    """Everything that decides an arm's result but the arm itself.
+
+    Parameters
+    ----------
+    hparams : mapping
+        What `DECISIVE` names, `labels` and `class_balanced`.
+    run : Run
+        Fold, seed, labels.
+    front : StoredFrames
+        Reads the frames.
+
+    Returns
+    -------
+    dict
+        Of JSON's types.
+
+    Example
+    -------
+    >>> shared_settings({}, Run(Path(), Path("/nowhere"), 1, 1), None)
+    Traceback (most recent call last):
+    ...
+    FileNotFoundError: ...
+    """
+    digests = [hashlib.sha256((run.manifests / f"{name}.json").read_bytes()).hexdigest() for name in ("train", "test")]
+    found = {"manifests": digests, "seed": run.seed, "labels_per_class": run.labels_per_class}
+    found |= {key: hparams[key] for key in (*DECISIVE, "labels", "class_balanced")}
+    return {**found, "features": {**front.fingerprint, "layer": front.layer}}
+
+
+def found_done(folder: Path, settings: Mapping) -> dict | None:
+    """Read the record of an arm that is done already.
+
+    Parameters
+    ----------
+    folder : pathlib.Path
+        The arm's.
+    settings : mapping
+        What decides its result.
+
+    Returns
+    -------
+    dict or None
+        The record.
+
+    Raises
+    ------
+    SettingsError
+        If the folder holds a result got otherwise.
+
+    Example
+    -------
+    >>> import tempfile
+    >>> found_done(Path(tempfile.mkdtemp()), {"seed": 1}) is None
+    True
+    """
+    if same_settings(folder / "settings.json", settings) and (folder / "results.json").exists():
+        return json.loads((folder / "results.json").read_text())
+    return None
+
+
+def fit_and_predict(
+    name: str,
+    hparams: Mapping,
+    run: Run,
+    front,
+    classifier,
+    run_opts: Mapping | None = None,
+    columns: Mapping[str, Mapping] | None = None,
+    kind: type[FinetuningBrain] = FinetuningBrain,
+) -> tuple[FinetuningBrain, dict[str, list[float]], int]:
+    """Train a classifier on a fold's training set and predict its test set.
+
+    The number of steps is fixed and the last one counts: nothing is selected, least of all on the test fold.
+
+    Parameters
+    ----------
+    name : str
+        The arm.
+    hparams : mapping
+        What `DECISIVE` names, `labels`, `class_balanced`, `finetuning_opt_class`.
+    run : Run
+        Fold, seed, labels.
+    front : StoredFrames
+        Reads the frames.
+    classifier : torch.nn.Module
+        Trained in place.
+    run_opts : mapping, optional
+        SpeechBrain's run options.
+    columns : mapping, optional
+        What else batches hold: by name, a tensor for each utterance id.
+    kind : type
+        The Brain's class.
+
+    Returns
+    -------
+    brain : FinetuningBrain
+        That has trained it.
+    predictions : dict of str to list of float
+        Probabilities `[C]` by utterance id.
+    n_train : int
+        Labelled utterances trained on.
+
+    Example
+    -------
+    >>> fit_and_predict.__name__  # runs in `recipes/RAVDESS/adapter/train.py`
+    'fit_and_predict'
+    """
+    train, test = (with_columns(labelled_dataset(path, front, hparams["labels"]), columns or {}) for path in run.splits)
+    keep_only(train, few_labels(train.data, run.labels_per_class, run.seed))
+    folder, size = run.arm_folder(name), hparams["finetuning_batch_size"]
+    brain = make_brain(hparams, run, folder, front, classifier, train, run_opts, kind)
+    fit(brain, train, f"fold {run.fold}, seed {run.seed}, {name}", size)
+    predictions = brain.predict(test, **frame_batches(batch_size=size))
+    atomic_write(folder / "predictions.json", json.dumps(predictions))
+    return brain, predictions, len(train)
+
+
+def with_columns(dataset: DynamicItemDataset, columns: Mapping[str, Mapping]) -> DynamicItemDataset:
+    """Add a value for each utterance to a dataset.
+
+    Parameters
+    ----------
+    dataset : DynamicItemDataset
+        Changed in place.
+    columns : mapping of str to mapping
+        Values by utterance id, by the name that batches know them under.
+
+    Returns
+    -------
+    DynamicItemDataset
+        The same.
+
+    Example
+    -------
+    >>> dataset = DynamicItemDataset({"t-a": {}}, output_keys=["id"])
+    >>> with_columns(dataset, {"scores": {"t-a": 0.5}})[0]
+    {'id': 't-a', 'scores': 0.5}
+    """
+    for name, values in columns.items():
+        dataset.add_dynamic_item(values.__getitem__, takes="id", provides=name)
+    dataset.set_output_keys([*dataset.pipeline.output_mapping, *columns])
+    return dataset
+
+
+def make_brain(
+    hparams: Mapping, run: Run, folder: Path, front, classifier, train, run_opts, kind: type[FinetuningBrain]
+) -> FinetuningBrain:
+    """Wire a `FinetuningBrain`.
+
+    Parameters
+    ----------
+    hparams, run, front, run_opts
+        As for `fit_and_predict`.
+    folder : pathlib.Path
+        The arm's.
+    classifier : AdapterClassifier
+        To be trained.
+    train : DynamicItemDataset
+        What it is trained on.
+    kind : type
+        The Brain's class.
+
+    Returns
+    -------
+    FinetuningBrain
+        Ready to fit.
+
+    Example
+    -------
+    >>> make_brain.__name__  # runs in `recipes/RAVDESS/adapter/train.py`
+    'make_brain'
+    """
+    steps_per_epoch = max(len(train) // min(hparams["finetuning_batch_size"], len(train)), 1)
+    epochs = math.ceil(hparams["finetuning_steps"] / steps_per_epoch)
+    counter = EpochCounter(epochs)
+    labels = torch.tensor([row["label"] for row in train.data.values()])
+    folder.mkdir(parents=True, exist_ok=True)
+    own = {
+        "seed": run.seed,
+        "class_weight": class_weights(labels, len(hparams["labels"])) if hparams["class_balanced"] else None,
+        "adapter_learning_rate": hparams["adapter_learning_rate"],
+        "epoch_counter": counter,
+        "log_interval": math.ceil(epochs / LOG_POINTS),
+        "train_logger": FileTrainLogger(folder / "train_log.txt"),
+    }
+    recoverables = {"classifier": classifier, "counter": counter}
+    return kind(
+        modules={"front": front, "classifier": classifier},
+        opt_class=hparams["finetuning_opt_class"],
+        hparams=own,
+        run_opts={**(run_opts or {}), "noprogressbar": True},
+        checkpointer=WholeCheckpointer(folder / "save", recoverables),
+    )
+
+
+def write_record(
+    folder: Path, name: str, hparams: Mapping, run: Run, predictions: Mapping, n_train: int, steps: int, **about
+) -> dict:
+    """Score predictions on the test fold and write `results.json` and `confusion.png`.
+
+    Parameters
+    ----------
+    folder : pathlib.Path
+        The arm's.
+    name, hparams, run
+        As for `fit_and_predict`.
+    predictions : mapping
+        Probabilities `[C]` by utterance id.
+    n_train : int
+        Labelled utterances trained on.
+    steps : int
+        Optimiser steps.
+    **about
+        What else the record shall say of the arm.
+
+    Returns
+    -------
+    dict
+        The record; fractions in [0, 1].
+
+    Example
+    -------
+    >>> write_record.__name__  # runs in `recipes/RAVDESS/adapter/train.py`
+    'write_record'
+    """
+    scored = evaluate(predictions, run.manifests / "test.json", hparams["labels"])
+    counts = scored.pop("counts")
+    record = {
+        "arm": name,
+        "fold": run.fold,
+        "seed": run.seed,
+        "labels_per_class": run.labels_per_class,
+        **about,
+        **run.about,
+        **scored,
+        "n_train": n_train,
+        "steps": steps,
+        "selection": "last step of a fixed number, nothing is selected",
+        "labels": list(hparams["labels"]),
+        "confusion": counts.tolist(),
+        "code_version": __version__,
+    }
+    title = f"{name}: {record['corpus']}, fold {run.fold}, UA {100 * record['UA']:.1f} %"
+    plot_confusion(folder / "confusion.png", counts, hparams["labels"], title)
+    atomic_write(folder / "results.json", json.dumps(record, indent=1))
+    return record

@@ -1,0 +1,219 @@
+"""The steps of a recipe that compares arms over folds and seeds; each does what is missing and skips what is done."""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import torch
+from speechbrain.utils.distributed import run_on_main
+
+from speechbrain_mifuse.brains.adapter import pretrain
+from speechbrain_mifuse.brains.arms import Run
+from speechbrain_mifuse.corpora.folds import fold_folder
+from speechbrain_mifuse.corpora.manifest import atomic_write, unlabelled
+from speechbrain_mifuse.evaluation.aggregate import write_csv
+from speechbrain_mifuse.evaluation.arm_report import COLUMNS, arm_protocol, arm_table
+from speechbrain_mifuse.features import cache_folder
+from speechbrain_mifuse.features.dataset import encoded_rows
+from speechbrain_mifuse.features.extract import FrameReader, extract, open_store
+from speechbrain_mifuse.features.front import StoredFrames
+from speechbrain_mifuse.features.prosody import ProsodyReader
+from speechbrain_mifuse.features.speakers import chosen_norm
+from speechbrain_mifuse.pipeline import ENCODERS, known_ones, open_front
+
+
+def chosen_among(value, known: Sequence, flag: str) -> list:
+    """Read a flag as `known_ones` does, or as `all` of them.
+
+    Parameters
+    ----------
+    value, known, flag
+        As for `known_ones`.
+
+    Returns
+    -------
+    list
+        In the order given.
+
+    Raises
+    ------
+    UserError
+        As `known_ones` does.
+
+    Example
+    -------
+    >>> chosen_among("all", [1, 2], "--fold"), chosen_among(2, [1, 2], "--fold")
+    ([1, 2], [2])
+    """
+    if isinstance(value, str) and value == "all":
+        return list(known)
+    return known_ones(value, known, flag)
+
+
+def fold_front(hparams: Mapping, fold: int, reader: FrameReader) -> StoredFrames:
+    """Fill the feature store with a fold's utterances and read frames from it.
+
+    Parameters
+    ----------
+    hparams : mapping
+        The recipe's.
+    fold : int
+        Number of the fold.
+    reader : FrameReader
+        Makes the frames.
+
+    Returns
+    -------
+    StoredFrames
+        The front; the folds of a corpus share one store.
+
+    Example
+    -------
+    >>> fold_front.__name__  # runs in `recipes/RAVDESS/adapter/train.py`
+    'fold_front'
+    """
+    options = {**hparams, "source_manifests": fold_folder(hparams["manifests"], fold)}
+    return open_front(options, "source", hparams["layer"], reader)
+
+
+def adapter_run(hparams: Mapping, fold: int, seed: int, labels_per_class: int | str) -> Run:
+    """Describe one run of an adapter comparison.
+
+    Parameters
+    ----------
+    hparams : mapping
+        The recipe's.
+    fold, seed : int
+        Number of the fold, training seed.
+    labels_per_class : int or str
+        A number or `all`.
+
+    Returns
+    -------
+    Run
+        With what its records shall say of corpus, protocol and encoder.
+
+    Example
+    -------
+    >>> adapter_run.__name__  # runs in `recipes/RAVDESS/adapter/train.py`
+    'adapter_run'
+    """
+    norm, folds = chosen_norm(hparams), hparams["folds"]
+    about = {
+        "corpus": hparams["source"],
+        "encoder": f"{ENCODERS.get(hparams['encoder'], hparams['encoder'])}, layer {hparams['layer']}, frozen",
+        "protocol": f"{len(folds)} folds, {hparams['protocol']}, {len(hparams['labels'])} classes",
+        "speaker_norm": "none" if norm is None else norm.told(),
+        "pretraining_audio": "the training folds' audio",
+    }
+    if "test" in hparams["pretrain_on"]:
+        about["pretraining_audio"] = "LEAK: the audio of all folds, the test fold's included"
+    folder = Path(hparams["output_folder"]) / f"fold_{fold}" / f"seed_{seed}"
+    return Run(folder, fold_folder(hparams["manifests"], fold), fold, seed, labels_per_class, about)
+
+
+def pretrained_adapter(
+    hparams: Mapping, run: Run, name: str, front: StoredFrames, run_opts: Mapping | None = None
+) -> Path:
+    """Pretrain an adapter on a fold's audio without labels, or find it pretrained.
+
+    Parameters
+    ----------
+    hparams : mapping
+        The recipe's.
+    run : Run
+        Fold and seed.
+    name : str
+        A key of `pretrainings`.
+    front : StoredFrames
+        Reads the frames.
+    run_opts : mapping, optional
+        SpeechBrain's run options.
+
+    Returns
+    -------
+    pathlib.Path
+        Folder of the adapter.
+
+    Raises
+    ------
+    UserError
+        If `pretrain_on` names a split that no fold has.
+
+    Example
+    -------
+    >>> pretrained_adapter.__name__  # runs in `recipes/RAVDESS/adapter/pretrain.py`
+    'pretrained_adapter'
+    """
+    splits = chosen_among(hparams["pretrain_on"], ["train", "test"], "--pretrain_on")
+    manifests = [unlabelled(run.manifests / f"{split}.json") for split in splits]
+    prosody = functools.partial(stored_prosody, hparams, manifests)
+    folder = run.folder / f"pretraining_{name}"
+    return pretrain(name, hparams["adapter"], manifests, front, folder, run.seed, prosody, run_opts)
+
+
+def stored_prosody(hparams: Mapping, manifests: Sequence[Path]) -> dict[str, torch.Tensor]:
+    """Prosodic functionals of every utterance of some manifests, from a store that is filled where it lacks any.
+
+    Parameters
+    ----------
+    hparams : mapping
+        `source`, `trim_db`, `feature_folder`.
+    manifests : sequence of pathlib.Path
+        Manifests.
+
+    Returns
+    -------
+    dict of str to torch.Tensor
+        `[P]` by utterance id.
+
+    Example
+    -------
+    >>> stored_prosody.__name__  # runs in `recipes/RAVDESS/adapter/pretrain.py`
+    'stored_prosody'
+    """
+    reader = ProsodyReader(hparams["trim_db"])
+    base = Path(hparams["feature_folder"] or cache_folder() / "features")
+    digest = hashlib.sha256(json.dumps(reader.fingerprint(), sort_keys=True).encode()).hexdigest()[:8]
+    folder = base / f"{hparams['source']}-prosody-{digest}"
+    run_on_main(extract, kwargs={"manifests": manifests, "reader": reader, "folder": folder})
+    store = open_store(folder, reader)
+    rows = {key for path in manifests for key in encoded_rows(path, store)}
+    return {key: torch.from_numpy(store.frames(key)).float().flatten() for key in rows}
+
+
+def arm_summary(hparams: Mapping, records: Sequence[Mapping], arms: Sequence[str], name: str) -> str:
+    """Bring a comparison together: `results.json`, `results.md` and a CSV file in the output folder.
+
+    Parameters
+    ----------
+    hparams : mapping
+        The recipe's.
+    records : sequence of mapping
+        As `train_arm` gives.
+    arms : sequence of str
+        In the order of the table.
+    name : str
+        Of the CSV file.
+
+    Returns
+    -------
+    str
+        The table.
+
+    Example
+    -------
+    >>> arm_summary.__name__  # runs in `recipes/RAVDESS/adapter/train.py`
+    'arm_summary'
+    """
+    folder = Path(hparams["output_folder"])
+    write_csv(folder / f"{name}.csv", records, COLUMNS)
+    atomic_write(folder / "results.json", json.dumps(list(records), indent=1))
+    table = arm_table(records, arms, hparams["compare_to"])
+    text = f"# {hparams['source']}\n\n{table.markdown()}\n{arm_protocol(records)}\n"
+    atomic_write(folder / "results.md", text)
+    return text
