@@ -5,7 +5,7 @@ RUN = $(VENV)/bin/python
 # Threads that wait for a busy core by sleeping: spinning makes a shared machine many times slower.
 export OMP_WAIT_POLICY = passive
 
-.PHONY: demo test table ablations skew norms sensitivity bench clean
+.PHONY: demo test table ablations skew norms sensitivity adapter zsfuse bench clean
 
 $(VENV)/.installed: pyproject.toml
 	$(PYTHON) -m venv $(VENV)
@@ -47,8 +47,22 @@ norms: $(VENV)/.installed
 sensitivity: $(VENV)/.installed
 	$(RUN) benchmarks/sensitivity.py --seeds 1
 
+# The adapter and ZS-Fuse on the open corpora: folds, seeds and arms of each, then one table.
+define compare
+	$(RUN) recipes/RAVDESS/$(1)/train.py hparams/$(1)_ravdess.yaml
+	$(RUN) recipes/nEMO/$(1)/train.py hparams/$(1)_nemo.yaml
+	$(RUN) recipes/EmoDB/$(1)/train.py hparams/$(1)_emodb.yaml
+	$(RUN) benchmarks/arm_table.py $(1) results/$(1)_ravdess results/$(1)_nemo results/$(1)_emodb
+endef
+
+adapter: $(VENV)/.installed
+	$(call compare,adapter)
+
+zsfuse: $(VENV)/.installed
+	$(call compare,zsfuse)
+
 bench: $(VENV)/.installed
-	for name in epoch mifuse_step memory collect collect_faults label_store adapter; do $(RUN) benchmarks/run.py $$name --json docs/results/speed/$$name.json; done
+	for name in epoch mifuse_step memory collect collect_faults label_store adapter zero_shot recognise; do $(RUN) benchmarks/run.py $$name --json docs/results/speed/$$name.json; done
 
 clean:
 	rm -rf $(VENV) results

@@ -23,6 +23,8 @@ BENCHMARKS = {
     "epoch": "an epoch on stored frames, against the frozen encoder run in every epoch",
     "label_store": "loading the targets of 100,000 utterances among 1,000,000 stored rows, against plain files",
     "mifuse_step": "a training step of MI-Fuse, against a supervised one",
+    "recognise": "recognising a folder of recordings, against the encoder alone on what it holds",
+    "zero_shot": "scoring 10,000 recordings from stored frames, against one at a time and with texts every time",
     "memory": "resident memory while going through a store, and through one eight times its size",
 }
 

@@ -1,7 +1,7 @@
-"""Put the generated tables of `docs/results/` into the README, between their marks.
+"""Put the generated tables of `docs/results/` into the README and the pages of `docs/`, between their marks.
 
 `docs/results/speed.md` is made here from the JSON that `run.py NAME --json docs/results/speed/NAME.json` writes. With
-`--check` nothing is written; the exit status tells whether the README is up to date (1 when not).
+`--check` nothing is written; the exit status tells whether all are up to date (1 when not).
 """
 
 from __future__ import annotations
@@ -18,9 +18,9 @@ TABLES = ROOT / "docs" / "results"
 BLOCK = re.compile(r"(<!-- begin (\S+) -->\n).*?(<!-- end \2 -->)", re.DOTALL)
 
 
-def filled(readme: str, tables: Path) -> str:
-    """README with every marked block replaced by the table it names."""
-    return BLOCK.sub(lambda m: m[1] + "\n" + body(tables / m[2]) + "\n" + m[3], readme)
+def filled(page: str, tables: Path) -> str:
+    """Give a page with every marked block replaced by the table it names."""
+    return BLOCK.sub(lambda m: m[1] + "\n" + body(tables / m[2]) + "\n" + m[3], page)
 
 
 def body(path: Path) -> str:
@@ -43,12 +43,18 @@ def speed_table(folder: Path) -> str:
     return "\n".join([*lines, "", *told]) + "\n"
 
 
+def pages() -> list[Path]:
+    """Files that may hold tables."""
+    return [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+
+
 if __name__ == "__main__":
-    path = ROOT / "README.md"
     if "--check" not in sys.argv[1:]:
         atomic_write(TABLES / "speed.md", speed_table(TABLES / "speed"))
-    before = path.read_text(encoding="utf-8")
-    after = filled(before, TABLES)
+    before = {path: path.read_text(encoding="utf-8") for path in pages()}
+    after = {path: filled(text, TABLES) for path, text in before.items()}
     if "--check" in sys.argv[1:]:
         sys.exit(before != after)
-    atomic_write(path, after)
+    for path, text in after.items():
+        if text != before[path]:
+            atomic_write(path, text)

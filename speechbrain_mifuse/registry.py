@@ -207,8 +207,11 @@ class Recipe:
     @property
     def data(self) -> str:
         """Source, target and teacher, or what is trained on."""
+        if "sources" in self.values:
+            return f"captions of {' and '.join(self.values['sources'])}, for {self.value('target')} as target"
         if "target" not in self.values:
-            return f"{self.value('source')}, with labels"
+            scores = f", scores of {self.value('alm')}" if "alm" in self.values else ""
+            return f"{self.value('source')}, with labels{scores}"
         teacher = self.value("teacher" if self.values.get("lalm_base_url") is None else "lalm_model")
         return f"{self.value('source')} -> {self.value('target')}, teacher {teacher}"
 

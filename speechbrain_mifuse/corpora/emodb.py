@@ -6,27 +6,34 @@ The openly mirrored copy, in a folder called `emodb_2s`, has every clip cut or p
 is stated with it: figures on it are "EmoDB, 2 s" and are not comparable with published EmoDB figures.
 
 Four classes: W anger 127, F happiness 71, N neutral 79, T sadness 62; boredom, disgust and fear take no part.
+`prepare_emodb_7` takes all seven: L boredom 81, E disgust 46, A fear 69 beside them.
 Split policy: speaker-independent. Speakers are dealt to the splits in the order of `SPEAKERS`, which alternates the
 sexes (men 03 10 11 12 15, women 08 09 13 14 16).
 """
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 
 from speechbrain_mifuse.corpora.manifest import Corpus, CorpusError, Utterance, map_label
 
 LABEL_MAP = {"W": "angry", "F": "happy", "N": "neutral", "T": "sad", "L": None, "E": None, "A": None}
+SEVEN_CLASSES = {**LABEL_MAP, "L": "bored", "E": "disgust", "A": "fearful"}
 SPEAKERS = ("03", "08", "10", "09", "11", "13", "12", "14", "15", "16")
+MEN = ("03", "10", "11", "12", "15")
 
 
-def list_emodb(data_folder: str | Path) -> list[Utterance]:
-    """List the clips of the four common classes.
+def list_emodb(data_folder: str | Path, label_map: Mapping[str, str | None] = LABEL_MAP) -> list[Utterance]:
+    """List the clips of some classes, by default the four common ones.
 
     Parameters
     ----------
     data_folder : str or pathlib.Path
         Folder that holds `wav`.
+    label_map : mapping of str to str or None
+        Class by emotion letter; `None` leaves one out.
 
     Returns
     -------
@@ -51,11 +58,34 @@ def list_emodb(data_folder: str | Path) -> list[Utterance]:
     for wav in sorted((Path(data_folder) / "wav").glob("[!.]*.*")):
         if len(wav.stem) != 7:
             raise CorpusError(f"{wav}: not an EmoDB name (seven characters, as 03a01Wa). Move the file away.")
-        emo = map_label(LABEL_MAP, wav.stem[5], wav)
+        emo = map_label(label_map, wav.stem[5], wav)
         if emo is not None:
             utterances.append(Utterance(f"emodb-{wav.stem}", wav, emo, wav.stem[:2]))
     return utterances
 
 
+def speaker_gender(speaker: str) -> str | None:
+    """Tell the gender that the release states for a speaker.
+
+    Parameters
+    ----------
+    speaker : str
+        As in a manifest.
+
+    Returns
+    -------
+    str or None
+        `female` or `male`; `None` where it is none of the ten.
+
+    Example
+    -------
+    >>> speaker_gender('03'), speaker_gender('08')
+    ('male', 'female')
+    """
+    return ("male" if speaker in MEN else "female") if speaker in SPEAKERS else None
+
+
 EMODB = Corpus("emodb", "emodb_2s", "wav/[0-9]*", SPEAKERS, list_emodb)
+EMODB_7 = Corpus("emodb", "emodb_2s", "wav/[0-9]*", SPEAKERS, partial(list_emodb, label_map=SEVEN_CLASSES))
 prepare_emodb = EMODB.prepare
+prepare_emodb_7 = EMODB_7.prepare

@@ -130,6 +130,27 @@ def facts(data_folder: Path, utterances: list[Utterance]) -> Mapping:
     return {"release_check": check_release("iemocap", utterances, "session", SESSIONS)}
 
 
+def speaker_gender(speaker: str) -> str | None:
+    """Tell the gender that the release states for a speaker.
+
+    Parameters
+    ----------
+    speaker : str
+        As in a manifest.
+
+    Returns
+    -------
+    str or None
+        `female` or `male`; `None` where it is no speaker's name.
+
+    Example
+    -------
+    >>> speaker_gender('Ses01M'), speaker_gender('Ses01F')
+    ('male', 'female')
+    """
+    return {"F": "female", "M": "male"}.get(speaker[-1:])
+
+
 IEMOCAP = Corpus(
     *("iemocap", "IEMOCAP_full_release", "Session[1-5]", tuple(SESSIONS), list_iemocap), group="session", facts=facts
 )

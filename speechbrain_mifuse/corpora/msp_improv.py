@@ -101,5 +101,26 @@ def facts(data_folder: Path, utterances: list[Utterance]) -> Mapping:
     return {"release_check": check_release("msp_improv", utterances, "emo", COUNTS)}
 
 
+def speaker_gender(speaker: str) -> str | None:
+    """Tell the gender that the release states for a speaker.
+
+    Parameters
+    ----------
+    speaker : str
+        As in a manifest.
+
+    Returns
+    -------
+    str or None
+        `female` or `male`; `None` where it is no speaker's name.
+
+    Example
+    -------
+    >>> speaker_gender('M01'), speaker_gender('F01')
+    ('male', 'female')
+    """
+    return {"F": "female", "M": "male"}.get(speaker[:1])
+
+
 MSP_IMPROV = Corpus(*("msp_improv", "MSP?I*", "Eval*tion.txt", SESSIONS, list_msp_improv), group="session", facts=facts)
 prepare_msp_improv = MSP_IMPROV.prepare

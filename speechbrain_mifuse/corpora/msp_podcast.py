@@ -8,7 +8,7 @@ Tree: `Labels/labels_consensus.csv` with the columns `FileName, EmoClass, SpkrID
 `Audios/*.wav` (`Audio/` in some releases; any file type that libsndfile reads).
 
 Four classes: A angry, H happy, N neutral, S sad; U surprise, F fear, D disgust, C contempt, O other and
-X (no agreement) take no part.
+X (no agreement) take no part. `prepare_msp_podcast_8` takes all but the last two.
 Split policy: the official partitions `Train, Development, Test1, Test2`, by name. Test1 is the one to report: Test2 is
 known to be gender-biased, and Test3 carries no labels and is left out.
 Partitions are speaker-disjoint by intention of the release, and checked: recordings of a known speaker who is also in a
@@ -23,6 +23,8 @@ import csv
 import re
 from collections import Counter
 from collections.abc import Mapping
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 from speechbrain_mifuse.corpora.manifest import Corpus, CorpusError, Utterance, map_label
@@ -34,17 +36,20 @@ LABEL_MAP = {
     "S": "sad",
     **dict.fromkeys("UFDCOX"),
 }
+EIGHT_CLASSES = {**LABEL_MAP, "U": "surprised", "F": "fearful", "D": "disgust", "C": "contempt"}
 COLUMNS = ("FileName", "EmoClass", "SpkrID", "Split_Set")
 UNLABELLED = "Test3"
 
 
-def list_msp_podcast(data_folder: str | Path) -> list[Utterance]:
-    r"""List the recordings of the four common classes in all labelled partitions.
+def list_msp_podcast(data_folder: str | Path, label_map: Mapping[str, str | None] = LABEL_MAP) -> list[Utterance]:
+    r"""List the recordings of some classes, by default the four common ones, in all labelled partitions.
 
     Parameters
     ----------
     data_folder : str or pathlib.Path
         Folder that holds `Labels/labels_consensus.csv`.
+    label_map : mapping of str to str or None
+        Class by letter; `None` leaves one out.
 
     Returns
     -------
@@ -76,7 +81,7 @@ def list_msp_podcast(data_folder: str | Path) -> list[Utterance]:
                 name, code, speaker, partition = (row[column].strip() for column in COLUMNS)
             except (KeyError, AttributeError):
                 raise CorpusError(f"{table}: lacks one of {', '.join(COLUMNS)} in row {row}.") from None
-            emo = None if partition == UNLABELLED else map_label(LABEL_MAP, code, f"{table}, {name}")
+            emo = None if partition == UNLABELLED else map_label(label_map, code, f"{table}, {name}")
             if emo is not None:
                 stem = Path(name).stem
                 known = speaker.lower() not in ("", "unknown")
@@ -119,4 +124,6 @@ def facts(data_folder: Path, utterances: list[Utterance]) -> Mapping:
 
 
 MSP_PODCAST = Corpus(*("msp_podcast", "MSP?P*", "Labels/labels_consensus.csv", (), list_msp_podcast), facts=facts)
+MSP_PODCAST_8 = replace(MSP_PODCAST, list_utterances=partial(list_msp_podcast, label_map=EIGHT_CLASSES))
 prepare_msp_podcast = MSP_PODCAST.prepare
+prepare_msp_podcast_8 = MSP_PODCAST_8.prepare

@@ -4,7 +4,8 @@ Nine actors read the same sentences in six emotions. Licence: CC BY-NC-SA 4.0.
 Tree: `samples/<speaker>_<emotion>_<sentence>.wav` (any file type that libsndfile reads) and `data.tsv` with the columns
 `file_id, emotion, raw_text, normalized_text, speaker_id, gender, age`. A copy may hold fewer speakers or emotions.
 
-Four classes: anger, happiness, neutral, sadness; fear and surprise take no part.
+Four classes: anger, happiness, neutral, sadness; fear and surprise take no part. `prepare_nemo_6` takes all six, or
+those that a copy holds.
 Split policy: speaker-independent. Speakers are dealt to the splits in the order of `SPEAKERS`, so that a man and a
 woman stand at each end; it names the five speakers of the openly mirrored part (SM0, TP0 men; IC0, KD0, MK0 women).
 """
@@ -12,6 +13,8 @@ woman stand at each end; it names the five speakers of the openly mirrored part 
 from __future__ import annotations
 
 import csv
+from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 
 from speechbrain_mifuse.corpora.manifest import Corpus, CorpusError, Utterance, map_label
@@ -24,16 +27,20 @@ LABEL_MAP = {
     "fear": None,
     "surprise": None,
 }
+SIX_CLASSES = {**LABEL_MAP, "fear": "fearful", "surprise": "surprised"}
 SPEAKERS = ("SM0", "IC0", "KD0", "TP0", "MK0")
+MEN = ("SM0", "TP0")
 
 
-def list_nemo(data_folder: str | Path) -> list[Utterance]:
-    r"""List the recordings of the four common classes that `data.tsv` names.
+def list_nemo(data_folder: str | Path, label_map: Mapping[str, str | None] = LABEL_MAP) -> list[Utterance]:
+    r"""List the recordings of some classes that `data.tsv` names, by default of the four common ones.
 
     Parameters
     ----------
     data_folder : str or pathlib.Path
         Folder that holds `data.tsv` and `samples`.
+    label_map : mapping of str to str or None
+        Class by the corpus's emotion; `None` leaves one out.
 
     Returns
     -------
@@ -64,7 +71,7 @@ def list_nemo(data_folder: str | Path) -> list[Utterance]:
                 name, emotion, speaker = (row[key].strip() for key in ("file_id", "emotion", "speaker_id"))
             except (KeyError, AttributeError):
                 raise CorpusError(f"{table}: lacks file_id, emotion or speaker_id in row {row}.") from None
-            emo = map_label(LABEL_MAP, emotion, f"{table}, {name}")
+            emo = map_label(label_map, emotion, f"{table}, {name}")
             if emo is not None:
                 stem = Path(name).stem
                 wav = found.get(stem, Path(data_folder) / "samples" / name)
@@ -72,5 +79,28 @@ def list_nemo(data_folder: str | Path) -> list[Utterance]:
     return utterances
 
 
+def speaker_gender(speaker: str) -> str | None:
+    """Tell the gender that the release states for a speaker.
+
+    Parameters
+    ----------
+    speaker : str
+        As in a manifest.
+
+    Returns
+    -------
+    str or None
+        `female` or `male`; `None` where it is none of the five of the openly mirrored part.
+
+    Example
+    -------
+    >>> speaker_gender('SM0'), speaker_gender('IC0')
+    ('male', 'female')
+    """
+    return ("male" if speaker in MEN else "female") if speaker in SPEAKERS else None
+
+
 NEMO = Corpus("nemo", "nemo", "data.tsv", SPEAKERS, list_nemo)
+NEMO_6 = Corpus("nemo", "nemo", "data.tsv", SPEAKERS, partial(list_nemo, label_map=SIX_CLASSES))
 prepare_nemo = NEMO.prepare
+prepare_nemo_6 = NEMO_6.prepare

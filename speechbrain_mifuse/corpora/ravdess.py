@@ -72,6 +72,27 @@ def list_ravdess(data_folder: str | Path, label_map: Mapping[str, str | None] = 
     return utterances
 
 
+def speaker_gender(speaker: str) -> str | None:
+    """Tell the gender that the release states for a speaker.
+
+    Parameters
+    ----------
+    speaker : str
+        As in a manifest.
+
+    Returns
+    -------
+    str or None
+        `female` or `male`; `None` where it is no actor's number.
+
+    Example
+    -------
+    >>> speaker_gender('01'), speaker_gender('02')
+    ('male', 'female')
+    """
+    return ("female", "male")[int(speaker) % 2] if speaker in SPEAKERS else None
+
+
 RAVDESS = Corpus("ravdess", "ravdess", "Actor_*", SPEAKERS, list_ravdess)
 RAVDESS_8 = Corpus("ravdess", "ravdess", "Actor_*", SPEAKERS, partial(list_ravdess, label_map=EIGHT_CLASSES))
 prepare_ravdess = RAVDESS.prepare

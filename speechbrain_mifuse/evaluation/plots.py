@@ -61,6 +61,42 @@ def plot_confusion(path: str | Path, counts: torch.Tensor, labels: Sequence[str]
     save_figure(figure, path)
 
 
+def plot_grid(
+    path: str | Path, values: np.ndarray, rows: Sequence[str], columns: Sequence[str], title: str
+) -> None:
+    """Draw a table of numbers, each cell shaded by its value.
+
+    Parameters
+    ----------
+    path : str or pathlib.Path
+        PNG to write.
+    values : numpy.ndarray
+        `[rows, columns]`.
+    rows, columns : sequence of str
+        Names.
+    title : str
+        Above the table.
+
+    Example
+    -------
+    >>> import tempfile
+    >>> path = Path(tempfile.mkdtemp()) / "grid.png"
+    >>> plot_grid(path, np.array([[50.0, 51.0]]), ["N = 1"], ["M = 1", "M = 2"], "toy")
+    >>> path.stat().st_size > 1000
+    True
+    """
+    figure = Figure(figsize=(1.6 + 0.9 * len(columns), 1.4 + 0.6 * len(rows)), layout="constrained")
+    axes = figure.add_subplot()
+    image = axes.imshow(values, cmap="cividis", aspect="auto")
+    for (row, column), value in np.ndenumerate(values):
+        dark = image.norm(value) < 0.5
+        axes.text(column, row, f"{value:.1f}", ha="center", va="center", color="white" if dark else "black")
+    axes.set_xticks(range(len(columns)), columns)
+    axes.set_yticks(range(len(rows)), rows)
+    axes.set_title(title, fontsize=10)
+    save_figure(figure, path)
+
+
 def plot_heatmap(path: str | Path, comparison: Comparison) -> None:
     """Draw UA of every method on every transfer, printed in the cells, with the mean as a column of its own.
 

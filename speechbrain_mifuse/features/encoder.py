@@ -72,6 +72,9 @@ class FrozenEncoder(torch.nn.Module):
         Frames per second (50 for every known model).
     layers : list of int
         The layers returned, none negative, in the order asked for.
+    compute_dtype : torch.dtype
+        What the layers compute in. float32; a recogniser may set bfloat16 or float16, whose features are not those that
+        the fingerprint names and belong in no store.
 
     Raises
     ------
@@ -112,6 +115,7 @@ class FrozenEncoder(torch.nn.Module):
             "input": reader.input_settings(),
         }
         reader.truncate(max(self.layers))
+        self.compute_dtype = torch.float32
         # Inside a tuple, torch does not see the modules: no parameters(), no state_dict(), no train().
         self._hidden = (wrapper, reader)
 
@@ -177,11 +181,12 @@ class FrozenEncoder(torch.nn.Module):
 
     @torch.no_grad()
     def _encode(self, wavs):
-        with torch.autocast(self.device.type, enabled=False):
+        lower = self.compute_dtype != torch.float32
+        with torch.autocast(self.device.type, dtype=self.compute_dtype if lower else None, enabled=lower):
             states = self._hidden[1].hidden_states(wavs.to(self.device, torch.float32))
         if len(self.layers) == 1:
-            return states[self.layers[0]]
-        return torch.stack([states[layer] for layer in self.layers], dim=2)
+            return states[self.layers[0]].float()
+        return torch.stack([states[layer].float() for layer in self.layers], dim=2)
 
     def fingerprint(self):
         """Describe what the features depend on, for caches and result files.
@@ -404,8 +409,10 @@ class _MelReader:
 
     def hidden_states(self, wavs):
         wavs = _pad_to(wavs, self.extractor.n_fft)
-        # Clip by clip: the floor follows the maximum of what is given, which must not be another clip's.
-        mels = torch.stack([self.log_mel(wav) for wav in wavs])
+        # Clip by clip: the floor follows the maximum of what is given, which must not be another clip's. In float32
+        # whatever the layers compute in: 8 bits are too few for the powers of a spectrum.
+        with torch.autocast(wavs.device.type, enabled=False):
+            mels = torch.stack([self.log_mel(wav) for wav in wavs])
         windows = [self._window(mel) for mel in mels.split(self.n_positions * self.stride, dim=-1)]
         return [torch.cat(states, dim=1) for states in zip(*windows, strict=True)]
 

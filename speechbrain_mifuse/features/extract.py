@@ -36,6 +36,9 @@ class FrameReader:
         Silence threshold of `trim_silence`.
     frame_average : int
         Neighbouring frames that are averaged to one before they are stored; 1 stores every frame.
+    repeats : int
+        How often the encoder hears the recording, trimmed, one copy after the other; if the encoder has an attribute
+        `longest_input` (samples), what goes beyond is cut off.
 
     Example
     -------
@@ -50,8 +53,8 @@ class FrameReader:
     torch.Size([1, 20, 320])
     """
 
-    def __init__(self, encoder, trim_db: float | None = 40.0, frame_average: int = 1):
-        self.encoder, self.trim_db, self.frame_average = encoder, trim_db, frame_average
+    def __init__(self, encoder, trim_db: float | None = 40.0, frame_average: int = 1, repeats: int = 1):
+        self.encoder, self.trim_db, self.frame_average, self.repeats = encoder, trim_db, frame_average, repeats
 
     def fingerprint(self) -> dict:
         """Describe what decides the frames: the encoder and the preprocessing.
@@ -63,6 +66,8 @@ class FrameReader:
         """
         about = {"trim_db": self.trim_db, "frame_average": self.frame_average}
         about["preprocessing_version"] = PREPROCESSING_VERSION
+        # Not named when there is one copy: stores of before repetition was known stay valid.
+        about |= {} if self.repeats == 1 else {"repeats": self.repeats}
         return {**self.encoder.fingerprint(), **about}
 
     def encode(self, wave: torch.Tensor) -> torch.Tensor:
@@ -78,7 +83,10 @@ class FrameReader:
         torch.Tensor
             `[layers, frames, dim]`, float32, on the CPU.
         """
-        frames = self.encoder(trim_silence(wave, self.trim_db))
+        wave = trim_silence(wave, self.trim_db)
+        if self.repeats > 1:
+            wave = wave.repeat(self.repeats)[: getattr(self.encoder, "longest_input", None)]
+        frames = self.encoder(wave)
         frames = frames.unsqueeze(1) if frames.dim() == 2 else frames
         return average_frames(frames.transpose(0, 1), self.frame_average).cpu()
 

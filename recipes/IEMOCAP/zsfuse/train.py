@@ -1,0 +1,1 @@
+../../RAVDESS/zsfuse/train.py

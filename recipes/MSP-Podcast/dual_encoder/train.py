@@ -1,0 +1,1 @@
+../../RAVDESS/dual_encoder/train.py

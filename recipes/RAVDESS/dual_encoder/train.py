@@ -1,0 +1,37 @@
+#!/usr/bin/env python3
+"""Recipe: train a dual encoder of speech and text for a target corpus, on captions of other corpora (for ZS-Fuse).
+
+Run from the repository's root, or from this folder:
+
+    python recipes/RAVDESS/dual_encoder/train.py hparams/dual_encoder_ravdess.yaml --data_folder /path/to/corpora
+
+The speech encoder and the text encoder stay frozen. No recording of the target takes part; `about.json` of the model,
+in `<output_folder>/model`, names the corpora and the classes that it knows. What is done already is skipped; a killed
+run goes on.
+"""
+
+import sys
+
+import speechbrain as sb
+from hyperpyyaml import load_hyperpyyaml
+from speechbrain.utils.distributed import run_on_main
+
+from speechbrain_mifuse.brains.dual_encoder import train_dual_encoder
+from speechbrain_mifuse.errors import one_clear_error
+from speechbrain_mifuse.features.front import StoredFrames
+from speechbrain_mifuse.pipeline import open_reader, store_frames
+
+if __name__ == "__main__":
+    with one_clear_error():
+        hparams_file, run_opts, overrides = sb.parse_arguments(sys.argv[1:])
+        with open(hparams_file, encoding="utf-8") as file:
+            hparams = load_hyperpyyaml(file, overrides)
+        sources, fronts = hparams["sources"], {}
+        sb.create_experiment_directory(hparams["output_folder"], hparams_file, overrides)
+        for source in sources.values():
+            run_on_main(source.prepare)
+        reader = open_reader(hparams, run_opts)
+        for name, source in sources.items():
+            corpus = {**hparams, "source": name, "source_manifests": source.manifests}
+            fronts[name] = StoredFrames(store_frames(corpus, "source", reader), hparams["layer"])
+        print(train_dual_encoder(hparams["dual_encoder"], sources, fronts, run_opts))

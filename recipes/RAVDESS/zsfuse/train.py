@@ -1,0 +1,55 @@
+#!/usr/bin/env python3
+"""Recipe: zero-shot scores of an audio-text model, fused late with a specialist (ZS-Fuse, arXiv 2603.23057).
+
+Run from the repository's root, or from this folder:
+
+    python recipes/RAVDESS/zsfuse/train.py hparams/zsfuse_ravdess.yaml --data_folder /path/to/corpora
+
+It trains the dual encoder on other corpora (or loads the audio-text model that `--alm` names), scores every recording
+at every number of repeats, and trains each arm on the labels of each fold. What is done is skipped.
+"""
+
+import sys
+
+import speechbrain as sb
+from hyperpyyaml import load_hyperpyyaml
+
+from speechbrain_mifuse.brains.zs_fuse import train_fusion_arm
+from speechbrain_mifuse.errors import one_clear_error
+from speechbrain_mifuse.fold_pipeline import arm_summary, chosen_among
+from speechbrain_mifuse.pipeline import open_reader
+from speechbrain_mifuse.zero_shot_pipeline import (
+    amplification_report,
+    chosen_specialist,
+    fusion_run,
+    score_tables,
+    specialist_front,
+)
+
+if __name__ == "__main__":
+    with one_clear_error():
+        hparams_file, run_opts, overrides = sb.parse_arguments(sys.argv[1:])
+        with open(hparams_file, encoding="utf-8") as file:
+            hparams = load_hyperpyyaml(file, overrides)
+        arms = hparams["zsfuse"]["arms"]
+        names = chosen_among(hparams["arm"], list(arms), "--arm")
+        folds = chosen_among(hparams["fold"], list(range(1, len(hparams["folds"]) + 1)), "--fold")
+        amounts = hparams["labels_per_class"]
+        amounts = amounts if isinstance(amounts, list) else [amounts]
+        specialist, adapters = chosen_specialist(hparams)
+        sb.create_experiment_directory(hparams["output_folder"], hparams_file, overrides)
+        hparams["prepare"]()
+        wanted = list(dict.fromkeys(["zero_shot", *(arms[name].scores for name in names)]))
+        tables = {seed: score_tables(hparams, wanted, seed, run_opts) for seed in hparams["seeds"]}
+        reader = open_reader(hparams, run_opts)
+        options = {**hparams["zsfuse"], "specialist": specialist}
+        records = []
+        for fold in folds:
+            front = specialist_front(hparams, specialist, fold, reader)
+            for seed in hparams["seeds"]:
+                for amount in amounts:
+                    run = fusion_run(hparams, fold, seed, amount)
+                    given = (options, run, front, tables[seed], adapters, run_opts)
+                    records += [train_fusion_arm(name, *given) for name in names]
+        print(amplification_report(hparams, {seed: found["zero_shot"] for seed, found in tables.items()}))
+        print(arm_summary(hparams, records, names, "zsfuse"))

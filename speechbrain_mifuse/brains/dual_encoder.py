@@ -1,0 +1,522 @@
+"""Contrastive training of a dual encoder on captions of labelled corpora, never of the target."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from speechbrain.dataio.dataset import DynamicItemDataset
+from speechbrain.utils.seed import seed_everything
+
+from speechbrain_mifuse.adaptation.method import described
+from speechbrain_mifuse.brains.classifier import class_weights
+from speechbrain_mifuse.brains.training import ResumableBrain, WholeCheckpointer, fit, same_settings
+from speechbrain_mifuse.corpora.manifest import atomic_write
+from speechbrain_mifuse.errors import UserError
+from speechbrain_mifuse.evaluation.metrics import scores
+from speechbrain_mifuse.features.dataset import encoded_rows, label_index
+from speechbrain_mifuse.features.text_encoder import FrozenTextEncoder
+from speechbrain_mifuse.nnet.dual_encoder import contrastive_loss, frame_statistics
+from speechbrain_mifuse.progress import progress
+from speechbrain_mifuse.zero_shot.captions import CaptionSet, draw_caption, read_captions
+from speechbrain_mifuse.zero_shot.own_dual_encoder import (
+    ABOUT,
+    DualEncoderModel,
+    export_dual_encoder,
+    refuse_other_frames,
+)
+from speechbrain_mifuse.zero_shot.prompts import PromptSet, read_prompts
+from speechbrain_mifuse.zero_shot.scorer import class_vectors, zero_shot_predictions, zero_shot_scores
+
+logger = logging.getLogger(__name__)
+
+# What decides the trained weights, beside data, texts and network.
+DECISIVE = ("seed", "target", "labels", "batch_size", "learning_rate", "weight_decay", "number_of_epochs")
+DECISIVE += ("class_balanced", "positives", "layer")
+
+
+@dataclass(frozen=True)
+class Source:
+    """A labelled corpus that a dual encoder is trained on.
+
+    Parameters
+    ----------
+    prepare : callable
+        Writes the manifests `train.json` and `valid.json`, of different speakers.
+    manifests : str
+        Their folder.
+    gender : callable, optional
+        From a speaker to `female`, `male` or `None`, as far as the corpus's release tells.
+
+    Example
+    -------
+    >>> Source(print, "manifests/nemo").manifest("train").as_posix()
+    'manifests/nemo/train.json'
+    """
+
+    prepare: Callable[[], None]
+    manifests: str
+    gender: Callable[[str], str | None] | None = None
+
+    def manifest(self, split: str) -> Path:
+        """Path of a split.
+
+        Parameters
+        ----------
+        split : str
+            `train` or `valid`.
+
+        Returns
+        -------
+        pathlib.Path
+            Its manifest.
+        """
+        return Path(self.manifests) / f"{split}.json"
+
+    def gender_of(self, row: Mapping) -> str | None:
+        """Gender of an utterance's speaker.
+
+        Parameters
+        ----------
+        row : mapping
+            Of a manifest.
+
+        Returns
+        -------
+        str or None
+            `None` where nothing tells it.
+        """
+        return self.gender(row["speaker"]) if self.gender and row.get("speaker_known", True) else None
+
+
+class Captioner:
+    """The captions of a training set, embedded once, and which of them each utterance gets in an epoch.
+
+    Parameters
+    ----------
+    fitting : mapping of str to sequence of str
+        Captions that fit an utterance, by utterance id.
+    encode : callable
+        From texts to vectors `[texts, size]`; called once with every text that occurs.
+    seed : int
+        Of the draws.
+
+    Attributes
+    ----------
+    texts : list of str
+        Every caption that occurs, once.
+    vectors : torch.Tensor
+        `[texts, size]`.
+
+    Example
+    -------
+    >>> captioner = Captioner({"t-a": ["Sad.", "Gloomy."], "t-b": ["Sad."]}, lambda texts: torch.eye(len(texts)), 1)
+    >>> captioner.texts, captioner.draw(["t-a", "t-b"], epoch=1).tolist()
+    (['Sad.', 'Gloomy.'], [0, 0])
+    """
+
+    def __init__(self, fitting: Mapping[str, Sequence[str]], encode: Callable, seed: int):
+        self.texts = list(dict.fromkeys(text for texts in fitting.values() for text in texts))
+        place = {text: number for number, text in enumerate(self.texts)}
+        # Utterances of one label and gender share a list.
+        places = {texts: [place[text] for text in texts] for texts in {tuple(some) for some in fitting.values()}}
+        self.fitting = {key: places[tuple(texts)] for key, texts in fitting.items()}
+        self.vectors, self.seed = encode(self.texts), seed
+
+    def draw(self, keys: Sequence[str], epoch: int) -> torch.Tensor:
+        """Draw a caption for each utterance.
+
+        Parameters
+        ----------
+        keys : sequence of str
+            Utterance ids.
+        epoch : int
+            The draw depends on id, epoch and seed alone, so a resumed run draws the same.
+
+        Returns
+        -------
+        torch.Tensor
+            `[keys]`, places in `texts`.
+        """
+        fitting = [self.fitting[key] for key in keys]
+        drawn = [some[draw_caption(len(some), self.seed, epoch, key)] for key, some in zip(keys, fitting, strict=True)]
+        return torch.tensor(drawn)
+
+
+# Which pairs of a batch are positives of each other: number of the group by place of the caption and class index.
+POSITIVES: dict[str, Callable[[torch.Tensor, torch.Tensor], torch.Tensor]] = {
+    "caption": lambda captions, labels: captions,
+    "label": lambda captions, labels: labels,
+}
+
+
+class DualEncoderBrain(ResumableBrain):
+    """Contrastive training of `modules.dual_encoder`.
+
+    Beyond `ResumableBrain`'s, `hparams` must hold `captioner`, `class_weight` (`[C]`) and `groups` (a value of
+    `POSITIVES`). Batches give `id`, `pooled` (as `frame_statistics` gives) and `label`.
+
+    Example
+    -------
+    >>> issubclass(DualEncoderBrain, ResumableBrain)
+    True
+    """
+
+    def on_stage_start(self, stage, epoch=None):
+        """Seed the epoch; its captions follow from it."""
+        super().on_stage_start(stage, epoch)
+        self.epoch = epoch
+
+    def compute_forward(self, batch, stage):
+        """Vectors of both sides, scale, and the captions drawn."""
+        batch = batch.to(self.device)
+        captioner = self.hparams.captioner
+        drawn = captioner.draw(batch.id, self.epoch)
+        return *self.modules.dual_encoder(batch.pooled, captioner.vectors[drawn].to(self.device)), drawn
+
+    def compute_objectives(self, predictions, batch, stage):
+        """Contrastive loss."""
+        audio, text, scale, drawn = predictions
+        groups = self.hparams.groups(drawn.to(self.device), batch.label)
+        self.count(scale=scale.detach())
+        return contrastive_loss(audio, text, groups, scale, self.hparams.class_weight.to(self.device)[batch.label])
+
+    def on_fit_batch_end(self, batch, outputs, loss, should_step):
+        """Keep the temperature within its bounds."""
+        if should_step:
+            self.modules.dual_encoder.clamp_scale()
+
+
+def train_dual_encoder(hparams: Mapping, sources: Mapping[str, Source], fronts: Mapping, run_opts=None) -> Path:
+    """Train a dual encoder, or find it trained, and export it.
+
+    A finished training with the same settings is not repeated; a killed one goes on where it was. The number of epochs
+    is fixed and the last one counts; the held-out speakers of the sources only report.
+
+    Parameters
+    ----------
+    hparams : mapping
+        As `hparams/base/dual_encoder.yaml` defines.
+    sources : mapping of str to Source
+        Corpora, by name; the target is none of them.
+    fronts : mapping of str to StoredFrames
+        Reads the frames of one layer of each.
+    run_opts : dict, optional
+        SpeechBrain's run options.
+
+    Returns
+    -------
+    pathlib.Path
+        Folder of the dual encoder, for `load_dual_encoder`.
+
+    Raises
+    ------
+    SettingsError
+        If the output folder holds a dual encoder that was trained otherwise.
+    UserError
+        If the target is among the sources, their frames differ, or a text does not fit.
+
+    Example
+    -------
+    >>> train_dual_encoder({"target": "nemo"}, {"nemo": None}, {})
+    Traceback (most recent call last):
+    ...
+    speechbrain_mifuse.errors.UserError: sources: 'nemo' is the target, ...
+    """
+    check_sources(hparams["target"], sources, fronts)
+    folder = Path(hparams["output_folder"])
+    prompts = read_prompts(hparams["prompts"])
+    captions = read_captions(hparams["captions"], prompts)
+    text_encoder = FrozenTextEncoder(hparams["text_encoder"])
+    settings = dual_encoder_settings(hparams, sources, fronts, captions, text_encoder)
+    if same_settings(folder / "settings.json", settings) and (folder / "model" / ABOUT).exists():
+        logger.info("%s: dual encoder is trained already, training skipped.", folder)
+        return folder / "model"
+    seed_everything(hparams["seed"])
+    data, fitting = training_set(hparams["labels"], sources, fronts, captions)
+    brain = make_brain(hparams, data, Captioner(fitting, text_encoder, hparams["seed"]), run_opts)
+    train = DynamicItemDataset(data, output_keys=["id", "pooled", "label"])
+    fit(brain, train, "dual encoder", hparams["batch_size"])
+    network = brain.modules.dual_encoder.cpu()
+    about = {**settings, **trained_on(hparams["labels"], data, sources, brain)}
+    model = DualEncoderModel(network, about, text_encoder)
+    validation = validate(model, prompts, sources, fronts)
+    atomic_write(folder / "validation.json", json.dumps(validation, indent=1))
+    export_dual_encoder(folder / "model", network, {**about, "validation": validation})
+    return folder / "model"
+
+
+def check_sources(target: str, sources: Mapping[str, Source], fronts: Mapping) -> None:
+    """Make sure that the target is no source and that all sources' frames are alike.
+
+    Parameters
+    ----------
+    target : str
+        Name of the target corpus.
+    sources, fronts
+        As for `train_dual_encoder`.
+
+    Raises
+    ------
+    UserError
+        If not.
+
+    Example
+    -------
+    >>> check_sources("ravdess", {}, {})
+    Traceback (most recent call last):
+    ...
+    speechbrain_mifuse.errors.UserError: sources: there is none. Name at least one corpus.
+    """
+    if not sources:
+        raise UserError("sources: there is none. Name at least one corpus.")
+    if target in sources:
+        raise UserError(
+            f"sources: '{target}' is the target, and zero-shot scores of a model that was trained on it are none. "
+            "Name other corpora."
+        )
+    first = next(iter(sources))
+    for name in sources:
+        refuse_other_frames(f"sources: {name}, beside {first}", *(frames_of(fronts[key]) for key in (first, name)))
+
+
+def frames_of(front) -> dict:
+    """Fingerprint of the frames that a front gives, with their layer.
+
+    Parameters
+    ----------
+    front : StoredFrames
+        The front.
+
+    Returns
+    -------
+    dict
+        Of JSON's types.
+
+    Example
+    -------
+    >>> from types import SimpleNamespace
+    >>> frames_of(SimpleNamespace(fingerprint={"dim": 8}, layer=2))
+    {'dim': 8, 'layer': 2}
+    """
+    return {**front.fingerprint, "layer": front.layer}
+
+
+def dual_encoder_settings(
+    hparams: Mapping, sources: Mapping[str, Source], fronts: Mapping, captions: CaptionSet, text_encoder
+) -> dict:
+    """Everything that decides the trained weights.
+
+    Parameters
+    ----------
+    hparams, sources, fronts
+        As for `train_dual_encoder`.
+    captions : CaptionSet
+        What is trained on.
+    text_encoder : FrozenTextEncoder
+        What embeds it.
+
+    Returns
+    -------
+    dict
+        Of JSON's types.
+
+    Example
+    -------
+    >>> dual_encoder_settings.__name__  # runs in `recipes/RAVDESS/dual_encoder/train.py`
+    'dual_encoder_settings'
+    """
+    manifests = {
+        name: hashlib.sha256(source.manifest("train").read_bytes()).hexdigest() for name, source in sources.items()
+    }
+    genders = {name: described("gender", source.gender)["gender"] for name, source in sources.items()}
+    texts = {"forms": captions.forms, "people": captions.people, "words": captions.words}
+    text = {**text_encoder.fingerprint(), "source": text_encoder.source, "max_tokens": text_encoder.max_tokens}
+    return {
+        "manifests": manifests,
+        "genders": genders,
+        "encoder": hparams["encoder"],
+        "features": frames_of(next(iter(fronts.values()))),
+        "text_encoder": text,
+        "captions": texts,
+        "network": described("network", hparams["network"]),
+        **{name: hparams[name] for name in DECISIVE},
+    }
+
+
+def training_set(
+    labels: Sequence[str], sources: Mapping[str, Source], fronts: Mapping, captions: CaptionSet
+) -> tuple[dict[str, dict], dict[str, tuple[str, ...]]]:
+    """Pool the frames of every training utterance, and say which captions fit it.
+
+    Neither changes during training, so an epoch reads no frames: of a large corpus only `[utterances, 2 D]` values stay
+    in memory.
+
+    Parameters
+    ----------
+    labels : sequence of str
+        The fixed label order.
+    sources, fronts
+        As for `train_dual_encoder`.
+    captions : CaptionSet
+        What is trained on.
+
+    Returns
+    -------
+    data : dict of str to dict
+        `pooled`, `label` and `source` by utterance id.
+    fitting : dict of str to tuple of str
+        Captions by utterance id.
+
+    Raises
+    ------
+    CorpusError
+        If a label is none of `labels`.
+    UserError
+        If there are no words for a label.
+
+    Example
+    -------
+    >>> training_set((), {}, {}, None)
+    ({}, {})
+    """
+    data, fitting = {}, {}
+    for name, source in sources.items():
+        rows = encoded_rows(source.manifest("train"), fronts[name].store)
+        texts = {}
+        for key, row in progress(rows.items(), desc=f"pool {name}", unit="clip"):
+            kind = (row.get("emo"), source.gender_of(row))
+            label = label_index(labels, row, key)
+            if kind not in texts:
+                texts[kind] = tuple(captions.texts(*kind))
+            fitting[key] = texts[kind]
+            frames = fronts[name].read(key, row["wav"]).float().unsqueeze(0)
+            data[key] = {"pooled": frame_statistics(frames)[0], "label": label, "source": name}
+    return data, fitting
+
+
+def make_brain(hparams: Mapping, data: Mapping[str, Mapping], captioner: Captioner, run_opts) -> DualEncoderBrain:
+    """Wire a `DualEncoderBrain` with its network and checkpointer.
+
+    Parameters
+    ----------
+    hparams, run_opts
+        As for `train_dual_encoder`.
+    data : mapping of str to mapping
+        As `training_set` gives.
+    captioner : Captioner
+        Gives captions.
+
+    Returns
+    -------
+    DualEncoderBrain
+        Ready to fit.
+
+    Raises
+    ------
+    UserError
+        If `positives` is unknown.
+
+    Example
+    -------
+    >>> make_brain({"positives": "speaker"}, {}, None, None)
+    Traceback (most recent call last):
+    ...
+    speechbrain_mifuse.errors.UserError: --positives: 'speaker' is none of caption, label.
+    """
+    if hparams["positives"] not in POSITIVES:
+        raise UserError(f"--positives: '{hparams['positives']}' is none of {', '.join(POSITIVES)}.")
+    pooled = torch.stack([row["pooled"] for row in data.values()])
+    labels = torch.tensor([row["label"] for row in data.values()])
+    network = hparams["network"](audio_size=pooled.shape[1] // 2, text_size=captioner.vectors.shape[1])
+    network.standardise_by(pooled)
+    weight = class_weights(labels, len(hparams["labels"]))
+    weight = weight if hparams["class_balanced"] else torch.ones_like(weight)
+    groups = POSITIVES[hparams["positives"]]
+    recoverables = {"dual_encoder": network, "counter": hparams["epoch_counter"]}
+    return DualEncoderBrain(
+        modules={"dual_encoder": network},
+        opt_class=hparams["opt_class"],
+        hparams={**hparams, "captioner": captioner, "class_weight": weight, "groups": groups},
+        run_opts={**(run_opts or {}), "noprogressbar": True},
+        checkpointer=WholeCheckpointer(Path(hparams["output_folder"]) / "save", recoverables),
+    )
+
+
+def trained_on(labels: Sequence[str], data: Mapping[str, Mapping], sources: Mapping, brain) -> dict:
+    """Say what a dual encoder was trained on and which classes it therefore knows.
+
+    Parameters
+    ----------
+    labels : sequence of str
+        The fixed label order.
+    data : mapping of str to mapping
+        As `training_set` gives.
+    sources : mapping
+        By name.
+    brain : DualEncoderBrain
+        Trained.
+
+    Returns
+    -------
+    dict
+        For `about.json`.
+
+    Example
+    -------
+    >>> trained_on.__name__  # runs in `recipes/RAVDESS/dual_encoder/train.py`
+    'trained_on'
+    """
+    counts = {name: Counter(labels[row["label"]] for row in data.values() if row["source"] == name) for name in sources}
+    return {
+        "classes_known": [label for label in labels if any(found[label] for found in counts.values())],
+        "trained_on": {name: dict(sorted(found.items())) for name, found in counts.items()},
+        "captions_seen": len(brain.hparams.captioner.texts),
+        "steps": brain.optimizer_step,
+        "scale": brain.modules.dual_encoder.scale.item(),
+        "selection": "last epoch of a fixed number, nothing is selected",
+    }
+
+
+def validate(model: DualEncoderModel, prompts: PromptSet, sources: Mapping[str, Source], fronts: Mapping) -> dict:
+    """Score held-out speakers of each source by prompts, as a target is scored: its classes alone, M = N = 1.
+
+    Parameters
+    ----------
+    model : DualEncoderModel
+        Trained.
+    prompts : PromptSet
+        Forms and words.
+    sources, fronts
+        As for `train_dual_encoder`.
+
+    Returns
+    -------
+    dict
+        `UA`, `WA`, `macro_F1`, `n` and `labels` by source.
+
+    Example
+    -------
+    >>> validate(None, None, {}, {})
+    {}
+    """
+    found = {}
+    for name, source in sources.items():
+        rows = encoded_rows(source.manifest("valid"), fronts[name].store)
+        occurring = {row["emo"] for row in rows.values()}
+        labels = [label for label in model.classes_known if label in occurring]
+        rows = {key: row for key, row in rows.items() if row["emo"] in labels}
+        classes = class_vectors(model, prompts, labels, text_repeats=1)
+        predicted = zero_shot_predictions(zero_shot_scores(model, fronts[name].store, list(rows), classes))
+        reference = torch.tensor([label_index(labels, row, key) for key, row in rows.items()])
+        told = scores(predicted, reference, len(labels))
+        found[name] = {**told, "n": len(reference), "labels": labels}
+        told = (name, told["UA"], len(labels), len(reference))
+        logger.info("%s, held-out speakers, prompts never trained on: UA %.3f (%d classes, n = %d)", *told)
+    return found

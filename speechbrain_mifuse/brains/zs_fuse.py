@@ -1,0 +1,395 @@
+"""What zero-shot scores are worth to a specialist: classifiers with and without them, trained alike."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import random
+import shutil
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from speechbrain.utils.seed import seed_everything
+
+from speechbrain_mifuse.adaptation.method import described
+from speechbrain_mifuse.brains.adapter_arms import Arm, starting_adapter
+from speechbrain_mifuse.brains.arms import (
+    FinetuningBrain,
+    Run,
+    few_labels,
+    fit_and_predict,
+    found_done,
+    shared_settings,
+    write_record,
+)
+from speechbrain_mifuse.corpora.manifest import read_manifest, unlabelled
+from speechbrain_mifuse.errors import UserError
+from speechbrain_mifuse.evaluation.metrics import scores as metrics
+from speechbrain_mifuse.features.dataset import label_index
+from speechbrain_mifuse.nnet.adapter_files import adapter_digest
+from speechbrain_mifuse.nnet.late_fusion import LateFusion
+from speechbrain_mifuse.zero_shot.scorer import normalise_scores
+
+# Numbers of repeats of the audio and of the text.
+Amplification = tuple[int, int]
+
+
+@dataclass(frozen=True)
+class ScoreTable:
+    """Scores of every utterance of a corpus by one model.
+
+    Parameters
+    ----------
+    labels : sequence of str
+        What the scores are for, in their order.
+    values : mapping of str to torch.Tensor
+        `[S]` by utterance id.
+    about : mapping
+        What decides them, of JSON's types.
+
+    Example
+    -------
+    >>> ScoreTable(("angry", "sad"), {"t-a": torch.tensor([0.1, 0.2])}).of(["t-a"]).shape
+    torch.Size([1, 2])
+    """
+
+    labels: Sequence[str]
+    values: Mapping[str, torch.Tensor]
+    about: Mapping = field(default_factory=dict)
+
+    def of(self, keys: Sequence[str]) -> torch.Tensor:
+        """Stack the scores of some utterances.
+
+        Parameters
+        ----------
+        keys : sequence of str
+            Utterance ids.
+
+        Returns
+        -------
+        torch.Tensor
+            `[keys, S]`.
+
+        Raises
+        ------
+        UserError
+            If one of them was not scored.
+        """
+        missing = [key for key in keys if key not in self.values]
+        if missing:
+            raise UserError(f"{len(missing)} utterances have no scores, as {missing[0]}. Score the corpus again.")
+        return torch.stack([self.values[key] for key in keys])
+
+
+@dataclass(frozen=True)
+class Specialist(Arm):
+    """The foundation model's side: what is pooled to the vector that scores are fused with.
+
+    Parameters
+    ----------
+    classifier, adapter, pretraining
+        As for `Arm`.
+    front : callable, optional
+        From stored frames to what the classifier reads; the frames themselves by default.
+
+    Example
+    -------
+    >>> Specialist(adapter=True).front is None
+    True
+    """
+
+    front: Callable | None = None
+
+
+@dataclass(frozen=True)
+class FusionArm:
+    """One side of the comparison.
+
+    Parameters
+    ----------
+    classifier : callable
+        `LateFusion` or one of its ablations, with what this arm sets.
+    scores : str
+        Whose scores it is given: a key of the score tables.
+    permuted : bool
+        A control: every utterance gets the scores of another one.
+    standardised : bool
+        Whether each class's scores are standardised over the training folds' recordings, without their labels.
+
+    Example
+    -------
+    >>> FusionArm(LateFusion, "zero_shot", permuted=True).permuted
+    True
+    """
+
+    classifier: Callable[..., torch.nn.Module] = LateFusion
+    scores: str = "zero_shot"
+    permuted: bool = False
+    standardised: bool = False
+
+
+class FusionBrain(FinetuningBrain):
+    """`FinetuningBrain` whose classifier also reads each utterance's `scores`.
+
+    Example
+    -------
+    >>> issubclass(FusionBrain, FinetuningBrain)
+    True
+    """
+
+    def compute_forward(self, batch, stage):
+        """Logits `[batch, C]` of one batch."""
+        batch = batch.to(self.device)
+        return self.modules.classifier(*self.modules.front(*batch.feats), batch.scores)
+
+
+def zero_shot_accuracy(scores: torch.Tensor, score_labels: Sequence[str], named: Sequence[str]) -> float:
+    """Unweighted accuracy of the highest score, among the classes that occur.
+
+    Parameters
+    ----------
+    scores : torch.Tensor
+        `[utterances, S]`.
+    score_labels : sequence of str
+        What the scores are for.
+    named : sequence of str
+        Reference label of each utterance; one that no score is for counts as missed.
+
+    Returns
+    -------
+    float
+        In [0, 1].
+
+    Example
+    -------
+    >>> scores = torch.tensor([[0.9, 0.1, 0.0], [0.0, 0.1, 0.9], [0.0, 0.1, 0.2]])
+    >>> zero_shot_accuracy(scores, ("angry", "bored", "sad"), ("angry", "angry", "calm"))
+    0.5
+    """
+    classes = sorted(set(named))
+    shared = [place for place, label in enumerate(score_labels) if label in classes]
+    if not shared:
+        return 0.0
+    decided = [score_labels[shared[place]] for place in scores[:, shared].argmax(-1).tolist()]
+    place = {label: number for number, label in enumerate(classes)}
+    predicted, reference = ([place[label] for label in names] for names in (decided, named))
+    return metrics(torch.tensor(predicted), torch.tensor(reference), len(classes))["UA"]
+
+
+def chosen_amplification(grid: Mapping[Amplification, ScoreTable], run: Run, labels: Sequence[str]) -> Amplification:
+    """Choose the numbers of repeats whose zero-shot scores are best on the run's own labelled utterances.
+
+    The test set takes no part. Of equals, the fewest repeats.
+
+    Parameters
+    ----------
+    grid : mapping of tuple to ScoreTable
+        By repeats of the audio and of the text.
+    run : Run
+        Fold, seed, labels.
+    labels : sequence of str
+        Classes.
+
+    Returns
+    -------
+    tuple of int
+        N and M.
+
+    Example
+    -------
+    >>> chosen_amplification({(1, 1): None}, None, ())
+    (1, 1)
+    """
+    if len(grid) == 1:
+        return next(iter(grid))
+    rows = read_manifest(run.splits[0])
+    numbered = {key: {"label": label_index(labels, row, key)} for key, row in rows.items() if key in first(grid).values}
+    keys = few_labels(numbered, run.labels_per_class, run.seed)
+    named = [rows[key]["emo"] for key in keys]
+    found = {pair: zero_shot_accuracy(table.of(keys), table.labels, named) for pair, table in grid.items()}
+    return min(found, key=lambda pair: (-found[pair], pair[0] + pair[1], pair))
+
+
+def first(grid: Mapping):
+    """Give any value of a mapping.
+
+    Parameters
+    ----------
+    grid : mapping
+        Not empty.
+
+    Returns
+    -------
+    object
+        The first value.
+
+    Example
+    -------
+    >>> first({(1, 1): "scores"})
+    'scores'
+    """
+    return next(iter(grid.values()))
+
+
+def dealt(table: ScoreTable, splits: Sequence[Sequence[str]], seed: int) -> ScoreTable:
+    """Deal every utterance the scores of another one of its split.
+
+    Parameters
+    ----------
+    table : ScoreTable
+        Honest scores.
+    splits : sequence of sequence of str
+        Utterance ids of each split.
+    seed : int
+        Of the deal.
+
+    Returns
+    -------
+    ScoreTable
+        The control.
+
+    Example
+    -------
+    >>> table = ScoreTable(("sad",), {key: torch.tensor([float(n)]) for n, key in enumerate("abc")})
+    >>> sorted(dealt(table, ["abc"], seed=1).of("abc").flatten().tolist())
+    [0.0, 1.0, 2.0]
+    """
+    dice, values = random.Random(seed), {}
+    for keys in splits:
+        order = sorted(keys)
+        values.update(zip(order, (table.values[key] for key in dice.sample(order, len(order))), strict=True))
+    return ScoreTable(table.labels, values, {**table.about, "dealt": seed})
+
+
+def prepared(arm: FusionArm, table: ScoreTable, run: Run) -> ScoreTable:
+    """Give an arm's scores as it reads them.
+
+    Parameters
+    ----------
+    arm : FusionArm
+        The arm.
+    table : ScoreTable
+        Of the whole corpus.
+    run : Run
+        The fold: its training set gives the statistics, and none of its labels is read.
+
+    Returns
+    -------
+    ScoreTable
+        The same, standardised or dealt to others if the arm says so.
+
+    Example
+    -------
+    >>> table = ScoreTable(("sad",), {})
+    >>> prepared(FusionArm(), table, None) is table
+    True
+    """
+    if not (arm.standardised or arm.permuted):
+        return table
+    splits = [[key for key in read_manifest(unlabelled(path)) if key in table.values] for path in run.splits]
+    if arm.standardised:
+        keys = list(table.values)
+        values = normalise_scores(table.of(keys), table.of(splits[0]))
+        told = {"standardised_by": hashlib.sha256("".join(sorted(splits[0])).encode()).hexdigest()}
+        table = ScoreTable(table.labels, dict(zip(keys, values, strict=True)), {**table.about, **told})
+    return dealt(table, splits, run.seed) if arm.permuted else table
+
+
+def train_fusion_arm(
+    name: str,
+    hparams: Mapping,
+    run: Run,
+    front,
+    tables: Mapping[str, Mapping[Amplification, ScoreTable]],
+    adapters: Mapping[str, Path],
+    run_opts: Mapping | None = None,
+) -> dict:
+    """Train one arm on a fold's training set, score it on the test set; what is done already is read.
+
+    Parameters
+    ----------
+    name : str
+        A key of `hparams["arms"]`.
+    hparams : mapping
+        As `hparams/base/zsfuse.yaml` defines.
+    run : Run
+        Fold, seed, labels.
+    front : StoredFrames
+        Reads the specialist's frames.
+    tables : mapping of str to mapping
+        Scores of every utterance by their name, then by the repeats of audio and text.
+    adapters : mapping of str to pathlib.Path
+        Folder of the specialist's pretrained adapter, by its pretraining, if it has one.
+    run_opts : mapping, optional
+        SpeechBrain's run options.
+
+    Returns
+    -------
+    dict
+        The record, as written to `results.json`.
+
+    Raises
+    ------
+    SettingsError
+        If the folder holds a result got otherwise.
+
+    Example
+    -------
+    >>> train_fusion_arm.__name__  # runs in `recipes/RAVDESS/zsfuse/train.py`
+    'train_fusion_arm'
+    """
+    arm, specialist, folder = hparams["arms"][name], hparams["specialist"], run.arm_folder(name)
+    pair = chosen_amplification(tables[arm.scores], run, hparams["labels"])
+    table = prepared(arm, tables[arm.scores][pair], run)
+    if record := found_done(folder, fusion_settings(arm, hparams, run, front, table, adapters)):
+        return record
+    seed_everything(run.seed)
+    adapter = starting_adapter(specialist, hparams, run, front, adapters)
+    sizes = {"n_scores": len(table.labels), "n_classes": len(hparams["labels"])}
+    classifier = arm.classifier(specialist.classifier(front.dim, sizes["n_classes"], adapter), **sizes)
+    columns = {"scores": table.values}
+    brain, predictions, n_train = fit_and_predict(
+        name, hparams, run, front, classifier, run_opts, columns, kind=FusionBrain
+    )
+    told = {"audio_repeats": pair[0], "text_repeats": pair[1], "score_labels": list(table.labels)}
+    record = write_record(folder, name, hparams, run, predictions, n_train, brain.optimizer_step, **told)
+    shutil.rmtree(folder / "save")
+    return record
+
+
+def fusion_settings(
+    arm: FusionArm, hparams: Mapping, run: Run, front, table: ScoreTable, adapters: Mapping[str, Path]
+) -> dict:
+    """Everything that decides an arm's result.
+
+    Parameters
+    ----------
+    arm : FusionArm
+        The arm.
+    hparams, run, front, adapters
+        As for `train_fusion_arm`.
+    table : ScoreTable
+        The arm's scores.
+
+    Returns
+    -------
+    dict
+        Of JSON's types.
+
+    Example
+    -------
+    >>> fusion_settings(FusionArm(), {}, Run(Path(), Path("/nowhere"), 1, 1), None, None, {})
+    Traceback (most recent call last):
+    ...
+    FileNotFoundError: ...
+    """
+    found = {**shared_settings(hparams, run, front), **described("classifier", arm.classifier)}
+    specialist: Specialist = hparams["specialist"]
+    found |= described("specialist", specialist.classifier)
+    if specialist.adapter:
+        found |= described("network", hparams["network"])
+        found["adapter"] = None if specialist.pretraining is None else adapter_digest(adapters[specialist.pretraining])
+    digest = hashlib.sha256(json.dumps([table.about, list(table.labels)], sort_keys=True).encode()).hexdigest()[:16]
+    return {**found, "scores": digest}

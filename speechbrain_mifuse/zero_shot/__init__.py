@@ -1,0 +1,1 @@
+"""Zero-shot emotion scores: audio against prompts, in one space."""

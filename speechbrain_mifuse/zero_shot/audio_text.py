@@ -1,0 +1,745 @@
+"""Audio-text models: both an utterance and a sentence become a unit vector of one space.
+
+A model is asked for three things: a reader, which `features.extract.extract` fills a feature store with; vectors of
+what the reader stored; and vectors of texts. It is never a torch module: nothing can switch it to training.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import re
+from abc import ABC, abstractmethod
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch.nn import functional as F
+from transformers import AutoConfig, AutoFeatureExtractor, AutoModel, AutoTokenizer
+
+from speechbrain_mifuse.audio import trim_silence
+from speechbrain_mifuse.errors import UserError
+from speechbrain_mifuse.features.extract import PREPROCESSING_VERSION
+from speechbrain_mifuse.zero_shot.window import HeardWindow, build_window, heard_window, known_repeats, known_window
+
+# Written by transformers itself: they change with its version or with the folder, never with the vectors.
+VOLATILE = ("_name_or_path", "_commit_hash", "architectures", "dtype", "torch_dtype", "transformers_version")
+# Where a feature extractor says how many samples it makes of any clip.
+WINDOW_SIZES = ("nb_max_samples", "n_samples")
+
+
+class AudioTextModel(ABC):
+    """What scores audio against text.
+
+    Attributes
+    ----------
+    name : str
+        In reports and messages: letters, digits, `-`, `_` and `.`, so that a file can be named after it.
+    classes_known : tuple of str or None
+        Labels it was trained on; `None` for an open vocabulary.
+    layer : int or None
+        Which of a store's layers `audio_vectors` is fed; `None` where the store has but one.
+    longest_text : int or None
+        Most tokens of a text; `None` without a limit.
+
+    Example
+    -------
+    >>> sorted(AudioTextModel.__abstractmethods__)
+    ['audio_vectors', 'fingerprint', 'reader', 'text_vectors']
+    """
+
+    name: str
+    classes_known: tuple[str, ...] | None = None
+    layer: int | None = None
+    longest_text: int | None = None
+
+    @abstractmethod
+    def fingerprint(self) -> dict:
+        """Describe what decides the vectors.
+
+        Returns
+        -------
+        dict
+            Of JSON's types.
+        """
+
+    @abstractmethod
+    def reader(self, repeats: int):
+        """Make what fills a feature store with recordings that are repeated.
+
+        Parameters
+        ----------
+        repeats : int
+            N, at least 1.
+
+        Returns
+        -------
+        FrameReader or the like
+            With `encoder.sample_rate`, `encode(wave)` and `fingerprint()`, which names `repeats` where it is not 1.
+        """
+
+    @abstractmethod
+    def audio_vectors(self, frames: torch.Tensor, lengths: torch.Tensor) -> torch.Tensor:
+        """Vectors of what the reader stored.
+
+        Parameters
+        ----------
+        frames : torch.Tensor
+            `[batch, frames, dim]`, float32.
+        lengths : torch.Tensor
+            `[batch]`, relative.
+
+        Returns
+        -------
+        torch.Tensor
+            `[batch, E]`, of unit norm, on the CPU.
+        """
+
+    @abstractmethod
+    def text_vectors(self, texts: Sequence[str]) -> torch.Tensor:
+        """Vectors of texts.
+
+        Parameters
+        ----------
+        texts : sequence of str
+            Whole prompts, already repeated.
+
+        Returns
+        -------
+        torch.Tensor
+            `[texts, E]`, of unit norm, on the CPU.
+
+        Raises
+        ------
+        UserError
+            If a text is longer than `longest_text`: nothing is ever cut off.
+        """
+
+    def text_lengths(self, texts: Sequence[str]) -> list[int]:
+        """Count the tokens of texts as the model does; words, where it has no tokens.
+
+        Parameters
+        ----------
+        texts : sequence of str
+            Whole prompts.
+
+        Returns
+        -------
+        list of int
+            One number for each.
+        """
+        return [len(text.split()) for text in texts]
+
+    def hears_the_same(self, wave: torch.Tensor, repeats: int, others: int) -> bool:
+        """Whether two numbers of repeats give one and the same input, so that one pass serves both.
+
+        Parameters
+        ----------
+        wave : torch.Tensor
+            `[samples]` at the reader's rate.
+        repeats, others : int
+            Numbers of repeats.
+
+        Returns
+        -------
+        bool
+            True only if the inputs are bit-identical.
+        """
+        return repeats == others
+
+
+class EmbeddingReader:
+    """Stands in the place of a `FrameReader`: one "frame" per recording, which is its embedding.
+
+    Parameters
+    ----------
+    model : GenericAudioTextModel
+        Embeds.
+    repeats : int
+        N.
+
+    Example
+    -------
+    >>> class Model:
+    ...     sample_rate, dim = 48000, 2
+    ...     def fingerprint(self):
+    ...         return {"weights": "ab"}
+    ...     def embed(self, wave, repeats):
+    ...         return torch.tensor([float(len(wave)), float(repeats)])
+    >>> reader = EmbeddingReader(Model(), repeats=3)
+    >>> reader.encode(torch.zeros(5)).tolist(), reader.fingerprint()["repeats"]
+    ([[[5.0, 3.0]]], 3)
+    """
+
+    def __init__(self, model, repeats: int):
+        self.model, self.repeats = model, known_repeats(repeats, "--audio_repeats")
+        # `encode_file` asks its reader's encoder for the rate.
+        self.encoder, self.sample_rate = self, model.sample_rate
+
+    def fingerprint(self) -> dict:
+        """Describe what decides the embeddings.
+
+        Returns
+        -------
+        dict
+            Of JSON's types.
+        """
+        about = {**self.model.fingerprint(), "layers": [0], "dim": self.model.dim}
+        return about if self.repeats == 1 else {**about, "repeats": self.repeats}
+
+    def encode(self, wave: torch.Tensor) -> torch.Tensor:
+        """Embed a waveform.
+
+        Parameters
+        ----------
+        wave : torch.Tensor
+            `[samples]` at the model's rate.
+
+        Returns
+        -------
+        torch.Tensor
+            `[1, 1, E]`.
+        """
+        return self.model.embed(wave, self.repeats).view(1, 1, -1)
+
+
+class GenericAudioTextModel(AudioTextModel):
+    """Any model of Hugging Face's form that has `get_audio_features` and `get_text_features`.
+
+    Every clip is embedded alone, from a window that is made here (`zero_shot.window`), and every text with texts of its
+    own number of tokens: a vector depends neither on its neighbours nor on any generator of random numbers. This is
+    tried when the model is loaded.
+
+    Parameters
+    ----------
+    source : str or pathlib.Path
+        Folder in Hugging Face format (weights, feature extractor and tokenizer), or hub id.
+    window : str
+        One of `zero_shot.window.WINDOWS`.
+    trim_db : float or None
+        Silence threshold of `trim_silence`; `None`, the default, cuts nothing: the model hears the recording as it is.
+    trust_remote_code : bool
+        Whether to run Python that comes with the model. Read it first.
+
+    Attributes
+    ----------
+    sample_rate : int
+        Of waveforms, in Hz.
+    size : int or None
+        Samples of the window; `None` if the model's extractor takes any length.
+    dim : int
+        E.
+
+    Raises
+    ------
+    UserError
+        If the model cannot be loaded or does not work as it should.
+
+    Example
+    -------
+    >>> GenericAudioTextModel("./no-such-folder")
+    Traceback (most recent call last):
+    ...
+    speechbrain_mifuse.errors.UserError: --alm: './no-such-folder' is no folder. ...
+    """
+
+    layer = 0
+
+    def __init__(
+        self,
+        source: str | Path,
+        window: str = "native",
+        trim_db: float | None = None,
+        trust_remote_code: bool = False,
+    ):
+        self.name = re.sub(r"[^\w.-]+", "-", Path(source).name)
+        self.policy, self.trim_db = known_window(window), trim_db
+        with alm_errors(source):
+            self.model, self.extractor, self.tokenizer = load_parts(source, trust_remote_code)
+            self.sample_rate = int(self.extractor.sampling_rate)
+            self.size = window_size(self.extractor)
+            self.longest_text = self.text_limit()
+            self._fingerprint = self._describe(source)
+            self.dim = self._try_out()
+
+    def to(self, device: str | torch.device) -> GenericAudioTextModel:
+        """Move the weights.
+
+        Parameters
+        ----------
+        device : str or torch.device
+            Where to.
+
+        Returns
+        -------
+        GenericAudioTextModel
+            Itself.
+        """
+        self.model.to(device)
+        return self
+
+    def text_limit(self) -> int | None:
+        """Most tokens that the tokenizer and the text encoder's positions allow."""
+        text_config = getattr(self.model.config, "text_config", self.model.config)
+        limits = (self.tokenizer.model_max_length, getattr(text_config, "max_position_embeddings", None))
+        # A tokenizer without a limit says so with an enormous number.
+        return min((limit for limit in limits if limit and limit < 10**6), default=None)
+
+    def _describe(self, source) -> dict:
+        settings = {
+            key: value
+            for key, value in sorted(self.extractor.to_dict().items())
+            if isinstance(value, int | float | str | None) and not key.endswith(("_type", "processor_class"))
+        }
+        raw = type(self.model.config).get_config_dict(str(source))[0]
+        about = {"audio_text_model": self.model.config.model_type, "weights": weights_digest(self.model, raw)}
+        about |= {"input": settings, "window": {"policy": self.policy, "samples": self.size, "crop": "start"}}
+        return {**about, "trim_db": self.trim_db, "preprocessing_version": PREPROCESSING_VERSION}
+
+    def _try_out(self) -> int:
+        """Embed a second of noise under two states of NumPy's global generator, and one text; give the dimension."""
+        noise = torch.randn(self.sample_rate, generator=torch.Generator().manual_seed(0)) / 10
+        before, found = np.random.get_state(), []
+        try:
+            for seed in (0, 1):
+                np.random.seed(seed)
+                found.append(self.embed(noise, 1))
+        finally:
+            np.random.set_state(before)
+        if not torch.equal(*found):
+            raise UserError("its feature extractor or network is random: one clip twice gives two embeddings.")
+        if self.text_vectors(["sad"]).shape[-1] != len(found[0]):
+            raise UserError("its vectors of audio and of text are of different dimensions.")
+        return len(found[0])
+
+    def fingerprint(self) -> dict:
+        """Describe what decides the vectors: weights, configuration, extractor, window, trimming.
+
+        Returns
+        -------
+        dict
+            Of JSON's types.
+        """
+        return self._fingerprint
+
+    def reader(self, repeats: int) -> EmbeddingReader:
+        """Make what fills a feature store with embeddings of repeated recordings.
+
+        Parameters
+        ----------
+        repeats : int
+            N.
+
+        Returns
+        -------
+        EmbeddingReader
+            The reader.
+
+        Raises
+        ------
+        UserError
+            If N is less than 1.
+        """
+        return EmbeddingReader(self, repeats)
+
+    def window(self, wave: torch.Tensor, repeats: int) -> HeardWindow:
+        """Say what the model hears of a waveform, silence at its ends already cut.
+
+        Parameters
+        ----------
+        wave : torch.Tensor
+            `[samples]` at `sample_rate`.
+        repeats : int
+            N.
+
+        Returns
+        -------
+        HeardWindow
+            In numbers.
+        """
+        return heard_window(len(self._trimmed(wave)), repeats, self.size, self.sample_rate, self.policy)
+
+    def _trimmed(self, wave: torch.Tensor) -> torch.Tensor:
+        return trim_silence(wave, self.trim_db, frame=self.sample_rate // 40)
+
+    def hears_the_same(self, wave: torch.Tensor, repeats: int, others: int) -> bool:
+        """Whether the windows of two numbers of repeats are bit-identical.
+
+        Parameters
+        ----------
+        wave, repeats, others
+            As for `AudioTextModel.hears_the_same`.
+
+        Returns
+        -------
+        bool
+            True if so.
+        """
+        return self.window(wave, repeats).key == self.window(wave, others).key
+
+    @torch.no_grad()
+    def embed(self, wave: torch.Tensor, repeats: int) -> torch.Tensor:
+        """Embed one waveform: a = normalise(E_audio(repeat(x, N))).
+
+        Parameters
+        ----------
+        wave : torch.Tensor
+            `[samples]` at `sample_rate`.
+        repeats : int
+            N.
+
+        Returns
+        -------
+        torch.Tensor
+            `[E]`, of unit norm, on the CPU.
+        """
+        samples = build_window(self._trimmed(wave), self.window(wave, repeats))
+        inputs = {key: value.to(self.model.device) for key, value in self.audio_inputs(samples).items()}
+        return F.normalize(embedding_of(self.model.get_audio_features(**inputs))[0].float(), dim=-1).cpu()
+
+    def audio_inputs(self, samples: torch.Tensor) -> Mapping[str, torch.Tensor]:
+        """Turn a window into what the network takes.
+
+        Parameters
+        ----------
+        samples : torch.Tensor
+            `[size]`: just what the extractor wants, so that it neither repeats nor cuts.
+
+        Returns
+        -------
+        mapping of str to torch.Tensor
+            A batch of one.
+        """
+        return self.extractor(samples.numpy(), sampling_rate=self.sample_rate, return_tensors="pt")
+
+    def audio_vectors(self, frames: torch.Tensor, lengths: torch.Tensor) -> torch.Tensor:
+        """Give embeddings, rounded by the store, their unit norm back.
+
+        Parameters
+        ----------
+        frames : torch.Tensor
+            `[batch, 1, E]`.
+        lengths : torch.Tensor
+            `[batch]`; all are 1.
+
+        Returns
+        -------
+        torch.Tensor
+            `[batch, E]`.
+        """
+        return F.normalize(frames.float().squeeze(1), dim=-1)
+
+    def text_lengths(self, texts: Sequence[str]) -> list[int]:
+        """Count tokens, with those that begin and end a text.
+
+        Parameters
+        ----------
+        texts : sequence of str
+            Whole prompts.
+
+        Returns
+        -------
+        list of int
+            One number for each.
+        """
+        return [len(ids) for ids in self.tokenizer(list(texts), truncation=False)["input_ids"]]
+
+    @torch.no_grad()
+    def text_vectors(self, texts: Sequence[str]) -> torch.Tensor:
+        """Vectors of texts; none is cut or padded.
+
+        Parameters
+        ----------
+        texts : sequence of str
+            Whole prompts, already repeated.
+
+        Returns
+        -------
+        torch.Tensor
+            `[texts, E]`, of unit norm, on the CPU.
+
+        Raises
+        ------
+        UserError
+            If a text has more than `longest_text` tokens.
+        """
+        encoded = self.tokenizer(list(texts), truncation=False)
+        same_length = defaultdict(list)
+        for place, ids in enumerate(encoded["input_ids"]):
+            self._check_length(texts[place], len(ids))
+            same_length[len(ids)].append(place)
+        vectors: list = [None] * len(texts)
+        for places in same_length.values():
+            inputs = {key: [values[place] for place in places] for key, values in encoded.items()}
+            inputs = {key: torch.tensor(values, device=self.model.device) for key, values in inputs.items()}
+            found = embedding_of(self.model.get_text_features(**inputs)).float().cpu()
+            for place, vector in zip(places, F.normalize(found, dim=-1), strict=True):
+                vectors[place] = vector
+        return torch.stack(vectors)
+
+    def _check_length(self, text: str, tokens: int) -> None:
+        if self.longest_text is not None and tokens > self.longest_text:
+            raise UserError(
+                f"--text_repeats: a text of {tokens} tokens ('{text[:60]}...') is longer than the {self.longest_text} "
+                f"that {self.name} reads. Lower --text_repeats, or shorten the prompt."
+            )
+
+
+class ClapModel(GenericAudioTextModel):
+    """CLAP of LAION, as transformers has it (`laion/clap-htsat-unfused` and others): 10 s at 48 kHz, 77 tokens.
+
+    `fusion` checkpoints have a second path for clips longer than the window; the extractor sends one random item of
+    each batch without such a clip through it. What comes from here is never longer than the window, so `is_longer` is
+    false for every clip: a longer clip is cut, and that path not used.
+
+    Parameters
+    ----------
+    source, window, trim_db, trust_remote_code
+        As for `GenericAudioTextModel`.
+
+    Example
+    -------
+    >>> ClapModel("./no-such-folder", window="repeatpad")
+    Traceback (most recent call last):
+    ...
+    speechbrain_mifuse.errors.UserError: --alm_window: 'repeatpad' is none of native, repeat, pad.
+    """
+
+    # What it was trained with; the text encoder has positions for 512.
+    text_tokens = 77
+
+    def text_limit(self) -> int:
+        """77 tokens, or what the tokenizer allows if that is less."""
+        return min(self.text_tokens, super().text_limit() or self.text_tokens)
+
+    def audio_inputs(self, samples: torch.Tensor) -> Mapping[str, torch.Tensor]:
+        """Turn a window into a spectrogram, with `is_longer` set.
+
+        Parameters
+        ----------
+        samples : torch.Tensor
+            `[size]`.
+
+        Returns
+        -------
+        mapping of str to torch.Tensor
+            `input_features` and `is_longer`.
+        """
+        return {**super().audio_inputs(samples), "is_longer": torch.zeros(1, 1, dtype=torch.bool)}
+
+
+# By the `model_type` of a configuration; all others are `GenericAudioTextModel`.
+FAMILIES: dict[str, type[GenericAudioTextModel]] = {"clap": ClapModel}
+
+
+def open_audio_text_model(source: str | Path, trust_remote_code: bool = False, **options) -> GenericAudioTextModel:
+    """Load an audio-text model as what its configuration says it is.
+
+    Parameters
+    ----------
+    source : str or pathlib.Path
+        Folder in Hugging Face format, or hub id.
+    trust_remote_code : bool
+        Whether to run Python that comes with the model.
+    **options
+        Of `GenericAudioTextModel`: `window`, `trim_db`.
+
+    Returns
+    -------
+    GenericAudioTextModel
+        `ClapModel`, or the general form.
+
+    Raises
+    ------
+    UserError
+        If it cannot be loaded.
+
+    Example
+    -------
+    >>> open_audio_text_model("./no-such-folder")
+    Traceback (most recent call last):
+    ...
+    speechbrain_mifuse.errors.UserError: --alm: './no-such-folder' is no folder. ...
+    """
+    with alm_errors(source):
+        kind = AutoConfig.from_pretrained(str(source), trust_remote_code=trust_remote_code).model_type
+    return FAMILIES.get(kind, GenericAudioTextModel)(source, trust_remote_code=trust_remote_code, **options)
+
+
+@contextlib.contextmanager
+def alm_errors(source: str | Path):
+    """Turn whatever goes wrong while a model is loaded into one error that names `--alm`.
+
+    Parameters
+    ----------
+    source : str or pathlib.Path
+        Folder or hub id.
+
+    Raises
+    ------
+    UserError
+        With the reason and what to do.
+
+    Example
+    -------
+    >>> with alm_errors("laion/clap"):
+    ...     raise OSError("no network")
+    Traceback (most recent call last):
+    ...
+    speechbrain_mifuse.errors.UserError: --alm: 'laion/clap' could not be loaded: no network. ...
+    """
+    source, remedy = str(source), "Pass a folder in Hugging Face format (weights, extractor, tokenizer), or a hub id."
+    # A hub id is "name" or "owner/name": anything else can only be meant as a path.
+    is_path = source.startswith((".", "/", "~")) or source.count("/") > 1 or "\\" in source
+    if is_path and not Path(source).is_dir():
+        raise UserError(f"--alm: '{source}' is no folder. {remedy}")
+    try:
+        yield
+    # The hub client's errors, and those of a model's own code, share no base class.
+    except Exception as error:
+        reason = (str(error).strip() or repr(error)).splitlines()[0].rstrip(".")
+        if "trust_remote_code" in str(error):
+            remedy = "It brings Python of its own: read that, then allow it with --alm_trust_remote_code True."
+        raise UserError(f"--alm: '{source}' could not be loaded: {reason}. {remedy}") from error
+
+
+def load_parts(source: str | Path, trust_remote_code: bool):
+    """Load network, feature extractor and tokenizer.
+
+    Parameters
+    ----------
+    source : str or pathlib.Path
+        Folder or hub id.
+    trust_remote_code : bool
+        Whether to run Python that comes with the model.
+
+    Returns
+    -------
+    model : transformers.PreTrainedModel
+        In float32, evaluation mode, without gradients.
+    extractor, tokenizer
+        As transformers has them.
+
+    Raises
+    ------
+    UserError
+        If it is no audio-text model, or lacks weights: transformers would draw them at random.
+
+    Example
+    -------
+    >>> load_parts.__name__  # runs in `tests/unit/test_zero_shot.py`
+    'load_parts'
+    """
+    options = {"trust_remote_code": trust_remote_code}
+    model, report = AutoModel.from_pretrained(str(source), output_loading_info=True, **options)
+    lacking = [name for name in ("get_audio_features", "get_text_features") if not hasattr(model, name)]
+    if lacking:
+        raise UserError(f"a model of type '{model.config.model_type}' has no {' and no '.join(lacking)}")
+    if report["missing_keys"]:
+        raise UserError(f"it lacks weights ({', '.join(sorted(report['missing_keys'])[:3])}, ...)")
+    extractor = AutoFeatureExtractor.from_pretrained(str(source), **options)
+    tokenizer = AutoTokenizer.from_pretrained(str(source), **options)
+    return model.float().eval().requires_grad_(False), extractor, tokenizer
+
+
+def window_size(extractor) -> int | None:
+    """Find how many samples a feature extractor makes of any clip.
+
+    Parameters
+    ----------
+    extractor : transformers.FeatureExtractionMixin
+        A model's.
+
+    Returns
+    -------
+    int or None
+        `None` if it takes any length.
+
+    Example
+    -------
+    >>> from types import SimpleNamespace
+    >>> window_size(SimpleNamespace(nb_max_samples=480000)), window_size(SimpleNamespace())
+    (480000, None)
+    """
+    sizes = [getattr(extractor, name) for name in WINDOW_SIZES if getattr(extractor, name, None)]
+    return int(sizes[0]) if sizes else None
+
+
+def embedding_of(output) -> torch.Tensor:
+    """Take the embeddings out of what `get_audio_features` gives: a tensor in transformers 4, an object in 5.
+
+    Parameters
+    ----------
+    output : torch.Tensor or transformers.utils.ModelOutput
+        Of a batch.
+
+    Returns
+    -------
+    torch.Tensor
+        `[batch, E]`.
+
+    Example
+    -------
+    >>> from types import SimpleNamespace
+    >>> embedding_of(SimpleNamespace(pooler_output=torch.zeros(1, 2))).shape == embedding_of(torch.zeros(1, 2)).shape
+    True
+    """
+    return output if isinstance(output, torch.Tensor) else output.pooler_output
+
+
+def weights_digest(model: torch.nn.Module, config: Mapping) -> str:
+    """Identify a network by its weights and configuration.
+
+    The names of weights change between versions of transformers, and so do buffers of indices: what counts is which
+    floating-point tensors there are.
+
+    Parameters
+    ----------
+    model : torch.nn.Module
+        The network.
+    config : mapping
+        As it stands in `config.json`.
+
+    Returns
+    -------
+    str
+        64 hexadecimal digits.
+
+    Example
+    -------
+    >>> layer = torch.nn.Linear(2, 2)
+    >>> weights_digest(layer, {"a": 1}) == weights_digest(torch.nn.Sequential(layer), {"a": 1, "dtype": "float16"})
+    True
+    """
+    digest = hashlib.sha256(json.dumps(without_volatile(config), sort_keys=True, default=str).encode())
+    tensors = [tensor.cpu() for tensor in model.state_dict().values() if tensor.is_floating_point()]
+    parts = [hashlib.sha256(str(list(t.shape)).encode() + t.contiguous().numpy().tobytes()).digest() for t in tensors]
+    for part in sorted(parts):
+        digest.update(part)
+    return digest.hexdigest()
+
+
+def without_volatile(config):
+    """Leave out, at every depth, what transformers writes about itself.
+
+    Parameters
+    ----------
+    config : object
+        A configuration, or a part of one.
+
+    Returns
+    -------
+    object
+        The same without keys of `VOLATILE`.
+
+    Example
+    -------
+    >>> without_volatile({"hidden_size": 8, "text_config": {"dtype": "float16"}})
+    {'hidden_size': 8, 'text_config': {}}
+    """
+    if not isinstance(config, Mapping):
+        return config
+    return {key: without_volatile(value) for key, value in config.items() if key not in VOLATILE}

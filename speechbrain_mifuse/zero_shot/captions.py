@@ -1,0 +1,259 @@
+"""Captions of labelled utterances: what a dual encoder is trained on."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import yaml
+
+from speechbrain_mifuse.errors import UserError
+from speechbrain_mifuse.zero_shot.prompts import PLACE, PromptSet, checked_texts
+
+WHO, UNKNOWN = "{who}", "unknown"
+KEYS = ("forms", "people", "words")
+
+
+@dataclass(frozen=True)
+class CaptionSet:
+    """Sentences about an utterance: forms x people x words.
+
+    Parameters
+    ----------
+    name : str
+        Where they come from, for messages.
+    forms : tuple of str
+        Sentences with `{who}` and `{e}`.
+    people : mapping of str to tuple of str
+        What a speaker is called, by gender; `unknown` fits everyone.
+    words : mapping of str to tuple of str
+        By label.
+
+    Example
+    -------
+    >>> people = {"unknown": ("someone",), "female": ("a woman",)}
+    >>> captions = CaptionSet("mine", ("{who} is {e}.",), people, {"sad": ("sad", "gloomy")})
+    >>> captions.texts("sad", "female")
+    ['Someone is sad.', 'Someone is gloomy.', 'A woman is sad.', 'A woman is gloomy.']
+    """
+
+    name: str
+    forms: tuple[str, ...]
+    people: Mapping[str, tuple[str, ...]]
+    words: Mapping[str, tuple[str, ...]]
+
+    def texts(self, label: str, gender: str | None = None) -> list[str]:
+        """Every caption that fits an utterance.
+
+        Parameters
+        ----------
+        label : str
+            As the corpora name it.
+        gender : str, optional
+            Captions also tell it, if `people` has names for it.
+
+        Returns
+        -------
+        list of str
+            At least one.
+
+        Raises
+        ------
+        UserError
+            If there are no words for the label.
+        """
+        if label not in self.words:
+            raise UserError(f"{self.name}: words: nothing for '{label}'. Add a line '{label}: [...]'.")
+        people = self.people[UNKNOWN] + self.people.get(gender, ())
+        return [sentence(form, who, word) for form in self.forms for who in people for word in self.words[label]]
+
+
+def sentence(form: str, who: str, word: str) -> str:
+    """Fill a form; its first letter is a capital.
+
+    Parameters
+    ----------
+    form : str
+        With `{who}` and `{e}`.
+    who, word : str
+        What goes there.
+
+    Returns
+    -------
+    str
+        The caption.
+
+    Example
+    -------
+    >>> sentence("{who} sounds {e}.", "a man", "sad")
+    'A man sounds sad.'
+    """
+    text = form.replace(WHO, who).replace(PLACE, word)
+    return text[:1].upper() + text[1:]
+
+
+def draw_caption(count: int, seed: int, epoch: int, utt_id: str) -> int:
+    """Choose one of an utterance's captions; what is drawn depends on the arguments alone.
+
+    Parameters
+    ----------
+    count : int
+        How many captions there are.
+    seed, epoch : int
+        Of the training.
+    utt_id : str
+        Utterance id.
+
+    Returns
+    -------
+    int
+        From 0 to `count - 1`, each with the same chance.
+
+    Example
+    -------
+    >>> draw_caption(100, 1, 1, "t-a"), draw_caption(100, 1, 2, "t-a"), draw_caption(100, 1, 1, "t-a")
+    (24, 57, 24)
+    """
+    digest = hashlib.sha256(f"{seed} {epoch} {utt_id}".encode()).digest()
+    return int.from_bytes(digest[:8], "big") % count
+
+
+def read_captions(path: str | Path, prompts: PromptSet) -> CaptionSet:
+    r"""Read a file of captions and add the words of prompts, which stand first.
+
+    Parameters
+    ----------
+    path : str or pathlib.Path
+        Plain YAML: `forms`, sentences with `{who}` and `{e}`; `people`, names of a speaker by gender, `unknown` among
+        them; `words`, a list for each label.
+    prompts : PromptSet
+        What the model is to be scored with: it gives words, and no caption may be one of its sentences.
+
+    Returns
+    -------
+    CaptionSet
+        Named after the file.
+
+    Raises
+    ------
+    UserError
+        If the file cannot be read, a key does not fit, or a form is one of the prompts'.
+
+    Example
+    -------
+    >>> import tempfile
+    >>> path = Path(tempfile.mkdtemp()) / "mine.yaml"
+    >>> text = "forms: ['{who} is {e}.']\npeople:\n  unknown: [someone]\nwords:\n  sad: [gloomy]\n"
+    >>> _ = path.write_text(text)
+    >>> read_captions(path, PromptSet("p", ("I am {e}!",), {"sad": ("sad",)})).texts("sad")
+    ['Someone is sad.', 'Someone is gloomy.']
+    """
+    try:
+        content = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise UserError(
+            f"{path}: cannot be read as YAML ({error}). Name a file like hparams/captions/*.yaml."
+        ) from None
+    if not isinstance(content, Mapping) or set(content) != set(KEYS):
+        raise UserError(f"{path}: must hold the keys {', '.join(KEYS)}, and no others.")
+    forms = checked_texts(content["forms"], f"{path}: forms")
+    for form in forms:
+        if WHO not in form or PLACE not in form:
+            raise UserError(f"{path}: forms: '{form}' needs {WHO}, where the speaker goes, and {PLACE}, the emotion.")
+    people, words = (by_name(content[key], f"{path}: {key}") for key in ("people", "words"))
+    if UNKNOWN not in people:
+        raise UserError(f"{path}: people: needs '{UNKNOWN}', names of a speaker of whom nothing is known.")
+    words = {
+        label: tuple(dict.fromkeys((*prompts.words.get(label, ()), *words.get(label, ()))))
+        for label in {**prompts.words, **words}
+    }
+    found = CaptionSet(str(path), forms, people, words)
+    refuse_prompts(found, prompts)
+    return found
+
+
+def by_name(value, place: str) -> dict[str, tuple[str, ...]]:
+    """Check that a value is lists of texts by name.
+
+    Parameters
+    ----------
+    value : object
+        As YAML gives it.
+    place : str
+        File and key, for the message.
+
+    Returns
+    -------
+    dict of str to tuple of str
+        The lists.
+
+    Raises
+    ------
+    UserError
+        If it is something else.
+
+    Example
+    -------
+    >>> by_name({"sad": ["gloomy"]}, "mine.yaml: words")
+    {'sad': ('gloomy',)}
+    """
+    if not isinstance(value, Mapping) or not value:
+        raise UserError(f"{place}: must be lists of texts by name, as 'sad: [sad, gloomy]'.")
+    return {str(key): checked_texts(some, f"{place}: {key}") for key, some in value.items()}
+
+
+def refuse_prompts(captions: CaptionSet, prompts: PromptSet) -> None:
+    """Make sure that no sentence is trained on that the model is scored with.
+
+    Parameters
+    ----------
+    captions : CaptionSet
+        What it is trained on.
+    prompts : PromptSet
+        What it is scored with.
+
+    Raises
+    ------
+    UserError
+        Naming the sentence; capitals and marks at its ends make no difference.
+
+    Example
+    -------
+    >>> captions = CaptionSet("mine", ("{who} is {e}",), {"unknown": ("it",)}, {"sad": ("sad",)})
+    >>> refuse_prompts(captions, PromptSet("p", ("It is {e}.",), {"sad": ("sad",)}))
+    Traceback (most recent call last):
+    ...
+    speechbrain_mifuse.errors.UserError: mine: forms: gives 'it is sad', which is a prompt of p. ...
+    """
+    asked = {plain(text) for label in prompts.words for text in prompts.texts(label)}
+    for gender in captions.people:
+        for label in captions.words:
+            both = asked & {plain(text) for text in captions.texts(label, gender)}
+            if both:
+                raise UserError(
+                    f"{captions.name}: forms: gives '{min(both)}', which is a prompt of {prompts.name}. "
+                    "Captions must be other sentences than those the model is scored with: change the form."
+                )
+
+
+def plain(text: str) -> str:
+    """Text without what makes no difference between sentences.
+
+    Parameters
+    ----------
+    text : str
+        A sentence.
+
+    Returns
+    -------
+    str
+        In small letters, without marks and blanks at its ends.
+
+    Example
+    -------
+    >>> plain(" Emotion is sad. ")
+    'emotion is sad'
+    """
+    return text.strip(" .!?").lower()

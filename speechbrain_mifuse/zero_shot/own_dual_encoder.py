@@ -1,0 +1,445 @@
+"""A dual encoder trained here as an audio-text model, and its files.
+
+It is no foundation model: it was trained on captions made from the labels of a few corpora, and knows only the classes
+that these have (`classes_known`). For another class its scores say nothing.
+"""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file, save
+
+from speechbrain_mifuse import __version__
+from speechbrain_mifuse.corpora.manifest import atomic_write
+from speechbrain_mifuse.errors import UserError
+from speechbrain_mifuse.features.encoder import FrozenEncoder
+from speechbrain_mifuse.features.extract import FrameReader
+from speechbrain_mifuse.features.store import difference
+from speechbrain_mifuse.features.text_encoder import FrozenTextEncoder
+from speechbrain_mifuse.nnet.adapter_files import DECISIVE
+from speechbrain_mifuse.nnet.dual_encoder import DualEncoder
+from speechbrain_mifuse.zero_shot.audio_text import AudioTextModel, open_audio_text_model
+from speechbrain_mifuse.zero_shot.window import known_repeats
+
+WEIGHTS, ABOUT = "dual_encoder.safetensors", "about.json"
+
+YAML = """# A dual encoder of speech and text, for speechbrain_mifuse.zero_shot.own_dual_encoder.load_dual_encoder.
+# It was trained on captions made from labels and knows only these classes: {classes}.
+# In a recipe of your own, include this file or copy it; then
+#   run_on_main(hparams["pretrainer"].collect_files); hparams["pretrainer"].load_collected()
+dual_encoder_folder: .
+dual_encoder: !new:speechbrain_mifuse.nnet.dual_encoder.DualEncoder
+    audio_size: {audio_size}
+    text_size: {text_size}
+    size: {size}
+    hidden_size: {hidden_size}
+    dropout: {dropout}
+pretrainer: !new:speechbrain.utils.parameter_transfer.Pretrainer
+    loadables:
+        dual_encoder: !ref <dual_encoder>
+    paths:
+        dual_encoder: !ref <dual_encoder_folder>/dual_encoder.safetensors
+    custom_hooks:
+        dual_encoder: !name:speechbrain_mifuse.zero_shot.own_dual_encoder.load_dual_encoder_weights
+"""
+
+
+class DualEncoderError(UserError):
+    """A dual encoder's folder that is not whole, or does not fit what is asked of it."""
+
+
+def toy_about() -> dict:
+    """Make what `about.json` says of a dual encoder of frames of dimension 8, for examples and tests.
+
+    Returns
+    -------
+    dict
+        As `DualEncoderModel` takes it.
+
+    Example
+    -------
+    >>> toy_about()["classes_known"]
+    ['angry', 'sad']
+    """
+    return {
+        "classes_known": ["angry", "sad"],
+        "encoder": "toy",
+        "features": {"encoder": "ab", "layers": [1, 2], "dim": 8, "trim_db": 40.0, "frame_average": 4, "layer": 2},
+        "text_encoder": {"source": "demo", "text_encoder": "cd", "dim": 6, "max_tokens": 256},
+    }
+
+
+class DualEncoderModel(AudioTextModel):
+    """Our own dual encoder behind the interface of all audio-text models.
+
+    The encoders load when they are first needed: scoring stored frames loads the text encoder alone.
+
+    Parameters
+    ----------
+    network : DualEncoder
+        Trained.
+    about : mapping
+        What was trained on what: `classes_known`, `features` (fingerprint of the frames, with their `layer`), `encoder`
+        (its source) and `text_encoder` (its fingerprint, `source` and `max_tokens`).
+    text_encoder : FrozenTextEncoder, optional
+        If it is loaded already.
+
+    Attributes
+    ----------
+    classes_known : tuple of str
+        Classes it was trained on. It is scored on no others.
+
+    Example
+    -------
+    >>> model = DualEncoderModel(DualEncoder(8, 6, size=4), toy_about())
+    >>> model.audio_vectors(torch.randn(2, 5, 8), torch.tensor([0.4, 1.0])).shape, model.layer
+    (torch.Size([2, 4]), 2)
+    """
+
+    name = "dual_encoder"
+
+    def __init__(self, network: DualEncoder, about: Mapping, text_encoder: FrozenTextEncoder | None = None):
+        self.network, self.about = network.eval(), about
+        self.classes_known = tuple(about["classes_known"])
+        self.layer, self.longest_text = about["features"]["layer"], about["text_encoder"]["max_tokens"]
+        if text_encoder is not None:
+            self.text_encoder = text_encoder
+
+    @functools.cached_property
+    def text_encoder(self) -> FrozenTextEncoder:
+        """The text encoder it was trained with.
+
+        Raises
+        ------
+        DualEncoderError
+            If what loads under its name is another one.
+        """
+        wanted = self.about["text_encoder"]
+        found = FrozenTextEncoder(wanted["source"])
+        if found.fingerprint()["text_encoder"] != wanted["text_encoder"]:
+            raise DualEncoderError(
+                f"--text_encoder: '{wanted['source']}' is not the text encoder that the dual encoder was trained with. "
+                "Restore it, or train the dual encoder again."
+            )
+        return found
+
+    def fingerprint(self) -> dict:
+        """Describe what decides the vectors: projections, frames, text encoder.
+
+        Returns
+        -------
+        dict
+            Of JSON's types.
+        """
+        frames = {key: self.about["features"].get(key) for key in DECISIVE}
+        about = {"audio_text_model": self.name, "weights": weights_digest(self.network), "frames": frames}
+        return {**about, "text_encoder": self.about["text_encoder"]["text_encoder"]}
+
+    def reader(self, repeats: int) -> FrameReader:
+        """Make what fills a feature store with frames of repeated recordings.
+
+        Parameters
+        ----------
+        repeats : int
+            N. For 1 these are the frames of the ordinary store that it was trained on.
+
+        Returns
+        -------
+        FrameReader
+            The reader.
+
+        Raises
+        ------
+        DualEncoderError
+            If the speech encoder that loads under its name gives other frames.
+        UserError
+            If N is less than 1, or the speech encoder cannot be loaded.
+        """
+        known_repeats(repeats, "--audio_repeats")
+        wanted = self.about["features"]
+        # Repeated frames are of no use to anything else, so the layers that it does not read are spared.
+        layers = wanted["layers"] if repeats == 1 else [self.layer]
+        try:
+            encoder = FrozenEncoder(self.about["encoder"], layers)
+        except (OSError, ValueError) as error:
+            raise UserError(f"--encoder: {error}") from None
+        reader = FrameReader(encoder, wanted["trim_db"], wanted["frame_average"], repeats)
+        refuse_other_frames(self.about["encoder"], wanted, {**reader.fingerprint(), "layer": self.layer})
+        return reader
+
+    @torch.no_grad()
+    def audio_vectors(self, frames: torch.Tensor, lengths: torch.Tensor) -> torch.Tensor:
+        """Vectors of stored frames of the model's layer.
+
+        Parameters
+        ----------
+        frames : torch.Tensor
+            `[batch, frames, D]`.
+        lengths : torch.Tensor
+            `[batch]`, relative.
+
+        Returns
+        -------
+        torch.Tensor
+            `[batch, E]`, of unit norm; padding has no influence.
+        """
+        return self.network.audio_vectors(frames.float(), lengths)
+
+    @torch.no_grad()
+    def text_vectors(self, texts: Sequence[str]) -> torch.Tensor:
+        """Vectors of texts.
+
+        Parameters
+        ----------
+        texts : sequence of str
+            Whole prompts, already repeated.
+
+        Returns
+        -------
+        torch.Tensor
+            `[texts, E]`, of unit norm.
+
+        Raises
+        ------
+        UserError
+            If a text is longer than `longest_text`.
+        """
+        return self.network.text_vectors(self.text_encoder(texts))
+
+    def text_lengths(self, texts: Sequence[str]) -> list[int]:
+        """Count tokens, with those that begin and end a text.
+
+        Parameters
+        ----------
+        texts : sequence of str
+            Whole prompts.
+
+        Returns
+        -------
+        list of int
+            One number for each.
+        """
+        return self.text_encoder.lengths(texts)
+
+
+def weights_digest(network: torch.nn.Module) -> str:
+    """Identify a dual encoder by its weights and buffers.
+
+    Parameters
+    ----------
+    network : DualEncoder
+        The projections.
+
+    Returns
+    -------
+    str
+        First 16 hexadecimal digits of the SHA-256 of what `export_dual_encoder` writes.
+
+    Example
+    -------
+    >>> network = DualEncoder(8, 6)
+    >>> weights_digest(network) == weights_digest(network), weights_digest(network) == weights_digest(DualEncoder(8, 6))
+    (True, False)
+    """
+    return hashlib.sha256(save(weights_of(network))).hexdigest()[:16]
+
+
+def weights_of(network: torch.nn.Module) -> dict[str, torch.Tensor]:
+    """Weights as they are written.
+
+    Parameters
+    ----------
+    network : DualEncoder
+        The projections.
+
+    Returns
+    -------
+    dict of str to torch.Tensor
+        On the CPU.
+
+    Example
+    -------
+    >>> sorted(weights_of(DualEncoder(8, 6)))[0]
+    'audio.1.bias'
+    """
+    return {name: tensor.detach().cpu().contiguous() for name, tensor in network.state_dict().items()}
+
+
+def export_dual_encoder(folder: str | Path, network: DualEncoder, about: Mapping) -> None:
+    """Write a dual encoder: weights, the YAML that builds it, and what it was trained on.
+
+    Parameters
+    ----------
+    folder : str or pathlib.Path
+        Target folder: `dual_encoder.safetensors`, `hyperparams.yaml`, and last `about.json`.
+    network : DualEncoder
+        Trained.
+    about : mapping
+        As for `DualEncoderModel`, and whatever else is to be told, of JSON's types.
+
+    Example
+    -------
+    >>> import tempfile
+    >>> folder = tempfile.mkdtemp()
+    >>> export_dual_encoder(folder, DualEncoder(8, 6), toy_about())
+    >>> sorted(path.name for path in Path(folder).iterdir())
+    ['about.json', 'dual_encoder.safetensors', 'hyperparams.yaml']
+    """
+    folder = Path(folder)
+    atomic_write(folder / WEIGHTS, save(weights_of(network)))
+    text = YAML.format(**network.sizes, classes=", ".join(about["classes_known"]))
+    atomic_write(folder / "hyperparams.yaml", text)
+    told = {"dual_encoder": network.sizes, **about, "code_version": __version__}
+    # Last, because its presence tells that the folder is whole.
+    atomic_write(folder / ABOUT, json.dumps(told, indent=1))
+
+
+def load_dual_encoder_weights(module: torch.nn.Module, path: str | Path, end_of_epoch: bool = False) -> None:
+    """Load safetensors into a dual encoder; a hook for SpeechBrain's `Pretrainer`.
+
+    Parameters
+    ----------
+    module : torch.nn.Module
+        Receives the weights; all must fit.
+    path : str or pathlib.Path
+        `dual_encoder.safetensors`.
+    end_of_epoch : bool
+        Part of the hook's signature, of no meaning here.
+
+    Raises
+    ------
+    DualEncoderError
+        If the file is missing, damaged, or of another architecture.
+
+    Example
+    -------
+    >>> load_dual_encoder_weights(torch.nn.Linear(1, 1), "missing.safetensors")
+    Traceback (most recent call last):
+    ...
+    speechbrain_mifuse.zero_shot.own_dual_encoder.DualEncoderError: missing.safetensors: cannot be loaded ...
+    """
+    try:
+        module.load_state_dict(load_file(str(path)))
+    except Exception as error:
+        raise DualEncoderError(f"{path}: cannot be loaded ({error}). Train the dual encoder again.") from None
+
+
+def refuse_other_frames(place: str | Path, found: Mapping, wanted: Mapping) -> None:
+    """Make sure that a dual encoder reads frames of the kind that it was trained on.
+
+    Parameters
+    ----------
+    place : str or pathlib.Path
+        For the message.
+    found, wanted : mapping
+        Fingerprints with their `layer`: of the frames that it was trained on, and of those it is to read.
+
+    Raises
+    ------
+    DualEncoderError
+        Naming what differs.
+
+    Example
+    -------
+    >>> refuse_other_frames("here", {"dim": 8, "layer": 2}, {"dim": 8, "layer": 3})
+    Traceback (most recent call last):
+    ...
+    speechbrain_mifuse.zero_shot.own_dual_encoder.DualEncoderError: here: was trained on other frames (layer: ...). ...
+    """
+    differs = difference(*({key: part.get(key) for key in DECISIVE} for part in (found, wanted)))
+    if differs:
+        raise DualEncoderError(
+            f"{place}: was trained on other frames ({differs}). Pass the same --encoder and --layer."
+        )
+
+
+def load_dual_encoder(
+    folder: str | Path, features: Mapping | None = None, encoder: str | None = None, text_encoder: str | None = None
+) -> DualEncoderModel:
+    """Load a dual encoder as an audio-text model.
+
+    Parameters
+    ----------
+    folder : str or pathlib.Path
+        A folder that `export_dual_encoder` wrote.
+    features : mapping, optional
+        Fingerprint of the frames that it is to read, with their `layer`; not compared by default.
+    encoder, text_encoder : str, optional
+        Where the speech encoder and the text encoder lie now, if elsewhere than when it was trained: a folder or a hub
+        id. They must be the same ones.
+
+    Returns
+    -------
+    DualEncoderModel
+        The model.
+
+    Raises
+    ------
+    DualEncoderError
+        If the folder is not whole, or the model was trained on other frames.
+
+    Example
+    -------
+    >>> import tempfile
+    >>> folder = tempfile.mkdtemp()
+    >>> export_dual_encoder(folder, DualEncoder(8, 6), toy_about())
+    >>> load_dual_encoder(folder).classes_known
+    ('angry', 'sad')
+    >>> load_dual_encoder(folder, {**toy_about()["features"], "encoder": "another"})
+    Traceback (most recent call last):
+    ...
+    speechbrain_mifuse.zero_shot.own_dual_encoder.DualEncoderError: ...: was trained on other frames (encoder: ...). ...
+    """
+    folder = Path(folder)
+    try:
+        about = json.loads((folder / ABOUT).read_text())
+        sizes, found, texts = about["dual_encoder"], about["features"], about["text_encoder"]
+    except (OSError, ValueError, KeyError) as error:
+        raise DualEncoderError(f"{folder}: no whole dual encoder there ({error!r}). Train it again.") from None
+    if features is not None:
+        refuse_other_frames(folder, found, features)
+    network = DualEncoder(**sizes)
+    load_dual_encoder_weights(network, folder / WEIGHTS)
+    about["encoder"] = encoder or about["encoder"]
+    about["text_encoder"] = {**texts, "source": text_encoder or texts["source"]}
+    return DualEncoderModel(network, about)
+
+
+def open_alm(source: str, window: str = "native", trust_remote_code: bool = False) -> AudioTextModel:
+    """Load an audio-text model: our own dual encoder from its folder, or one of transformers.
+
+    Parameters
+    ----------
+    source : str
+        Folder or hub id.
+    window : str
+        How repeats fill a fixed input window: `native`, `repeat` or `pad`; our own has none.
+    trust_remote_code : bool
+        Whether code of a hub repository may run here.
+
+    Returns
+    -------
+    AudioTextModel
+        The model.
+
+    Raises
+    ------
+    UserError
+        If it cannot be loaded.
+
+    Example
+    -------
+    >>> open_alm("./no-such-folder")
+    Traceback (most recent call last):
+    ...
+    speechbrain_mifuse.errors.UserError: --alm: ...
+    """
+    if (Path(source) / ABOUT).is_file():
+        return load_dual_encoder(source)
+    return open_audio_text_model(source, trust_remote_code, window=window)

@@ -1,0 +1,456 @@
+"""The steps of a recipe that scores recordings against texts; each does what is missing and skips what is done."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+from speechbrain.utils.distributed import run_on_main
+
+from speechbrain_mifuse.brains.arms import Run
+from speechbrain_mifuse.brains.dual_encoder import Source, train_dual_encoder
+from speechbrain_mifuse.brains.source_classifier import classifier_scores, train_source_classifier
+from speechbrain_mifuse.brains.zs_fuse import Amplification, ScoreTable, Specialist
+from speechbrain_mifuse.corpora.folds import fold_folder
+from speechbrain_mifuse.corpora.manifest import atomic_write, read_manifest, unlabelled
+from speechbrain_mifuse.errors import UserError
+from speechbrain_mifuse.evaluation.plots import plot_grid
+from speechbrain_mifuse.features import cache_folder
+from speechbrain_mifuse.features.extract import FrameReader
+from speechbrain_mifuse.features.front import StoredFrames
+from speechbrain_mifuse.fold_pipeline import adapter_run, fold_front
+from speechbrain_mifuse.pipeline import known_ones, load_hparams, open_reader, store_frames
+from speechbrain_mifuse.zero_shot.audio_text import AudioTextModel
+from speechbrain_mifuse.zero_shot.own_dual_encoder import load_dual_encoder, open_alm
+from speechbrain_mifuse.zero_shot.prompts import read_prompts
+from speechbrain_mifuse.zero_shot.scorer import amplification_grid
+
+# The value of --alm that trains our own dual encoder on other corpora than the target.
+OWN = "dual_encoder"
+ALM = ("alm", "alm_window", "alm_trust_remote_code")
+DRAWS = 2000
+
+
+def source_fronts(hparams: Mapping, reader: FrameReader) -> dict[str, StoredFrames]:
+    """Prepare the corpora that a dual encoder is trained on and store their frames.
+
+    Parameters
+    ----------
+    hparams : mapping
+        As `hparams/dual_encoder_ravdess.yaml` defines.
+    reader : FrameReader
+        Makes the frames.
+
+    Returns
+    -------
+    dict of str to StoredFrames
+        By corpus.
+
+    Example
+    -------
+    >>> source_fronts({"sources": {}}, None)
+    {}
+    """
+    fronts = {}
+    for name, source in hparams["sources"].items():
+        run_on_main(source.prepare)
+        corpus = {**hparams, "source": name, "source_manifests": source.manifests}
+        fronts[name] = StoredFrames(store_frames(corpus, "source", reader), hparams["layer"])
+    return fronts
+
+
+class Trained:
+    """What is trained on the dual encoder's corpora with one seed: the dual encoder, and the plain classifier.
+
+    Parameters
+    ----------
+    hparams : mapping
+        The ZS-Fuse recipe's: `dual_encoder_recipe` and what it shares with that.
+    seed : int
+        Of both trainings.
+    run_opts : mapping, optional
+        SpeechBrain's run options.
+
+    Example
+    -------
+    >>> Trained.__name__  # runs in `recipes/RAVDESS/zsfuse/train.py`
+    'Trained'
+    """
+
+    def __init__(self, hparams: Mapping, seed: int, run_opts: Mapping | None = None):
+        folder = Path(hparams["output_folder"]) / f"dual_encoder_{seed}"
+        flags = {key: hparams[key] for key in ("data_folder", "feature_folder") if hparams[key] is not None}
+        flags |= {"seed": seed, "output_folder": folder, **dict(hparams["dual_encoder_flags"])}
+        words = [text for key, value in flags.items() for text in (f"--{key}", str(value))]
+        self.hparams = load_hparams(hparams["dual_encoder_recipe"], words)[0]
+        self.folder, self.run_opts = folder, run_opts
+        self.reader = open_reader(self.hparams, run_opts)
+        self.sources: Mapping[str, Source] = self.hparams["sources"]
+        self.fronts = source_fronts(self.hparams, self.reader)
+
+    def dual_encoder(self) -> AudioTextModel:
+        """Train or find the dual encoder."""
+        folder = train_dual_encoder(self.hparams["dual_encoder"], self.sources, self.fronts, self.run_opts)
+        return load_dual_encoder(folder)
+
+    def classifier_table(self, hparams: Mapping) -> ScoreTable:
+        """Log-probabilities of the plain classifier for every utterance of the target.
+
+        Parameters
+        ----------
+        hparams : mapping
+            The ZS-Fuse recipe's.
+
+        Returns
+        -------
+        ScoreTable
+            Over the classes that it was trained on.
+        """
+        given = (self.hparams["dual_encoder"], self.sources, self.fronts, self.folder / "source_classifier")
+        brain = train_source_classifier(*given, self.run_opts)
+        manifests = target_manifests(hparams)
+        folder = {**self.hparams, "source": hparams["source"], "source_manifests": manifests[0].parent}
+        front = StoredFrames(store_frames(folder, "source", self.reader), self.hparams["layer"])
+        values = {key: value for path in manifests for key, value in classifier_scores(brain, front, path).items()}
+        weights = json.loads((self.folder / "source_classifier" / "settings.json").read_text())
+        return ScoreTable(self.hparams["labels"], values, {"source_classifier": weights})
+
+
+def target_manifests(hparams: Mapping) -> list[Path]:
+    """Manifests without labels that hold every utterance of the target once.
+
+    Parameters
+    ----------
+    hparams : mapping
+        The recipe's.
+
+    Returns
+    -------
+    list of pathlib.Path
+        Training and test set of the first fold.
+
+    Example
+    -------
+    >>> [path.name for path in target_manifests({"manifests": "manifests"})]
+    ['train_unlabelled.json', 'test_unlabelled.json']
+    """
+    return [unlabelled(fold_folder(hparams["manifests"], 1) / f"{name}.json") for name in ("train", "test")]
+
+
+def score_tables(
+    hparams: Mapping, wanted: Sequence[str], seed: int, run_opts: Mapping | None = None
+) -> dict[str, dict[Amplification, ScoreTable]]:
+    """Score every utterance of the target for the chosen arms.
+
+    Parameters
+    ----------
+    hparams : mapping
+        The recipe's.
+    wanted : sequence of str
+        Which tables: `zero_shot`, `source_classifier`.
+    seed : int
+        Of what is trained on other corpora; of no influence on a model that is given.
+    run_opts : mapping, optional
+        SpeechBrain's run options.
+
+    Returns
+    -------
+    dict of str to dict
+        For each table, the scores by repeats of audio and text; a classifier knows only (1, 1).
+
+    Raises
+    ------
+    UserError
+        If the plain classifier is wanted beside a model that was trained elsewhere.
+
+    Example
+    -------
+    >>> score_tables({}, [], 1)
+    {}
+    """
+    makers: dict[str, Callable] = {"zero_shot": zero_shot_tables, "source_classifier": classifier_tables}
+    trained = Trained(hparams, seed, run_opts) if wanted and hparams["alm"] == OWN else None
+    return {name: makers[name](hparams, trained) for name in wanted}
+
+
+def zero_shot_tables(hparams: Mapping, trained: Trained | None) -> dict[Amplification, ScoreTable]:
+    """Cosines of every utterance and class, at each number of repeats.
+
+    Parameters
+    ----------
+    hparams : mapping
+        The recipe's.
+    trained : Trained or None
+        Where our own dual encoder comes from; `None` for a model that is given.
+
+    Returns
+    -------
+    dict of tuple to ScoreTable
+        By repeats of audio and text.
+
+    Example
+    -------
+    >>> zero_shot_tables.__name__  # runs in `recipes/RAVDESS/zsfuse/train.py`
+    'zero_shot_tables'
+    """
+    model = trained.dual_encoder() if trained else open_alm(*(hparams[key] for key in ALM))
+    prompts = read_prompts(hparams["prompts"])
+    labels = list(model.classes_known or hparams["labels"])
+    base = Path(hparams["feature_folder"] or cache_folder() / "features")
+    given = (model, prompts, labels, target_manifests(hparams), hparams["audio_repeats"], hparams["text_repeats"])
+    tables = {}
+    for part in amplification_grid(*given, base, hparams["source"]):
+        pair = (part.audio_repeats, part.text_repeats)
+        about = {"model": model.fingerprint(), "prompts": [list(prompts.forms), dict(prompts.words)], "repeats": pair}
+        tables[pair] = ScoreTable(labels, dict(zip(part.keys, part.scores, strict=True)), about)
+    return tables
+
+
+def classifier_tables(hparams: Mapping, trained: Trained | None) -> dict[Amplification, ScoreTable]:
+    """Log-probabilities of the plain classifier; see `Trained.classifier_table`.
+
+    Parameters
+    ----------
+    hparams, trained
+        As for `zero_shot_tables`.
+
+    Returns
+    -------
+    dict of tuple to ScoreTable
+        For (1, 1) alone.
+
+    Raises
+    ------
+    UserError
+        If the model's corpora are not known here.
+
+    Example
+    -------
+    >>> classifier_tables({"alm": "laion/clap-htsat-unfused"}, None)
+    Traceback (most recent call last):
+    ...
+    speechbrain_mifuse.errors.UserError: --arm: source_classifier_fused needs the corpora that --alm was trained on, ...
+    """
+    if trained is None:
+        raise UserError(
+            "--arm: source_classifier_fused needs the corpora that --alm was trained on, and those of "
+            f"'{hparams['alm']}' are not here. Leave the arm out, or pass --alm {OWN}."
+        )
+    return {(1, 1): trained.classifier_table(hparams)}
+
+
+def chosen_specialist(hparams: Mapping) -> tuple[Specialist, dict[str, Path]]:
+    """Give the specialist by its name, with the folder of its adapter.
+
+    Parameters
+    ----------
+    hparams : mapping
+        `specialist`, `adapter_folder` and `zsfuse[specialists]`.
+
+    Returns
+    -------
+    specialist : Specialist
+        What is pooled, and how.
+    adapters : dict of str to pathlib.Path
+        Folder of the pretrained adapter; empty where it starts at random.
+
+    Raises
+    ------
+    UserError
+        If the name is unknown.
+
+    Example
+    -------
+    >>> options = {"specialist": "adapter", "adapter_folder": None}
+    >>> options["zsfuse"] = {"specialists": {"adapter": Specialist(adapter=True, pretraining="given")}}
+    >>> chosen_specialist(options)[0].pretraining is None
+    True
+    """
+    specialists = hparams["zsfuse"]["specialists"]
+    specialist = specialists[known_ones(hparams["specialist"], specialists, "--specialist")[0]]
+    if hparams["adapter_folder"] is None:
+        return replace(specialist, pretraining=None), {}
+    return specialist, {specialist.pretraining: Path(hparams["adapter_folder"])}
+
+
+def specialist_front(hparams: Mapping, specialist: Specialist, fold: int, reader: FrameReader):
+    """Give what the specialist's classifier reads of a fold.
+
+    Parameters
+    ----------
+    hparams : mapping
+        The recipe's.
+    specialist : Specialist
+        As `chosen_specialist` gives.
+    fold : int
+        Number of the fold.
+    reader : FrameReader
+        Makes the frames.
+
+    Returns
+    -------
+    StoredFrames or StoredStatistics
+        The front.
+
+    Example
+    -------
+    >>> specialist_front.__name__  # runs in `recipes/RAVDESS/zsfuse/train.py`
+    'specialist_front'
+    """
+    front = fold_front(hparams, fold, reader)
+    return front if specialist.front is None else specialist.front(front)
+
+
+def fusion_run(hparams: Mapping, fold: int, seed: int, labels_per_class: int | str) -> Run:
+    """Describe one run of a ZS-Fuse comparison.
+
+    Parameters
+    ----------
+    hparams : mapping
+        The recipe's.
+    fold, seed, labels_per_class
+        As for `adapter_run`.
+
+    Returns
+    -------
+    Run
+        With what its records shall say of corpus, protocol, encoder and scores.
+
+    Example
+    -------
+    >>> fusion_run.__name__  # runs in `recipes/RAVDESS/zsfuse/train.py`
+    'fusion_run'
+    """
+    run = adapter_run({**hparams, "pretrain_on": []}, fold, seed, labels_per_class)
+    about = {key: value for key, value in run.about.items() if key != "pretraining_audio"}
+    model = (
+        "our dual encoder, trained on other corpora with the run's seed" if hparams["alm"] == OWN else hparams["alm"]
+    )
+    about["scores_from"] = f"{model}; (N, M) chosen on the training folds' labels"
+    about["specialist"] = hparams["specialist"]
+    return replace(run, about=about)
+
+
+def amplification_report(hparams: Mapping, tables: Mapping[int, Mapping[Amplification, ScoreTable]]) -> str:
+    """Write the whole grid of repeats: zero-shot UA with its difference to (1, 1), as Markdown, JSON and a heat map.
+
+    No training takes part, so every utterance of the target is scored; classes that the model does not know count as
+    missed.
+
+    Parameters
+    ----------
+    hparams : mapping
+        The recipe's.
+    tables : mapping of int to mapping
+        Zero-shot scores by seed, then by repeats of audio and text.
+
+    Returns
+    -------
+    str
+        The table.
+
+    Example
+    -------
+    >>> amplification_report.__name__  # runs in `recipes/RAVDESS/zsfuse/train.py`
+    'amplification_report'
+    """
+    folder = Path(hparams["output_folder"])
+    rows = {}
+    for path in target_manifests(hparams):
+        rows |= read_manifest(path.with_name(path.name.replace("_unlabelled", "")))
+    pairs = list(next(iter(tables.values())))
+    found = {pair: amplified(pair, tables, rows) for pair in pairs}
+    lines = ["| audio repeats N | text repeats M | zero-shot UA % | above the first row |", "|---|---|---|---|"]
+    for pair in pairs:
+        drawn, base = found[pair], found[pairs[0]]
+        low, high = np.percentile(drawn[1:] - base[1:], [2.5, 97.5])
+        difference = "" if pair == pairs[0] else f"{drawn[0] - base[0]:+.1f} ({low:+.1f} to {high:+.1f})"
+        lines.append(f"| {pair[0]} | {pair[1]} | {drawn[0]:.1f} | {difference} |")
+    speakers = len({row["speaker"] for row in rows.values()})
+    told = f"Mean over {len(tables)} seeds of the model; intervals: bootstrap over {speakers} speakers, paired."
+    text = "\n".join([*lines, "", f"{len(rows)} utterances, {len(hparams['labels'])} classes. {told}", ""])
+    atomic_write(folder / "amplification.md", text)
+    figures = [{"audio_repeats": n, "text_repeats": m, "UA": found[n, m][0] / 100} for n, m in pairs]
+    atomic_write(folder / "amplification.json", json.dumps(figures, indent=1))
+    audio, texts = (sorted({pair[place] for pair in pairs}) for place in (0, 1))
+    grid = np.array([[found[n, m][0] for m in texts] for n in audio])
+    names = [f"N = {n}" for n in audio], [f"M = {m}" for m in texts]
+    plot_grid(folder / "amplification.png", grid, *names, f"{hparams['source']}: zero-shot UA %")
+    return text
+
+
+def amplified(pair: Amplification, tables: Mapping, rows: Mapping[str, Mapping]) -> np.ndarray:
+    """Zero-shot UA at one number of repeats, and its bootstrap draws over speakers.
+
+    Parameters
+    ----------
+    pair : tuple of int
+        N and M.
+    tables : mapping of int to mapping
+        As for `amplification_report`.
+    rows : mapping of str to mapping
+        Labelled manifest rows.
+
+    Returns
+    -------
+    numpy.ndarray
+        `[1 + draws]`, percent, mean over seeds; the first is that of all utterances. Draws are the same for any pair.
+
+    Example
+    -------
+    >>> rows = {"t-a": {"emo": "sad", "speaker": "s"}}
+    >>> import torch
+    >>> tables = {1: {(1, 1): ScoreTable(("angry", "sad"), {"t-a": torch.tensor([0.1, 0.2])})}}
+    >>> float(amplified((1, 1), tables, rows)[0])
+    100.0
+    """
+    dice = np.random.default_rng(0)
+    speakers = sorted({row["speaker"] for row in rows.values()})
+    chosen = [list(range(len(speakers))), *dice.integers(len(speakers), size=(DRAWS, len(speakers)))]
+    means = []
+    for by_pair in tables.values():
+        table = by_pair[pair]
+        counts = np.stack([hits(table, [k for k in rows if rows[k]["speaker"] == one], rows) for one in speakers])
+        summed = np.stack([counts[draw].sum(0) for draw in chosen])  # [1 + draws, classes, (right, all)]
+        with np.errstate(invalid="ignore"):
+            means.append(100 * np.nanmean(summed[..., 0] / summed[..., 1], axis=-1))
+    return np.mean(means, axis=0)
+
+
+def hits(table: ScoreTable, keys: Sequence[str], rows: Mapping[str, Mapping]) -> np.ndarray:
+    """Count right decisions and utterances of every class.
+
+    Parameters
+    ----------
+    table : ScoreTable
+        Scores.
+    keys : sequence of str
+        Utterances; those without scores count as missed.
+    rows : mapping of str to mapping
+        Labelled manifest rows of the whole corpus: they decide which classes there are.
+
+    Returns
+    -------
+    numpy.ndarray
+        `[classes, 2]`.
+
+    Example
+    -------
+    >>> import torch
+    >>> rows = {"t-a": {"emo": "sad"}, "t-b": {"emo": "angry"}}
+    >>> hits(ScoreTable(("angry", "sad"), {"t-a": torch.tensor([0.1, 0.2])}), list(rows), rows).tolist()
+    [[0, 1], [1, 1]]
+    """
+    classes = sorted({row["emo"] for row in rows.values()})
+    shared = [place for place, label in enumerate(table.labels) if label in classes]
+    counts = np.zeros((len(classes), 2), dtype=int)
+    for key in keys:
+        place = classes.index(rows[key]["emo"])
+        counts[place, 1] += 1
+        if key in table.values and shared:
+            decided = table.labels[shared[int(table.values[key][shared].argmax())]]
+            counts[place, 0] += decided == classes[place]
+    return counts
