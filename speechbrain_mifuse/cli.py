@@ -12,6 +12,7 @@ from pathlib import Path
 from speechbrain_mifuse import __version__
 from speechbrain_mifuse.errors import UserError, one_clear_error, stopped_by_ctrl_c
 from speechbrain_mifuse.label_commands import add_batch, add_labels
+from speechbrain_mifuse.recogniser_commands import add_adapt, add_predict
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -43,14 +44,13 @@ def main(arguments: Sequence[str] | None = None) -> None:
     serve.add_argument("--port", type=int, default=8000, help="port (default: 8000)")
     serve.add_argument("--model", default="served-classifier", help="model name that it answers to")
     serve.set_defaults(run=run_serve)
-    predict = commands.add_parser("predict", help="recognise the emotion of recordings")
-    predict.add_argument("files", nargs="+", help="recordings, any format that libsndfile reads")
-    predict.add_argument("--source", required=True, help="folder of a recogniser")
-    predict.set_defaults(run=run_predict)
+    add_predict(commands)
+    add_adapt(commands)
     recipes = commands.add_parser("recipes", help="list the registered recipes with their commands")
     recipes.add_argument("--match", default="", metavar="TEXT", help="only those whose lines contain this text")
     recipes.set_defaults(run=run_recipes)
     add_sweep(commands)
+    add_report(commands)
     add_probe(commands)
     add_collect(commands)
     add_labels(commands)
@@ -114,6 +114,33 @@ def add_sweep(commands) -> None:
     instead.add_argument("--commands", type=Path, metavar="FILE", help="run nothing; write one command per line")
     instead.add_argument("--collect", action="store_true", help="run nothing; write the tables of what is done")
     sweep.set_defaults(run=run_sweep)
+
+
+def add_report(commands) -> None:
+    """Add the command `report`.
+
+    Parameters
+    ----------
+    commands : argparse action
+        As `ArgumentParser.add_subparsers` gives.
+
+    Example
+    -------
+    >>> parser = argparse.ArgumentParser()
+    >>> add_report(parser.add_subparsers())
+    >>> parser.parse_args(["report", "results/nemo2rav/1"]).folder
+    PosixPath('results/nemo2rav/1')
+    """
+    report = commands.add_parser(
+        "report",
+        help="write one HTML page about a run or a sweep",
+        description="Writes one page about what a run or a sweep left in its folder: tables, confusion matrices, "
+        "training curves, weights of the teachers, agreement, calibration, speakers. It holds all it needs, loads "
+        "nothing, and opens from disk on any screen.",
+    )
+    report.add_argument("folder", type=Path, metavar="FOLDER", help="output folder of a run or of a sweep")
+    report.add_argument("--output", type=Path, metavar="FILE", help="file to write (default: FOLDER/report.html)")
+    report.set_defaults(run=run_report)
 
 
 def add_collect(commands) -> None:
@@ -283,6 +310,26 @@ def run_sweep(options: argparse.Namespace) -> None:
     print(sweep.collect(plan, options.table or plan.output, options.name, baselines, figure_methods))
 
 
+def run_report(options: argparse.Namespace) -> None:
+    """Write the page of a run or a sweep, and print its path.
+
+    Parameters
+    ----------
+    options : argparse.Namespace
+        As `add_report` defines.
+
+    Example
+    -------
+    >>> run_report(argparse.Namespace(folder=Path("/nowhere"), output=None))
+    Traceback (most recent call last):
+    ...
+    speechbrain_mifuse.errors.UserError: /nowhere: no results of an adaptation below it. ...
+    """
+    from speechbrain_mifuse.evaluation.report import write_report
+
+    print(write_report(options.folder, options.output))
+
+
 def run_collect(options: argparse.Namespace) -> None:
     """Collect the answers that a recipe needs, or only plan it.
 
@@ -372,7 +419,7 @@ def run_serve(options: argparse.Namespace) -> None:
     >>> run_serve(argparse.Namespace(source="/nowhere"))
     Traceback (most recent call last):
     ...
-    speechbrain_mifuse.inference.RecogniserError: /nowhere: no whole recogniser there. ...
+    speechbrain_mifuse.recogniser_files.RecogniserError: /nowhere: no whole recogniser there. ...
     """
     import time
 
@@ -388,31 +435,3 @@ def run_serve(options: argparse.Namespace) -> None:
                 time.sleep(3600)
         except KeyboardInterrupt:
             print("stopped")
-
-
-def run_predict(options: argparse.Namespace) -> None:
-    """Print one tab-separated line per recording: file, emotion, probability; unreadable ones say why.
-
-    Parameters
-    ----------
-    options : argparse.Namespace
-        `source`, `files`.
-
-    Example
-    -------
-    >>> run_predict(argparse.Namespace(source="/nowhere", files=[]))
-    Traceback (most recent call last):
-    ...
-    speechbrain_mifuse.inference.RecogniserError: /nowhere: no whole recogniser there. ...
-    """
-    from speechbrain_mifuse.audio import BadAudio
-    from speechbrain_mifuse.inference import EmotionRecognizer, recogniser_digest
-
-    recogniser_digest(options.source)
-    recogniser = EmotionRecognizer.from_hparams(options.source)
-    for path in options.files:
-        try:
-            label, probs = recogniser.classify_file(path)
-            print(f"{path}\t{label}\t{probs.max():.3f}", flush=True)
-        except BadAudio as error:
-            print(f"{path}\tnone\t{error}", flush=True)

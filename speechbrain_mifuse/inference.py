@@ -1,242 +1,117 @@
-"""Trained recognisers: written as safetensors and YAML, loaded through SpeechBrain's `Pretrained`."""
+"""Emotions of recordings: files, batches, folders, long recordings over time, and live audio."""
 
 from __future__ import annotations
 
-import hashlib
-import json
 import logging
-from collections import OrderedDict
-from collections.abc import Mapping, Sequence
+import threading
+from collections import OrderedDict, deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
-from safetensors.torch import load_file, save
 from speechbrain.inference.interfaces import Pretrained
+from speechbrain.utils.autocast import AMPConfig
+from torchaudio.functional import resample
 
-from speechbrain_mifuse import __version__
-from speechbrain_mifuse.audio import content_hash, load_audio
-from speechbrain_mifuse.corpora.manifest import atomic_write
+from speechbrain_mifuse.audio import BadAudio, content_hash, load_audio
+from speechbrain_mifuse.corpora.folder import ENDINGS
 from speechbrain_mifuse.errors import UserError
-from speechbrain_mifuse.features.extract import FrameReader
-from speechbrain_mifuse.features.store import difference
-from speechbrain_mifuse.nnet.classifier import EmotionClassifier
+from speechbrain_mifuse.features.dataset import pad_frames
+from speechbrain_mifuse.features.extract import ENCODING_THREADS, FrameReader, batched
+from speechbrain_mifuse.progress import progress
+from speechbrain_mifuse.recogniser_files import (
+    RecogniserError,
+    export_recogniser,
+    load_classifier,
+    load_weights,
+    recogniser_digest,
+)
+from speechbrain_mifuse.windows import (
+    Segment,
+    Timeline,
+    Windowing,
+    heard_windows,
+    loud_share,
+    piece_powers,
+    smoothed,
+    stretches,
+    window_starts,
+)
+
+# Folders that were exported earlier name `load_weights` here.
+__all__ = [
+    "EmotionRecognizer",
+    "RecogniserError",
+    "Recognition",
+    "export_recogniser",
+    "load_classifier",
+    "load_weights",
+    "recogniser_digest",
+]
 
 logger = logging.getLogger(__name__)
 
 # Pooled vectors that a recogniser remembers: K stochastic answers to one recording then encode it once.
 REMEMBERED = 256
 
-# What two stores must share for a classifier of the one to read the other.
-DECISIVE = ("encoder", "dim", "trim_db", "frame_average", "preprocessing_version", "speaker_norm")
+# Recordings that each thread may be ahead of what was handed out.
+AHEAD = 4
 
-YAML = """# An emotion recogniser; load it with speechbrain_mifuse.inference.EmotionRecognizer.from_hparams.
-pretrained_path: .
-labels: {labels}
-sample_rate: 16000
-trim_db: {trim_db}
-frame_average: {frame_average}
-encoder: !new:speechbrain_mifuse.features.encoder.FrozenEncoder
-    source: {encoder}
-    layers: {layers}
-classifier: !new:speechbrain_mifuse.nnet.classifier.EmotionClassifier
-    input_size: {input_size}
-    n_classes: {n_classes}
-    hidden_size: {hidden_size}
-    dropout: {dropout}
-    n_layers: {n_layers}
-    attention_size: {attention_size}
-    adapter: {adapter}
-modules:
-    encoder: !ref <encoder>
-    classifier: !ref <classifier>
-pretrainer: !new:speechbrain.utils.parameter_transfer.Pretrainer
-    loadables:
-        classifier: !ref <classifier>
-    paths:
-        classifier: !ref <pretrained_path>/classifier.safetensors
-    custom_hooks:
-        classifier: !name:speechbrain_mifuse.inference.load_weights
-"""
-NORMALISED = """# Trained on frames from which each speaker's offset was subtracted. A recording comes without a speaker
-# here, so its offset is 0.
-speaker_norm: {name}
-"""
+# Clips that are classified together once they are encoded.
+GROUP = 8
+
+# Seconds above which a recording is no utterance any more.
+LONG = 60.0
 
 
-class RecogniserError(UserError):
-    """A recogniser's folder that is not whole, or does not fit what is asked of it."""
+class Recognition(NamedTuple):
+    """What was recognised in one file: `label` and `probs` `[C]`, or why not (`error`).
 
-
-def load_weights(module: torch.nn.Module, path: str | Path, end_of_epoch: bool = False) -> None:
-    """Load safetensors into a module; a hook for SpeechBrain's `Pretrainer`.
-
-    Parameters
-    ----------
-    module : torch.nn.Module
-        Receives the weights; all must fit.
-    path : str or pathlib.Path
-        A safetensors file.
-    end_of_epoch : bool
-        Part of the hook's signature, of no meaning here.
-
-    Raises
-    ------
-    RecogniserError
-        If the file is missing, damaged, or of another architecture.
-
-    Example
-    -------
-    >>> load_weights(torch.nn.Linear(1, 1), "missing.safetensors")
-    Traceback (most recent call last):
-    ...
-    speechbrain_mifuse.inference.RecogniserError: missing.safetensors: cannot be loaded ...
+    `label` is `None` for an answer below the threshold too; `timeline` is there when windows were asked for.
     """
-    try:
-        module.load_state_dict(load_file(str(path)))
-    except Exception as error:
-        raise RecogniserError(f"{path}: cannot be loaded ({error}). Export the recogniser again.") from None
 
-
-def export_recogniser(folder: str | Path, classifier, front, hparams: Mapping, about: Mapping) -> None:
-    """Write a recogniser: weights, the YAML that builds it, and what it was trained on.
-
-    Parameters
-    ----------
-    folder : str or pathlib.Path
-        Target folder.
-    classifier : EmotionClassifier
-        Trained.
-    front : StoredFrames or FinetunedEncoder
-        Decides the encoder: the stored frames' own, or the finetuned one, which is written too.
-    hparams : mapping
-        `labels`, `encoder`, `trim_db`.
-    about : mapping
-        Provenance, of JSON's types; `features` is the fingerprint of the frames.
-
-    Example
-    -------
-    >>> export_recogniser.__name__  # runs in `recipes/RAVDESS/classifier/train.py`
-    'export_recogniser'
-    """
-    folder = Path(folder)
-    source, layers = hparams["encoder"], None
-    if hasattr(front, "export"):
-        source = str((folder / "encoder").resolve())
-        front.export(source)
-    else:
-        layers = front.store.layers if front.layer is None else [front.layer]
-    sizes = {
-        "input_size": front.dim,
-        "n_classes": len(hparams["labels"]),
-        "hidden_size": classifier.hidden.out_features,
-        "dropout": classifier.dropout,
-        "n_layers": front.n_layers,
-        "attention_size": classifier.pooling.project.out_features,
-        "adapter": None if classifier.adapter is None else classifier.adapter.sizes,
-    }
-    text = YAML.format(
-        labels=list(hparams["labels"]),
-        trim_db="null" if hparams["trim_db"] is None else hparams["trim_db"],
-        frame_average=getattr(front, "frame_average", 1),
-        encoder=json.dumps(str(source)),
-        layers=json.dumps(layers),
-        **{**sizes, "adapter": json.dumps(sizes["adapter"])},
-    )
-    norm = about["features"].get("speaker_norm")
-    text += NORMALISED.format(**norm) if norm else ""
-    weights = {name: tensor.contiguous() for name, tensor in classifier.state_dict().items()}
-    atomic_write(folder / "classifier.safetensors", save(weights))
-    atomic_write(folder / "hyperparams.yaml", text)
-    # Last, because its presence tells that the folder is whole.
-    atomic_write(
-        folder / "about.json", json.dumps({**about, "classifier": sizes, "code_version": __version__}, indent=1)
-    )
-
-
-def recogniser_digest(folder: str | Path) -> str:
-    """Identity of a recogniser: SHA-256 over its weights and its YAML.
-
-    Parameters
-    ----------
-    folder : str or pathlib.Path
-        A folder that `export_recogniser` wrote.
-
-    Returns
-    -------
-    str
-        First 16 hexadecimal digits.
-
-    Raises
-    ------
-    RecogniserError
-        If the folder is not whole.
-
-    Example
-    -------
-    >>> recogniser_digest("/nowhere")
-    Traceback (most recent call last):
-    ...
-    speechbrain_mifuse.inference.RecogniserError: /nowhere: no whole recogniser ...
-    """
-    folder = Path(folder)
-    try:
-        content = [(folder / name).read_bytes() for name in ("classifier.safetensors", "hyperparams.yaml")]
-    except OSError:
-        raise RecogniserError(f"{folder}: no whole recogniser there. Train it again.") from None
-    return hashlib.sha256(b"".join(content)).hexdigest()[:16]
-
-
-def load_classifier(folder: str | Path, labels: Sequence[str], features: Mapping) -> EmotionClassifier:
-    """Build the classifier of a recogniser without its encoder, for frames that are stored already.
-
-    Parameters
-    ----------
-    folder : str or pathlib.Path
-        A folder that `export_recogniser` wrote.
-    labels : sequence of str
-        The label order that is wanted.
-    features : mapping
-        Fingerprint of the stored frames that it is to read.
-
-    Returns
-    -------
-    EmotionClassifier
-        With its weights.
-
-    Raises
-    ------
-    RecogniserError
-        If the folder is not whole, or its classifier knows other labels or reads another encoder's frames.
-
-    Example
-    -------
-    >>> load_classifier("/nowhere", ("angry",), {})
-    Traceback (most recent call last):
-    ...
-    speechbrain_mifuse.inference.RecogniserError: /nowhere: no whole recogniser there (...). Train it again.
-    """
-    folder = Path(folder)
-    try:
-        about = json.loads((folder / "about.json").read_text())
-        found = {"labels": about["labels"], **{key: about["features"].get(key) for key in DECISIVE}}
-    except (OSError, ValueError, KeyError) as error:
-        raise RecogniserError(f"{folder}: no whole recogniser there ({error!r}). Train it again.") from None
-    wanted = {"labels": list(labels), **{key: features.get(key) for key in DECISIVE}}
-    differs = difference(found, wanted)
-    if differs:
-        raise RecogniserError(
-            f"{folder}: was trained on something else ({differs}). Pass the same --encoder and --speaker_norm."
-        )
-    classifier = EmotionClassifier(**about["classifier"])
-    load_weights(classifier, folder / "classifier.safetensors")
-    return classifier
+    path: Path
+    label: str | None
+    probs: torch.Tensor | None
+    seconds: float | None = None
+    timeline: Timeline | None = None
+    error: str | None = None
 
 
 class EmotionRecognizer(Pretrained):
-    """Emotion of recordings, from a folder that `export_recogniser` wrote.
+    """Emotion of recordings, from a folder that a recipe exported.
 
     Recordings come without a speaker: nothing is subtracted from their frames, also where the classifier was trained
     on speaker-normalised ones, which is said in the log.
+
+    All `classify_*` methods give probabilities at the folder's `temperature`. A classifier's was fitted on held-out
+    speakers of its training corpus when it was exported. An adapted student's was fitted without any label: so that its
+    probabilities on the adaptation recordings come nearest to the mean of what its two teachers, the source classifier
+    and the language model, say of them; without a language model it is 1. Folders of earlier versions have 1. A
+    temperature changes no label. `predict_proba` gives them without it, since the recipes' teachers answer with it.
+
+    Every clip is encoded at its true length, whatever it is batched with: clips run side by side on the cores instead
+    of being padded to one batch. Only behind the encoder, where padding has no influence, are they put together.
+
+    Parameters
+    ----------
+    abstain_below : float, optional
+        Answers whose probability is smaller have the label `None`; an attribute that may be changed at any time. By
+        default what the folder's YAML says under this name, else 0: always answer.
+    *args, **kwargs
+        As for SpeechBrain's `Pretrained`. `run_opts={"device": "cuda", "precision": "bf16"}` computes the encoder in
+        bfloat16 on a GPU.
+
+    Attributes
+    ----------
+    labels : tuple of str
+        In the order of the probabilities.
+    sample_rate : int
+        Of the waveforms that it takes, in Hz.
+    temperature : float
+        Of the probabilities.
 
     Example
     -------
@@ -247,10 +122,14 @@ class EmotionRecognizer(Pretrained):
     HPARAMS_NEEDED = ("labels", "sample_rate", "trim_db", "frame_average")
     MODULES_NEEDED = ("encoder", "classifier")
 
-    def __init__(self, *args, **kwargs):
+    def __init__(self, *args, abstain_below: float | None = None, **kwargs):
         super().__init__(*args, **kwargs)
         self.labels = tuple(self.hparams.labels)
         self.sample_rate = self.hparams.sample_rate
+        self.temperature = float(getattr(self.hparams, "temperature", 1.0))
+        default = getattr(self.hparams, "abstain_below", 0.0)
+        self.abstain_below = default if abstain_below is None else abstain_below
+        self.mods.encoder.compute_dtype = AMPConfig.from_name(self.precision).dtype
         self.reader = FrameReader(self.mods.encoder, self.hparams.trim_db, self.hparams.frame_average)
         self._vectors: OrderedDict[str, torch.Tensor] = OrderedDict()
         norm = getattr(self.hparams, "speaker_norm", None)
@@ -270,7 +149,7 @@ class EmotionRecognizer(Pretrained):
         overrides : dict, optional
             Changes to its YAML.
         **kwargs
-            As for SpeechBrain's `Pretrained.from_hparams`.
+            As for SpeechBrain's `Pretrained.from_hparams`, and `abstain_below`.
 
         Returns
         -------
@@ -287,11 +166,26 @@ class EmotionRecognizer(Pretrained):
         )
 
     @torch.inference_mode()
+    def _frames(self, waveform: torch.Tensor) -> torch.Tensor:
+        frames = self.reader.encode(waveform.to(self.device))
+        return frames[0] if len(frames) == 1 else frames.transpose(0, 1)
+
+    @torch.inference_mode()
+    def _answers(self, frames: Sequence[torch.Tensor]) -> torch.Tensor:
+        if not frames:
+            return torch.empty(0, len(self.labels))
+        data, lengths = (part.to(self.device) for part in pad_frames(frames))
+        logits = self.mods.classifier.head(self.mods.classifier.embed(data, lengths), stochastic=False)
+        return (logits / self.temperature).softmax(-1).cpu()
+
+    def _calibrated(self, waveform: torch.Tensor) -> torch.Tensor:
+        return self._answers([self._frames(waveform)])[0]
+
+    @torch.inference_mode()
     def _vector(self, waveform: torch.Tensor) -> torch.Tensor:
         key = content_hash(waveform)
         if key not in self._vectors:
-            frames = self.reader.encode(waveform.to(self.device))
-            frames = frames[0] if len(frames) == 1 else frames.transpose(0, 1)
+            frames = self._frames(waveform).to(self.device)
             self._vectors[key] = self.mods.classifier.embed(frames.unsqueeze(0))[0]
             while len(self._vectors) > REMEMBERED:
                 self._vectors.popitem(last=False)
@@ -301,7 +195,7 @@ class EmotionRecognizer(Pretrained):
     def predict_proba(
         self, waveform: torch.Tensor, n: int = 1, stochastic: bool = False, seed: int | None = None
     ) -> torch.Tensor:
-        """Class probabilities of one waveform.
+        """Class probabilities of one waveform, at temperature 1 whatever the folder's.
 
         Parameters
         ----------
@@ -325,20 +219,36 @@ class EmotionRecognizer(Pretrained):
                 torch.manual_seed(seed)
             return self.mods.classifier.head(vectors, stochastic).softmax(-1).cpu()
 
-    def classify_file(self, path, savedir=None) -> tuple[str, torch.Tensor]:
-        """Most likely emotion of one recording.
+    def label_of(self, probs: torch.Tensor) -> str | None:
+        """Most likely label, or `None` below the threshold.
+
+        Parameters
+        ----------
+        probs : torch.Tensor
+            `[C]`.
+
+        Returns
+        -------
+        str or None
+            One of `labels`.
+        """
+        sure = bool(probs.any()) and float(probs.max()) >= self.abstain_below
+        return self.labels[int(probs.argmax())] if sure else None
+
+    def classify_file(self, path, savedir=None) -> tuple[str | None, torch.Tensor]:
+        """Most likely emotion of one recording, heard as one utterance.
 
         Parameters
         ----------
         path : str or pathlib.Path
-            Any file that libsndfile reads.
+            Any file that libsndfile reads, at any rate.
         savedir
             Part of SpeechBrain's signature, of no meaning here.
 
         Returns
         -------
-        label : str
-            One of `labels`.
+        label : str or None
+            One of `labels`; `None` when the answer is below `abstain_below`.
         probs : torch.Tensor
             `[C]`.
 
@@ -347,5 +257,339 @@ class EmotionRecognizer(Pretrained):
         BadAudio
             If the recording cannot be read.
         """
-        probs = self.predict_proba(load_audio(path, self.sample_rate))[0]
-        return self.labels[int(probs.argmax())], probs
+        probs = self._calibrated(load_audio(path, self.sample_rate))
+        return self.label_of(probs), probs
+
+    def classify_batch(
+        self, wavs: torch.Tensor, wav_lens: torch.Tensor | None = None
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, list[str | None]]:
+        """Emotions of a padded batch, in SpeechBrain's convention.
+
+        Parameters
+        ----------
+        wavs : torch.Tensor
+            `[B, samples]` at `sample_rate`.
+        wav_lens : torch.Tensor, optional
+            `[B]`, relative to the longest; all full by default. What lies behind is not heard.
+
+        Returns
+        -------
+        out_prob : torch.Tensor
+            `[B, C]`, each row that of the clip alone.
+        score : torch.Tensor
+            `[B]`, probability of the most likely class.
+        index : torch.Tensor
+            `[B]`, its place in `labels`.
+        text_lab : list of str or None
+            Its name; `None` below `abstain_below`.
+        """
+        lens = torch.ones(len(wavs)) if wav_lens is None else wav_lens
+        clips = [wav[: max(1, round(float(part) * len(wav)))] for wav, part in zip(wavs, lens, strict=True)]
+        probs = self._answers([frames for _, frames in in_order(self._frames, clips)])
+        score, index = probs.max(-1)
+        return probs, score, index, [self.label_of(row) for row in probs]
+
+    def forward(self, wavs: torch.Tensor, wav_lens: torch.Tensor | None = None):
+        """Classify a batch; see `classify_batch`."""
+        return self.classify_batch(wavs, wav_lens)
+
+    def classify_files(
+        self,
+        paths: Iterable[str | Path],
+        window_s: float | None = None,
+        hop_s: float | None = None,
+        smooth_s: float | None = None,
+        show_progress: bool = True,
+    ) -> Iterator[Recognition]:
+        """Emotions of many recordings, several at a time.
+
+        Parameters
+        ----------
+        paths : iterable of str or pathlib.Path
+            Files.
+        window_s, hop_s, smooth_s : float, optional
+            With a length of windows, a recording longer than one is heard as `classify_long` does; by default every
+            recording is heard as one utterance.
+        show_progress : bool
+            On standard error.
+
+        Yields
+        ------
+        Recognition
+            One for each file in the order given; for one that cannot be read, `error` says why.
+
+        Raises
+        ------
+        UserError
+            If the lengths do not fit together.
+        """
+        windowing = None if window_s is None else Windowing.of(window_s, hop_s, smooth_s)
+
+        def hear(path: Path) -> tuple[Recognition, torch.Tensor | None]:
+            try:
+                wave = load_audio(path, self.sample_rate)
+            except BadAudio as error:
+                return Recognition(path, None, None, error=str(error)), None
+            seconds = len(wave) / self.sample_rate
+            if windowing is None or seconds <= windowing.window_s:
+                return Recognition(path, None, None, seconds), self._frames(wave)
+            timeline = self._over_time(wave, windowing, map)
+            return Recognition(path, timeline.label, timeline.probs, seconds, timeline), None
+
+        paths = [Path(path) for path in paths]
+        with progress(total=len(paths), desc="recognise", unit="file", disable=not show_progress) as bar:
+            long = 0
+            # What comes behind the encoder is small and many steps: a few clips at a time take a third of the time.
+            for group in batched((heard for _, heard in in_order(hear, paths)), GROUP):
+                probs = iter(self._answers([frames for _, frames in group if frames is not None]))
+                for found, frames in group:
+                    bar.update()
+                    long += windowing is None and (found.seconds or 0.0) > LONG
+                    yield found if frames is None else self._answered(found, next(probs), windowing is not None)
+        if long:
+            logger.warning(
+                "%d recordings are longer than %.0f s and were heard as one utterance each: window_s (--window_s 4) "
+                "gives their emotions over time.",
+                long,
+                LONG,
+            )
+
+    def _answered(self, found: Recognition, probs: torch.Tensor, over_time: bool) -> Recognition:
+        label = self.label_of(probs)
+        timeline = Timeline([Segment(0.0, found.seconds, label, probs)], label, probs) if over_time else None
+        return found._replace(label=label, probs=probs, timeline=timeline)
+
+    def classify_folder(
+        self,
+        folder: str | Path,
+        window_s: float | None = None,
+        hop_s: float | None = None,
+        smooth_s: float | None = None,
+        show_progress: bool = True,
+    ) -> Iterator[Recognition]:
+        """Emotions of every recording below a folder; one that cannot be read is logged and left out.
+
+        Parameters
+        ----------
+        folder : str or pathlib.Path
+            Searched at any depth; hidden files are passed over.
+        window_s, hop_s, smooth_s, show_progress
+            As for `classify_files`.
+
+        Yields
+        ------
+        Recognition
+            By path.
+
+        Raises
+        ------
+        UserError
+            If there is no such folder or no recording in it.
+        """
+        for found in self.classify_files(recordings_in(folder), window_s, hop_s, smooth_s, show_progress):
+            if found.error is None:
+                yield found
+            else:
+                logger.warning("left out: %s", found.error)
+
+    def classify_long(
+        self,
+        recording: str | Path | torch.Tensor,
+        window_s: float = 4.0,
+        hop_s: float | None = None,
+        smooth_s: float | None = None,
+    ) -> Timeline:
+        """Emotions of a long recording over time, from overlapping windows.
+
+        Each window is classified alone; neighbours are then averaged, weighted by nearness and by how much of them is
+        speech (not `trim_db` below the loudest 25 ms), and stretches with one answer are put together. All of the
+        recording is held in memory: 230 MB an hour.
+
+        Parameters
+        ----------
+        recording : str, pathlib.Path or torch.Tensor
+            A file, or a waveform `[samples]` at `sample_rate`.
+        window_s : float
+            Seconds of a window; about as long as the utterances of the training corpus.
+        hop_s : float, optional
+            Seconds between two windows; half a window by default.
+        smooth_s : float, optional
+            How far smoothing reaches to each side; a window by default, 0 for none.
+
+        Returns
+        -------
+        Timeline
+            `segments` of `(start, end, label, probs)` in seconds, without gaps; `label` and `probs` of the whole, the
+            mean over the windows weighted by speech. Where nothing is to be heard, `label` is `None`, `probs` zero.
+
+        Raises
+        ------
+        BadAudio
+            If the file cannot be read.
+        UserError
+            If the lengths do not fit together.
+        """
+        windowing = Windowing.of(window_s, hop_s, smooth_s)
+        wave = recording if isinstance(recording, torch.Tensor) else load_audio(recording, self.sample_rate)
+        return self._over_time(wave, windowing, lambda *args: (found for _, found in in_order(*args)))
+
+    def _over_time(self, wave: torch.Tensor, windowing: Windowing, each: Callable) -> Timeline:
+        window, hop = (round(part * self.sample_rate) for part in windowing[:2])
+        starts = window_starts(len(wave), max(window, 1), max(hop, 1))
+        parts = [wave[start : start + window] for start in starts]
+        loudest = float(piece_powers(wave).max())
+        weights = torch.tensor([loud_share(part, loudest, self.hparams.trim_db) for part in parts])
+        probs = torch.cat([self._answers(group) for group in batched(each(self._frames, parts), GROUP)])
+        centres = torch.tensor([start + len(part) / 2 for start, part in zip(starts, parts, strict=True)])
+        centres = centres / self.sample_rate
+        over_time = smoothed(probs, weights, centres, windowing.smooth_s)
+        whole = weights @ probs / weights.sum() if weights.any() else torch.zeros(len(self.labels))
+        labels = [self.label_of(row) for row in over_time]
+        segments = stretches(centres, len(wave) / self.sample_rate, labels, over_time)
+        return Timeline(segments, self.label_of(whole), whole)
+
+    def stream(
+        self,
+        chunks: Iterable,
+        sample_rate: int,
+        window_s: float = 4.0,
+        hop_s: float = 1.0,
+        smooth_s: float = 2.0,
+    ) -> Iterator[Segment]:
+        """Emotions of live audio, an update every `hop_s`.
+
+        Each update hears the last `window_s` and is averaged with the ones before it, whose weight falls to a third in
+        `smooth_s`; windows count by the speech in them. No more than a window is kept in memory.
+
+        Parameters
+        ----------
+        chunks : iterable of array or torch.Tensor
+            `[samples]` of any number, floating point, mono.
+        sample_rate : int
+            Of the chunks, in Hz.
+        window_s, hop_s : float
+            Seconds that are heard, and between two updates.
+        smooth_s : float
+            Time constant of the average; 0 for none.
+
+        Yields
+        ------
+        Segment
+            `start` and `end` of what was heard, seconds since the beginning; `label` is `None` while there is silence
+            or doubt.
+
+        Raises
+        ------
+        UserError
+            If a chunk is no waveform, or the lengths do not fit together.
+        """
+        windowing = Windowing.of(window_s, hop_s, smooth_s)
+        window, hop = (max(round(part * sample_rate), 1) for part in windowing[:2])
+        kept = torch.exp(torch.tensor(-windowing.hop_s / windowing.smooth_s)) if windowing.smooth_s else 0.0
+        total, weight, loudest = torch.zeros(len(self.labels)), 0.0, 0.0
+        for end, heard in heard_windows(chunks, window, hop):
+            wave = heard if sample_rate == self.sample_rate else resample(heard, sample_rate, self.sample_rate)
+            loudest = max(loudest, float(piece_powers(wave).max()))
+            share = loud_share(wave, loudest, self.hparams.trim_db)
+            total, weight = kept * total + share * self._calibrated(wave), kept * weight + share
+            probs = total / weight if share else torch.zeros_like(total)
+            yield Segment((end - len(heard)) / sample_rate, end / sample_rate, self.label_of(probs), probs)
+
+
+def recordings_in(folder: str | Path) -> list[Path]:
+    """List the recordings below a folder.
+
+    Parameters
+    ----------
+    folder : str or pathlib.Path
+        The folder.
+
+    Returns
+    -------
+    list of pathlib.Path
+        By path; without hidden files and folders.
+
+    Raises
+    ------
+    UserError
+        If there is no such folder or no recording in it.
+
+    Example
+    -------
+    >>> recordings_in("/nowhere")
+    Traceback (most recent call last):
+    ...
+    speechbrain_mifuse.errors.UserError: /nowhere: no such folder.
+    """
+    root = Path(folder)
+    if not root.is_dir():
+        raise UserError(f"{folder}: no such folder.")
+    found = [path for path in sorted(root.rglob("*")) if path.suffix.lower() in ENDINGS and path.is_file()]
+    found = [path for path in found if not any(part.startswith(".") for part in path.relative_to(root).parts)]
+    if not found:
+        raise UserError(f"{folder}: holds no recording ({', '.join(ENDINGS)}).")
+    return found
+
+
+def in_order(function: Callable, items: Iterable, threads: int = ENCODING_THREADS) -> Iterator[tuple]:
+    """Apply a function to many things, several at a time, and hand the results out in order.
+
+    Parameters
+    ----------
+    function : callable
+        Takes an item.
+    items : iterable
+        Read only a little ahead of what was handed out.
+    threads : int
+        How many at a time.
+
+    Yields
+    ------
+    item, result
+
+    Example
+    -------
+    >>> list(in_order(len, ["a", "bc"], threads=2))
+    [('a', 1), ('bc', 2)]
+    """
+    pool, waiting = one_core_threads(threads), deque()
+    try:
+        for item in items:
+            waiting.append((item, pool.submit(function, item)))
+            if len(waiting) >= AHEAD * threads:
+                item, job = waiting.popleft()
+                yield item, job.result()
+        while waiting:
+            item, job = waiting.popleft()
+            yield item, job.result()
+    finally:
+        pool.shutdown(cancel_futures=True)
+
+
+def one_core_threads(count: int) -> ThreadPoolExecutor:
+    """Start threads whose tensor operations use one core each, and leave those of all other threads as they are.
+
+    Parameters
+    ----------
+    count : int
+        How many.
+
+    Returns
+    -------
+    concurrent.futures.ThreadPoolExecutor
+        To be shut down.
+
+    Example
+    -------
+    >>> before = torch.get_num_threads()
+    >>> with one_core_threads(2) as pool:
+    ...     pool.submit(torch.get_num_threads).result(), torch.get_num_threads() == before
+    (1, True)
+    """
+    before, started = torch.get_num_threads(), threading.Barrier(count)
+    pool = ThreadPoolExecutor(count, initializer=torch.set_num_threads, initargs=(1,))
+    # A barrier makes each thread take one: afterwards all have been set, and this thread can be set back.
+    for job in [pool.submit(started.wait) for _ in range(count)]:
+        job.result()
+    torch.set_num_threads(before)
+    return pool

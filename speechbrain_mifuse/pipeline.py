@@ -18,11 +18,8 @@ from ruamel.yaml.error import YAMLError
 from speechbrain.utils.distributed import run_on_main
 
 from speechbrain_mifuse.adaptation.selection import chosen_snapshot, known_rule
-from speechbrain_mifuse.brains.adapter import pretrain
-from speechbrain_mifuse.brains.adapter_arms import Run
 from speechbrain_mifuse.brains.classifier import train_classifier
 from speechbrain_mifuse.brains.snapshots import Snapshots
-from speechbrain_mifuse.corpora.folds import fold_folder
 from speechbrain_mifuse.corpora.manifest import (
     atomic_write,
     known_speakers,
@@ -31,16 +28,13 @@ from speechbrain_mifuse.corpora.manifest import (
     unlabelled,
 )
 from speechbrain_mifuse.errors import UserError
-from speechbrain_mifuse.evaluation.adapter_report import COLUMNS as ADAPTER_COLUMNS
-from speechbrain_mifuse.evaluation.adapter_report import adapter_protocol, adapter_table
-from speechbrain_mifuse.evaluation.aggregate import write_csv
+from speechbrain_mifuse.evaluation.report import write_report
 from speechbrain_mifuse.evaluation.results import evaluate, labelled, score_snapshots, side_by_side, write_results
 from speechbrain_mifuse.features import cache_folder
 from speechbrain_mifuse.features.dataset import encoded_rows
 from speechbrain_mifuse.features.encoder import FrozenEncoder
 from speechbrain_mifuse.features.extract import FrameReader, extract, open_store
 from speechbrain_mifuse.features.front import FinetunedEncoder, StoredFrames
-from speechbrain_mifuse.features.prosody import ProsodyReader
 from speechbrain_mifuse.features.speakers import chosen_norm, speaker_offsets
 from speechbrain_mifuse.features.store import FeatureStore
 from speechbrain_mifuse.inference import EmotionRecognizer, recogniser_digest
@@ -53,16 +47,22 @@ from speechbrain_mifuse.lalm.plan import Plan, known_recordings, make_plan, spen
 from speechbrain_mifuse.lalm.profile import Profile
 from speechbrain_mifuse.lalm.prompt import DEFAULT_TEMPLATE, Prompt
 from speechbrain_mifuse.lalm.serve import EmotionServer
-from speechbrain_mifuse.lalm.store import LabelStore, Query
+from speechbrain_mifuse.lalm.store import KINDS, LabelStore, Query, Samples
+from speechbrain_mifuse.model_card import ENCODERS
 from speechbrain_mifuse.progress import quiet
+from speechbrain_mifuse.recogniser_files import write_card
+from speechbrain_mifuse.zero_shot.own_dual_encoder import open_alm
+from speechbrain_mifuse.zero_shot.prompts import read_prompts
+from speechbrain_mifuse.zero_shot.scorer import embed_manifests
+from speechbrain_mifuse.zero_shot.teacher import teacher_samples
 
 logger = logging.getLogger(__name__)
 
 # Stands in the place of the address while no server runs; the identity of a served teacher is its endpoint.
 LOOPBACK = "http://127.0.0.1/v1"
 
-# What an encoder is called in results, where its flag does not say.
-ENCODERS = {"demo": "Whisper tiny.en (trained for English speech recognition)"}
+# The value of --teacher that takes an audio-text model in the place of an API.
+ZERO_SHOT = "dual_encoder"
 
 # Whose frames `speaker_norm` changes. The API teacher is a black box: what it hears and answers stays the same.
 NORMALISED_ROLES = ("target", "source")
@@ -502,6 +502,8 @@ def ask_teacher(
     k, labels = hparams["lalm_samples"], hparams["labels"]
     if not wavs:
         return Answers(None, [], k, len(labels))
+    if hparams["teacher"] == ZERO_SHOT:
+        return Answers(zero_shot_samples(hparams, list(wavs)), list(wavs), k, len(labels))
     hashes = {key: store.rows[key].audio for key in wavs}
     with LabelStore(hparams["label_store"]) as answers, teacher_api(hparams, reader, run_opts) as (serve, endpoint):
         query, told = fill_label_store(hparams, wavs, hashes, answers, serve, endpoint)
@@ -509,6 +511,50 @@ def ask_teacher(
         samples = answers.load(query, list(hashes.values()), k)
     report_answers(samples, hparams["temperature"])
     return Answers(samples, list(wavs), k, len(labels))
+
+
+def zero_shot_samples(hparams: Mapping, keys: Sequence[str]) -> Samples:
+    """Let an audio-text model on this machine be the teacher, in the place of an API.
+
+    Parameters
+    ----------
+    hparams : mapping
+        `teacher_alm` (folder of a dual encoder, or folder or hub id of a CLAP-like model), `teacher_prompts`, `labels`,
+        `lalm_samples`, `target_manifests`, `target`, `feature_folder`.
+    keys : sequence of str
+        Utterance ids.
+
+    Returns
+    -------
+    Samples
+        Distributions, none missing. Cosines are standardised over the adaptation set, without labels.
+
+    Raises
+    ------
+    UserError
+        If no model is named, it cannot be loaded, or does not know a class.
+
+    Example
+    -------
+    >>> zero_shot_samples({"teacher_alm": None}, [])
+    Traceback (most recent call last):
+    ...
+    speechbrain_mifuse.errors.UserError: --teacher dual_encoder: which one? Pass --teacher_alm FOLDER, ...
+    """
+    if hparams["teacher_alm"] is None:
+        raise UserError(
+            f"--teacher {ZERO_SHOT}: which one? Pass --teacher_alm FOLDER, as recipes/*/dual_encoder/train.py writes "
+            "it, or the folder or hub id of a CLAP-like model."
+        )
+    model, k = open_alm(hparams["teacher_alm"]), hparams["lalm_samples"]
+    manifests = [unlabelled(f"{hparams['target_manifests']}/{split}.json") for split in ("adapt", "test")]
+    base = Path(hparams["feature_folder"] or cache_folder() / "features")
+    store = embed_manifests(model, manifests, 1, base, hparams["target"])
+    reference = list(encoded_rows(manifests[0], store))
+    given = (model, store, keys, read_prompts(hparams["teacher_prompts"]), hparams["labels"], k, hparams["seed"])
+    probs = teacher_samples(*given, reference)
+    there = torch.ones(probs.shape[:2])
+    return Samples(probs, there.bool(), (there * KINDS.index("distribution")).to(torch.int8))
 
 
 def load_hparams(path: str | Path, flags: Sequence[str]) -> tuple[dict, Mapping]:
@@ -542,9 +588,42 @@ def load_hparams(path: str | Path, flags: Sequence[str]) -> tuple[dict, Mapping]
     2
     """
     hparams_file, run_opts, overrides = sb.parse_arguments([str(path), *flags])
+    return read_hparams(hparams_file, overrides), run_opts
+
+
+def read_hparams(path: str | Path, overrides: str) -> dict:
+    r"""Read a recipe's YAML file.
+
+    Parameters
+    ----------
+    path : str or pathlib.Path
+        YAML file.
+    overrides : str
+        Other values of its keys, in YAML.
+
+    Returns
+    -------
+    dict
+        The recipe's hparams.
+
+    Raises
+    ------
+    UserError
+        As `load_hparams` does.
+
+    Example
+    -------
+    >>> import tempfile
+    >>> path = Path(tempfile.mkdtemp()) / "toy.yaml"
+    >>> _ = path.write_text("layer: 1")
+    >>> read_hparams(path, "depth: 2")
+    Traceback (most recent call last):
+    ...
+    speechbrain_mifuse.errors.UserError: .../toy.yaml: ...
+    """
     try:
-        with open(hparams_file, encoding="utf-8") as file:
-            return load_hyperpyyaml(file, overrides), run_opts
+        with open(path, encoding="utf-8") as file:
+            return load_hyperpyyaml(file, overrides)
     except UserError:
         raise
     except (OSError, ValueError, KeyError, TypeError, YAMLError) as error:
@@ -936,7 +1015,7 @@ def teacher_api(hparams: Mapping, reader: FrameReader, run_opts: Mapping | None 
     Parameters
     ----------
     hparams : mapping
-        The recipe's.
+        The recipe's; `teacher_recogniser`, if there is any, names a classifier that was trained elsewhere.
     reader : FrameReader
         Makes frames, should a teacher have to be trained.
     run_opts : mapping, optional
@@ -959,7 +1038,7 @@ def teacher_api(hparams: Mapping, reader: FrameReader, run_opts: Mapping | None 
     if hparams["lalm_base_url"] is not None:
         yield (lambda: contextlib.nullcontext(hparams["lalm_base_url"])), None
         return
-    folder = trained_recogniser(hparams, "teacher", reader, run_opts)
+    folder = hparams.get("teacher_recogniser") or trained_recogniser(hparams, "teacher", reader, run_opts)
     yield functools.partial(served, folder, hparams["lalm_model"]), f"local:{recogniser_digest(folder)}"
 
 
@@ -1019,6 +1098,8 @@ def report_answers(samples, temperature: float) -> None:
 def report(hparams: Mapping, name: str, predictions: Mapping, n_train: int) -> None:
     """Score one method's predictions and write its results; here the target's labels are opened, if there are any.
 
+    A student that was exported as a recogniser gets its model card, which says how it was scored.
+
     Parameters
     ----------
     hparams : mapping
@@ -1044,14 +1125,14 @@ def report(hparams: Mapping, name: str, predictions: Mapping, n_train: int) -> N
             "%s has no labels, nothing is scored: see %s.", target / "test.json", folder / "predictions.json"
         )
     snapshots = Snapshots(folder, rule).saved()
-    write_results(
+    record = write_results(
         folder,
         scored,
         hparams["labels"],
         method=name,
         source=hparams["source"],
         target=hparams["target"],
-        teacher=hparams["teacher"] if hparams["lalm_base_url"] is None else hparams["lalm_model"],
+        teacher=teacher_name(hparams),
         seed=hparams["seed"],
         encoder=f"{ENCODERS.get(hparams['encoder'], hparams['encoder'])}, layer {hparams['layer']}, frozen",
         protocol=protocol(hparams["labels"], target, norm),
@@ -1063,6 +1144,31 @@ def report(hparams: Mapping, name: str, predictions: Mapping, n_train: int) -> N
         steps=chosen_snapshot(snapshots, rule)["step"] if snapshots else 0,
         snapshots=score_snapshots(snapshots, target / "test.json", hparams["labels"]),
     )
+    if method.trains:
+        write_card(folder / "recogniser", record)
+
+
+def teacher_name(hparams: Mapping) -> str:
+    """Say who the teacher is.
+
+    Parameters
+    ----------
+    hparams : mapping
+        `teacher`, `teacher_alm`, `lalm_base_url`, `lalm_model`.
+
+    Returns
+    -------
+    str
+        The corpus of a classifier that is served here, an audio-text model, or the API's model.
+
+    Example
+    -------
+    >>> teacher_name({"teacher": "emodb", "lalm_base_url": None}), teacher_name({"teacher": "dual_encoder"})
+    ('emodb', 'dual_encoder')
+    """
+    if hparams["teacher"] == ZERO_SHOT or hparams["lalm_base_url"] is None:
+        return hparams["teacher"]
+    return hparams["lalm_model"]
 
 
 def protocol(labels: Sequence[str], manifests: Path, norm=None) -> str:
@@ -1106,15 +1212,15 @@ def protocol(labels: Sequence[str], manifests: Path, norm=None) -> str:
 
 
 def summary(hparams: Mapping, names: Sequence[str]) -> str:
-    """Bring the results of a run together: `results.json` and `results.md` in the output folder.
+    """Bring the results of a run together: `results.json`, `results.md` and `report.html` in the output folder.
 
     Parameters
     ----------
     hparams : mapping
         The recipe's.
     names : sequence of str
-        Methods of this run. One gives its own record in `results.json`, several a list of records; `results.md` also
-        shows methods that earlier runs left in the same folder.
+        Methods of this run. One gives its own record in `results.json`, several a list of records; `results.md` and
+        `report.html` also show methods that earlier runs left in the same folder.
 
     Returns
     -------
@@ -1129,195 +1235,5 @@ def summary(hparams: Mapping, names: Sequence[str]) -> str:
     folder = Path(hparams["output_folder"])
     records = [json.loads((folder / name / "results.json").read_text()) for name in names]
     atomic_write(folder / "results.json", json.dumps(records if len(records) > 1 else records[0], indent=1))
+    write_report(folder, results=folder.glob("*/results.json"))
     return side_by_side(folder, list(hparams["adaptation"]["methods"]))
-
-
-def chosen_among(value, known: Sequence, flag: str) -> list:
-    """Read a flag as `known_ones` does, or as `all` of them.
-
-    Parameters
-    ----------
-    value, known, flag
-        As for `known_ones`.
-
-    Returns
-    -------
-    list
-        In the order given.
-
-    Raises
-    ------
-    UserError
-        As `known_ones` does.
-
-    Example
-    -------
-    >>> chosen_among("all", [1, 2], "--fold"), chosen_among(2, [1, 2], "--fold")
-    ([1, 2], [2])
-    """
-    if isinstance(value, str) and value == "all":
-        return list(known)
-    return known_ones(value, known, flag)
-
-
-def fold_front(hparams: Mapping, fold: int, reader: FrameReader) -> StoredFrames:
-    """Fill the feature store with a fold's utterances and read frames from it.
-
-    Parameters
-    ----------
-    hparams : mapping
-        The recipe's.
-    fold : int
-        Number of the fold.
-    reader : FrameReader
-        Makes the frames.
-
-    Returns
-    -------
-    StoredFrames
-        The front; the folds of a corpus share one store.
-
-    Example
-    -------
-    >>> fold_front.__name__  # runs in `recipes/RAVDESS/adapter/train.py`
-    'fold_front'
-    """
-    options = {**hparams, "source_manifests": fold_folder(hparams["manifests"], fold)}
-    return open_front(options, "source", hparams["layer"], reader)
-
-
-def adapter_run(hparams: Mapping, fold: int, seed: int, labels_per_class: int | str) -> Run:
-    """Describe one run of an adapter comparison.
-
-    Parameters
-    ----------
-    hparams : mapping
-        The recipe's.
-    fold, seed : int
-        Number of the fold, training seed.
-    labels_per_class : int or str
-        A number or `all`.
-
-    Returns
-    -------
-    Run
-        With what its records shall say of corpus, protocol and encoder.
-
-    Example
-    -------
-    >>> adapter_run.__name__  # runs in `recipes/RAVDESS/adapter/train.py`
-    'adapter_run'
-    """
-    norm, folds = chosen_norm(hparams), hparams["folds"]
-    about = {
-        "corpus": hparams["source"],
-        "encoder": f"{ENCODERS.get(hparams['encoder'], hparams['encoder'])}, layer {hparams['layer']}, frozen",
-        "protocol": f"{len(folds)} folds, {hparams['protocol']}, {len(hparams['labels'])} classes",
-        "speaker_norm": "none" if norm is None else norm.told(),
-        "pretraining_audio": "the training folds' audio",
-    }
-    if "test" in hparams["pretrain_on"]:
-        about["pretraining_audio"] = "LEAK: the audio of all folds, the test fold's included"
-    folder = Path(hparams["output_folder"]) / f"fold_{fold}" / f"seed_{seed}"
-    return Run(folder, fold_folder(hparams["manifests"], fold), fold, seed, labels_per_class, about)
-
-
-def pretrained_adapter(
-    hparams: Mapping, run: Run, name: str, front: StoredFrames, run_opts: Mapping | None = None
-) -> Path:
-    """Pretrain an adapter on a fold's audio without labels, or find it pretrained.
-
-    Parameters
-    ----------
-    hparams : mapping
-        The recipe's.
-    run : Run
-        Fold and seed.
-    name : str
-        A key of `pretrainings`.
-    front : StoredFrames
-        Reads the frames.
-    run_opts : mapping, optional
-        SpeechBrain's run options.
-
-    Returns
-    -------
-    pathlib.Path
-        Folder of the adapter.
-
-    Raises
-    ------
-    UserError
-        If `pretrain_on` names a split that no fold has.
-
-    Example
-    -------
-    >>> pretrained_adapter.__name__  # runs in `recipes/RAVDESS/adapter/pretrain.py`
-    'pretrained_adapter'
-    """
-    splits = chosen_among(hparams["pretrain_on"], ["train", "test"], "--pretrain_on")
-    manifests = [unlabelled(run.manifests / f"{split}.json") for split in splits]
-    prosody = functools.partial(stored_prosody, hparams, manifests)
-    folder = run.folder / f"pretraining_{name}"
-    return pretrain(name, hparams["adapter"], manifests, front, folder, run.seed, prosody, run_opts)
-
-
-def stored_prosody(hparams: Mapping, manifests: Sequence[Path]) -> dict[str, torch.Tensor]:
-    """Prosodic functionals of every utterance of some manifests, from a store that is filled where it lacks any.
-
-    Parameters
-    ----------
-    hparams : mapping
-        `source`, `trim_db`, `feature_folder`.
-    manifests : sequence of pathlib.Path
-        Manifests.
-
-    Returns
-    -------
-    dict of str to torch.Tensor
-        `[P]` by utterance id.
-
-    Example
-    -------
-    >>> stored_prosody.__name__  # runs in `recipes/RAVDESS/adapter/pretrain.py`
-    'stored_prosody'
-    """
-    reader = ProsodyReader(hparams["trim_db"])
-    base = Path(hparams["feature_folder"] or cache_folder() / "features")
-    digest = hashlib.sha256(json.dumps(reader.fingerprint(), sort_keys=True).encode()).hexdigest()[:8]
-    folder = base / f"{hparams['source']}-prosody-{digest}"
-    run_on_main(extract, kwargs={"manifests": manifests, "reader": reader, "folder": folder})
-    store = open_store(folder, reader)
-    rows = {key for path in manifests for key in encoded_rows(path, store)}
-    return {key: torch.from_numpy(store.frames(key)).float().flatten() for key in rows}
-
-
-def adapter_summary(hparams: Mapping, records: Sequence[Mapping], arms: Sequence[str]) -> str:
-    """Bring an adapter comparison together: `results.json`, `results.md`, `adapter.csv` in the output folder.
-
-    Parameters
-    ----------
-    hparams : mapping
-        The recipe's.
-    records : sequence of mapping
-        As `train_arm` gives.
-    arms : sequence of str
-        In the order of the table.
-
-    Returns
-    -------
-    str
-        The table.
-
-    Example
-    -------
-    >>> adapter_summary.__name__  # runs in `recipes/RAVDESS/adapter/train.py`
-    'adapter_summary'
-    """
-    folder = Path(hparams["output_folder"])
-    write_csv(folder / "adapter.csv", records, ADAPTER_COLUMNS)
-    atomic_write(folder / "results.json", json.dumps(list(records), indent=1))
-    table = adapter_table(records, arms, hparams["compare_to"])
-    text = f"# {hparams['source']}\n\n{table.markdown()}\n{adapter_protocol(records)}\n"
-    atomic_write(folder / "results.md", text)
-    return text

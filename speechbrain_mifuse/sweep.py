@@ -36,6 +36,7 @@ from speechbrain_mifuse.evaluation.aggregate import (
     write_csv,
 )
 from speechbrain_mifuse.evaluation.plots import plot_heatmap, plot_transfers
+from speechbrain_mifuse.evaluation.report import write_report
 from speechbrain_mifuse.evaluation.selection_report import selection_table
 from speechbrain_mifuse.progress import progress
 from speechbrain_mifuse.registry import Recipe, adaptation_recipe
@@ -635,7 +636,7 @@ def _last_line(log: Path) -> str:
 def collect(
     plan: Plan, folder: str | Path, name: str, baselines: Sequence[str] = (), figure_methods: Sequence[str] = ()
 ) -> str:
-    """Write the tables and figures of a sweep from its runs' results, whoever ran them.
+    """Write the tables, figures and page of a sweep from its runs' results, whoever ran them.
 
     Parameters
     ----------
@@ -645,7 +646,7 @@ def collect(
         Where they go.
     name : str
         They are `NAME.csv`, `.md`, `.tex`, `.png`, `NAME_seeds.md`, `NAME_transfers.png`, and `NAME_selection.md` when
-        the runs kept snapshots.
+        the runs kept snapshots. The page, `report.html`, goes into the folder of the runs.
     baselines : sequence of str
         Methods to compare with; by default source and API teacher and the student of that teacher, where they are.
     figure_methods : sequence of str
@@ -668,7 +669,8 @@ def collect(
     ...
     speechbrain_mifuse.errors.UserError: no results to collect: name pairs, methods and seeds.
     """
-    records = read_records(path for run in plan.runs() for path in run.results)
+    paths = [path for run in plan.runs() for path in run.results]
+    records = read_records(paths)
     if not records:
         raise UserError("no results to collect: name pairs, methods and seeds.")
     comparison = Comparison(records, plan.methods)
@@ -689,6 +691,7 @@ def collect(
     plot_heatmap(folder / f"{name}.png", comparison)
     plot_transfers(folder / f"{name}_transfers.png", comparison, drawn)
     write_selection(folder / f"{name}_selection.md", records)
+    write_report(plan.output, results=paths, teacher=plan.teacher())
     return text
 
 

@@ -13,6 +13,7 @@ import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+import safetensors.torch
 import speechbrain as sb
 import torch
 from speechbrain.dataio.dataset import DynamicItemDataset
@@ -22,13 +23,15 @@ from speechbrain.utils.seed import seed_everything
 from speechbrain.utils.train_logger import FileTrainLogger
 
 from speechbrain_mifuse.adaptation.method import AdaptationMethod, Outputs, Survey, Teachers
+from speechbrain_mifuse.adaptation.mi_fuse import MIFuse
 from speechbrain_mifuse.adaptation.selection import criteria
 from speechbrain_mifuse.brains.snapshots import Snapshots
 from speechbrain_mifuse.brains.training import ResumableBrain, WholeCheckpointer, fit, same_settings
 from speechbrain_mifuse.brains.whole_set import WholeSet
 from speechbrain_mifuse.corpora.manifest import atomic_write
-from speechbrain_mifuse.inference import load_classifier, recogniser_digest
+from speechbrain_mifuse.nnet.calibration import fit_temperature
 from speechbrain_mifuse.nnet.ema import ema_copy, ema_decay
+from speechbrain_mifuse.recogniser_files import export_student, load_classifier, recogniser_digest
 
 logger = logging.getLogger(__name__)
 
@@ -189,6 +192,26 @@ class AdaptationBrain(ResumableBrain):
         rows = zip(self.test_keys, probs.tolist(), answered, strict=True)
         return {key: row for key, row, said in rows if said}
 
+    @torch.no_grad()
+    def weighing(self) -> dict:
+        """Say what `MIFuse` makes of each utterance of the adaptation set, with the EMA teacher as it is now.
+
+        Returns
+        -------
+        dict
+            `ids`, and in their order `lalm_weight`, `lalm` and `classifier` (uncertainties); `measure` names the
+            uncertainty. An utterance that the language model did not answer has `None` for its uncertainty.
+        """
+        method, survey = self.hparams.method, self.adaptation
+        torch.manual_seed(self.hparams.seed)
+        classifier = method.uncertainty(survey.classifier())
+        lalm = method.uncertainty(survey.lalm, survey.lalm_mask)
+        weights = method.weights(lalm, classifier, survey.lalm_available)[:, 0]
+        answered = survey.lalm_available.tolist()
+        found = {"measure": method.measure, "ids": list(self.places), "lalm_weight": rounded(weights)}
+        found["lalm"] = [value if said else None for value, said in zip(rounded(lalm), answered, strict=True)]
+        return {**found, "classifier": rounded(classifier)}
+
 
 def adapt(
     name: str,
@@ -199,6 +222,8 @@ def adapt(
     run_opts: Mapping | None = None,
 ) -> dict[str, list[float]]:
     """Run one method to its end, or find it ended, and predict the test utterances.
+
+    A student that was trained is exported to `<output_folder>/<method>/recogniser`.
 
     Parameters
     ----------
@@ -230,7 +255,8 @@ def adapt(
     predictions, snapshots = folder / "predictions.json", Snapshots(folder, hparams["selection"])
     settings = {**adaptation_settings(hparams, front, recogniser), **method.describe()}
     settings["data"] = fingerprint_answers(datasets, method.answers_for)
-    if same_settings(folder / "settings.json", settings) and predictions.exists():
+    exported = not method.trains or (folder / "recogniser" / "about.json").exists()
+    if same_settings(folder / "settings.json", settings) and predictions.exists() and exported:
         logger.info("%s: done already, skipped.", folder)
         return json.loads(predictions.read_text())
     seed_everything(hparams["seed"])
@@ -241,11 +267,110 @@ def adapt(
     brain.look_at(sets["adapt"], sets["test"], snapshots)
     brain.begin()
     if method.trains:
+        source = brain.adaptation.student().probs
+        before = brain.test.student().hidden
         fit(brain, datasets["adapt"], name, hparams["batch_size"])
-        atomic_write(folder / "student.safetensors", snapshots.weights.read_bytes())
+        weights = snapshots.weights.read_bytes()
+        atomic_write(folder / "student.safetensors", weights)
+        brain.modules.student.load_state_dict(safetensors.torch.load(weights))
+        temperature = label_free_temperature(method, brain.adaptation, source)
+        export_student(folder / "recogniser", recogniser, weights, {"method": name}, temperature)
+        embeddings = {"ids": brain.test_keys, **plane(before, brain.test.student().hidden)}
+        atomic_write(folder / "embeddings.json", json.dumps(embeddings))
+    if isinstance(method, MIFuse):
+        atomic_write(folder / "weighing.json", json.dumps(brain.weighing()))
     found = snapshots.chosen()["predictions"] if method.trains else brain.predictions()
     atomic_write(predictions, json.dumps(found))
     return found
+
+
+def label_free_temperature(method: AdaptationMethod, survey: Survey, source: torch.Tensor) -> float:
+    """Temperature at which the student comes nearest to the mean of its two teachers.
+
+    A student learns to be as certain as its targets, which are often more certain than right. Two teachers that were
+    trained apart disagree where they are wrong, so their plain mean is less certain; no label is needed for it.
+
+    Parameters
+    ----------
+    method : AdaptationMethod
+        Tells whether it asks the language model about the adaptation set; where not, there is one teacher.
+    survey : Survey
+        Of the adaptation set, after training.
+    source : torch.Tensor
+        `[N, C]`, the student's probabilities before training: the source classifier's.
+
+    Returns
+    -------
+    float
+        For `tempered`; 1.0 where the language model said nothing.
+
+    Example
+    -------
+    >>> label_free_temperature(AdaptationMethod(), Survey(torch.zeros(2, 5, 4), torch.zeros(2, 5).bool(), None,
+    ...                        student=None), torch.ones(2, 4) / 4)
+    1.0
+    """
+    answered = survey.lalm_available
+    if "adapt" not in method.answers_for or not answered.any():
+        return 1.0
+    teachers = (survey.lalm_mean + source)[answered] / 2
+    return fit_temperature(survey.student().probs[answered].cpu(), teachers.cpu())
+
+
+def plane(before: torch.Tensor, after: torch.Tensor) -> dict:
+    """Project vectors of two moments on the two directions in which all of them together differ most.
+
+    Each moment is centred on its own mean, or the first direction would show nothing but their distance.
+
+    Parameters
+    ----------
+    before, after : torch.Tensor
+        `[N, D]`, of the same utterances.
+
+    Returns
+    -------
+    dict
+        Of JSON's types: `before` and `after`, `[N, 2]`, and `explained`, the share of the variance that each direction
+        holds.
+
+    Example
+    -------
+    >>> before = torch.tensor([[0.0, 0.0, 1.0], [2.0, 0.0, 1.0]])
+    >>> plane(before, 3 * before + 1)
+    {'before': [[-1.0, 0.0], [1.0, 0.0]], 'after': [[-3.0, 0.0], [3.0, 0.0]], 'explained': [1.0, 0.0]}
+    """
+    both = torch.cat([before - before.mean(0), after - after.mean(0)]).double().cpu()
+    variances, directions = torch.linalg.eigh(both.T @ both)
+    directions = directions[:, [-1, -2]]
+    directions = directions * directions.gather(0, directions.abs().argmax(0, keepdim=True)).sign()
+    points = (both @ directions).round(decimals=3) + 0.0
+    explained = (variances[[-1, -2]] / variances.sum().clamp(min=1e-12)).round(decimals=4) + 0.0
+    return {
+        "before": points[: len(before)].tolist(),
+        "after": points[len(before) :].tolist(),
+        "explained": explained.tolist(),
+    }
+
+
+def rounded(values: torch.Tensor) -> list[float]:
+    """Numbers for a file that is looked at, not computed with.
+
+    Parameters
+    ----------
+    values : torch.Tensor
+        `[N]`.
+
+    Returns
+    -------
+    list of float
+        With five decimals.
+
+    Example
+    -------
+    >>> rounded(torch.tensor([0.1234567]))
+    [0.12346]
+    """
+    return [round(value, 5) for value in values.tolist()]
 
 
 def adaptation_settings(hparams: Mapping, front, recogniser: str | Path) -> dict:

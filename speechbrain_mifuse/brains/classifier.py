@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
+from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -16,11 +17,15 @@ from torch.nn import functional as F
 
 from speechbrain_mifuse.brains.training import ResumableBrain, WholeCheckpointer, fit, same_settings
 from speechbrain_mifuse.corpora.manifest import atomic_write
+from speechbrain_mifuse.evaluation.intervals import speaker_bootstrap
 from speechbrain_mifuse.evaluation.metrics import scores
+from speechbrain_mifuse.evaluation.results import counts_by_speaker
 from speechbrain_mifuse.features.dataset import encoded_rows, frame_batches, label_index
-from speechbrain_mifuse.inference import export_recogniser
+from speechbrain_mifuse.model_card import ENCODERS
 from speechbrain_mifuse.nnet.adapter_files import adapter_digest, load_adapter
+from speechbrain_mifuse.nnet.calibration import fit_temperature, mean_nll
 from speechbrain_mifuse.nnet.classifier import EmotionClassifier
+from speechbrain_mifuse.recogniser_files import export_recogniser
 
 logger = logging.getLogger(__name__)
 
@@ -172,7 +177,14 @@ def train_classifier(hparams: Mapping, front, run_opts=None) -> Path:
     brain = make_brain(hparams, front, classifier, train, run_opts)
     fit(brain, train, f"classifier {hparams['name']}", hparams["batch_size"])
     validation = validate(brain, hparams, front)
-    export_recogniser(recogniser, classifier.cpu(), front, hparams, {**settings, "validation": validation})
+    counts = Counter(hparams["labels"][row["label"]] for row in train.data.values())
+    about = {
+        "corpus": hparams["name"],
+        "counts": dict(sorted(counts.items())),
+        "encoder": ENCODERS.get(hparams["encoder"], str(hparams["encoder"])),
+    }
+    about = {**settings, **about, "validation": validation}
+    export_recogniser(recogniser, classifier.cpu(), front, hparams, about, validation["temperature"])
     return recogniser
 
 
@@ -287,7 +299,8 @@ def validate(brain: ClassifierBrain, hparams: Mapping, front) -> dict:
     Returns
     -------
     dict
-        `UA`, `WA`, `macro_F1`, `n`.
+        `UA`, `WA`, `macro_F1`, `n`; `ci95` of UA over speakers; `temperature`, which makes these labels most likely,
+        and `nll` and `calibrated_nll`, in nats, without and with it (on what it was fitted to).
 
     Example
     -------
@@ -295,10 +308,15 @@ def validate(brain: ClassifierBrain, hparams: Mapping, front) -> dict:
     'validate'
     """
     valid = labelled_dataset(hparams["valid_manifest"], front, hparams["labels"])
-    probs = brain.predict(valid, **frame_batches(batch_size=hparams["batch_size"]))
-    predicted = torch.tensor([probs[key] for key in valid.data_ids]).argmax(-1)
+    by_key = brain.predict(valid, **frame_batches(batch_size=hparams["batch_size"]))
+    probs = torch.tensor([by_key[key] for key in valid.data_ids])
     reference = torch.tensor([valid.data[key]["label"] for key in valid.data_ids])
-    found = {**scores(predicted, reference, len(hparams["labels"])), "n": len(reference)}
+    found = {**scores(probs.argmax(-1), reference, len(hparams["labels"])), "n": len(reference)}
+    rows = encoded_rows(hparams["valid_manifest"], getattr(front, "store", None))
+    found["ci95"] = list(speaker_bootstrap(counts_by_speaker(by_key, rows, hparams["labels"])))
+    said = F.one_hot(reference, len(hparams["labels"]))
+    found["temperature"] = fit_temperature(probs, said)
+    found["nll"], found["calibrated_nll"] = mean_nll(probs, said), mean_nll(probs, said, found["temperature"])
     atomic_write(Path(hparams["output_folder"]) / "validation.json", json.dumps(found, indent=1))
     logger.info("%s: held-out speakers of its own corpus: UA %.3f (n = %d)", hparams["name"], found["UA"], found["n"])
     return found

@@ -1,6 +1,7 @@
 """Training a classifier, exporting it, and recognising with what was exported."""
 
 import json
+import re
 import shutil
 from pathlib import Path
 
@@ -9,6 +10,8 @@ import pytest
 import soundfile
 import torch
 from hyperpyyaml import load_hyperpyyaml
+from speechbrain.inference.interfaces import foreign_class
+from torchaudio.functional import resample
 from toy_corpora import LABELS, utterance, write_wav
 
 from speechbrain_mifuse import inference
@@ -17,11 +20,15 @@ from speechbrain_mifuse.brains import classifier as brains
 from speechbrain_mifuse.brains.training import SettingsError
 from speechbrain_mifuse.cli import main
 from speechbrain_mifuse.corpora.manifest import CorpusError, atomic_write
+from speechbrain_mifuse.errors import UserError
 from speechbrain_mifuse.features.encoder import FrozenEncoder
 from speechbrain_mifuse.features.extract import FrameReader, extract
 from speechbrain_mifuse.features.front import StoredFrames
 from speechbrain_mifuse.inference import EmotionRecognizer, RecogniserError, load_classifier, recogniser_digest
 from speechbrain_mifuse.lalm.serve import EmotionServer
+from speechbrain_mifuse.model_card import licence_told
+from speechbrain_mifuse.nnet.calibration import fit_temperature, mean_nll, tempered
+from speechbrain_mifuse.windows import Windowing, heard_windows, smoothed, stretches
 
 YAML = Path(__file__).parents[2] / "hparams" / "base" / "classifier.yaml"
 QUICK = {"number_of_epochs": 30, "batch_size": 8, "learning_rate": 0.001}
@@ -242,6 +249,265 @@ def test_the_digest_follows_weights_and_settings_not_the_place(copied, folder):
     weights[-1] ^= 1
     (copied / "classifier.safetensors").write_bytes(weights)
     assert recogniser_digest(copied) != recogniser_digest(folder)
+
+
+# Batches and folders.
+
+
+def test_a_padded_batch_gives_what_each_clip_gives_alone_in_speechbrains_convention(recogniser, corpus):
+    clips = [load_audio(corpus.folder / f"{emo}0{take}.wav") for take, emo in enumerate(("angry", "sad", "happy"))]
+    longest = max(map(len, clips))
+    wavs = torch.full((3, longest), 0.7)  # what lies behind a clip must not be heard
+    for row, clip in zip(wavs, clips, strict=True):
+        row[: len(clip)] = clip
+    lens = torch.tensor([len(clip) / longest for clip in clips])
+    probs, score, index, labels = recogniser.classify_batch(wavs, lens)
+    alone = torch.stack(
+        [recogniser.classify_file(corpus.folder / f"{e}.wav")[1] for e in ("angry00", "sad01", "happy02")]
+    )
+    torch.testing.assert_close(probs, alone, atol=1e-5, rtol=0)
+    assert score.equal(probs.max(1).values) and index.equal(probs.argmax(1))
+    assert labels == [LABELS[place] for place in index]
+    assert recogniser(wavs, lens)[0].equal(probs) and recogniser.classify_batch(wavs[:, :999])[0].shape == (3, 4)
+
+
+def test_a_folder_is_gone_through_by_path_and_an_unreadable_file_is_logged_and_left_out(
+    recogniser, corpus, tmp_path, caplog, capsys
+):
+    for name in ("b/sad00.wav", "a.wav"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        shutil.copy(corpus.folder / "sad00.wav", tmp_path / name)
+    (tmp_path / "bad.wav").write_text("no audio")
+    (tmp_path / ".hidden.wav").write_text("no audio")
+    (tmp_path / "notes.txt").write_text("no audio")
+    found = list(recogniser.classify_folder(tmp_path))
+    assert [one.path for one in found] == [tmp_path / "a.wav", tmp_path / "b" / "sad00.wav"]
+    assert caplog.text.count("left out") == 1 and "bad.wav: cannot be read" in caplog.text
+    assert "recognise" in capsys.readouterr().err
+    label, probs = recogniser.classify_file(corpus.folder / "sad00.wav")
+    for one in found:
+        assert one.label == label and one.timeline is None and one.error is None
+        torch.testing.assert_close(one.probs, probs, atol=1e-5, rtol=0)
+
+
+def test_going_through_a_folder_leaves_the_number_of_threads_as_it_is(recogniser, corpus):
+    before = torch.get_num_threads()
+    answers = recogniser.classify_folder(corpus.folder, show_progress=False)
+    next(answers)
+    assert torch.get_num_threads() == before
+    answers.close()
+    assert torch.get_num_threads() == before
+
+
+@pytest.mark.parametrize("make", [lambda folder: None, lambda folder: folder.mkdir()])
+def test_a_folder_that_is_missing_or_empty_is_an_error_naming_it(recogniser, tmp_path, make):
+    make(tmp_path / "none")
+    with pytest.raises(UserError, match=r"none: (no such folder|holds no recording)"):
+        next(recogniser.classify_folder(tmp_path / "none"))
+
+
+def test_a_very_long_recording_heard_as_one_utterance_is_warned_of(recogniser, tmp_path, monkeypatch, caplog):
+    monkeypatch.setattr(inference, "LONG", 0.5)
+    write_wav(tmp_path / "long.wav", sound(1.0).numpy())
+    assert len(list(recogniser.classify_folder(tmp_path))) == 1
+    assert "1 recordings are longer" in caplog.text and "--window_s" in caplog.text
+
+
+# Over time.
+
+
+@pytest.fixture(scope="module")
+def meeting(corpus):
+    """Two seconds of one voice, a second of nothing, two seconds of another."""
+    parts = [load_audio(corpus.folder / f"{emo}.wav")[:4480] for emo in ("angry00", "sad00")]
+    return torch.cat([parts[0].repeat(7), torch.zeros(16000), parts[1].repeat(7)])
+
+
+def test_a_long_recording_gives_stretches_without_gaps_whose_answers_are_those_of_their_windows(recogniser, meeting):
+    found = recogniser.classify_long(meeting, window_s=0.5, hop_s=0.25, smooth_s=0)
+    edges = [part.start for part in found.segments] + [found.segments[-1].end]
+    assert edges[0] == 0 and edges[-1] == len(meeting) / 16000 and edges == sorted(edges)
+    assert [part.start for part in found.segments[1:]] == [part.end for part in found.segments[:-1]]
+    first = recogniser._calibrated(meeting[:8000])
+    assert found.segments[0].label == LABELS[int(first.argmax())]
+    silent = [part for part in found.segments if part.start < 2.4 < part.end]
+    assert [part.label for part in silent] == [None] and not silent[0].probs.any()
+    assert found.label in LABELS and float(found.probs.sum()) == pytest.approx(1, abs=1e-5)
+
+
+def test_a_recording_no_longer_than_a_window_is_answered_as_a_file_is(recogniser, corpus):
+    path = corpus.folder / "angry00.wav"
+    label, probs = recogniser.classify_file(path)
+    found = recogniser.classify_long(path, window_s=10)
+    assert len(found.segments) == 1 and found.label == found.segments[0].label == label
+    torch.testing.assert_close(found.probs, probs, atol=1e-5, rtol=0)
+    in_folder = next(recogniser.classify_files([path], window_s=10))
+    assert in_folder.timeline.segments[0].label == label and in_folder.probs.equal(probs)
+
+
+def test_files_over_time_are_answered_as_long_recordings_are(recogniser, meeting, tmp_path):
+    path = write_wav(tmp_path / "meeting.wav", meeting.numpy())
+    one = next(recogniser.classify_files([path], window_s=0.5))
+    alone = recogniser.classify_long(path, window_s=0.5)
+    assert [part[:3] for part in one.timeline.segments] == [part[:3] for part in alone.segments]
+    torch.testing.assert_close(one.probs, alone.probs, atol=1e-5, rtol=0)
+
+
+def test_smoothing_takes_out_a_single_odd_window_and_never_mixes_speech_into_silence():
+    probs = torch.tensor([[0.9, 0.1], [0.4, 0.6], [0.9, 0.1], [0.9, 0.1]])
+    weights, centres = torch.tensor([1.0, 1.0, 1.0, 0.0]), torch.arange(4.0)
+    assert smoothed(probs, weights, centres, 2.0).argmax(1).tolist()[:3] == [0, 0, 0]
+    assert smoothed(probs, weights, centres, 0.0)[:3].equal(probs[:3])
+    assert not smoothed(probs, weights, centres, 2.0)[3].any()
+
+
+def test_a_stretch_has_the_mean_over_its_time_and_silence_is_a_stretch_of_its_own():
+    probs = torch.tensor([[0.8, 0.2], [0.6, 0.4], [0.0, 0.0]])
+    found = stretches(torch.tensor([1.0, 2.0, 3.0]), 4.0, ["a", "a", None], probs)
+    assert [part[:3] for part in found] == [(0.0, 2.5, "a"), (2.5, 4.0, None)]
+    assert found[0].probs.tolist() == pytest.approx([0.72, 0.28])
+
+
+@pytest.mark.parametrize("lengths", [(0, None, None), (1, 0, None), (1, 2, None), (1, None, -1), (float("nan"), 1, 1)])
+def test_lengths_that_do_not_fit_together_are_an_error_naming_one(recogniser, lengths):
+    with pytest.raises(UserError, match=r"(window|hop|smooth)_s: "):
+        Windowing.of(*lengths)
+    with pytest.raises(UserError, match=r"(window|hop|smooth)_s: "):
+        next(recogniser.classify_files([], *lengths))
+
+
+# Live audio.
+
+
+def test_live_audio_is_answered_alike_whatever_the_size_of_its_chunks(recogniser, meeting):
+    sizes = {}
+    for size in (160, 4000, len(meeting)):
+        chunks = (meeting[start : start + size] for start in range(0, len(meeting), size))
+        sizes[size] = list(recogniser.stream(chunks, 16000, window_s=0.5, hop_s=0.25))
+    first, *others = sizes.values()
+    assert [round(part.end, 3) for part in first[:3]] == [0.25, 0.5, 0.75]
+    assert first[-1].end == len(meeting) / 16000 and all(part.end - part.start <= 0.5 for part in first)
+    for other in others:
+        assert [part[:3] for part in other] == [part[:3] for part in first]
+        torch.testing.assert_close(other[-1].probs, first[-1].probs, atol=1e-5, rtol=0)
+
+
+def test_live_audio_without_smoothing_says_of_a_window_what_the_window_alone_says(recogniser, meeting):
+    found = list(recogniser.stream([meeting], 16000, window_s=0.5, hop_s=0.5, smooth_s=0))
+    torch.testing.assert_close(found[1].probs, recogniser._calibrated(meeting[8000:16000]), atol=1e-5, rtol=0)
+    silent = [part for part in found if part.start >= 2.0 and part.end <= 2.9]
+    assert silent and all(part.label is None for part in silent)
+
+
+def test_live_audio_of_another_rate_is_resampled(recogniser, meeting):
+    double = resample(meeting, 16000, 32000)
+    plain = list(recogniser.stream([meeting], 16000, window_s=0.5, hop_s=0.5))
+    found = list(recogniser.stream([double.numpy()], 32000, window_s=0.5, hop_s=0.5))
+    assert [part.end for part in found] == [part.end for part in plain]
+    torch.testing.assert_close(found[1].probs, plain[1].probs, atol=0.05, rtol=0)
+
+
+def test_live_audio_keeps_no_more_than_a_window():
+    parts = [wave for _, wave in heard_windows((torch.ones(1000) for _ in range(50)), window=300, hop=700)]
+    assert max(map(len, parts)) == 300 and len(parts) == 72
+
+
+@pytest.mark.parametrize("chunk", [torch.zeros(2, 8), torch.zeros(8, dtype=torch.int16), torch.tensor([float("nan")])])
+def test_a_chunk_that_is_no_waveform_is_an_error_that_numbers_it(recogniser, chunk):
+    with pytest.raises(UserError, match="chunk 1: "):
+        list(recogniser.stream([torch.zeros(8), chunk], 16000))
+
+
+# Probabilities, thresholds, precision.
+
+
+def test_temperature_is_found_where_labels_were_drawn_from_tempered_probabilities():
+    rng = torch.Generator().manual_seed(0)
+    truth = (2 * torch.randn(20000, 4, generator=rng)).softmax(-1)
+    drawn = torch.nn.functional.one_hot(torch.multinomial(truth, 1, generator=rng)[:, 0], 4)
+    assert fit_temperature(tempered(truth, 1 / 3), drawn) == pytest.approx(3.0, rel=0.03)
+    assert fit_temperature(truth[:50], drawn[:50]) != 1.0
+    assert fit_temperature(torch.eye(4), torch.eye(4)) == pytest.approx(0.1)
+
+
+def test_files_are_answered_at_the_exported_temperature_and_teachers_without_it(folder, recogniser, corpus):
+    about = json.loads((folder / "about.json").read_text())
+    validation = about["validation"]
+    assert recogniser.temperature == about["temperature"] == validation["temperature"] != 1.0
+    assert validation["calibrated_nll"] < validation["nll"]
+    raw = recogniser.predict_proba(load_audio(corpus.folder / "angry30.wav"))[0]
+    label, probs = recogniser.classify_file(corpus.folder / "angry30.wav")
+    torch.testing.assert_close(probs, tempered(raw, recogniser.temperature), atol=1e-5, rtol=0)
+    assert label == LABELS[int(raw.argmax())] and (probs - raw).abs().max() > 1e-3
+
+
+def test_the_exported_temperature_makes_held_out_labels_most_likely(recogniser, corpus):
+    rows = json.loads((corpus.folder / "valid.json").read_text())
+    raw = torch.cat([recogniser.predict_proba(load_audio(corpus.folder / f"{key[2:]}.wav")) for key in rows])
+    said = torch.nn.functional.one_hot(torch.tensor([LABELS.index(row["emo"]) for row in rows.values()]), 4)
+    best = mean_nll(raw, said, recogniser.temperature)
+    assert best < mean_nll(raw, said, 0.7 * recogniser.temperature)
+    assert best < mean_nll(raw, said, 1.4 * recogniser.temperature)
+
+
+def test_an_answer_below_the_threshold_has_no_label_and_keeps_its_probabilities(folder, corpus):
+    path = corpus.folder / "sad00.wav"
+    sure = EmotionRecognizer.from_hparams(folder)
+    unsure = EmotionRecognizer.from_hparams(folder, abstain_below=1.0)
+    assert sure.classify_file(path)[0] in LABELS and unsure.classify_file(path)[0] is None
+    assert unsure.classify_file(path)[1].equal(sure.classify_file(path)[1])
+    wavs = load_audio(path)[None]
+    assert unsure.classify_batch(wavs)[3] == [None] and sure.classify_batch(wavs)[3] != [None]
+    assert unsure.classify_long(path).label is None
+    sure.abstain_below = 1.0
+    assert sure.classify_file(path)[0] is None
+
+
+def test_the_encoder_computes_in_bfloat16_when_the_run_options_say_so(folder, recogniser):
+    lower = EmotionRecognizer.from_hparams(folder, run_opts={"device": "cpu", "precision": "bf16"})
+    exact, near = recogniser.predict_proba(sound())[0], lower.predict_proba(sound())[0]
+    assert near.dtype == torch.float32 and not near.equal(exact)
+    torch.testing.assert_close(near, exact, atol=0.1, rtol=0)
+
+
+# Folders: SpeechBrain's own loader, older ones, the model card.
+
+
+def test_speechbrains_foreign_class_loads_the_folder_from_anywhere(folder, recogniser, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    loaded = foreign_class(source=str(folder), pymodule_file="custom.py", classname="CustomInterface")
+    assert loaded.predict_proba(sound()).equal(recogniser.predict_proba(sound()))
+    assert loaded.temperature == recogniser.temperature
+
+
+def test_a_folder_of_an_earlier_version_is_loaded_without_a_temperature(copied, recogniser, corpus):
+    text = (copied / "hyperparams.yaml").read_text()
+    text = re.sub("temperature: .*\n", "", text)
+    text = text.replace(
+        "speechbrain_mifuse.recogniser_files.FolderPretrainer", "speechbrain.utils.parameter_transfer.Pretrainer"
+    )
+    text = text.replace("speechbrain_mifuse.recogniser_files.load_weights", "speechbrain_mifuse.inference.load_weights")
+    (copied / "hyperparams.yaml").write_text(text)
+    for name in ("custom.py", "README.md"):
+        (copied / name).unlink()
+    older = EmotionRecognizer.from_hparams(copied)
+    assert older.temperature == 1.0
+    raw = recogniser.predict_proba(load_audio(corpus.folder / "sad00.wav"))[0]
+    torch.testing.assert_close(older.classify_file(corpus.folder / "sad00.wav")[1], raw, atol=1e-6, rtol=0)
+
+
+def test_the_model_card_says_what_the_result_files_say(folder):
+    card, found = (folder / "README.md").read_text(), json.loads((folder.parent / "validation.json").read_text())
+    low, high = (f"{100 * bound:.1f}" for bound in found["ci95"])
+    assert f"UA {100 * found['UA']:.1f} % (95 % interval over speakers {low} to {high})" in card
+    assert "trained on toy" in card and "9 angry" in card and f"temperature {found['temperature']:g}" in card
+    for heading in ("Training", "How well it does", "Limits", "Intended use", "Licence of the recordings"):
+        assert f"\n## {heading}" in card
+
+
+@pytest.mark.parametrize("corpus_name", ["ravdess", "nemo", "emodb", "iemocap", "msp_improv", "crema_d", "synthetic_A"])
+def test_the_model_card_knows_the_licence_note_of_every_corpus(corpus_name):
+    assert "licence" in licence_told(corpus_name).lower() and licence_told(corpus_name).endswith(".")
 
 
 # What does not fit is one clear error.

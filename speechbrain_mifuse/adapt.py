@@ -1,0 +1,381 @@
+"""Adapt a recogniser to a folder of one's own recordings, without labels: the Folder recipe as one call.
+
+Importing this module loads no torch; the call does.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import NamedTuple
+
+from speechbrain_mifuse.errors import UserError
+from speechbrain_mifuse.registry import plain_values
+
+# A link in the repository, a folder of files once installed: the one place of the settings, where the package is.
+RECIPE = Path(__file__).parent / "hparams" / "rav2folder.yaml"
+
+# The best on the open transfers, with and without class skew (docs/results); the recipe's own default is the paper's.
+METHOD = "mi_fuse_plus"
+
+# Beside the method: what it has to be compared with.
+TEACHERS = ("source_only", "lalm_zero_shot")
+
+
+class Adapted(NamedTuple):
+    """What an adaptation gave.
+
+    `recogniser` is a folder for `EmotionRecognizer.from_hparams`; `results` is the method's `results.json`, with scores
+    if the recordings have labels; `verdict` is what `judge` says without them.
+    """
+
+    recogniser: Path
+    results: dict
+    verdict: dict
+
+
+def adapt(
+    source_checkpoint: str | Path,
+    wav_folder: str | Path,
+    teacher: str | Path,
+    output_folder: str | Path | None = None,
+    run_opts: Mapping | None = None,
+    **overrides,
+) -> Adapted:
+    """Adapt a recogniser to unlabelled recordings, and export the adapted one.
+
+    It does what `recipes/Folder/mifuse/train.py` does with `hparams/rav2folder.yaml`: lists the recordings, stores
+    encoder frames, asks the teacher, adapts, exports. What is done is skipped, so the same call goes on after a stop.
+    Encoder, layer, labels and preprocessing are the source's.
+
+    Parameters
+    ----------
+    source_checkpoint : str or pathlib.Path
+        Folder of the recogniser to start from.
+    wav_folder : str or pathlib.Path
+        Recordings, at any depth. With a `labels.csv`, or folders named like labels, four in ten speakers are scored
+        and not adapted to (see `corpora/folder.py`).
+    teacher : str or pathlib.Path
+        Base URL of an OpenAI-compatible API that hears audio (the key is read from `OPENAI_API_KEY`; name its model
+        with `lalm_model=`), or the folder of another recogniser, which is served on this machine for the time.
+    output_folder : str or pathlib.Path, optional
+        `results/adapted/<name of wav_folder>` by default.
+    run_opts : mapping, optional
+        SpeechBrain's run options, as `{"device": "cuda"}`.
+    **overrides
+        Any other key of `hparams/rav2folder.yaml`, as `method="mi_fuse"` or `number_of_steps=100`.
+
+    Returns
+    -------
+    Adapted
+        `verdict.md` and `verdict.json` in the output folder hold the same verdict.
+
+    Raises
+    ------
+    UserError
+        If a folder or a setting cannot be used, the API is down, or nothing can be adapted to.
+
+    Example
+    -------
+    >>> adapt("/nowhere", "recordings", teacher="http://127.0.0.1:8000/v1")
+    Traceback (most recent call last):
+    ...
+    speechbrain_mifuse.recogniser_files.RecogniserError: /nowhere: no whole recogniser there ...
+    """
+    chosen = "\n".join(f"{key}: {as_yaml(value)}" for key, value in overrides.items())
+    return run(source_checkpoint, wav_folder, teacher, output_folder, chosen, run_opts)
+
+
+def run(
+    source: str | Path,
+    wav_folder: str | Path,
+    teacher: str | Path,
+    output_folder: str | Path | None,
+    overrides: str,
+    run_opts: Mapping | None,
+) -> Adapted:
+    """Do what `adapt` does, with overrides as text.
+
+    Parameters
+    ----------
+    source, wav_folder, teacher, output_folder, run_opts
+        As for `adapt`.
+    overrides : str
+        YAML, a line for each key, as SpeechBrain's `parse_arguments` gives.
+
+    Returns
+    -------
+    Adapted
+
+    Example
+    -------
+    >>> run.__name__  # runs in `speechbrain-mifuse adapt`
+    'run'
+    """
+    import speechbrain as sb
+
+    from speechbrain_mifuse.pipeline import read_hparams
+    from speechbrain_mifuse.recogniser_files import read_about
+
+    about = read_about(source)
+    folder = Path(output_folder or Path("results") / "adapted" / Path(wav_folder).resolve().name)
+    settings = {**source_settings(source, about), **teacher_settings(teacher, source, about["labels"])}
+    settings |= {"data_folder": str(Path(wav_folder).resolve()), "output_folder": str(folder), "method": METHOD}
+    served = settings.pop("teacher_recogniser", None)
+    given = {line.split(":")[0].strip() for line in overrides.splitlines()}
+    lines = [f"{key}: {as_yaml(value)}" for key, value in settings.items() if key not in given]
+    overrides = "\n".join([*lines, overrides]).strip()
+    hparams = {**read_hparams(RECIPE, overrides), "teacher_recogniser": served}
+    method = trained_method(hparams)
+    hook = sys.excepthook
+    sb.create_experiment_directory(hparams["output_folder"], RECIPE, overrides, save_env_desc=False)
+    sys.excepthook = hook
+    run_recipe(hparams, [*TEACHERS, method], run_opts)
+    folder = Path(hparams["output_folder"])
+    verdict = judged(folder, method, hparams["labels"])
+    return Adapted(folder / method / "recogniser", json.loads((folder / method / "results.json").read_text()), verdict)
+
+
+def as_yaml(value) -> str:
+    """Write a value for a line of overrides.
+
+    Parameters
+    ----------
+    value
+        Of JSON's types, or a path; text that begins with a tag of SpeechBrain's YAML stays one.
+
+    Returns
+    -------
+    str
+        YAML.
+
+    Example
+    -------
+    >>> as_yaml([1, 2]), as_yaml("a: b"), as_yaml("!include:lalm/openai.yaml")
+    ('[1, 2]', '"a: b"', '!include:lalm/openai.yaml')
+    """
+    tagged = isinstance(value, str) and value.startswith("!")
+    return value if tagged else json.dumps(value, default=str, ensure_ascii=False)
+
+
+def source_settings(folder: str | Path, about: Mapping) -> dict:
+    """Take the settings of a run from the recogniser that it starts from.
+
+    Parameters
+    ----------
+    folder : str or pathlib.Path
+        The recogniser's.
+    about : mapping
+        What it says of itself.
+
+    Returns
+    -------
+    dict
+        Values of the recipe's keys.
+
+    Example
+    -------
+    >>> source_settings("/nowhere", {"labels": []})
+    Traceback (most recent call last):
+    ...
+    speechbrain_mifuse.registry.RegistryError: /nowhere/hyperparams.yaml: cannot be read as YAML ...
+    """
+    values = plain_values(Path(folder) / "hyperparams.yaml")
+    encoder = values["encoder"]
+    layers = encoder["layers"]
+    if layers is None:
+        raise UserError(
+            f"{folder}: its encoder was trained along with it, and adaptation needs frames that stay the same. Start "
+            "from a recogniser with stored features."
+        )
+    return {
+        "source_recogniser": str(Path(folder).resolve()),
+        "source": corpus_of(folder, about),
+        "labels": list(about["labels"]),
+        "encoder": encoder["source"],
+        "encoder_layers": layers,
+        "layer": layers[0] if len(layers) == 1 else None,
+        "trim_db": values["trim_db"],
+        "frame_average": values["frame_average"],
+        "speaker_norm": values.get("speaker_norm", "none"),
+    }
+
+
+def teacher_settings(teacher: str | Path, source: str | Path, labels: list) -> dict:
+    """Say how the teacher is reached.
+
+    Parameters
+    ----------
+    teacher : str or pathlib.Path
+        URL or folder.
+    source : str or pathlib.Path
+        Folder of the source.
+    labels : list of str
+        The source's.
+
+    Returns
+    -------
+    dict
+        Values of the recipe's keys, and `teacher_recogniser` for a folder.
+
+    Raises
+    ------
+    UserError
+        If it is neither, is the source itself, or knows other classes.
+
+    Example
+    -------
+    >>> teacher_settings("http://127.0.0.1:8000/v1", "source", ["angry"])
+    {'lalm_base_url': 'http://127.0.0.1:8000/v1'}
+    """
+    from speechbrain_mifuse.recogniser_files import read_about, recogniser_digest
+
+    if str(teacher).startswith(("http://", "https://")):
+        return {"lalm_base_url": str(teacher)}
+    if not Path(teacher).is_dir():
+        raise UserError(f"--teacher: {teacher} is neither a base URL (https://HOST/v1) nor the folder of a recogniser.")
+    about = read_about(teacher)
+    if recogniser_digest(teacher) == recogniser_digest(source):
+        raise UserError(f"--teacher: {teacher} is the source itself, which has nothing to add. Name another one.")
+    if set(about["labels"]) != set(labels):
+        raise UserError(
+            f"--teacher: {teacher} knows {', '.join(about['labels'])}, and the source {', '.join(labels)}. "
+            "Both must know the same classes."
+        )
+    return {"teacher_recogniser": Path(teacher), "teacher": corpus_of(teacher, about)}
+
+
+def corpus_of(folder: str | Path, about: Mapping) -> str:
+    """Name what a recogniser was trained on.
+
+    Parameters
+    ----------
+    folder : str or pathlib.Path
+        The recogniser's.
+    about : mapping
+        What it says of itself.
+
+    Returns
+    -------
+    str
+        The corpus; for a folder of an earlier version, which does not say, the folder above it.
+
+    Example
+    -------
+    >>> corpus_of("results/a/recogniser", {"corpus": "nemo"}), corpus_of("results/a/recogniser", {})
+    ('nemo', 'a')
+    """
+    return about.get("corpus", Path(folder).resolve().parent.name)
+
+
+def trained_method(hparams: Mapping) -> str:
+    """Name of the one method that is asked for, if it trains a student.
+
+    Parameters
+    ----------
+    hparams : mapping
+        The recipe's.
+
+    Returns
+    -------
+    str
+        A key of its methods.
+
+    Raises
+    ------
+    UserError
+        If there are several, or it trains nothing.
+
+    Example
+    -------
+    >>> from speechbrain_mifuse.adaptation.references import SourceOnly
+    >>> trained_method({"method": "source_only", "adaptation": {"methods": {"source_only": SourceOnly()}}})
+    Traceback (most recent call last):
+    ...
+    speechbrain_mifuse.errors.UserError: --method: name one method that trains a student, not source_only.
+    """
+    from speechbrain_mifuse.pipeline import chosen_methods
+
+    names = chosen_methods(hparams)
+    if len(names) != 1 or not hparams["adaptation"]["methods"][names[0]].trains:
+        raise UserError(f"--method: name one method that trains a student, not {', '.join(names)}.")
+    return names[0]
+
+
+def run_recipe(hparams: Mapping, names: list[str], run_opts: Mapping | None) -> None:
+    """Go through the steps of the adaptation recipe.
+
+    Parameters
+    ----------
+    hparams : mapping
+        The recipe's.
+    names : list of str
+        Methods.
+    run_opts : mapping or None
+        SpeechBrain's run options.
+
+    Example
+    -------
+    >>> run_recipe.__name__  # runs in `speechbrain-mifuse adapt`
+    'run_recipe'
+    """
+    from speechbrain_mifuse import pipeline
+    from speechbrain_mifuse.brains import adaptation
+    from speechbrain_mifuse.mifuse_recipe import dataio_prepare
+
+    hparams["prepare_target"]()
+    pipeline.require_labels(hparams, names)
+    reader = pipeline.open_reader(hparams, run_opts)
+    front = pipeline.open_front(hparams, "target", hparams["layer"], reader)
+    source = pipeline.source_recogniser(hparams, reader, run_opts)
+    answers = pipeline.ask_teacher(hparams, names, front.store, reader, run_opts)
+    for name in names:
+        datasets = dataio_prepare(hparams, hparams["adaptation"]["methods"][name], front, answers)
+        predictions = adaptation.adapt(name, hparams["adaptation"], datasets, front, source, run_opts)
+        pipeline.report(hparams, name, predictions, len(datasets["adapt"]))
+    pipeline.summary(hparams, names)
+
+
+def judged(folder: Path, method: str, labels: list) -> dict:
+    """Judge an adaptation without labels, and write what was found.
+
+    Parameters
+    ----------
+    folder : pathlib.Path
+        Of the run.
+    method : str
+        What was run beside both teachers.
+    labels : list of str
+        The classes.
+
+    Returns
+    -------
+    dict
+        As `judge` gives.
+
+    Example
+    -------
+    >>> import tempfile
+    >>> folder = Path(tempfile.mkdtemp())
+    >>> for name in ("source_only", "lalm_zero_shot", "mi_fuse"):
+    ...     (folder / name).mkdir()
+    ...     _ = (folder / name / "predictions.json").write_text('{"folder-a": [0.9, 0.1], "folder-b": [0.2, 0.8]}')
+    >>> judged(folder, "mi_fuse", ["angry", "sad"])["figures"]["changed"]
+    0.0
+    """
+    import torch
+
+    from speechbrain_mifuse.corpora.manifest import atomic_write
+    from speechbrain_mifuse.evaluation.verdict import judge, told
+
+    student, source, teacher = (
+        json.loads((folder / name / "predictions.json").read_text()) for name in (method, *TEACHERS)
+    )
+    silent = [0.0] * len(labels)
+    rows = [[said.get(key, silent) for key in student] for said in (student, source, teacher)]
+    verdict = judge(*(torch.tensor(said) for said in rows), labels)
+    atomic_write(folder / "verdict.json", json.dumps(verdict, indent=1))
+    atomic_write(folder / "verdict.md", told(verdict))
+    return verdict

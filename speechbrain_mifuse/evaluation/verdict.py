@@ -1,0 +1,272 @@
+"""What can be said of an adaptation without a label: agreement, spread over the classes, certainty, and warnings.
+
+All of it is weak evidence. None of these scores is known to agree with the accuracy on the target; they can show that
+something went wrong, and never that it went right. Ours, no paper's: the thresholds are round numbers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import torch
+
+from speechbrain_mifuse.adaptation.selection import criteria
+from speechbrain_mifuse.adaptation.uncertainty import entropy
+
+# Recordings below which shares say little.
+FEW = 50
+# Share of recordings that the teacher should have answered.
+ANSWERED = 0.8
+# Cohen's kappa of two teachers that hardly share anything.
+UNRELATED = 0.1
+# Share of answers that changed: more than most, and next to none.
+MOST, NONE = 0.65, 0.01
+# A class is lost when the student gives it to fewer than the first, though a teacher gives it to more than the second.
+LOST, HEARD = 0.01, 0.05
+# One class for nearly everything.
+ONE_CLASS = 0.8
+# Mean entropy, of the greatest possible, from which answers mean next to nothing.
+UNDECIDED = 0.9
+
+CAVEAT = (
+    "Scores without labels are weak signs: they can show that something went wrong, never that the adaptation helped. "
+    "To know, label some of the recordings in a labels.csv and run again: those speakers are then scored."
+)
+
+
+def judge(student: torch.Tensor, source: torch.Tensor, teacher: torch.Tensor, labels: Sequence[str]) -> dict:
+    """Compare a student with both of its teachers on recordings without labels.
+
+    Parameters
+    ----------
+    student, source, teacher : torch.Tensor
+        `[N, C]`, probabilities after adaptation, before it, and of the language model (mean of its answers; an all-zero
+        row is no answer).
+    labels : sequence of str
+        Class names.
+
+    Returns
+    -------
+    dict
+        Of JSON's types: `figures`, `warnings` (sentences) and `caveat`. Shares are in [0, 1]; agreement with chance
+        taken out is Cohen's kappa; `snd`, `information_maximisation` and `entropy` are those of the recipes' results.
+
+    Example
+    -------
+    >>> source = torch.eye(4).repeat(20, 1) * 0.7 + 0.075
+    >>> found = judge(torch.tensor([[0.9, 0.1, 0.0, 0.0]]).repeat(80, 1), source, source, ["a", "b", "c", "d"])
+    >>> print(found["warnings"][-1])
+    100 % of the recordings are 'a' for the student: it may have collapsed to one class.
+    """
+    said = teacher.sum(1) > 0
+    chosen = {"student": student.argmax(1), "source": source.argmax(1), "teacher": teacher.argmax(1)}
+    figures = {
+        "recordings": len(student),
+        "answered_by_teacher": float(said.double().mean()),
+        "changed": float((chosen["student"] != chosen["source"]).double().mean()),
+        "agreement": {
+            "student_source": kappa(chosen["student"], chosen["source"], len(labels)),
+            "student_teacher": kappa(chosen["student"][said], chosen["teacher"][said], len(labels)),
+            "source_teacher": kappa(chosen["source"][said], chosen["teacher"][said], len(labels)),
+        },
+        "class_shares": {
+            "student": shares(chosen["student"], labels),
+            "source": shares(chosen["source"], labels),
+            "teacher": shares(chosen["teacher"][said], labels),
+        },
+        "certainty": 1 - float(entropy(student).mean()) / float(torch.tensor(len(labels)).log()),
+    }
+    if len(student) > 1:
+        figures["criteria"] = {"student": criteria(student), "source": criteria(source)}
+    return {"figures": figures, "warnings": warnings(figures), "caveat": CAVEAT}
+
+
+def warnings(figures: Mapping) -> list[str]:
+    """Say what may have gone wrong.
+
+    SND and the other criteria of selection give none: on the open transfers SND fell in most runs that helped.
+
+    Parameters
+    ----------
+    figures : mapping
+        As `judge` gives.
+
+    Returns
+    -------
+    list of str
+        A sentence each.
+
+    Example
+    -------
+    >>> alike = {"student_source": 0.5, "student_teacher": 0.5, "source_teacher": 0.3}
+    >>> even = {"class_shares": {who: {"a": 0.5, "b": 0.5} for who in ("student", "source", "teacher")}}
+    >>> fine = {"recordings": 99, "answered_by_teacher": 1.0, "changed": 0.3, "agreement": alike, "certainty": 0.5}
+    >>> warnings({**fine, **even}), len(warnings({**fine, **even, "changed": 0.9, "recordings": 9}))
+    ([], 2)
+    """
+    agreement, changed = figures["agreement"], figures["changed"]
+    found = [
+        (
+            figures["recordings"] < FEW,
+            f"Only {figures['recordings']} recordings: shares and agreement below say little.",
+        ),
+        (
+            figures["answered_by_teacher"] < ANSWERED,
+            f"The teacher answered {100 * figures['answered_by_teacher']:.0f} % of the recordings; the others were "
+            "adapted to without it.",
+        ),
+        (
+            agreement["source_teacher"] < UNRELATED,
+            f"Source and teacher hardly agree more than by chance (kappa {agreement['source_teacher']:.2f}): one of "
+            "them may be of no use on these recordings.",
+        ),
+        *[
+            (
+                agreement[f"student_{who}"] < agreement["source_teacher"],
+                f"The student agrees with the {who} (kappa {agreement[f'student_{who}']:.2f}) less than its two "
+                f"teachers do with each other ({agreement['source_teacher']:.2f}): it may have gone astray.",
+            )
+            for who in ("source", "teacher")
+        ],
+        (
+            changed > MOST,
+            f"{100 * changed:.0f} % of the answers changed, and nothing here tells whether for the better.",
+        ),
+        (changed < NONE, f"{100 * changed:.0f} % of the answers changed: adaptation did next to nothing."),
+        (figures["certainty"] < 1 - UNDECIDED, "The student is nearly undecided about everything."),
+    ]
+    return [told for true, told in found if true] + collapse(figures["class_shares"])
+
+
+def collapse(class_shares: Mapping[str, Mapping[str, float]]) -> list[str]:
+    """Say which classes the student lost, and whether one took nearly everything.
+
+    Parameters
+    ----------
+    class_shares : mapping
+        Share of each class by who says so.
+
+    Returns
+    -------
+    list of str
+        A sentence each.
+
+    Example
+    -------
+    >>> collapse({"student": {"a": 1.0, "b": 0.0}, "source": {"a": 0.9, "b": 0.1}, "teacher": {"a": 0.9, "b": 0.1}})
+    ["The student never says 'b', which a teacher gives to 10 % ...", "100 % of the recordings are 'a' for the ..."]
+    """
+    found = []
+    student, teachers = class_shares["student"], (class_shares["source"], class_shares["teacher"])
+    for label, share in student.items():
+        heard = max(teacher[label] for teacher in teachers)
+        if share < LOST and heard > HEARD:
+            seldom = "never" if share == 0 else "hardly ever"
+            found.append(f"The student {seldom} says '{label}', which a teacher gives to {100 * heard:.0f} % of them.")
+    largest = max(student, key=student.get)
+    if student[largest] > ONE_CLASS and student[largest] > max(max(teacher.values()) for teacher in teachers):
+        share = 100 * student[largest]
+        found.append(
+            f"{share:.0f} % of the recordings are '{largest}' for the student: it may have collapsed to one class."
+        )
+    return found
+
+
+def kappa(one: torch.Tensor, other: torch.Tensor, n_classes: int) -> float:
+    """Cohen's kappa: agreement of two raters with what chance gives taken out.
+
+    Parameters
+    ----------
+    one, other : torch.Tensor
+        `[N]`, classes.
+    n_classes : int
+        C.
+
+    Returns
+    -------
+    float
+        1 for full agreement, 0 for that of chance; 0 without any recording, 1 where both always say the same one class.
+
+    Example
+    -------
+    >>> kappa(torch.tensor([0, 0, 1, 1]), torch.tensor([0, 0, 1, 0]), 2)
+    0.5
+    """
+    if len(one) == 0:
+        return 0.0
+    marginals = [torch.bincount(rater, minlength=n_classes).double() / len(one) for rater in (one, other)]
+    chance = float(marginals[0] @ marginals[1])
+    agreed = float((one == other).double().mean())
+    return 1.0 if chance == 1 else (agreed - chance) / (1 - chance)
+
+
+def shares(chosen: torch.Tensor, labels: Sequence[str]) -> dict[str, float]:
+    """Share of each class.
+
+    Parameters
+    ----------
+    chosen : torch.Tensor
+        `[N]`, classes.
+    labels : sequence of str
+        Their names.
+
+    Returns
+    -------
+    dict of str to float
+        All 0 without any recording.
+
+    Example
+    -------
+    >>> shares(torch.tensor([0, 0, 1, 0]), ["a", "b"])
+    {'a': 0.75, 'b': 0.25}
+    """
+    counts = torch.bincount(chosen, minlength=len(labels)).double() / max(len(chosen), 1)
+    return dict(zip(labels, counts.tolist(), strict=True))
+
+
+def told(verdict: Mapping) -> str:
+    """Put a verdict into words.
+
+    Parameters
+    ----------
+    verdict : mapping
+        As `judge` gives.
+
+    Returns
+    -------
+    str
+        Markdown.
+
+    Example
+    -------
+    >>> probs = torch.eye(4).repeat(20, 1) * 0.7 + 0.075
+    >>> print(told(judge(probs, probs, probs.roll(1, 1), ["a", "b", "c", "d"])))
+    # Signs without labels
+    <BLANKLINE>
+    80 recordings; the teacher answered 100 %; 0 % of the source's answers changed.
+    ...
+    Signs that something went wrong:
+    - Source and teacher hardly agree more than by chance (kappa -0.33): ...
+    - 0 % of the answers changed: adaptation did next to nothing.
+    ...
+    """
+    figures, found = verdict["figures"], verdict["warnings"]
+    agreement, by = figures["agreement"], figures["class_shares"]
+    lines = [
+        "# Signs without labels",
+        "",
+        f"{figures['recordings']} recordings; the teacher answered {100 * figures['answered_by_teacher']:.0f} %; "
+        f"{100 * figures['changed']:.0f} % of the source's answers changed.",
+        f"Agreement beyond chance (kappa): student with source {agreement['student_source']:.2f}, student with teacher "
+        f"{agreement['student_teacher']:.2f}, source with teacher {agreement['source_teacher']:.2f}.",
+        "",
+        f"| share of | {' | '.join(by['student'])} |",
+        f"|---|{'---|' * len(by['student'])}",
+        *(f"| {who} | {' | '.join(f'{100 * share:.0f} %' for share in row.values())} |" for who, row in by.items()),
+        "",
+        "Signs that something went wrong:" if found else "No warning sign. That is no proof that it helped.",
+        *(f"- {line}" for line in found),
+        "",
+        verdict["caveat"],
+    ]
+    return "\n".join(lines) + "\n"

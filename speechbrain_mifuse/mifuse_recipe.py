@@ -1,0 +1,1 @@
+../recipes/RAVDESS/mifuse/train.py

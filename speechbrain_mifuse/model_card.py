@@ -1,0 +1,278 @@
+"""Model cards of recognisers: who trained what on what, how well it does, and what it is no good for.
+
+Every number comes from the result files that the card is made of; what they do not say, the card does not.
+"""
+
+from __future__ import annotations
+
+import ast
+import re
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+
+from speechbrain_mifuse import corpora
+
+# What an encoder is called in results, where its flag does not say.
+ENCODERS = {"demo": "Whisper tiny.en (trained for English speech recognition)"}
+
+CARD = """---
+library_name: speechbrain
+pipeline_tag: audio-classification
+tags: [speech-emotion-recognition, speechbrain, speechbrain-mifuse]
+license: other
+---
+
+# {title}
+
+{what}
+
+```python
+from speechbrain_mifuse.inference import EmotionRecognizer
+
+recogniser = EmotionRecognizer.from_hparams("path/to/this/folder")
+label, probabilities = recogniser.classify_file("recording.wav")
+```
+
+`speechbrain-mifuse predict --source path/to/this/folder RECORDINGS` does the same for files and folders.
+Answers: {labels}.
+
+## Training
+
+{training}
+
+## How well it does
+
+{scores}
+
+{calibration}
+
+## Limits
+
+{limits}
+
+## Intended use
+
+Research on speech emotion recognition, and a first look at one's own recordings. Not for decisions about people: not
+for hiring, policing, border control, medical diagnosis, insurance, or watching pupils and employees.
+
+## Licence of the recordings it learned from
+
+{licences}
+
+Written by speechbrain-mifuse {version}.
+"""
+LIMITS = (
+    "It tells how speech sounds, not what a person feels: people label the same recording differently.",
+    "It knows the classes above and no other. Speech that is none of them gets one of them all the same; a threshold "
+    "(`abstain_below`) leaves out what it is unsure of.",
+    "Other languages, microphones, ages, or spontaneous in place of acted speech cost accuracy; by how much is not "
+    "known before some of it is labelled and counted.",
+    "Groups of speakers may fare differently; whoever uses it has to check that for theirs.",
+)
+
+
+def trained_card(about: Mapping) -> str:
+    """Write the card of a classifier that was trained with labels.
+
+    Parameters
+    ----------
+    about : mapping
+        What goes to its `about.json`: `labels`, and if known `corpus`, `encoder`, `counts`, `validation`.
+
+    Returns
+    -------
+    str
+        Markdown.
+
+    Example
+    -------
+    >>> print(trained_card({"labels": ["angry", "sad"], "corpus": "ravdess", "code_version": "0"}))
+    ---
+    ...
+    # Speech emotion recogniser: ravdess
+    ...
+    - ravdess: Licence: CC BY-NC-SA 4.0.
+    ...
+    """
+    corpus = about.get("corpus", "a corpus that is not recorded here")
+    counts = ", ".join(f"{count} {label}" for label, count in (about.get("counts") or {}).items())
+    training = [f"Trained with labels on {corpus}{f' ({counts})' if counts else ''}, speakers apart from those below."]
+    training += [f"Encoder: {about['encoder']}."] if "encoder" in about else []
+    validation = about.get("validation") or {}
+    scored = "Not scored."
+    if "UA" in validation:
+        scored = (
+            f"Held-out speakers of {corpus}: {scores_told(validation)}, {validation['n']} recordings. "
+            "Speech of another corpus is harder."
+        )
+    fitted = "fitted on the same held-out speakers, so the probabilities are calibrated for speech like theirs"
+    return CARD.format(
+        title=f"Speech emotion recogniser: {corpus}",
+        what=f"A classifier of emotions in speech, trained on {corpus}.",
+        labels=", ".join(about["labels"]),
+        training=" ".join(training),
+        scores=scored,
+        calibration=calibration_told(about, fitted),
+        limits=bullets(LIMITS),
+        licences=bullets(licence_told(name) for name in [about.get("corpus")] if name),
+        version=about["code_version"],
+    )
+
+
+def adapted_card(about: Mapping, record: Mapping) -> str:
+    """Write the card of a student that was adapted to a target.
+
+    Parameters
+    ----------
+    about : mapping
+        Its `about.json`.
+    record : mapping
+        Its `results.json`.
+
+    Returns
+    -------
+    str
+        Markdown.
+
+    Example
+    -------
+    >>> record = {"method": "mi_fuse", "source": "nemo", "target": "folder", "teacher": "emodb", "encoder": "toy",
+    ...           "n_train": 9, "n_test": 9, "seed": 1, "protocol": "4 classes", "selection": "last step", "UA": None}
+    >>> print(adapted_card({"labels": ["angry", "sad"], "code_version": "0", "temperature": 1.0}, record))
+    ---
+    ...
+    # Speech emotion recogniser: nemo adapted to folder
+    ...
+    Not scored: the recordings it was adapted to have no labels. Nothing is known of how well it does.
+    ...
+    """
+    source, target, teacher = (record[role] for role in ("source", "target", "teacher"))
+    labelled = record["method"] == "oracle"
+    training = (
+        f"Started from a classifier of {source} and adapted with the method `{record['method']}` to "
+        f"{record['n_train']} recordings of {target}, {'WITH' if labelled else 'without'} their labels; teacher: "
+        f"{teacher}. Seed {record['seed']}; kept: {record['selection']}. Encoder: {record['encoder']}."
+    )
+    scored = "Not scored: the recordings it was adapted to have no labels. Nothing is known of how well it does."
+    if record["UA"] is not None:
+        scored = f"{target}: {scores_told(record)}, {record['n_test']} recordings. Protocol: {record['protocol']}."
+    fitted = (
+        "fitted without labels, to the mean of what both teachers say of the adaptation recordings: no calibration in "
+        "the strict sense"
+    )
+    limits = [
+        *LIMITS,
+        f"It was adapted to one kind of recordings ({target}) and may be worse than its source on others.",
+    ]
+    return CARD.format(
+        title=f"Speech emotion recogniser: {source} adapted to {target}",
+        what=f"A classifier of emotions in speech, trained on {source} and then adapted to {target}.",
+        labels=", ".join(about["labels"]),
+        training=training,
+        scores=scored,
+        calibration=calibration_told(about, fitted),
+        limits=bullets(limits),
+        licences=bullets(licence_told(name) for name in dict.fromkeys([source, teacher, target])),
+        version=about["code_version"],
+    )
+
+
+def scores_told(record: Mapping) -> str:
+    """Say UA with its interval, and WA.
+
+    Parameters
+    ----------
+    record : mapping
+        `UA`, `WA` and, if known, `ci95`, in [0, 1].
+
+    Returns
+    -------
+    str
+        In percent.
+
+    Example
+    -------
+    >>> scores_told({"UA": 0.5, "WA": 0.6, "ci95": [0.4, 0.65]})
+    'UA 50.0 % (95 % interval over speakers 40.0 to 65.0), WA 60.0 %'
+    """
+    interval = ""
+    if record.get("ci95"):
+        low, high = (100 * bound for bound in record["ci95"])
+        interval = f" (95 % interval over speakers {low:.1f} to {high:.1f})"
+    return f"UA {100 * record['UA']:.1f} %{interval}, WA {100 * record['WA']:.1f} %"
+
+
+def calibration_told(about: Mapping, fitted: str) -> str:
+    """Say what the probabilities are worth.
+
+    Parameters
+    ----------
+    about : mapping
+        `temperature`.
+    fitted : str
+        How it was found, where it is not 1.
+
+    Returns
+    -------
+    str
+        A sentence.
+
+    Example
+    -------
+    >>> calibration_told({}, "guessed")
+    'Probabilities are not calibrated (temperature 1): use their order, not their size.'
+    """
+    temperature = about.get("temperature", 1.0)
+    if temperature == 1.0:
+        return "Probabilities are not calibrated (temperature 1): use their order, not their size."
+    return f"Probabilities are taken at temperature {temperature:g}, {fitted}."
+
+
+def licence_told(name: str) -> str:
+    """Say what is known of a corpus's licence: the sentence about it at the head of its module.
+
+    Parameters
+    ----------
+    name : str
+        Of the corpus, as recipes call it.
+
+    Returns
+    -------
+    str
+        One line.
+
+    Example
+    -------
+    >>> licence_told("nemo")
+    'nemo: Licence: CC BY-NC-SA 4.0.'
+    >>> licence_told("some-model")
+    'some-model: no corpus of this package; ask whoever gave it to you.'
+    """
+    folder = Path(corpora.__file__).parent
+    for module in (folder / f"{name}.py", folder / f"{name.rpartition('_')[0]}.py"):
+        if re.fullmatch(r"\w+", module.stem) and module.is_file():
+            head = ast.get_docstring(ast.parse(module.read_text(encoding="utf-8"))) or ""
+            told = [part for part in re.split(r"(?<=\.)\s+", head) if "licence" in part.lower()]
+            return f"{name}: {' '.join(told[0].split())}" if told else f"{name}: recordings of the user's own."
+    return f"{name}: no corpus of this package; ask whoever gave it to you."
+
+
+def bullets(lines: Iterable[str]) -> str:
+    r"""Format a list.
+
+    Parameters
+    ----------
+    lines : iterable of str
+        Its entries.
+
+    Returns
+    -------
+    str
+        Markdown; says so when there is none.
+
+    Example
+    -------
+    >>> bullets(["a", "b"])
+    '- a\n- b'
+    """
+    return "\n".join(f"- {line}" for line in lines) or "- not recorded"

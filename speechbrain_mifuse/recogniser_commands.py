@@ -1,0 +1,416 @@
+"""The commands `speechbrain-mifuse predict ...` and `speechbrain-mifuse adapt ...`."""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import csv
+import io
+import json
+import sys
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+
+from speechbrain_mifuse.errors import UserError, stopped_by_ctrl_c
+
+# In place of a label where the answer is below the threshold, or nothing is to be heard.
+UNSURE = "unsure"
+
+
+def add_predict(commands) -> None:
+    """Add the command `predict`.
+
+    Parameters
+    ----------
+    commands : argparse action
+        As `ArgumentParser.add_subparsers` gives.
+
+    Example
+    -------
+    >>> parser = argparse.ArgumentParser()
+    >>> add_predict(parser.add_subparsers())
+    >>> parser.parse_args(["predict", "a.wav", "--source", "recogniser"]).paths
+    [PosixPath('a.wav')]
+    """
+    predict = commands.add_parser(
+        "predict",
+        help="recognise the emotion of recordings",
+        description="Recognises the emotion of recordings: one line of file, emotion and probability for each, or a "
+        "table with all probabilities. A file that cannot be read is named and passed over; status 1 if none could be "
+        "read.",
+    )
+    predict.add_argument("paths", nargs="+", type=Path, metavar="FILE_OR_FOLDER", help="recordings, or folders of them")
+    predict.add_argument("--source", required=True, help="folder of a recogniser, as a recipe or `adapt` writes it")
+    instead = predict.add_mutually_exclusive_group()
+    instead.add_argument("--csv", type=Path, metavar="FILE", help="write a table there in place of the lines")
+    instead.add_argument("--json", type=Path, metavar="FILE", help="write JSON there in place of the lines")
+    predict.add_argument("--device", metavar="NAME", help="as cpu or cuda:0 (default: a GPU if there is one)")
+    predict.add_argument(
+        "--precision", choices=("fp32", "bf16"), default="fp32", help="of the encoder; bf16 is for GPUs (default: fp32)"
+    )
+    predict.add_argument("--window_s", type=float, metavar="S", help="answer over time, in windows of so many seconds")
+    predict.add_argument("--hop_s", type=float, metavar="S", help="seconds between windows (default: half a window)")
+    predict.add_argument(
+        "--abstain_below", type=float, metavar="P", help=f"answers of a smaller probability are called '{UNSURE}'"
+    )
+    predict.set_defaults(run=run_predict)
+
+
+def add_adapt(commands) -> None:
+    """Add the command `adapt`.
+
+    Parameters
+    ----------
+    commands : argparse action
+        As `ArgumentParser.add_subparsers` gives.
+
+    Example
+    -------
+    >>> parser = argparse.ArgumentParser()
+    >>> add_adapt(parser.add_subparsers())
+    >>> parser.parse_args(["adapt", "--source", "a", "--teacher", "b", "recordings"]).wav_folder
+    PosixPath('recordings')
+    """
+    adapt = commands.add_parser(
+        "adapt",
+        help="adapt a recogniser to a folder of unlabelled recordings",
+        usage="%(prog)s --source FOLDER --teacher URL_OR_FOLDER WAV_FOLDER [--output_folder DIR] [FLAGS OF THE RECIPE]",
+        description="Adapts a recogniser to your own recordings without labels, exports the adapted one, and says what "
+        "can be said of it without labels. It is the Folder recipe (hparams/rav2folder.yaml), whose keys are flags "
+        "here too, as --lalm_model or --number_of_steps. What is done is skipped: the same command goes on after a "
+        "stop. The key of an API comes from OPENAI_API_KEY.",
+        allow_abbrev=False,
+    )
+    adapt.add_argument("wav_folder", type=Path, metavar="WAV_FOLDER", help="recordings, at any depth")
+    adapt.add_argument("--source", required=True, metavar="FOLDER", help="recogniser to start from")
+    adapt.add_argument(
+        "--teacher", required=True, metavar="URL_OR_FOLDER", help="API that hears audio, or another recogniser's folder"
+    )
+    adapt.add_argument("--output_folder", metavar="DIR", help="default: results/adapted/NAME OF WAV_FOLDER")
+    adapt.set_defaults(run=run_adapt, recipe_flags=True)
+
+
+def run_predict(options: argparse.Namespace) -> None:
+    """Recognise recordings and print or write what was found.
+
+    Parameters
+    ----------
+    options : argparse.Namespace
+        As `add_predict` defines.
+
+    Raises
+    ------
+    SystemExit
+        With status 1 if no recording could be read.
+
+    Example
+    -------
+    >>> parser = argparse.ArgumentParser()
+    >>> add_predict(parser.add_subparsers())
+    >>> run_predict(parser.parse_args(["predict", "a.wav", "--source", "/nowhere"]))
+    Traceback (most recent call last):
+    ...
+    speechbrain_mifuse.recogniser_files.RecogniserError: /nowhere: no whole recogniser there. ...
+    """
+    from speechbrain_mifuse.recogniser_files import recogniser_digest
+
+    recogniser_digest(options.source)
+    recogniser = load(options)
+    table = options.csv is not None or options.json is not None
+    with contextlib.closing(
+        recogniser.classify_files(recordings(options.paths), options.window_s, options.hop_s, show_progress=table)
+    ) as answers:
+        found = list(answers if table else printed(answers))
+    unreadable = [one for one in found if one.error is not None]
+    if table:
+        write_table(options, recogniser.labels, found)
+    for one in unreadable if table else ():
+        print(f"left out: {one.error}", file=sys.stderr)
+    if table:
+        print(
+            f"{len(found) - len(unreadable)} of {len(found)} recordings: {options.csv or options.json}", file=sys.stderr
+        )
+    if len(unreadable) == len(found):
+        raise SystemExit(1)
+
+
+def load(options: argparse.Namespace):
+    """Load the recogniser on the device that is asked for.
+
+    Parameters
+    ----------
+    options : argparse.Namespace
+        `source`, `device`, `precision`, `abstain_below`.
+
+    Returns
+    -------
+    EmotionRecognizer
+
+    Raises
+    ------
+    UserError
+        If the device is not there.
+
+    Example
+    -------
+    >>> load.__name__  # runs in `speechbrain-mifuse predict`
+    'load'
+    """
+    from speechbrain_mifuse.inference import EmotionRecognizer
+
+    if options.abstain_below is not None and not 0 <= options.abstain_below <= 1:
+        raise UserError(f"--abstain_below: {options.abstain_below} is no probability from 0 to 1.")
+    run_opts = {"precision": options.precision}
+    if options.device is not None:
+        run_opts["device"] = options.device
+        require_device(options.device)
+    return EmotionRecognizer.from_hparams(options.source, run_opts=run_opts, abstain_below=options.abstain_below)
+
+
+def require_device(name: str) -> None:
+    """Refuse a device that torch cannot use here.
+
+    Parameters
+    ----------
+    name : str
+        As torch calls it.
+
+    Raises
+    ------
+    UserError
+        With torch's reason.
+
+    Example
+    -------
+    >>> require_device("cuda:99")
+    Traceback (most recent call last):
+    ...
+    speechbrain_mifuse.errors.UserError: --device: cuda:99 cannot be used here (...). Leave --device out, or pass cpu.
+    """
+    import torch
+
+    try:
+        torch.zeros(1, device=name)
+    except (RuntimeError, AssertionError) as error:
+        reason = str(error).splitlines()[0]
+        raise UserError(f"--device: {name} cannot be used here ({reason}). Leave --device out, or pass cpu.") from None
+
+
+def recordings(paths: Sequence[Path]) -> list[Path]:
+    """Put the recordings below folders in the place of these.
+
+    Parameters
+    ----------
+    paths : sequence of pathlib.Path
+        Files and folders.
+
+    Returns
+    -------
+    list of pathlib.Path
+        Files, each once, in order.
+
+    Raises
+    ------
+    UserError
+        If a folder holds no recording.
+
+    Example
+    -------
+    >>> recordings([Path("b.wav"), Path("a.wav"), Path("b.wav")])
+    [PosixPath('b.wav'), PosixPath('a.wav')]
+    """
+    from speechbrain_mifuse.inference import recordings_in
+
+    found = [file for path in paths for file in (recordings_in(path) if path.is_dir() else [path])]
+    return list(dict.fromkeys(found))
+
+
+def printed(answers: Iterable) -> Iterator:
+    r"""Print each answer as it comes: file, (start, end,) emotion, probability, separated by tabs.
+
+    Parameters
+    ----------
+    answers : iterable of Recognition
+        One per recording.
+
+    Yields
+    ------
+    Recognition
+        The same.
+
+    Example
+    -------
+    >>> from types import SimpleNamespace
+    >>> _ = list(printed([SimpleNamespace(path="a.wav", error="a.wav: cannot be read")]))
+    a.wav...none...a.wav: cannot be read
+    """
+    for one in answers:
+        if one.error is not None:
+            print(f"{one.path}\tnone\t{one.error}", flush=True)
+        elif one.timeline is None:
+            print(f"{one.path}\t{one.label or UNSURE}\t{one.probs.max():.3f}", flush=True)
+        else:
+            for part in one.timeline.segments:
+                span = f"{part.start:.2f}\t{part.end:.2f}"
+                print(f"{one.path}\t{span}\t{part.label or UNSURE}\t{part.probs.max():.3f}", flush=True)
+        yield one
+
+
+def write_table(options: argparse.Namespace, labels: Sequence[str], found: Sequence) -> None:
+    r"""Write all answers at once, so that a file is never half there.
+
+    Parameters
+    ----------
+    options : argparse.Namespace
+        `csv` or `json`.
+    labels : sequence of str
+        Classes in their order.
+    found : sequence of Recognition
+        One per recording.
+
+    Example
+    -------
+    >>> import tempfile
+    >>> path = Path(tempfile.mkdtemp()) / "found.csv"
+    >>> write_table(argparse.Namespace(csv=path, json=None), ["angry", "sad"], [])
+    >>> path.read_text()
+    'file,start,end,label,probability,angry,sad\n'
+    """
+    from speechbrain_mifuse.corpora.manifest import atomic_write
+
+    read = [one for one in found if one.error is None]
+    if options.csv is not None:
+        atomic_write(options.csv, as_csv(labels, read))
+        return
+    content = {
+        "labels": list(labels),
+        "recordings": [as_json(one, labels) for one in read],
+        "unreadable": {str(one.path): one.error for one in found if one.error is not None},
+    }
+    atomic_write(options.json, json.dumps(content, indent=1, ensure_ascii=False) + "\n")
+
+
+def as_csv(labels: Sequence[str], read: Sequence) -> str:
+    r"""Write answers as a table: a row for each recording, or for each stretch of it.
+
+    Parameters
+    ----------
+    labels : sequence of str
+        Classes.
+    read : sequence of Recognition
+        Without errors.
+
+    Returns
+    -------
+    str
+        CSV; `start` and `end` in seconds.
+
+    Example
+    -------
+    >>> as_csv(["angry"], [])
+    'file,start,end,label,probability,angry\n'
+    """
+    text = io.StringIO()
+    writer = csv.writer(text, lineterminator="\n")
+    writer.writerow(["file", "start", "end", "label", "probability", *labels])
+    for one in read:
+        for start, end, label, probs in one.timeline.segments if one.timeline else [(0.0, one.seconds, *one[1:3])]:
+            numbers = [f"{value:.4f}" for value in (probs.max(), *probs)]
+            writer.writerow([one.path, f"{start:.2f}", f"{end:.2f}", label or UNSURE, *numbers])
+    return text.getvalue()
+
+
+def as_json(one, labels: Sequence[str]) -> dict:
+    """Put an answer into JSON's types; an unsure label is `None`.
+
+    Parameters
+    ----------
+    one : Recognition
+        Without an error.
+    labels : sequence of str
+        Classes.
+
+    Returns
+    -------
+    dict
+        `file`, `seconds`, `label`, `probabilities` by class and, over time, `segments`.
+
+    Example
+    -------
+    >>> import torch
+    >>> from types import SimpleNamespace
+    >>> one = SimpleNamespace(path="a.wav", seconds=2.0, label="sad", probs=torch.tensor([0.25, 0.75]), timeline=None)
+    >>> as_json(one, ["angry", "sad"])["probabilities"]
+    {'angry': 0.25, 'sad': 0.75}
+    """
+    found = {
+        "file": str(one.path),
+        "seconds": one.seconds,
+        "label": one.label,
+        "probabilities": named(one.probs, labels),
+    }
+    if one.timeline is not None:
+        found["segments"] = [
+            {"start": part.start, "end": part.end, "label": part.label, "probabilities": named(part.probs, labels)}
+            for part in one.timeline.segments
+        ]
+    return found
+
+
+def named(probs, labels: Sequence[str]) -> dict[str, float]:
+    """Probabilities by class, with six digits.
+
+    Parameters
+    ----------
+    probs : torch.Tensor
+        `[C]`.
+    labels : sequence of str
+        Classes.
+
+    Returns
+    -------
+    dict of str to float
+
+    Example
+    -------
+    >>> import torch
+    >>> named(torch.tensor([0.5, 0.5]), ["angry", "sad"])
+    {'angry': 0.5, 'sad': 0.5}
+    """
+    return {label: round(value, 6) for label, value in zip(labels, probs.tolist(), strict=True)}
+
+
+def run_adapt(options: argparse.Namespace) -> None:
+    """Adapt a recogniser and print what came of it.
+
+    Parameters
+    ----------
+    options : argparse.Namespace
+        As `add_adapt` defines, and `flags`, those of the recipe.
+
+    Raises
+    ------
+    SystemExit
+        With status 130 after Ctrl-C.
+
+    Example
+    -------
+    >>> parser = argparse.ArgumentParser()
+    >>> add_adapt(parser.add_subparsers())
+    >>> options = parser.parse_args(["adapt", "--source", "/nowhere", "--teacher", "b", "recordings"])
+    >>> options.flags = []
+    >>> run_adapt(options)
+    Traceback (most recent call last):
+    ...
+    speechbrain_mifuse.recogniser_files.RecogniserError: /nowhere: no whole recogniser there ...
+    """
+    import speechbrain as sb
+
+    from speechbrain_mifuse.adapt import RECIPE, run
+    from speechbrain_mifuse.evaluation.verdict import told
+
+    _, run_opts, overrides = sb.parse_arguments([str(RECIPE), *options.flags])
+    with stopped_by_ctrl_c():
+        found = run(options.source, options.wav_folder, options.teacher, options.output_folder, overrides, run_opts)
+    print(f"\n{(found.recogniser.parent.parent / 'results.md').read_text()}\n{told(found.verdict)}")
+    print(f"speechbrain-mifuse predict --source {found.recogniser} FILE_OR_FOLDER")

@@ -1,0 +1,312 @@
+"""Emotion over time: overlapping windows, how much of each is speech, smoothing, and stretches of one answer."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from typing import NamedTuple
+
+import torch
+
+from speechbrain_mifuse.errors import UserError
+
+# Samples of the pieces whose loudness is compared (25 ms at 16 kHz).
+PIECE = 400
+
+
+class Segment(NamedTuple):
+    """A stretch of a recording with one answer.
+
+    `label` is `None` where nothing is to be heard (`probs` is all zero) or the answer is unsure.
+    """
+
+    start: float
+    end: float
+    label: str | None
+    probs: torch.Tensor
+
+
+class Timeline(NamedTuple):
+    """What was recognised over time: `segments` one after the other; `label` and `probs` of the whole recording."""
+
+    segments: list[Segment]
+    label: str | None
+    probs: torch.Tensor
+
+
+class Windowing(NamedTuple):
+    """How a recording is cut: seconds of a window, between two starts, and of smoothing to each side.
+
+    Example
+    -------
+    >>> Windowing.of(4.0)
+    Windowing(window_s=4.0, hop_s=2.0, smooth_s=4.0)
+    """
+
+    window_s: float
+    hop_s: float
+    smooth_s: float
+
+    @classmethod
+    def of(cls, window_s: float, hop_s: float | None = None, smooth_s: float | None = None) -> Windowing:
+        """Fill in what is not given, and check the rest.
+
+        Parameters
+        ----------
+        window_s : float
+            Seconds of a window.
+        hop_s : float, optional
+            Seconds between two starts; half a window by default.
+        smooth_s : float, optional
+            How far smoothing reaches; a window by default, 0 for none.
+
+        Returns
+        -------
+        Windowing
+
+        Raises
+        ------
+        UserError
+            If a value cannot be used.
+        """
+        hop_s = window_s / 2 if hop_s is None else hop_s
+        smooth_s = window_s if smooth_s is None else smooth_s
+        if not window_s > 0:
+            raise UserError(f"window_s: {window_s} is no length of a window; give seconds above 0.")
+        if not 0 < hop_s <= window_s:
+            raise UserError(f"hop_s: {hop_s} must be above 0 and at most window_s ({window_s}), or speech is left out.")
+        if not smooth_s >= 0:
+            raise UserError(f"smooth_s: {smooth_s} must be 0 or more seconds.")
+        return cls(float(window_s), float(hop_s), float(smooth_s))
+
+
+def window_starts(samples: int, window: int, hop: int) -> list[int]:
+    """Where windows begin: every `hop`, and one more that ends with the recording.
+
+    Parameters
+    ----------
+    samples, window, hop : int
+        Lengths.
+
+    Returns
+    -------
+    list of int
+        At least one; nothing of the recording is left out.
+
+    Example
+    -------
+    >>> window_starts(10, 4, 2), window_starts(11, 4, 2), window_starts(3, 4, 2)
+    ([0, 2, 4, 6], [0, 2, 4, 6, 7], [0])
+    """
+    if samples <= window:
+        return [0]
+    starts = list(range(0, samples - window + 1, hop))
+    return starts if starts[-1] + window == samples else [*starts, samples - window]
+
+
+def loud_share(wave: torch.Tensor, loudest: float, threshold_db: float | None) -> float:
+    """Share of a window that is not silence.
+
+    Parameters
+    ----------
+    wave : torch.Tensor
+        `[samples]`.
+    loudest : float
+        Greatest mean square of a piece of 25 ms in the whole recording.
+    threshold_db : float or None
+        Pieces so much below it are silence; `None` counts everything.
+
+    Returns
+    -------
+    float
+        In [0, 1].
+
+    Example
+    -------
+    >>> loud_share(torch.cat([torch.zeros(800), torch.ones(800)]), 1.0, 40.0)
+    0.5
+    """
+    if threshold_db is None:
+        return 1.0
+    return float((piece_powers(wave) > loudest * 10 ** (-threshold_db / 10)).float().mean())
+
+
+def piece_powers(wave: torch.Tensor) -> torch.Tensor:
+    """Mean square of every 25 ms.
+
+    Parameters
+    ----------
+    wave : torch.Tensor
+        `[samples]`, at least one.
+
+    Returns
+    -------
+    torch.Tensor
+        `[pieces]`; a recording shorter than a piece is one, and a rest at the end takes no part.
+
+    Example
+    -------
+    >>> piece_powers(torch.cat([torch.zeros(400), torch.ones(450)])).tolist()
+    [0.0, 1.0]
+    """
+    whole = len(wave) // PIECE * PIECE
+    pieces = wave[:whole].view(-1, PIECE) if whole else wave[None]
+    return pieces.square().mean(1)
+
+
+def smoothed(probs: torch.Tensor, weights: torch.Tensor, centres: torch.Tensor, reach: float) -> torch.Tensor:
+    """Average each window with its neighbours, the nearer and the more speech in it the more.
+
+    `p'_i = sum_j k_ij w_j p_j / sum_j k_ij w_j` with `k_ij = max(0, 1 - |t_i - t_j| / reach)`.
+
+    Parameters
+    ----------
+    probs : torch.Tensor
+        `[N, C]`.
+    weights : torch.Tensor
+        `[N]`, share of speech.
+    centres : torch.Tensor
+        `[N]`, seconds, ascending.
+    reach : float
+        Seconds; 0 smooths nothing.
+
+    Returns
+    -------
+    torch.Tensor
+        `[N, C]`; all zero where there is no speech.
+
+    Example
+    -------
+    >>> probs = torch.tensor([[1.0, 0.0], [0.0, 1.0], [1.0, 0.0]])
+    >>> smoothed(probs, torch.ones(3), torch.tensor([0.0, 1.0, 2.0]), 2.0)[1].tolist()
+    [0.5, 0.5]
+    """
+    found = torch.zeros_like(probs)
+    first = torch.searchsorted(centres, centres - reach)
+    last = torch.searchsorted(centres, centres + reach, right=True)
+    for i in torch.nonzero(weights > 0).flatten().tolist():
+        near = slice(int(first[i]), int(last[i]))
+        distance = (centres[near] - centres[i]).abs()
+        kernel = (1 - distance / reach).clamp(min=0) if reach else torch.ones_like(distance)
+        share = kernel * weights[near]
+        found[i] = share @ probs[near] / share.sum()
+    return found
+
+
+def stretches(centres: torch.Tensor, seconds: float, labels: Sequence, probs: torch.Tensor) -> list[Segment]:
+    """Put windows with the same answer together; each window stands for the time nearest to its centre.
+
+    Parameters
+    ----------
+    centres : torch.Tensor
+        `[N]`, seconds, ascending.
+    seconds : float
+        Length of the recording.
+    labels : sequence of str or None
+        Answer of each window.
+    probs : torch.Tensor
+        `[N, C]`.
+
+    Returns
+    -------
+    list of Segment
+        From 0 to the end without a gap; `probs` is the mean over the time.
+
+    Example
+    -------
+    >>> probs = torch.tensor([[0.9, 0.1], [0.7, 0.3], [0.2, 0.8]])
+    >>> found = stretches(torch.tensor([1.0, 2.0, 3.0]), 4.0, ["angry", "angry", "sad"], probs)
+    >>> [(part.start, part.end, part.label) for part in found]
+    [(0.0, 2.5, 'angry'), (2.5, 4.0, 'sad')]
+    """
+    edges = [0.0, *((centres[1:] + centres[:-1]) / 2).tolist(), float(seconds)]
+    found: list[Segment] = []
+    for label, row, start, end in zip(labels, probs, edges[:-1], edges[1:], strict=True):
+        before = found[-1] if found else None
+        if before is None or before.label != label or bool(before.probs.any()) != bool(row.any()):
+            found.append(Segment(start, end, label, row))
+            continue
+        share = (end - start) / (end - before.start)
+        found[-1] = before._replace(end=end, probs=(1 - share) * before.probs + share * row)
+    return found
+
+
+def heard_windows(chunks: Iterable, window: int, hop: int) -> Iterator[tuple[int, torch.Tensor]]:
+    """Gather chunks of any size to what was heard last, every `hop` samples.
+
+    Parameters
+    ----------
+    chunks : iterable of array or torch.Tensor
+        `[samples]` each, floating point, mono.
+    window : int
+        Samples to keep.
+    hop : int
+        Samples between two updates.
+
+    Yields
+    ------
+    end : int
+        Samples heard so far.
+    wave : torch.Tensor
+        The last `window` of them, or all while there are fewer; at the end of the chunks, what is left.
+
+    Raises
+    ------
+    UserError
+        If a chunk is no mono waveform in floating point, or not finite.
+
+    Example
+    -------
+    >>> chunks = [torch.ones(3), torch.ones(4)]
+    >>> [(end, len(wave)) for end, wave in heard_windows(chunks, window=4, hop=2)]
+    [(2, 2), (4, 4), (6, 4), (7, 4)]
+    """
+    kept, end, due = torch.empty(0), 0, hop
+    for number, chunk in enumerate(chunks):
+        rest = checked_chunk(chunk, number)
+        while len(rest):
+            taken, rest = rest[: due - end], rest[due - end :]
+            kept = torch.cat([kept, taken])[-window:]
+            end += len(taken)
+            if end == due:
+                yield end, kept
+                due += hop
+    if end > due - hop:
+        yield end, kept
+
+
+def checked_chunk(chunk, number: int) -> torch.Tensor:
+    """Take a chunk as a tensor.
+
+    Parameters
+    ----------
+    chunk : array or torch.Tensor
+        `[samples]`.
+    number : int
+        For the message.
+
+    Returns
+    -------
+    torch.Tensor
+        `[samples]`, float32.
+
+    Raises
+    ------
+    UserError
+        If it cannot be used.
+
+    Example
+    -------
+    >>> checked_chunk(torch.zeros(4, dtype=torch.int16), 3)
+    Traceback (most recent call last):
+    ...
+    speechbrain_mifuse.errors.UserError: chunk 3: torch.int16 [4] is no mono waveform [samples] in floating point ...
+    """
+    wave = torch.as_tensor(chunk)
+    if wave.dim() != 1 or not wave.is_floating_point():
+        raise UserError(
+            f"chunk {number}: {wave.dtype} {list(wave.shape)} is no mono waveform [samples] in floating point with "
+            "full scale 1.0. Average the channels, and divide 16-bit samples by 32768."
+        )
+    if not torch.isfinite(wave).all():
+        raise UserError(f"chunk {number}: holds NaN or infinite samples.")
+    return wave.float()
