@@ -17,6 +17,7 @@ RATIOS = {
     "mifuse_step": {"step_ratio"},
     "memory": {"rss_ratio"},
     "recognise": {"bare_encoder_ratio", "real_time_ratio"},
+    "zero_shot": {"one_at_a_time_ratio", "texts_every_time_ratio"},
 }
 # What may be zero or less: growth, and what a collection under faults must not lose, ask again, or get wrong.
 MAY_BE_NONE = {"growth_mb", "asked_again_of_stored", "asked_again_per_kill", "lost_replies_per_kill", "wrong"}
