@@ -5,11 +5,11 @@ RUN = $(VENV)/bin/python
 # Threads that wait for a busy core by sleeping: spinning makes a shared machine many times slower.
 export OMP_WAIT_POLICY = passive
 
-.PHONY: demo test table ablations skew norms sensitivity adapter zsfuse bench clean
+.PHONY: demo test table ablations skew norms sensitivity adapter zsfuse bench docs clean
 
 $(VENV)/.installed: pyproject.toml
 	$(PYTHON) -m venv $(VENV)
-	$(RUN) -m pip install --quiet -e ".[demo,test,bench]"
+	$(RUN) -m pip install --quiet -e ".[demo,test,bench,docs]"
 	touch $@
 
 demo: $(VENV)/.installed
@@ -64,5 +64,9 @@ zsfuse: $(VENV)/.installed
 bench: $(VENV)/.installed
 	for name in epoch mifuse_step memory collect collect_faults label_store adapter zero_shot recognise; do $(RUN) benchmarks/run.py $$name --json docs/results/speed/$$name.json; done
 
+# The documentation site, in site/.
+docs: $(VENV)/.installed
+	NO_MKDOCS_2_WARNING=1 $(RUN) -m mkdocs build --strict
+
 clean:
-	rm -rf $(VENV) results
+	rm -rf $(VENV) results site

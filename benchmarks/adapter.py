@@ -8,8 +8,8 @@ the encoder got it, silence trimmed; `whole_recordings` counts the recordings as
 - Stored: frames of 80 ms, as IEMOCAP's recipe stores them.
 - Inside: the demo encoder at each clip's true length and no deeper than its layer, run without gradients in every step.
 
-`bf16` is the stored side with SpeechBrain's run option `--precision bf16`. `coarse` has frames of 320 ms, as the recipes
-of the open corpora store them.
+`bf16` is the stored side with SpeechBrain's run option `--precision bf16`. `coarse` has frames of 320 ms, as the open
+corpora's recipes store them.
 Data: a random sample of nEMO if `MIFUSE_CORPORA` is set, else noise of 1 to 3 s.
 """
 
