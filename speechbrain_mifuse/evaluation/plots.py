@@ -61,9 +61,7 @@ def plot_confusion(path: str | Path, counts: torch.Tensor, labels: Sequence[str]
     save_figure(figure, path)
 
 
-def plot_grid(
-    path: str | Path, values: np.ndarray, rows: Sequence[str], columns: Sequence[str], title: str
-) -> None:
+def plot_grid(path: str | Path, values: np.ndarray, rows: Sequence[str], columns: Sequence[str], title: str) -> None:
     """Draw a table of numbers, each cell shaded by its value.
 
     Parameters
