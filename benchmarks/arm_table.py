@@ -3,7 +3,8 @@
     python benchmarks/arm_table.py adapter results/adapter_ravdess results/adapter_nemo results/adapter_emodb
     python benchmarks/arm_table.py zsfuse results/zsfuse_ravdess results/zsfuse_nemo results/zsfuse_emodb
 
-Writes `NAME.csv` and `NAME.md`, by default to docs/results.
+Writes `NAME.csv` and `NAME.md`, by default to docs/results; for zsfuse also the grids of repeats
+(`zsfuse_amplification.md`, and a heat map for each corpus).
 """
 
 from __future__ import annotations
@@ -58,7 +59,19 @@ def write_table(name: str, folders: Sequence[Path], seeds: Sequence[int], target
     text = "\n".join([table.markdown(), *(f"{line}\n" for line in told)])
     write_csv(target / f"{name}.csv", records, COLUMNS)
     atomic_write(target / f"{name}.md", text)
+    collect_grids(name, folders, target)
     return text
+
+
+def collect_grids(name: str, folders: Sequence[Path], target: Path) -> None:
+    """Bring the corpora's grids of repeats together, where the recipe wrote any."""
+    grids = {folder.name: folder / "amplification.md" for folder in folders}
+    found = {corpus: path for corpus, path in grids.items() if path.exists()}
+    for corpus, path in found.items():
+        atomic_write(target / f"{name}_amplification_{corpus}.png", path.with_suffix(".png").read_bytes())
+    if found:
+        parts = [f"## {corpus}\n\n{path.read_text().strip()}\n" for corpus, path in found.items()]
+        atomic_write(target / f"{name}_amplification.md", "\n".join(parts))
 
 
 def amount(record: dict) -> float:

@@ -428,6 +428,7 @@ def write_record(
         **scored,
         "n_train": n_train,
         "steps": steps,
+        "finetuning_steps": hparams["finetuning_steps"],
         "selection": "last step of a fixed number, nothing is selected",
         "labels": list(hparams["labels"]),
         "confusion": counts.tolist(),

@@ -11,7 +11,7 @@ from speechbrain_mifuse.evaluation.aggregate import Table, bootstrap, unweighted
 
 COLUMNS = ("corpus", "fold", "seed", "labels_per_class", "arm", "UA", "WA", "macro_F1")
 # What all records of a table must agree in.
-SHARED = ("corpus", "encoder", "speaker_norm", "protocol", "pretraining_audio", "scores_from", "labels", "steps")
+SHARED = ("corpus", "encoder", "speaker_norm", "protocol", "pretraining_audio", "scores_from", "labels", "finetuning_steps")
 # What is said of a record that has it.
 SENTENCES = {
     "pretraining_audio": "Adapters pretrained, without labels, on {}.",
@@ -193,7 +193,7 @@ def arm_protocol(records: Sequence[Mapping]) -> str:
         f"Encoder: {first['encoder']}.",
         *(text.format(first[key]) for key, text in SENTENCES.items() if first.get(key)),
         f"Speaker normalisation: {norm}." if norm != "none" else "",
-        f"Fine-tuning: {first['steps']} steps; {first['selection']}.",
+        f"Fine-tuning: {told_steps(records)} steps; {first['selection']}.",
         "Intervals and paired differences: bootstrap over test speakers and seeds.",
         f"Code {first['code_version']}.",
     ]
@@ -202,3 +202,25 @@ def arm_protocol(records: Sequence[Mapping]) -> str:
 
 def _many(number: int, noun: str) -> str:
     return f"{number} {noun}" + "s" * (number != 1)
+
+
+def told_steps(records: Sequence[Mapping]) -> str:
+    """Say how many optimiser steps were made: an epoch that was begun is finished, so folds may differ by some.
+
+    Parameters
+    ----------
+    records : sequence of mapping
+        With `steps`.
+
+    Returns
+    -------
+    str
+        One number, or the least and the greatest.
+
+    Example
+    -------
+    >>> told_steps([{"steps": 301}, {"steps": 300}])
+    '300 to 301'
+    """
+    made = sorted({record["steps"] for record in records})
+    return f"{made[0]}" if len(made) == 1 else f"{made[0]} to {made[-1]}"

@@ -542,7 +542,7 @@ def test_the_table_pools_the_folds_and_pairs_the_differences():
     with pytest.raises(UserError, match="no result of arm scratch, seed 1, fold 1"):
         pooled_counts(records[1:], list(better))
     with pytest.raises(UserError, match="other settings"):
-        pooled_counts([*records[1:], {**records[0], "steps": 6}], list(better))
+        pooled_counts([*records[1:], {**records[0], "finetuning_steps": 6}], list(better))
 
 
 def test_prosody_of_a_recording_is_finite_however_short_and_tells_pitch():
