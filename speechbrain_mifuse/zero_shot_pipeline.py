@@ -26,7 +26,7 @@ from speechbrain_mifuse.pipeline import known_ones, load_hparams, open_reader, s
 from speechbrain_mifuse.zero_shot.audio_text import AudioTextModel
 from speechbrain_mifuse.zero_shot.own_dual_encoder import load_dual_encoder, open_alm
 from speechbrain_mifuse.zero_shot.prompts import read_prompts
-from speechbrain_mifuse.zero_shot.scorer import amplification_grid
+from speechbrain_mifuse.zero_shot.scorer import amplification_grid, normalise_scores
 
 # The value of --alm that trains our own dual encoder on other corpora than the target.
 OWN = "dual_encoder"
@@ -337,8 +337,9 @@ def fusion_run(hparams: Mapping, fold: int, seed: int, labels_per_class: int | s
 def amplification_report(hparams: Mapping, tables: Mapping[int, Mapping[Amplification, ScoreTable]]) -> str:
     """Write the whole grid of repeats: zero-shot UA with its difference to (1, 1), as Markdown, JSON and a heat map.
 
-    No training takes part, so every utterance of the target is scored; classes that the model does not know count as
-    missed.
+    Repeats shift the scores of some classes against others', so the same is told of standardised scores: what is left
+    then is what the model hears better. No training takes part, so every utterance of the target is scored; classes
+    that the model does not know count as missed.
 
     Parameters
     ----------
@@ -362,24 +363,78 @@ def amplification_report(hparams: Mapping, tables: Mapping[int, Mapping[Amplific
     for path in target_manifests(hparams):
         rows |= read_manifest(path.with_name(path.name.replace("_unlabelled", "")))
     pairs = list(next(iter(tables.values())))
-    found = {pair: amplified(pair, tables, rows) for pair in pairs}
-    lines = ["| audio repeats N | text repeats M | zero-shot UA % | above the first row |", "|---|---|---|---|"]
+    even = {seed: {pair: standardised(table) for pair, table in found.items()} for seed, found in tables.items()}
+    found = {pair: (amplified(pair, tables, rows), amplified(pair, even, rows)) for pair in pairs}
+    lines = ["| N | M | zero-shot UA % | above the first row | standardised UA % | above the first row |"]
+    lines.append("|---" * 6 + "|")
     for pair in pairs:
-        drawn, base = found[pair], found[pairs[0]]
-        low, high = np.percentile(drawn[1:] - base[1:], [2.5, 97.5])
-        difference = "" if pair == pairs[0] else f"{drawn[0] - base[0]:+.1f} ({low:+.1f} to {high:+.1f})"
-        lines.append(f"| {pair[0]} | {pair[1]} | {drawn[0]:.1f} | {difference} |")
+        sides = zip(found[pair], found[pairs[0]], strict=True)
+        cells = [f"{drawn[0]:.1f} | {'' if pair == pairs[0] else above(drawn, first)}" for drawn, first in sides]
+        lines.append(f"| {pair[0]} | {pair[1]} | {' | '.join(cells)} |")
     speakers = len({row["speaker"] for row in rows.values()})
-    told = f"Mean over {len(tables)} seeds of the model; intervals: bootstrap over {speakers} speakers, paired."
+    told = f"Mean over {len(tables)} seeds of the model; intervals: bootstrap over {speakers} speakers, paired. N, M: "
+    told += (
+        "repeats of the audio, of the texts. Standardised: each class's scores over these recordings, without labels."
+    )
     text = "\n".join([*lines, "", f"{len(rows)} utterances, {len(hparams['labels'])} classes. {told}", ""])
     atomic_write(folder / "amplification.md", text)
-    figures = [{"audio_repeats": n, "text_repeats": m, "UA": found[n, m][0] / 100} for n, m in pairs]
+    figures = [
+        {"audio_repeats": n, "text_repeats": m, "UA": raw[0] / 100, "standardised_UA": evened[0] / 100}
+        for (n, m), (raw, evened) in found.items()
+    ]
     atomic_write(folder / "amplification.json", json.dumps(figures, indent=1))
     audio, texts = (sorted({pair[place] for pair in pairs}) for place in (0, 1))
-    grid = np.array([[found[n, m][0] for m in texts] for n in audio])
+    grid = np.array([[found[n, m][0][0] for m in texts] for n in audio])
     names = [f"N = {n}" for n in audio], [f"M = {m}" for m in texts]
     plot_grid(folder / "amplification.png", grid, *names, f"{hparams['source']}: zero-shot UA %")
     return text
+
+
+def above(drawn: np.ndarray, first: np.ndarray) -> str:
+    """Difference of two draws with its paired 95 % interval.
+
+    Parameters
+    ----------
+    drawn, first : numpy.ndarray
+        As `amplified` gives.
+
+    Returns
+    -------
+    str
+        Text of a cell.
+
+    Example
+    -------
+    >>> above(np.array([52.0, 51.0, 51.0]), np.array([50.0, 50.0, 50.0]))
+    '+2.0 (+1.0 to +1.0)'
+    """
+    low, high = np.percentile(drawn[1:] - first[1:], [2.5, 97.5])
+    return f"{drawn[0] - first[0]:+.1f} ({low:+.1f} to {high:+.1f})"
+
+
+def standardised(table: ScoreTable) -> ScoreTable:
+    """Standardise each class's scores over all utterances of the table, without labels (transductive).
+
+    Parameters
+    ----------
+    table : ScoreTable
+        Scores.
+
+    Returns
+    -------
+    ScoreTable
+        The same, of mean 0 and deviation 1 for each class.
+
+    Example
+    -------
+    >>> import torch
+    >>> table = ScoreTable(("sad",), {"t-a": torch.tensor([1.0]), "t-b": torch.tensor([3.0])})
+    >>> standardised(table).of(["t-a", "t-b"]).flatten().tolist()
+    [-1.0, 1.0]
+    """
+    keys = list(table.values)
+    scores = table.of(keys)
+    return replace(table, values=dict(zip(keys, normalise_scores(scores, scores), strict=True)))
 
 
 def amplified(pair: Amplification, tables: Mapping, rows: Mapping[str, Mapping]) -> np.ndarray:

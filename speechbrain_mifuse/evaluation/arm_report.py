@@ -11,7 +11,16 @@ from speechbrain_mifuse.evaluation.aggregate import Table, bootstrap, unweighted
 
 COLUMNS = ("corpus", "fold", "seed", "labels_per_class", "arm", "UA", "WA", "macro_F1")
 # What all records of a table must agree in.
-SHARED = ("corpus", "encoder", "speaker_norm", "protocol", "pretraining_audio", "scores_from", "labels", "finetuning_steps")
+SHARED = (
+    "corpus",
+    "encoder",
+    "speaker_norm",
+    "protocol",
+    "pretraining_audio",
+    "scores_from",
+    "labels",
+    "finetuning_steps",
+)
 # What is said of a record that has it.
 SENTENCES = {
     "pretraining_audio": "Adapters pretrained, without labels, on {}.",
