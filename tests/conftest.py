@@ -1,6 +1,7 @@
 """What tests of several folders share: small corpora, a tiny encoder, and stored frames that can be learned from."""
 
 import hashlib
+import logging
 import os
 from pathlib import Path
 
@@ -57,3 +58,13 @@ def filled_store(tmp_path):
         return store
 
     return fill
+
+
+@pytest.fixture(autouse=True, scope="module")
+def logging_as_before():
+    """Take back what a file's tests did to the root logger: SpeechBrain's experiments add handlers of their own."""
+    root = logging.getLogger()
+    handlers, level = list(root.handlers), root.level
+    yield
+    root.handlers[:] = handlers
+    root.setLevel(level)
