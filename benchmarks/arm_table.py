@@ -36,21 +36,23 @@ def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("name", choices=ARMS)
     parser.add_argument("folders", nargs="+", type=Path, help="output folders of the recipes, one for each corpus")
-    parser.add_argument("--seeds", default="1-3", help="as 1-3")
+    parser.add_argument("--seeds", help="as 1-3; all that were run by default")
     parser.add_argument("--table", type=Path, default=ROOT / "docs" / "results", help="folder of the table")
     chosen = parser.parse_args(arguments)
     with one_clear_error():
-        print(write_table(chosen.name, chosen.folders, parse_seeds(chosen.seeds), chosen.table))
+        seeds = parse_seeds(chosen.seeds) if chosen.seeds else None
+        print(write_table(chosen.name, chosen.folders, seeds, chosen.table))
 
 
-def write_table(name: str, folders: Sequence[Path], seeds: Sequence[int], target: Path) -> str:
+def write_table(name: str, folders: Sequence[Path], seeds: Sequence[int] | None, target: Path) -> str:
     """Write CSV and Markdown; give the latter."""
     records, told = [], []
     for folder in folders:
         found = [json.loads(path.read_text()) for path in sorted(folder.glob(RECORDS))]
-        found = [record for record in found if record["seed"] in seeds and record["arm"] in ARMS[name]]
+        found = [record for record in found if record["arm"] in ARMS[name]]
+        found = [record for record in found if seeds is None or record["seed"] in seeds]
         if not found:
-            raise UserError(f"{folder}: no results of seeds {list(seeds)}. Run the recipe first.")
+            raise UserError(f"{folder}: no results{f' of seeds {list(seeds)}' if seeds else ''}. Run the recipe first.")
         found.sort(key=lambda record: (amount(record), record["fold"], record["seed"], ARMS[name].index(record["arm"])))
         records += found
         told.append(f"{found[0]['corpus']}: {arm_protocol(found)}")

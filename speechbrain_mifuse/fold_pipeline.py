@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import functools
-import hashlib
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import torch
-from speechbrain.utils.distributed import run_on_main
 
 from speechbrain_mifuse.brains.adapter import pretrain
 from speechbrain_mifuse.brains.arms import Run
@@ -17,9 +15,8 @@ from speechbrain_mifuse.corpora.folds import fold_folder
 from speechbrain_mifuse.corpora.manifest import atomic_write, unlabelled
 from speechbrain_mifuse.evaluation.aggregate import write_csv
 from speechbrain_mifuse.evaluation.arm_report import COLUMNS, arm_protocol, arm_table
-from speechbrain_mifuse.features import cache_folder
 from speechbrain_mifuse.features.dataset import encoded_rows
-from speechbrain_mifuse.features.extract import FrameReader, extract, open_store
+from speechbrain_mifuse.features.extract import FrameReader, fill_store
 from speechbrain_mifuse.features.front import StoredFrames
 from speechbrain_mifuse.features.prosody import ProsodyReader
 from speechbrain_mifuse.features.speakers import chosen_norm
@@ -52,6 +49,42 @@ def chosen_among(value, known: Sequence, flag: str) -> list:
     if isinstance(value, str) and value == "all":
         return list(known)
     return known_ones(value, known, flag)
+
+
+def chosen_parts(hparams: Mapping, arms: Mapping) -> tuple[list[str], list[int], list[int | str]]:
+    """Read which part of a comparison is asked for.
+
+    Parameters
+    ----------
+    hparams : mapping
+        `arm`, `fold`, `folds`, `labels_per_class`.
+    arms : mapping
+        Known arms, by name.
+
+    Returns
+    -------
+    names : list of str
+        Arms.
+    folds : list of int
+        Numbers of folds, from 1.
+    amounts : list of int or str
+        Labels per class: numbers, or `all`.
+
+    Raises
+    ------
+    UserError
+        If an arm or a fold is unknown.
+
+    Example
+    -------
+    >>> hparams = {"arm": "scratch", "fold": "all", "folds": [["01"], ["02"]], "labels_per_class": 20}
+    >>> chosen_parts(hparams, {"scratch": None})
+    (['scratch'], [1, 2], [20])
+    """
+    names = chosen_among(hparams["arm"], list(arms), "--arm")
+    folds = chosen_among(hparams["fold"], list(range(1, len(hparams["folds"]) + 1)), "--fold")
+    amounts = hparams["labels_per_class"]
+    return names, folds, amounts if isinstance(amounts, list) else [amounts]
 
 
 def fold_front(hparams: Mapping, fold: int, reader: FrameReader) -> StoredFrames:
@@ -177,11 +210,7 @@ def stored_prosody(hparams: Mapping, manifests: Sequence[Path]) -> dict[str, tor
     'stored_prosody'
     """
     reader = ProsodyReader(hparams["trim_db"])
-    base = Path(hparams["feature_folder"] or cache_folder() / "features")
-    digest = hashlib.sha256(json.dumps(reader.fingerprint(), sort_keys=True).encode()).hexdigest()[:8]
-    folder = base / f"{hparams['source']}-prosody-{digest}"
-    run_on_main(extract, kwargs={"manifests": manifests, "reader": reader, "folder": folder})
-    store = open_store(folder, reader)
+    store = fill_store(f"{hparams['source']}-prosody", manifests, reader, hparams["feature_folder"])
     rows = {key for path in manifests for key in encoded_rows(path, store)}
     return {key: torch.from_numpy(store.frames(key)).float().flatten() for key in rows}
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import hashlib
 import json
 import logging
 from collections.abc import Collection, Mapping, Sequence
@@ -30,10 +29,9 @@ from speechbrain_mifuse.corpora.manifest import (
 from speechbrain_mifuse.errors import UserError
 from speechbrain_mifuse.evaluation.report import write_report
 from speechbrain_mifuse.evaluation.results import evaluate, labelled, score_snapshots, side_by_side, write_results
-from speechbrain_mifuse.features import cache_folder
 from speechbrain_mifuse.features.dataset import encoded_rows
 from speechbrain_mifuse.features.encoder import FrozenEncoder
-from speechbrain_mifuse.features.extract import FrameReader, extract, open_store
+from speechbrain_mifuse.features.extract import FrameReader, fill_store
 from speechbrain_mifuse.features.front import FinetunedEncoder, StoredFrames
 from speechbrain_mifuse.features.speakers import chosen_norm, speaker_offsets
 from speechbrain_mifuse.features.store import FeatureStore
@@ -224,12 +222,7 @@ def store_frames(hparams: Mapping, role: str, reader: FrameReader) -> FeatureSto
     'store_frames'
     """
     manifests = sorted(Path(hparams[f"{role}_manifests"]).glob("*_unlabelled.json"))
-    # The name tells settings apart, so that trying another encoder or layer does not run into the first one's store.
-    digest = hashlib.sha256(json.dumps(reader.fingerprint(), sort_keys=True).encode()).hexdigest()[:8]
-    base = Path(hparams["feature_folder"] or cache_folder() / "features")
-    folder = base / f"{hparams[role]}-{digest}"
-    run_on_main(extract, kwargs={"manifests": manifests, "reader": reader, "folder": folder})
-    return open_store(folder, reader)
+    return fill_store(hparams[role], manifests, reader, hparams["feature_folder"])
 
 
 def open_front(hparams: Mapping, role: str, layer: int | None, reader: FrameReader) -> StoredFrames:
@@ -548,8 +541,7 @@ def zero_shot_samples(hparams: Mapping, keys: Sequence[str]) -> Samples:
         )
     model, k = open_alm(hparams["teacher_alm"]), hparams["lalm_samples"]
     manifests = [unlabelled(f"{hparams['target_manifests']}/{split}.json") for split in ("adapt", "test")]
-    base = Path(hparams["feature_folder"] or cache_folder() / "features")
-    store = embed_manifests(model, manifests, 1, base, hparams["target"])
+    store = embed_manifests(model, manifests, 1, hparams["feature_folder"], hparams["target"])
     reference = list(encoded_rows(manifests[0], store))
     given = (model, store, keys, read_prompts(hparams["teacher_prompts"]), hparams["labels"], k, hparams["seed"])
     probs = teacher_samples(*given, reference)

@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import torch
-from safetensors.torch import load_file, save
+from safetensors.torch import save
 from speechbrain.utils.parameter_transfer import Pretrainer
 
 from speechbrain_mifuse import __version__
@@ -18,6 +18,7 @@ from speechbrain_mifuse.errors import UserError
 from speechbrain_mifuse.features.store import difference
 from speechbrain_mifuse.model_card import adapted_card, trained_card
 from speechbrain_mifuse.nnet.classifier import EmotionClassifier
+from speechbrain_mifuse.nnet.weights import load_all_weights
 
 # What two stores must share for a classifier of the one to read the other.
 DECISIVE = ("encoder", "dim", "trim_db", "frame_average", "preprocessing_version", "speaker_norm")
@@ -114,10 +115,7 @@ def load_weights(module: torch.nn.Module, path: str | Path, end_of_epoch: bool =
     ...
     speechbrain_mifuse.recogniser_files.RecogniserError: missing.safetensors: cannot be loaded ...
     """
-    try:
-        module.load_state_dict(load_file(str(path)))
-    except Exception as error:
-        raise RecogniserError(f"{path}: cannot be loaded ({error}). Export the recogniser again.") from None
+    load_all_weights(module, path, RecogniserError, "Export the recogniser again.")
 
 
 def export_recogniser(

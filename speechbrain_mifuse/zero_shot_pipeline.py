@@ -17,8 +17,9 @@ from speechbrain_mifuse.brains.zs_fuse import Amplification, ScoreTable, Special
 from speechbrain_mifuse.corpora.folds import fold_folder
 from speechbrain_mifuse.corpora.manifest import atomic_write, read_manifest, unlabelled
 from speechbrain_mifuse.errors import UserError
+from speechbrain_mifuse.evaluation.aggregate import bootstrap, signed, unweighted_accuracy
 from speechbrain_mifuse.evaluation.plots import plot_grid
-from speechbrain_mifuse.features import cache_folder
+from speechbrain_mifuse.evaluation.results import counts_by_speaker
 from speechbrain_mifuse.features.extract import FrameReader
 from speechbrain_mifuse.features.front import StoredFrames
 from speechbrain_mifuse.fold_pipeline import adapter_run, fold_front
@@ -31,7 +32,6 @@ from speechbrain_mifuse.zero_shot.scorer import amplification_grid, normalise_sc
 # The value of --alm that trains our own dual encoder on other corpora than the target.
 OWN = "dual_encoder"
 ALM = ("alm", "alm_window", "alm_trust_remote_code")
-DRAWS = 2000
 
 
 def source_fronts(hparams: Mapping, reader: FrameReader) -> dict[str, StoredFrames]:
@@ -83,6 +83,8 @@ class Trained:
     def __init__(self, hparams: Mapping, seed: int, run_opts: Mapping | None = None):
         folder = Path(hparams["output_folder"]) / f"dual_encoder_{seed}"
         flags = {key: hparams[key] for key in ("data_folder", "feature_folder") if hparams[key] is not None}
+        # The splits do not depend on the seed.
+        flags["manifests"] = Path(hparams["output_folder"]) / "dual_encoder_manifests"
         flags |= {"seed": seed, "output_folder": folder, **dict(hparams["dual_encoder_flags"])}
         words = [text for key, value in flags.items() for text in (f"--{key}", str(value))]
         self.hparams = load_hparams(hparams["dual_encoder_recipe"], words)[0]
@@ -111,7 +113,7 @@ class Trained:
         """
         given = (self.hparams["dual_encoder"], self.sources, self.fronts, self.folder / "source_classifier")
         brain = train_source_classifier(*given, self.run_opts)
-        manifests = target_manifests(hparams)
+        manifests = [unlabelled(path) for path in target_manifests(hparams)]
         folder = {**self.hparams, "source": hparams["source"], "source_manifests": manifests[0].parent}
         front = StoredFrames(store_frames(folder, "source", self.reader), self.hparams["layer"])
         values = {key: value for path in manifests for key, value in classifier_scores(brain, front, path).items()}
@@ -120,7 +122,7 @@ class Trained:
 
 
 def target_manifests(hparams: Mapping) -> list[Path]:
-    """Manifests without labels that hold every utterance of the target once.
+    """Give labelled manifests that hold every utterance of the target once.
 
     Parameters
     ----------
@@ -135,9 +137,9 @@ def target_manifests(hparams: Mapping) -> list[Path]:
     Example
     -------
     >>> [path.name for path in target_manifests({"manifests": "manifests"})]
-    ['train_unlabelled.json', 'test_unlabelled.json']
+    ['train.json', 'test.json']
     """
-    return [unlabelled(fold_folder(hparams["manifests"], 1) / f"{name}.json") for name in ("train", "test")]
+    return [fold_folder(hparams["manifests"], 1) / f"{name}.json" for name in ("train", "test")]
 
 
 def score_tables(
@@ -199,10 +201,10 @@ def zero_shot_tables(hparams: Mapping, trained: Trained | None) -> dict[Amplific
     model = trained.dual_encoder() if trained else open_alm(*(hparams[key] for key in ALM))
     prompts = read_prompts(hparams["prompts"])
     labels = list(model.classes_known or hparams["labels"])
-    base = Path(hparams["feature_folder"] or cache_folder() / "features")
-    given = (model, prompts, labels, target_manifests(hparams), hparams["audio_repeats"], hparams["text_repeats"])
+    manifests = [unlabelled(path) for path in target_manifests(hparams)]
+    given = (model, prompts, labels, manifests, hparams["audio_repeats"], hparams["text_repeats"])
     tables = {}
-    for part in amplification_grid(*given, base, hparams["source"]):
+    for part in amplification_grid(*given, hparams["feature_folder"], hparams["source"]):
         pair = (part.audio_repeats, part.text_repeats)
         about = {"model": model.fingerprint(), "prompts": [list(prompts.forms), dict(prompts.words)], "repeats": pair}
         tables[pair] = ScoreTable(labels, dict(zip(part.keys, part.scores, strict=True)), about)
@@ -359,12 +361,13 @@ def amplification_report(hparams: Mapping, tables: Mapping[int, Mapping[Amplific
     'amplification_report'
     """
     folder = Path(hparams["output_folder"])
-    rows = {}
-    for path in target_manifests(hparams):
-        rows |= read_manifest(path.with_name(path.name.replace("_unlabelled", "")))
+    rows = {key: row for path in target_manifests(hparams) for key, row in read_manifest(path).items()}
+    classes = [label for label in hparams["labels"] if any(row["emo"] == label for row in rows.values())]
     pairs = list(next(iter(tables.values())))
     even = {seed: {pair: standardised(table) for pair, table in found.items()} for seed, found in tables.items()}
-    found = {pair: (amplified(pair, tables, rows), amplified(pair, even, rows)) for pair in pairs}
+    # The same draws of speakers for all: differences are paired.
+    raw, evened = (amplified(side, pairs, rows, classes) for side in (tables, even))
+    found = dict(zip(pairs, zip(raw, evened, strict=True), strict=True))
     lines = ["| N | M | zero-shot UA % | above the first row | standardised UA % | above the first row |"]
     lines.append("|---" * 6 + "|")
     for pair in pairs:
@@ -373,14 +376,12 @@ def amplification_report(hparams: Mapping, tables: Mapping[int, Mapping[Amplific
         lines.append(f"| {pair[0]} | {pair[1]} | {' | '.join(cells)} |")
     speakers = len({row["speaker"] for row in rows.values()})
     told = f"Mean over {len(tables)} seeds of the model; intervals: bootstrap over {speakers} speakers, paired. N, M: "
-    told += (
-        "repeats of the audio, of the texts. Standardised: each class's scores over these recordings, without labels."
-    )
+    told += "repeats of the audio, of the texts. Standardised: each class's scores over these recordings, no labels."
     text = "\n".join([*lines, "", f"{len(rows)} utterances, {len(hparams['labels'])} classes. {told}", ""])
     atomic_write(folder / "amplification.md", text)
     figures = [
-        {"audio_repeats": n, "text_repeats": m, "UA": raw[0] / 100, "standardised_UA": evened[0] / 100}
-        for (n, m), (raw, evened) in found.items()
+        {"audio_repeats": n, "text_repeats": m, "UA": sides[0][0] / 100, "standardised_UA": sides[1][0] / 100}
+        for (n, m), sides in found.items()
     ]
     atomic_write(folder / "amplification.json", json.dumps(figures, indent=1))
     audio, texts = (sorted({pair[place] for pair in pairs}) for place in (0, 1))
@@ -391,12 +392,12 @@ def amplification_report(hparams: Mapping, tables: Mapping[int, Mapping[Amplific
 
 
 def above(drawn: np.ndarray, first: np.ndarray) -> str:
-    """Difference of two draws with its paired 95 % interval.
+    """Tell the difference of two accuracies with its paired 95 % interval.
 
     Parameters
     ----------
     drawn, first : numpy.ndarray
-        As `amplified` gives.
+        Rows of `amplified`.
 
     Returns
     -------
@@ -408,8 +409,7 @@ def above(drawn: np.ndarray, first: np.ndarray) -> str:
     >>> above(np.array([52.0, 51.0, 51.0]), np.array([50.0, 50.0, 50.0]))
     '+2.0 (+1.0 to +1.0)'
     """
-    low, high = np.percentile(drawn[1:] - first[1:], [2.5, 97.5])
-    return f"{drawn[0] - first[0]:+.1f} ({low:+.1f} to {high:+.1f})"
+    return signed(drawn[0] - first[0], *np.percentile(drawn[1:] - first[1:], [2.5, 97.5]))
 
 
 def standardised(table: ScoreTable) -> ScoreTable:
@@ -437,75 +437,40 @@ def standardised(table: ScoreTable) -> ScoreTable:
     return replace(table, values=dict(zip(keys, normalise_scores(scores, scores), strict=True)))
 
 
-def amplified(pair: Amplification, tables: Mapping, rows: Mapping[str, Mapping]) -> np.ndarray:
-    """Zero-shot UA at one number of repeats, and its bootstrap draws over speakers.
+def amplified(
+    tables: Mapping[int, Mapping[Amplification, ScoreTable]],
+    pairs: Sequence[Amplification],
+    rows: Mapping[str, Mapping],
+    classes: Sequence[str],
+) -> np.ndarray:
+    """Zero-shot UA at each number of repeats, and its bootstrap draws over speakers.
 
     Parameters
     ----------
-    pair : tuple of int
-        N and M.
     tables : mapping of int to mapping
         As for `amplification_report`.
+    pairs : sequence of tuple of int
+        N and M.
     rows : mapping of str to mapping
-        Labelled manifest rows.
+        Labelled manifest rows; those without scores count as missed.
+    classes : sequence of str
+        C classes.
 
     Returns
     -------
     numpy.ndarray
-        `[1 + draws]`, percent, mean over seeds; the first is that of all utterances. Draws are the same for any pair.
+        `[pairs, 1 + draws]`, percent, mean over seeds; the first column is that of all utterances.
 
     Example
     -------
-    >>> rows = {"t-a": {"emo": "sad", "speaker": "s"}}
     >>> import torch
     >>> tables = {1: {(1, 1): ScoreTable(("angry", "sad"), {"t-a": torch.tensor([0.1, 0.2])})}}
-    >>> float(amplified((1, 1), tables, rows)[0])
-    100.0
+    >>> amplified(tables, [(1, 1)], {"t-a": {"emo": "sad", "speaker": "s"}}, ["sad"])[:, 0].tolist()
+    [100.0]
     """
-    dice = np.random.default_rng(0)
-    speakers = sorted({row["speaker"] for row in rows.values()})
-    chosen = [list(range(len(speakers))), *dice.integers(len(speakers), size=(DRAWS, len(speakers)))]
-    means = []
-    for by_pair in tables.values():
-        table = by_pair[pair]
-        counts = np.stack([hits(table, [k for k in rows if rows[k]["speaker"] == one], rows) for one in speakers])
-        summed = np.stack([counts[draw].sum(0) for draw in chosen])  # [1 + draws, classes, (right, all)]
-        with np.errstate(invalid="ignore"):
-            means.append(100 * np.nanmean(summed[..., 0] / summed[..., 1], axis=-1))
-    return np.mean(means, axis=0)
-
-
-def hits(table: ScoreTable, keys: Sequence[str], rows: Mapping[str, Mapping]) -> np.ndarray:
-    """Count right decisions and utterances of every class.
-
-    Parameters
-    ----------
-    table : ScoreTable
-        Scores.
-    keys : sequence of str
-        Utterances; those without scores count as missed.
-    rows : mapping of str to mapping
-        Labelled manifest rows of the whole corpus: they decide which classes there are.
-
-    Returns
-    -------
-    numpy.ndarray
-        `[classes, 2]`.
-
-    Example
-    -------
-    >>> import torch
-    >>> rows = {"t-a": {"emo": "sad"}, "t-b": {"emo": "angry"}}
-    >>> hits(ScoreTable(("angry", "sad"), {"t-a": torch.tensor([0.1, 0.2])}), list(rows), rows).tolist()
-    [[0, 1], [1, 1]]
-    """
-    classes = sorted({row["emo"] for row in rows.values()})
-    shared = [place for place, label in enumerate(table.labels) if label in classes]
-    counts = np.zeros((len(classes), 2), dtype=int)
-    for key in keys:
-        place = classes.index(rows[key]["emo"])
-        counts[place, 1] += 1
-        if key in table.values and shared:
-            decided = table.labels[shared[int(table.values[key][shared].argmax())]]
-            counts[place, 0] += decided == classes[place]
-    return counts
+    # Every seed decides about the same utterances, so the mean of their UA is that of their counts together.
+    counts = np.stack(
+        [sum(counts_by_speaker(by[pair].decisions(classes), rows, classes) for by in tables.values()) for pair in pairs]
+    )
+    drawn = bootstrap(counts[:, None], np.random.default_rng(0))  # [draws, pairs]
+    return 100 * np.column_stack([unweighted_accuracy(counts.sum(1)), drawn.T])

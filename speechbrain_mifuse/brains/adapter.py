@@ -6,7 +6,6 @@ labels.
 
 from __future__ import annotations
 
-import hashlib
 import json
 import logging
 import math
@@ -27,6 +26,7 @@ from torch.utils.data import Sampler
 
 from speechbrain_mifuse.adaptation.method import described
 from speechbrain_mifuse.brains.training import ResumableBrain, WholeCheckpointer, fit, same_settings
+from speechbrain_mifuse.corpora.manifest import file_digest
 from speechbrain_mifuse.errors import UserError
 from speechbrain_mifuse.evaluation.adapter_plots import plot_codebook, plot_layer_weights
 from speechbrain_mifuse.features.dataset import encoded_rows, frame_batches
@@ -468,7 +468,7 @@ def pretraining_settings(name: str, hparams: Mapping, manifests: Sequence[str | 
     objectives = {}
     for key, objective in hparams["pretrainings"][name].items():
         objectives |= described(key, objective)
-    digests = [hashlib.sha256(Path(path).read_bytes()).hexdigest() for path in manifests]
+    digests = [file_digest(path) for path in manifests]
     return {
         "pretraining": name,
         "seed": seed,

@@ -122,10 +122,31 @@ def arm_settings(arm: Arm, hparams: Mapping, run: Run, front, adapters: Mapping[
     FileNotFoundError: ...
     """
     found = {**shared_settings(hparams, run, front), **described("classifier", arm.classifier)}
-    if arm.adapter:
-        found |= described("network", hparams["network"])
-        found["adapter"] = None if arm.pretraining is None else adapter_digest(adapters[arm.pretraining])
-    return found
+    return {**found, **adapter_settings(arm, hparams, adapters)}
+
+
+def adapter_settings(arm: Arm, hparams: Mapping, adapters: Mapping[str, Path]) -> dict:
+    """Everything that decides an arm's adapter as it starts.
+
+    Parameters
+    ----------
+    arm, hparams, adapters
+        As for `arm_settings`.
+
+    Returns
+    -------
+    dict
+        Of JSON's types; empty without an adapter.
+
+    Example
+    -------
+    >>> adapter_settings(Arm(), {}, {})
+    {}
+    """
+    if not arm.adapter:
+        return {}
+    digest = None if arm.pretraining is None else adapter_digest(adapters[arm.pretraining])
+    return {**described("network", hparams["network"]), "adapter": digest}
 
 
 def starting_adapter(arm: Arm, hparams: Mapping, run: Run, front, adapters: Mapping[str, Path]):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import math
 import random
@@ -18,7 +17,7 @@ from speechbrain.utils.train_logger import FileTrainLogger
 from speechbrain_mifuse import __version__
 from speechbrain_mifuse.brains.classifier import ClassifierBrain, class_weights, labelled_dataset
 from speechbrain_mifuse.brains.training import WholeCheckpointer, fit, same_settings
-from speechbrain_mifuse.corpora.manifest import atomic_write
+from speechbrain_mifuse.corpora.manifest import atomic_write, file_digest
 from speechbrain_mifuse.errors import UserError
 from speechbrain_mifuse.evaluation.plots import plot_confusion
 from speechbrain_mifuse.evaluation.results import evaluate
@@ -214,7 +213,7 @@ def shared_settings(hparams: Mapping, run: Run, front) -> dict:
     ...
     FileNotFoundError: ...
     """
-    digests = [hashlib.sha256((run.manifests / f"{name}.json").read_bytes()).hexdigest() for name in ("train", "test")]
+    digests = [file_digest(path) for path in run.splits]
     found = {"manifests": digests, "seed": run.seed, "labels_per_class": run.labels_per_class}
     found |= {key: hparams[key] for key in (*DECISIVE, "labels", "class_balanced")}
     return {**found, "features": {**front.fingerprint, "layer": front.layer}}

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import logging
 from collections import Counter
@@ -16,7 +15,7 @@ from speechbrain.utils.seed import seed_everything
 from torch.nn import functional as F
 
 from speechbrain_mifuse.brains.training import ResumableBrain, WholeCheckpointer, fit, same_settings
-from speechbrain_mifuse.corpora.manifest import atomic_write
+from speechbrain_mifuse.corpora.manifest import atomic_write, file_digest
 from speechbrain_mifuse.evaluation.intervals import speaker_bootstrap
 from speechbrain_mifuse.evaluation.metrics import scores
 from speechbrain_mifuse.evaluation.results import counts_by_speaker
@@ -208,7 +207,7 @@ def classifier_settings(hparams: Mapping, front) -> dict:
     ...
     KeyError: 'train_manifest'
     """
-    manifest = hashlib.sha256(Path(hparams["train_manifest"]).read_bytes()).hexdigest()
+    manifest = file_digest(hparams["train_manifest"])
     features = front.fingerprint if hasattr(front, "store") else {"finetuned": hparams["encoder"]}
     names = ("seed", "labels", "batch_size", "learning_rate", "number_of_epochs", "class_balanced", "dropout", "layer")
     chosen = {name: hparams[name] for name in names}

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import logging
 from collections import Counter
@@ -17,7 +16,7 @@ from speechbrain.utils.seed import seed_everything
 from speechbrain_mifuse.adaptation.method import described
 from speechbrain_mifuse.brains.classifier import class_weights
 from speechbrain_mifuse.brains.training import ResumableBrain, WholeCheckpointer, fit, same_settings
-from speechbrain_mifuse.corpora.manifest import atomic_write
+from speechbrain_mifuse.corpora.manifest import atomic_write, file_digest
 from speechbrain_mifuse.errors import UserError
 from speechbrain_mifuse.evaluation.metrics import scores
 from speechbrain_mifuse.features.dataset import encoded_rows, label_index
@@ -332,9 +331,7 @@ def dual_encoder_settings(
     >>> dual_encoder_settings.__name__  # runs in `recipes/RAVDESS/dual_encoder/train.py`
     'dual_encoder_settings'
     """
-    manifests = {
-        name: hashlib.sha256(source.manifest("train").read_bytes()).hexdigest() for name, source in sources.items()
-    }
+    manifests = {name: file_digest(source.manifest("train")) for name, source in sources.items()}
     genders = {name: described("gender", source.gender)["gender"] for name, source in sources.items()}
     texts = {"forms": captions.forms, "people": captions.people, "words": captions.words}
     text = {**text_encoder.fingerprint(), "source": text_encoder.source, "max_tokens": text_encoder.max_tokens}

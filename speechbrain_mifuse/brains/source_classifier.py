@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Mapping
 from pathlib import Path
 
 import torch
-from safetensors.torch import load_file, save
+from safetensors.torch import save
 from speechbrain.dataio.dataset import DynamicItemDataset
 from speechbrain.utils.epoch_loop import EpochCounter
 from speechbrain.utils.seed import seed_everything
@@ -16,9 +15,11 @@ from speechbrain.utils.train_logger import FileTrainLogger
 from speechbrain_mifuse.brains.classifier import ClassifierBrain, class_weights
 from speechbrain_mifuse.brains.dual_encoder import Source, frames_of
 from speechbrain_mifuse.brains.training import WholeCheckpointer, fit, same_settings
-from speechbrain_mifuse.corpora.manifest import atomic_write
+from speechbrain_mifuse.corpora.manifest import atomic_write, file_digest
+from speechbrain_mifuse.errors import UserError
 from speechbrain_mifuse.features.dataset import encoded_rows, frame_batches, label_index
 from speechbrain_mifuse.nnet.classifier import EmotionClassifier
+from speechbrain_mifuse.nnet.weights import load_all_weights
 
 # Of `hparams/base/dual_encoder.yaml`: the classifier is trained as long, as fast and on as much at a time.
 DECISIVE = ("seed", "target", "labels", "batch_size", "learning_rate", "weight_decay", "number_of_epochs")
@@ -94,9 +95,7 @@ def train_source_classifier(
     'train_source_classifier'
     """
     folder, front = Path(folder), next(iter(fronts.values()))
-    digests = {
-        name: hashlib.sha256(source.manifest("train").read_bytes()).hexdigest() for name, source in sources.items()
-    }
+    digests = {name: file_digest(source.manifest("train")) for name, source in sources.items()}
     settings = {"manifests": digests, "features": frames_of(front), **{name: hparams[name] for name in DECISIVE}}
     weights = folder / "classifier.safetensors"
     trained = same_settings(folder / "settings.json", settings) and weights.exists()
@@ -119,7 +118,7 @@ def train_source_classifier(
         checkpointer=WholeCheckpointer(folder / "save", {"classifier": classifier, "counter": own["epoch_counter"]}),
     )
     if trained:
-        classifier.load_state_dict(load_file(str(weights)))
+        load_all_weights(classifier, weights, UserError, "Delete it: it is trained again.")
     else:
         fit(brain, train, "source classifier", hparams["batch_size"])
         atomic_write(weights, save({name: value.contiguous() for name, value in classifier.state_dict().items()}))

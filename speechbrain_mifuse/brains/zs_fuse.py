@@ -14,7 +14,7 @@ import torch
 from speechbrain.utils.seed import seed_everything
 
 from speechbrain_mifuse.adaptation.method import described
-from speechbrain_mifuse.brains.adapter_arms import Arm, starting_adapter
+from speechbrain_mifuse.brains.adapter_arms import Arm, adapter_settings, starting_adapter
 from speechbrain_mifuse.brains.arms import (
     FinetuningBrain,
     Run,
@@ -26,9 +26,9 @@ from speechbrain_mifuse.brains.arms import (
 )
 from speechbrain_mifuse.corpora.manifest import read_manifest, unlabelled
 from speechbrain_mifuse.errors import UserError
-from speechbrain_mifuse.evaluation.metrics import scores as metrics
+from speechbrain_mifuse.evaluation.metrics import scores_of
+from speechbrain_mifuse.evaluation.results import counts_by_speaker
 from speechbrain_mifuse.features.dataset import label_index
-from speechbrain_mifuse.nnet.adapter_files import adapter_digest
 from speechbrain_mifuse.nnet.late_fusion import LateFusion
 from speechbrain_mifuse.zero_shot.scorer import normalise_scores
 
@@ -81,6 +81,27 @@ class ScoreTable:
         if missing:
             raise UserError(f"{len(missing)} utterances have no scores, as {missing[0]}. Score the corpus again.")
         return torch.stack([self.values[key] for key in keys])
+
+    def decisions(self, classes: Sequence[str]) -> dict[str, torch.Tensor]:
+        """Arrange the scores as predictions of classes, which the highest score decides.
+
+        Parameters
+        ----------
+        classes : sequence of str
+            C classes to decide between; one that no score is for is never decided for.
+
+        Returns
+        -------
+        dict of str to torch.Tensor
+            `[C]` by utterance id, as `counts_by_speaker` takes it; empty if no score is for any of the classes.
+        """
+        places = [(place, self.labels.index(label)) for place, label in enumerate(classes) if label in self.labels]
+        if not places:
+            return {}
+        into, of = map(list, zip(*places, strict=True))
+        scores = torch.full((len(self.values), len(classes)), float("-inf"))
+        scores[:, into] = torch.stack(list(self.values.values()))[:, of]
+        return dict(zip(self.values, scores, strict=True))
 
 
 @dataclass(frozen=True)
@@ -145,39 +166,6 @@ class FusionBrain(FinetuningBrain):
         return self.modules.classifier(*self.modules.front(*batch.feats), batch.scores)
 
 
-def zero_shot_accuracy(scores: torch.Tensor, score_labels: Sequence[str], named: Sequence[str]) -> float:
-    """Unweighted accuracy of the highest score, among the classes that occur.
-
-    Parameters
-    ----------
-    scores : torch.Tensor
-        `[utterances, S]`.
-    score_labels : sequence of str
-        What the scores are for.
-    named : sequence of str
-        Reference label of each utterance; one that no score is for counts as missed.
-
-    Returns
-    -------
-    float
-        In [0, 1].
-
-    Example
-    -------
-    >>> scores = torch.tensor([[0.9, 0.1, 0.0], [0.0, 0.1, 0.9], [0.0, 0.1, 0.2]])
-    >>> zero_shot_accuracy(scores, ("angry", "bored", "sad"), ("angry", "angry", "calm"))
-    0.5
-    """
-    classes = sorted(set(named))
-    shared = [place for place, label in enumerate(score_labels) if label in classes]
-    if not shared:
-        return 0.0
-    decided = [score_labels[shared[place]] for place in scores[:, shared].argmax(-1).tolist()]
-    place = {label: number for number, label in enumerate(classes)}
-    predicted, reference = ([place[label] for label in names] for names in (decided, named))
-    return metrics(torch.tensor(predicted), torch.tensor(reference), len(classes))["UA"]
-
-
 def chosen_amplification(grid: Mapping[Amplification, ScoreTable], run: Run, labels: Sequence[str]) -> Amplification:
     """Choose the numbers of repeats whose zero-shot scores are best on the run's own labelled utterances.
 
@@ -204,33 +192,15 @@ def chosen_amplification(grid: Mapping[Amplification, ScoreTable], run: Run, lab
     """
     if len(grid) == 1:
         return next(iter(grid))
-    rows = read_manifest(run.splits[0])
-    numbered = {key: {"label": label_index(labels, row, key)} for key, row in rows.items() if key in first(grid).values}
-    keys = few_labels(numbered, run.labels_per_class, run.seed)
-    named = [rows[key]["emo"] for key in keys]
-    found = {pair: zero_shot_accuracy(table.of(keys), table.labels, named) for pair, table in grid.items()}
+    rows, scored = read_manifest(run.splits[0]), next(iter(grid.values())).values
+    numbered = {key: {"label": label_index(labels, row, key)} for key, row in rows.items() if key in scored}
+    given = {key: rows[key] for key in few_labels(numbered, run.labels_per_class, run.seed)}
+    classes = [label for label in labels if any(row["emo"] == label for row in given.values())]
+    found = {}
+    for pair, table in grid.items():
+        counts = counts_by_speaker(table.decisions(classes), given, classes)
+        found[pair] = scores_of(counts.sum(0))["UA"]
     return min(found, key=lambda pair: (-found[pair], pair[0] + pair[1], pair))
-
-
-def first(grid: Mapping):
-    """Give any value of a mapping.
-
-    Parameters
-    ----------
-    grid : mapping
-        Not empty.
-
-    Returns
-    -------
-    object
-        The first value.
-
-    Example
-    -------
-    >>> first({(1, 1): "scores"})
-    'scores'
-    """
-    return next(iter(grid.values()))
 
 
 def dealt(table: ScoreTable, splits: Sequence[Sequence[str]], seed: int) -> ScoreTable:
@@ -388,8 +358,6 @@ def fusion_settings(
     found = {**shared_settings(hparams, run, front), **described("classifier", arm.classifier)}
     specialist: Specialist = hparams["specialist"]
     found |= described("specialist", specialist.classifier)
-    if specialist.adapter:
-        found |= described("network", hparams["network"])
-        found["adapter"] = None if specialist.pretraining is None else adapter_digest(adapters[specialist.pretraining])
+    found |= adapter_settings(specialist, hparams, adapters)
     digest = hashlib.sha256(json.dumps([table.about, list(table.labels)], sort_keys=True).encode()).hexdigest()[:16]
     return {**found, "scores": digest}

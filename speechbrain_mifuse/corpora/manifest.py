@@ -133,6 +133,33 @@ def atomic_write(path: str | Path, data: str | bytes) -> None:
         raise
 
 
+def file_digest(path: str | Path) -> str:
+    """Identity of a file's content.
+
+    Parameters
+    ----------
+    path : str or pathlib.Path
+        A file that is read whole, as a manifest.
+
+    Returns
+    -------
+    str
+        SHA-256, hexadecimal.
+
+    Raises
+    ------
+    FileNotFoundError
+        If there is none.
+
+    Example
+    -------
+    >>> import os
+    >>> file_digest(os.devnull)[:8]
+    'e3b0c442'
+    """
+    return hashlib.sha256(Path(path).read_bytes()).hexdigest()
+
+
 def find_corpus(folder_name: str, marker: str, *candidates: str | Path | None) -> Path:
     """Find a corpus's own folder among the places a user may have named.
 

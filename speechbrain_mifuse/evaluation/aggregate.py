@@ -524,12 +524,29 @@ def difference_table(comparison: Comparison, baselines: Sequence[str]) -> Table 
     head = ["difference of mean UA", "mean", *(f"above {n}" + ", best baseline" * (n == best) for n in others)]
     rows = []
     for name, mean in zip(comparison.methods, comparison.means, strict=True):
-        cells = ["" if name == other else _signed(*comparison.difference(name, other)) for other in others]
+        cells = ["" if name == other else signed(*comparison.difference(name, other)) for other in others]
         rows.append([name, f"{mean:.1f}", *cells])
     return Table(head, rows)
 
 
-def _signed(value: float, low: float, high: float) -> str:
+def signed(value: float, low: float, high: float) -> str:
+    """Tell a difference with its interval.
+
+    Parameters
+    ----------
+    value, low, high : float
+        Percent points.
+
+    Returns
+    -------
+    str
+        Text of a cell.
+
+    Example
+    -------
+    >>> signed(2.0, -0.5, 4.25)
+    '+2.0 (-0.5 to +4.2)'
+    """
     return f"{value:+.1f} ({low:+.1f} to {high:+.1f})"
 
 

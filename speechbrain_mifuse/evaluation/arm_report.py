@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 
 from speechbrain_mifuse.errors import UserError
-from speechbrain_mifuse.evaluation.aggregate import Table, bootstrap, unweighted_accuracy
+from speechbrain_mifuse.evaluation.aggregate import Table, bootstrap, signed, unweighted_accuracy
 
 COLUMNS = ("corpus", "fold", "seed", "labels_per_class", "arm", "UA", "WA", "macro_F1")
 # What all records of a table must agree in.
@@ -168,7 +168,7 @@ def paired(accuracy: np.ndarray, drawn: np.ndarray, place: int, against: int) ->
     '+2.0 (+2.0 to +2.0)'
     """
     low, high = np.percentile(drawn[:, place] - drawn[:, against], [2.5, 97.5])
-    return f"{accuracy[place].mean() - accuracy[against].mean():+.1f} ({low:+.1f} to {high:+.1f})"
+    return signed(accuracy[place].mean() - accuracy[against].mean(), low, high)
 
 
 def arm_protocol(records: Sequence[Mapping]) -> str:

@@ -127,7 +127,7 @@ def counts_by_speaker(
     [[[0, 0, 0], [0, 1, 0]]]
     """
     reference = torch.tensor([label_index(labels, row, key) for key, row in rows.items()])
-    chosen = [torch.tensor(predictions[key]).argmax() if key in predictions else torch.tensor(-1) for key in rows]
+    chosen = [torch.as_tensor(predictions[key]).argmax() if key in predictions else torch.tensor(-1) for key in rows]
     speakers = [row["speaker"] for row in rows.values()]
     return speaker_counts(torch.stack(chosen), reference, speakers, len(labels))
 

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import itertools
+import json
 import logging
 import os
 from collections.abc import Iterable, Iterator, Mapping
@@ -13,9 +15,11 @@ from pathlib import Path
 import numpy as np
 import torch
 from filelock import FileLock
+from speechbrain.utils.distributed import run_on_main
 
 from speechbrain_mifuse.audio import BadAudio, content_hash, load_audio, trim_silence
 from speechbrain_mifuse.corpora.manifest import read_manifest
+from speechbrain_mifuse.features import cache_folder
 from speechbrain_mifuse.features.store import FeatureStore
 from speechbrain_mifuse.progress import progress
 
@@ -151,6 +155,48 @@ def open_store(folder: str | Path, reader: FrameReader) -> FeatureStore:
     4
     """
     return FeatureStore(folder, reader.fingerprint())
+
+
+def fill_store(
+    corpus: str, manifests: Iterable[str | Path], reader: FrameReader, base: str | Path | None = None
+) -> FeatureStore:
+    """Fill the store of a corpus's frames by one reader, in a folder that both name.
+
+    Parameters
+    ----------
+    corpus : str
+        The corpus's name.
+    manifests : iterable of str or pathlib.Path
+        Whose utterances are wanted.
+    reader : FrameReader
+        Makes the frames.
+    base : str or pathlib.Path, optional
+        Folder of all stores, the recipes' `feature_folder`; `features` in the cache folder by default.
+
+    Returns
+    -------
+    FeatureStore
+        With every readable utterance.
+
+    Raises
+    ------
+    StoreError
+        If the folder holds frames of another kind.
+
+    Example
+    -------
+    >>> import tempfile
+    >>> class Reader:
+    ...     def fingerprint(self):
+    ...         return {"layers": [1], "dim": 4}
+    >>> fill_store("toy", [], Reader(), tempfile.mkdtemp()).folder.name
+    'toy-877b9c7f'
+    """
+    # The name tells settings apart, so that trying another encoder or layer does not run into the first one's store.
+    digest = hashlib.sha256(json.dumps(reader.fingerprint(), sort_keys=True).encode()).hexdigest()[:8]
+    folder = Path(base or cache_folder() / "features") / f"{corpus}-{digest}"
+    run_on_main(extract, kwargs={"manifests": list(manifests), "reader": reader, "folder": folder})
+    return open_store(folder, reader)
 
 
 def file_stamp(path: str) -> tuple[int, int]:

@@ -8,13 +8,14 @@ from collections.abc import Mapping
 from pathlib import Path
 
 import torch
-from safetensors.torch import load_file, save
+from safetensors.torch import save
 
 from speechbrain_mifuse import __version__
 from speechbrain_mifuse.corpora.manifest import atomic_write
 from speechbrain_mifuse.errors import UserError
 from speechbrain_mifuse.features.store import difference
 from speechbrain_mifuse.nnet.wap_transformer import WAPTransformer
+from speechbrain_mifuse.nnet.weights import load_all_weights
 
 WEIGHTS, ABOUT = "adapter.safetensors", "about.json"
 # What the frames an adapter was trained on and those it is to read must share.
@@ -100,10 +101,7 @@ def load_adapter_weights(module: torch.nn.Module, path: str | Path, end_of_epoch
     ...
     speechbrain_mifuse.nnet.adapter_files.AdapterError: missing.safetensors: cannot be loaded ...
     """
-    try:
-        module.load_state_dict(load_file(str(path)))
-    except Exception as error:
-        raise AdapterError(f"{path}: cannot be loaded ({error}). Pretrain the adapter again.") from None
+    load_all_weights(module, path, AdapterError, "Pretrain the adapter again.")
 
 
 def load_adapter(folder: str | Path, features: Mapping | None = None) -> WAPTransformer:

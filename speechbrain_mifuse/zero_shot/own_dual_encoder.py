@@ -13,7 +13,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import torch
-from safetensors.torch import load_file, save
+from safetensors.torch import save
 
 from speechbrain_mifuse import __version__
 from speechbrain_mifuse.corpora.manifest import atomic_write
@@ -24,6 +24,7 @@ from speechbrain_mifuse.features.store import difference
 from speechbrain_mifuse.features.text_encoder import FrozenTextEncoder
 from speechbrain_mifuse.nnet.adapter_files import DECISIVE
 from speechbrain_mifuse.nnet.dual_encoder import DualEncoder
+from speechbrain_mifuse.nnet.weights import load_all_weights
 from speechbrain_mifuse.zero_shot.audio_text import AudioTextModel, open_audio_text_model
 from speechbrain_mifuse.zero_shot.window import known_repeats
 
@@ -324,10 +325,7 @@ def load_dual_encoder_weights(module: torch.nn.Module, path: str | Path, end_of_
     ...
     speechbrain_mifuse.zero_shot.own_dual_encoder.DualEncoderError: missing.safetensors: cannot be loaded ...
     """
-    try:
-        module.load_state_dict(load_file(str(path)))
-    except Exception as error:
-        raise DualEncoderError(f"{path}: cannot be loaded ({error}). Train the dual encoder again.") from None
+    load_all_weights(module, path, DualEncoderError, "Train the dual encoder again.")
 
 
 def refuse_other_frames(place: str | Path, found: Mapping, wanted: Mapping) -> None:

@@ -2,22 +2,19 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 import logging
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
-from speechbrain.utils.distributed import run_on_main
 from torch.nn import functional as F
 
 from speechbrain_mifuse.audio import content_hash
 from speechbrain_mifuse.corpora.manifest import read_manifest
 from speechbrain_mifuse.errors import UserError
 from speechbrain_mifuse.features.dataset import pad_frames
-from speechbrain_mifuse.features.extract import batched, extract, open_store
+from speechbrain_mifuse.features.extract import batched, fill_store
 from speechbrain_mifuse.features.store import FeatureStore, StoreError
 from speechbrain_mifuse.zero_shot.audio_text import AudioTextModel
 from speechbrain_mifuse.zero_shot.prompts import PromptSet, repeated
@@ -98,7 +95,7 @@ def embed_manifests(
     model: AudioTextModel,
     manifests: Iterable[str | Path],
     audio_repeats: int,
-    base_folder: str | Path,
+    base_folder: str | Path | None,
     corpus: str,
     stores: Mapping[int, FeatureStore] | None = None,
 ) -> FeatureStore:
@@ -112,8 +109,8 @@ def embed_manifests(
         They may overlap.
     audio_repeats : int
         N.
-    base_folder : str or pathlib.Path
-        Holds one store for each corpus, model and N; the recipes' `feature_folder`.
+    base_folder : str or pathlib.Path or None
+        As for `fill_store`; it holds one store for each corpus, model and N.
     corpus : str
         The corpus's name.
     stores : mapping of int to FeatureStore, optional
@@ -137,13 +134,11 @@ def embed_manifests(
     'embed_manifests'
     """
     reader = ReusingReader(model, audio_repeats, stores or {})
-    # Named as `pipeline.store_frames` names its stores: a model that reads frames finds those that are there.
-    digest = hashlib.sha256(json.dumps(reader.fingerprint(), sort_keys=True).encode()).hexdigest()[:8]
-    folder = Path(base_folder) / f"{corpus}-{digest}"
-    run_on_main(extract, kwargs={"manifests": list(manifests), "reader": reader, "folder": folder})
+    # Named as other stores are: a model that reads frames finds those that are there.
+    store = fill_store(corpus, manifests, reader, base_folder)
     if reader.taken_over:
         logger.info("%s: N = %d: %d heard before, not encoded again.", corpus, audio_repeats, len(reader.taken_over))
-    return open_store(folder, reader)
+    return store
 
 
 def class_vectors(model: AudioTextModel, prompts: PromptSet, labels: Sequence[str], text_repeats: int) -> torch.Tensor:
@@ -373,7 +368,7 @@ def amplification_grid(
     manifests: Iterable[str | Path],
     audio_repeats: Sequence[int],
     text_repeats: Sequence[int],
-    base_folder: str | Path,
+    base_folder: str | Path | None,
     corpus: str,
 ) -> Iterator[AmplifiedScores]:
     """Score utterances at every number of repeats of the audio (N) and of the text (M).

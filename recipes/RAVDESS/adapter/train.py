@@ -17,7 +17,7 @@ from hyperpyyaml import load_hyperpyyaml
 
 from speechbrain_mifuse.brains.adapter_arms import train_arm
 from speechbrain_mifuse.errors import one_clear_error
-from speechbrain_mifuse.fold_pipeline import adapter_run, arm_summary, chosen_among, fold_front, pretrained_adapter
+from speechbrain_mifuse.fold_pipeline import adapter_run, arm_summary, chosen_parts, fold_front, pretrained_adapter
 from speechbrain_mifuse.pipeline import open_reader
 
 if __name__ == "__main__":
@@ -26,10 +26,7 @@ if __name__ == "__main__":
         with open(hparams_file, encoding="utf-8") as file:
             hparams = load_hyperpyyaml(file, overrides)
         arms = hparams["adapter"]["arms"]
-        names = chosen_among(hparams["arm"], list(arms), "--arm")
-        folds = chosen_among(hparams["fold"], list(range(1, len(hparams["folds"]) + 1)), "--fold")
-        amounts = hparams["labels_per_class"]
-        amounts = amounts if isinstance(amounts, list) else [amounts]
+        names, folds, amounts = chosen_parts(hparams, arms)
         sb.create_experiment_directory(hparams["output_folder"], hparams_file, overrides)
         hparams["prepare"]()
         reader = open_reader(hparams, run_opts)

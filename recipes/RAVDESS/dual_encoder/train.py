@@ -14,24 +14,17 @@ import sys
 
 import speechbrain as sb
 from hyperpyyaml import load_hyperpyyaml
-from speechbrain.utils.distributed import run_on_main
 
 from speechbrain_mifuse.brains.dual_encoder import train_dual_encoder
 from speechbrain_mifuse.errors import one_clear_error
-from speechbrain_mifuse.features.front import StoredFrames
-from speechbrain_mifuse.pipeline import open_reader, store_frames
+from speechbrain_mifuse.pipeline import open_reader
+from speechbrain_mifuse.zero_shot_pipeline import source_fronts
 
 if __name__ == "__main__":
     with one_clear_error():
         hparams_file, run_opts, overrides = sb.parse_arguments(sys.argv[1:])
         with open(hparams_file, encoding="utf-8") as file:
             hparams = load_hyperpyyaml(file, overrides)
-        sources, fronts = hparams["sources"], {}
         sb.create_experiment_directory(hparams["output_folder"], hparams_file, overrides)
-        for source in sources.values():
-            run_on_main(source.prepare)
-        reader = open_reader(hparams, run_opts)
-        for name, source in sources.items():
-            corpus = {**hparams, "source": name, "source_manifests": source.manifests}
-            fronts[name] = StoredFrames(store_frames(corpus, "source", reader), hparams["layer"])
-        print(train_dual_encoder(hparams["dual_encoder"], sources, fronts, run_opts))
+        fronts = source_fronts(hparams, open_reader(hparams, run_opts))
+        print(train_dual_encoder(hparams["dual_encoder"], hparams["sources"], fronts, run_opts))

@@ -16,7 +16,7 @@ from hyperpyyaml import load_hyperpyyaml
 
 from speechbrain_mifuse.brains.zs_fuse import train_fusion_arm
 from speechbrain_mifuse.errors import one_clear_error
-from speechbrain_mifuse.fold_pipeline import arm_summary, chosen_among
+from speechbrain_mifuse.fold_pipeline import arm_summary, chosen_parts
 from speechbrain_mifuse.pipeline import open_reader
 from speechbrain_mifuse.zero_shot_pipeline import (
     amplification_report,
@@ -32,10 +32,7 @@ if __name__ == "__main__":
         with open(hparams_file, encoding="utf-8") as file:
             hparams = load_hyperpyyaml(file, overrides)
         arms = hparams["zsfuse"]["arms"]
-        names = chosen_among(hparams["arm"], list(arms), "--arm")
-        folds = chosen_among(hparams["fold"], list(range(1, len(hparams["folds"]) + 1)), "--fold")
-        amounts = hparams["labels_per_class"]
-        amounts = amounts if isinstance(amounts, list) else [amounts]
+        names, folds, amounts = chosen_parts(hparams, arms)
         specialist, adapters = chosen_specialist(hparams)
         sb.create_experiment_directory(hparams["output_folder"], hparams_file, overrides)
         hparams["prepare"]()
