@@ -20,12 +20,12 @@ from speechbrain.dataio.dataset import DynamicItemDataset
 from speechbrain.utils.checkpoints import mark_as_loader, mark_as_saver, register_checkpoint_hooks
 from speechbrain.utils.epoch_loop import EpochCounter
 from speechbrain.utils.seed import seed_everything
-from speechbrain.utils.train_logger import FileTrainLogger
 
 from speechbrain_mifuse.adaptation.method import AdaptationMethod, Outputs, Survey, Teachers
 from speechbrain_mifuse.adaptation.mi_fuse import MIFuse
 from speechbrain_mifuse.adaptation.selection import criteria
 from speechbrain_mifuse.brains.snapshots import Snapshots
+from speechbrain_mifuse.brains.train_log import TrainLog
 from speechbrain_mifuse.brains.training import ResumableBrain, WholeCheckpointer, fit, same_settings
 from speechbrain_mifuse.brains.whole_set import WholeSet
 from speechbrain_mifuse.corpora.manifest import atomic_write
@@ -467,7 +467,7 @@ def make_brain(method, hparams: Mapping, student, utterances: int, folder: Path,
         "ema": ema,
         "epoch_counter": counter,
         "log_interval": math.ceil(epochs / LOG_POINTS),
-        "train_logger": FileTrainLogger(folder / "train_log.txt"),
+        "train_logger": TrainLog(folder / "train_log.txt"),
     }
     brain = AdaptationBrain(
         modules={"student": student},

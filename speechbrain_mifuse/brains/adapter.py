@@ -21,10 +21,10 @@ from speechbrain.utils.checkpoints import mark_as_loader, mark_as_saver, registe
 from speechbrain.utils.distributed import ddp_barrier, run_on_main
 from speechbrain.utils.epoch_loop import EpochCounter
 from speechbrain.utils.seed import seed_everything
-from speechbrain.utils.train_logger import FileTrainLogger, TensorboardLogger
 from torch.utils.data import Sampler
 
 from speechbrain_mifuse.adaptation.method import described
+from speechbrain_mifuse.brains.train_log import TrainLog
 from speechbrain_mifuse.brains.training import ResumableBrain, WholeCheckpointer, fit, same_settings
 from speechbrain_mifuse.corpora.manifest import file_digest
 from speechbrain_mifuse.errors import UserError
@@ -241,8 +241,7 @@ class AdapterBrain(ResumableBrain):
         means = {name: total / batches for name, (total, batches) in self.statistics.items()}
         told = {**means, **self.hparams.student.statistics(), "learning_rate": self.optimizer.param_groups[0]["lr"]}
         self.hparams.history.rows.append({"epoch": epoch, "step": self.optimizer_step, **told})
-        for train_logger in self.hparams.loggers:
-            train_logger.log_stats({"epoch": epoch}, train_stats=told)
+        self.hparams.train_logger.log_stats({"epoch": epoch}, train_stats=told)
         if epoch % self.hparams.log_interval == 0 or epoch == self.hparams.epoch_counter.limit:
             self.checkpointer.save_and_keep_only(meta={"epoch": epoch}, num_to_keep=1)
 
@@ -534,7 +533,7 @@ def make_brain(
         "epoch_counter": counter,
         "log_interval": math.ceil(epochs / CHECKPOINTS),
         "history": history,
-        "loggers": loggers(folder, hparams["tensorboard"]),
+        "train_logger": TrainLog(folder / "train_log.txt"),
     }
     recoverables = {"student": student, "ema": ema, "counter": counter, "history": history}
     brain = AdapterBrain(
@@ -546,38 +545,3 @@ def make_brain(
     )
     ema.to(brain.device)
     return brain, dataset
-
-
-def loggers(folder: Path, tensorboard: bool) -> list:
-    """Give the logs of a run: a text file and, if asked for, TensorBoard's.
-
-    Parameters
-    ----------
-    folder : pathlib.Path
-        Output folder.
-    tensorboard : bool
-        Whether TensorBoard's files go to `tensorboard` below it.
-
-    Returns
-    -------
-    list
-        SpeechBrain train loggers.
-
-    Raises
-    ------
-    UserError
-        If TensorBoard is asked for and not installed.
-
-    Example
-    -------
-    >>> import tempfile
-    >>> [type(found).__name__ for found in loggers(Path(tempfile.mkdtemp()), tensorboard=False)]
-    ['FileTrainLogger']
-    """
-    found = [FileTrainLogger(folder / "train_log.txt")]
-    if tensorboard:
-        try:
-            found.append(TensorboardLogger(str(folder / "tensorboard")))
-        except ImportError:
-            raise UserError("tensorboard: True needs the package tensorboard. pip install tensorboard") from None
-    return found

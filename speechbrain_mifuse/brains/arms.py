@@ -12,10 +12,10 @@ from pathlib import Path
 import torch
 from speechbrain.dataio.dataset import DynamicItemDataset
 from speechbrain.utils.epoch_loop import EpochCounter
-from speechbrain.utils.train_logger import FileTrainLogger
 
 from speechbrain_mifuse import __version__
 from speechbrain_mifuse.brains.classifier import ClassifierBrain, class_weights, labelled_dataset
+from speechbrain_mifuse.brains.train_log import TrainLog
 from speechbrain_mifuse.brains.training import WholeCheckpointer, fit, same_settings
 from speechbrain_mifuse.corpora.manifest import atomic_write, file_digest
 from speechbrain_mifuse.errors import UserError
@@ -373,7 +373,7 @@ def make_brain(
         "adapter_learning_rate": hparams["adapter_learning_rate"],
         "epoch_counter": counter,
         "log_interval": math.ceil(epochs / LOG_POINTS),
-        "train_logger": FileTrainLogger(folder / "train_log.txt"),
+        "train_logger": TrainLog(folder / "train_log.txt"),
     }
     recoverables = {"classifier": classifier, "counter": counter}
     return kind(

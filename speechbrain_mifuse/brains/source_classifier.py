@@ -10,10 +10,10 @@ from safetensors.torch import save
 from speechbrain.dataio.dataset import DynamicItemDataset
 from speechbrain.utils.epoch_loop import EpochCounter
 from speechbrain.utils.seed import seed_everything
-from speechbrain.utils.train_logger import FileTrainLogger
 
 from speechbrain_mifuse.brains.classifier import ClassifierBrain, class_weights
 from speechbrain_mifuse.brains.dual_encoder import Source, frames_of
+from speechbrain_mifuse.brains.train_log import TrainLog
 from speechbrain_mifuse.brains.training import WholeCheckpointer, fit, same_settings
 from speechbrain_mifuse.corpora.manifest import atomic_write, file_digest
 from speechbrain_mifuse.errors import UserError
@@ -108,7 +108,7 @@ def train_source_classifier(
         "class_weight": class_weights(found, len(hparams["labels"])),
         "epoch_counter": EpochCounter(hparams["number_of_epochs"]),
         "log_interval": hparams["log_interval"],
-        "train_logger": FileTrainLogger(folder / "train_log.txt"),
+        "train_logger": TrainLog(folder / "train_log.txt"),
     }
     brain = ClassifierBrain(
         modules={"front": front, "classifier": classifier},

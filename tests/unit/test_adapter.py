@@ -302,7 +302,6 @@ def options(**changes):
         "mask_width": 2,
         "ema_start": 0.9,
         "ema_end": 0.99,
-        "tensorboard": False,
         **changes,
     }
 

@@ -1,0 +1,72 @@
+"""What a run writes down while it trains: a text file, and TensorBoard's events where that is installed."""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Mapping
+from pathlib import Path
+
+from speechbrain.utils.distributed import main_process_only
+from speechbrain.utils.train_logger import FileTrainLogger
+
+# The package is an extra.
+TENSORBOARD = importlib.util.find_spec("tensorboard") is not None
+
+
+class TrainLog(FileTrainLogger):
+    """SpeechBrain's text log, drawn by TensorBoard too.
+
+    SpeechBrain's own `TensorboardLogger` counts its calls, so a run that goes on after a kill would draw its curves
+    from the beginning again; here the epoch is the place on the axis.
+
+    Parameters
+    ----------
+    save_file : str or pathlib.Path
+        Text file; events go to `tensorboard` beside it.
+    precision : int
+        Decimal places of the text.
+
+    Example
+    -------
+    >>> import tempfile
+    >>> log = TrainLog(Path(tempfile.mkdtemp()) / "train_log.txt")
+    >>> log.log_stats({"epoch": 1}, train_stats={"loss": 1.5}, verbose=False)
+    >>> Path(log.save_file).read_text().strip()
+    'epoch: 1 - train loss: 1.50'
+    """
+
+    def __init__(self, save_file: str | Path, precision: int = 2):
+        super().__init__(save_file, precision)
+        self.writer = None
+
+    @main_process_only
+    def log_stats(
+        self,
+        stats_meta: Mapping,
+        train_stats: Mapping | None = None,
+        valid_stats: Mapping | None = None,
+        test_stats: Mapping | None = None,
+        verbose: bool = True,
+    ) -> None:
+        """Write one line, and one point of each curve.
+
+        Parameters
+        ----------
+        stats_meta : mapping
+            With `epoch`.
+        train_stats, valid_stats, test_stats : mapping of str to float, optional
+            Statistics by name.
+        verbose : bool
+            Whether to log the line on the screen as well.
+        """
+        super().log_stats(stats_meta, train_stats, valid_stats, test_stats, verbose)
+        if not TENSORBOARD:
+            return
+        if self.writer is None:
+            # Half a second of imports: only a run that trains pays it.
+            from torch.utils.tensorboard import SummaryWriter
+
+            self.writer = SummaryWriter(str(Path(self.save_file).parent / "tensorboard"), flush_secs=10)
+        for stage, stats in (("train", train_stats), ("valid", valid_stats), ("test", test_stats)):
+            for name, value in (stats or {}).items():
+                self.writer.add_scalar(f"{name}/{stage}", value, stats_meta["epoch"])
