@@ -18,7 +18,7 @@ demo: $(VENV)/.installed
 test: $(VENV)/.installed
 	$(RUN) -m ruff check .
 	$(RUN) -m ruff format --check .
-	$(RUN) -m pytest
+	$(RUN) -m pytest -n auto --maxprocesses 4 --dist loadfile
 
 # The open six transfers: the table, what each part gives, and what happens when classes are not of equal size.
 PAIRS = emodb2rav nemo2rav rav2nemo emodb2nemo rav2emodb nemo2emodb

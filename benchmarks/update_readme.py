@@ -1,7 +1,9 @@
 """Put the generated tables of `docs/results/` into the README and the pages of `docs/`, between their marks.
 
-`docs/results/speed.md` is made here from the JSON that `run.py NAME --json docs/results/speed/NAME.json` writes. With
-`--check` nothing is written; the exit status tells whether all are up to date (1 when not).
+`PERFORMANCE.md` is written as a whole. `docs/results/speed.md` is made here from the JSON that `run.py NAME --json
+docs/results/speed/NAME.json` writes, and `docs/results/reliability.md` from that of `run.py faults --json
+docs/results/reliability.json`. With `--check` nothing is written; the exit status tells whether all are up to date (1
+when not).
 """
 
 from __future__ import annotations
@@ -10,6 +12,8 @@ import json
 import re
 import sys
 from pathlib import Path
+
+from performance_table import performance_table
 
 from speechbrain_mifuse.corpora.manifest import atomic_write
 
@@ -43,6 +47,33 @@ def speed_table(folder: Path) -> str:
     return "\n".join([*lines, "", *told]) + "\n"
 
 
+def reliability_table(path: Path) -> str:
+    """What kills in each stage came to, and where that was measured."""
+    found = json.loads(path.read_text(encoding="utf-8"))
+    figures, spread = found["figures"], found["spread"]
+    lines = [
+        "| killed in | kills | ended as the unbroken run | done twice, median | at most |",
+        "|---|---:|---:|---:|---:|",
+    ]
+    for stage in (name.removesuffix("_kills") for name in figures if name.endswith("_kills")):
+        counts = f"{figures[f'{stage}_kills']:.0f} | {figures[f'{stage}_equal']:.0f}"
+        redone, most = figures[f"{stage}_redone"], spread[f"{stage}_redone"][1]
+        lines.append(f"| {stage} | {counts} | {100 * redone:.1f} % | {100 * most:.1f} % |")
+    kills, equal = (sum(figures[name] for name in figures if name.endswith(end)) for end in ("_kills", "_equal"))
+    lines.append(f"| **all** | **{kills:.0f}** | **{equal:.0f}** | | |")
+    about = ", ".join(f"{key} {value}" for key, value in found["machine"].items())
+    pairs = f"{figures['side_by_side_right']:.0f} of {figures['side_by_side']:.0f}"
+    return "\n".join(
+        [
+            *lines,
+            "",
+            f"- Largest difference of any weight from the unbroken run's: {figures['largest_weight_difference']:g}.",
+            f"- Two runs begun at once in one folder, right: {pairs}.",
+            f"- {found['data']}; {about}.",
+        ]
+    )
+
+
 def pages() -> list[Path]:
     """Files that may hold tables."""
     return [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -51,8 +82,12 @@ def pages() -> list[Path]:
 if __name__ == "__main__":
     if "--check" not in sys.argv[1:]:
         atomic_write(TABLES / "speed.md", speed_table(TABLES / "speed"))
+        atomic_write(TABLES / "reliability.md", reliability_table(TABLES / "reliability.json") + "\n")
     before = {path: path.read_text(encoding="utf-8") for path in pages()}
     after = {path: filled(text, TABLES) for path, text in before.items()}
+    whole = ROOT / "PERFORMANCE.md"
+    before[whole] = whole.read_text(encoding="utf-8") if whole.exists() else ""
+    after[whole] = performance_table(ROOT)
     if "--check" in sys.argv[1:]:
         sys.exit(before != after)
     for path, text in after.items():

@@ -11,7 +11,9 @@ from pathlib import Path
 
 from speechbrain_mifuse import __version__
 from speechbrain_mifuse.errors import UserError, one_clear_error, stopped_by_ctrl_c
+from speechbrain_mifuse.extract_command import add_extract
 from speechbrain_mifuse.label_commands import add_batch, add_labels
+from speechbrain_mifuse.lalm.http_limits import Limits
 from speechbrain_mifuse.recogniser_commands import add_adapt, add_predict
 
 
@@ -38,12 +40,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="speechbrain-mifuse", description="Speech emotion recognition tools.")
     parser.add_argument("--version", action="version", version=f"speechbrain-mifuse {__version__}")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
-    serve = commands.add_parser("serve", help="serve a recogniser behind an OpenAI-compatible API")
-    serve.add_argument("source", help="folder of a recogniser, as a classifier recipe writes it")
-    serve.add_argument("--host", default="127.0.0.1", help="address to bind to (default: this machine only)")
-    serve.add_argument("--port", type=int, default=8000, help="port (default: 8000)")
-    serve.add_argument("--model", default="served-classifier", help="model name that it answers to")
-    serve.set_defaults(run=run_serve)
+    add_serve(commands)
     add_predict(commands)
     add_adapt(commands)
     recipes = commands.add_parser("recipes", help="list the registered recipes with their commands")
@@ -52,6 +49,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     add_sweep(commands)
     add_report(commands)
     add_probe(commands)
+    add_extract(commands)
     add_collect(commands)
     add_labels(commands)
     add_batch(commands)
@@ -70,6 +68,77 @@ def main(arguments: Sequence[str] | None = None) -> None:
         except BrokenPipeError:
             # Whoever reads has read enough, as `head` does. What is left in the buffer must not raise again at exit.
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
+def add_serve(commands) -> None:
+    """Add the command `serve`.
+
+    Parameters
+    ----------
+    commands : argparse action
+        As `ArgumentParser.add_subparsers` gives.
+
+    Example
+    -------
+    >>> parser = argparse.ArgumentParser()
+    >>> add_serve(parser.add_subparsers())
+    >>> parser.parse_args(["serve", "results/nemo2rav/1/source/recogniser"]).host
+    '127.0.0.1'
+    """
+    serve = commands.add_parser(
+        "serve",
+        help="serve a recogniser behind an OpenAI-compatible API",
+        description="Serves a recogniser until SIGTERM or Ctrl-C: /v1/chat/completions, /v1/models, /health, and "
+        "/metrics for Prometheus. If the environment variable MIFUSE_SERVE_KEY is set, clients must send that key; "
+        "/health needs none.",
+    )
+    serve.add_argument("source", help="folder of a recogniser, as a classifier recipe writes it")
+    serve.add_argument("--host", default="127.0.0.1", help="address to bind to (default: this machine only)")
+    serve.add_argument("--port", type=int, default=8000, help="port (default: 8000)")
+    serve.add_argument("--model", default="served-classifier", help="model name that it answers to")
+    serve.add_argument(
+        "--max_concurrent",
+        type=positive,
+        default=Limits.max_concurrent,
+        metavar="N",
+        help="requests at a time, answered or waiting for the model; more get status 503 (default: %(default)s)",
+    )
+    serve.add_argument(
+        "--max_connections",
+        type=positive,
+        default=Limits.max_connections,
+        metavar="N",
+        help="open connections; the one that keeps waiting longest makes room for one more (default: %(default)s)",
+    )
+    serve.add_argument(
+        "--max_body_mib",
+        type=positive,
+        default=Limits.max_body_bytes // 2**20,
+        metavar="MIB",
+        help="largest request; larger ones get status 413 (default: %(default)s)",
+    )
+    serve.add_argument(
+        "--read_timeout",
+        type=float,
+        default=Limits.read_timeout,
+        metavar="SECONDS",
+        help="for the head of a request, for a body that stops coming, for taking a reply (default: %(default)g)",
+    )
+    serve.add_argument(
+        "--idle_timeout",
+        type=float,
+        default=Limits.idle_timeout,
+        metavar="SECONDS",
+        help="for a connection without a request (default: %(default)g)",
+    )
+    serve.add_argument(
+        "--grace",
+        type=float,
+        default=10.0,
+        metavar="SECONDS",
+        help="for requests that have begun when it is stopped (default: %(default)g)",
+    )
+    serve.set_defaults(run=run_serve)
 
 
 def add_sweep(commands) -> None:
@@ -407,12 +476,12 @@ def run_probe(options: argparse.Namespace) -> None:
 
 
 def run_serve(options: argparse.Namespace) -> None:
-    """Serve a recogniser until interrupted.
+    """Serve a recogniser until SIGTERM or Ctrl-C.
 
     Parameters
     ----------
     options : argparse.Namespace
-        `source`, `host`, `port`, `model`.
+        As `add_serve` defines. The key of the clients comes from the environment alone.
 
     Example
     -------
@@ -421,17 +490,27 @@ def run_serve(options: argparse.Namespace) -> None:
     ...
     speechbrain_mifuse.recogniser_files.RecogniserError: /nowhere: no whole recogniser there. ...
     """
-    import time
+    import logging
 
     from speechbrain_mifuse.inference import EmotionRecognizer, recogniser_digest
-    from speechbrain_mifuse.lalm.serve import EmotionServer
+    from speechbrain_mifuse.lalm.client import is_loopback
+    from speechbrain_mifuse.lalm.http_limits import check_seconds
+    from speechbrain_mifuse.lalm.http_server import checked_key
+    from speechbrain_mifuse.lalm.serve import KEY_VARIABLE, EmotionServer, serve_until_stopped
 
     recogniser_digest(options.source)
+    limits = Limits(
+        max_concurrent=options.max_concurrent,
+        max_connections=options.max_connections,
+        max_body_bytes=options.max_body_mib * 2**20,
+        read_timeout=options.read_timeout,
+        idle_timeout=options.idle_timeout,
+    )
+    grace = check_seconds("grace", options.grace)
+    key = checked_key(os.environ.get(KEY_VARIABLE), KEY_VARIABLE)
     recogniser = EmotionRecognizer.from_hparams(options.source)
-    with EmotionServer(recogniser, options.model, options.host, options.port) as server:
-        print(f"{options.model} at {server.base_url}; Ctrl-C stops it", flush=True)
-        try:
-            while True:
-                time.sleep(3600)
-        except KeyboardInterrupt:
-            print("stopped")
+    logging.basicConfig(level=logging.WARNING)  # a failing recogniser is told of here, and not to the client
+    server = EmotionServer(recogniser, options.model, options.host, options.port, limits, key)
+    if key is None and not is_loopback(server.base_url):
+        print(f"warning: whoever reaches {server.base_url} may ask; {KEY_VARIABLE} sets a key", file=sys.stderr)
+    serve_until_stopped(server, grace)

@@ -524,7 +524,8 @@ def recordings_in(folder: str | Path) -> list[Path]:
     root = Path(folder)
     if not root.is_dir():
         raise UserError(f"{folder}: no such folder.")
-    found = [path for path in sorted(root.rglob("*")) if path.suffix.lower() in ENDINGS and path.is_file()]
+    # Whatever has such a name: what is no file is said when it is read, and not passed over in silence.
+    found = [path for path in sorted(root.rglob("*")) if path.suffix.lower() in ENDINGS]
     found = [path for path in found if not any(part.startswith(".") for part in path.relative_to(root).parts)]
     if not found:
         raise UserError(f"{folder}: holds no recording ({', '.join(ENDINGS)}).")

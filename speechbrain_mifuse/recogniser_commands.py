@@ -244,15 +244,19 @@ def printed(answers: Iterable) -> Iterator:
     >>> _ = list(printed([SimpleNamespace(path="a.wav", error="a.wav: cannot be read")]))
     a.wav...none...a.wav: cannot be read
     """
+    from speechbrain_mifuse.audio import shown
+
     for one in answers:
+        # A line break or a tab in a name would make other lines and columns.
+        path = shown(one.path)
         if one.error is not None:
-            print(f"{one.path}\tnone\t{one.error}", flush=True)
+            print(f"{path}\tnone\t{one.error}", flush=True)
         elif one.timeline is None:
-            print(f"{one.path}\t{one.label or UNSURE}\t{one.probs.max():.3f}", flush=True)
+            print(f"{path}\t{one.label or UNSURE}\t{one.probs.max():.3f}", flush=True)
         else:
             for part in one.timeline.segments:
                 span = f"{part.start:.2f}\t{part.end:.2f}"
-                print(f"{one.path}\t{span}\t{part.label or UNSURE}\t{part.probs.max():.3f}", flush=True)
+                print(f"{path}\t{span}\t{part.label or UNSURE}\t{part.probs.max():.3f}", flush=True)
         yield one
 
 

@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
+import os
+import shutil
+import time
+import zlib
 from collections.abc import Mapping
 from pathlib import Path
 
 import speechbrain as sb
 import torch
-from speechbrain.utils.checkpoints import Checkpointer
-from speechbrain.utils.distributed import ddp_barrier, if_main_process
+from filelock import FileLock, Timeout
+from speechbrain.utils.checkpoints import CKPT_PREFIX, METAFNAME, Checkpoint, Checkpointer
+from speechbrain.utils.distributed import ddp_barrier, if_main_process, main_process_only
 from speechbrain.utils.epoch_loop import EpochCounter
 
 from speechbrain_mifuse.corpora.manifest import atomic_write
@@ -21,8 +27,12 @@ from speechbrain_mifuse.progress import progress, quiet
 
 logger = logging.getLogger(__name__)
 
-# Set in a checkpoint's folder when all of it is on disk.
+# Set in a checkpoint's folder when all of it is on disk; holds the checksums of its files (none in older ones).
 WHOLE = "whole"
+# Seconds between two checkpoints, at least, of what their meta files say.
+TICK = 0.001
+# Bytes of a file that are read at a time.
+PIECE = 1 << 20
 
 # Loggers of SpeechBrain that tell of each epoch and checkpoint: here an epoch lasts a moment.
 EVERY_EPOCH = ("speechbrain.utils.epoch_loop", "speechbrain.utils.checkpoints")
@@ -32,11 +42,44 @@ class SettingsError(UserError):
     """A folder holds work that was done with other settings."""
 
 
+class CheckpointError(UserError):
+    """A checkpoint that is damaged, or cannot be written."""
+
+
+def file_crc(path: Path) -> int:
+    """CRC-32 of a file, once it is on the disk.
+
+    Parameters
+    ----------
+    path : pathlib.Path
+        A file, which need not fit into memory.
+
+    Returns
+    -------
+    int
+        The checksum.
+
+    Example
+    -------
+    >>> file_crc(Path(os.devnull))
+    0
+    """
+    found = 0
+    with path.open("rb") as file:
+        with contextlib.suppress(OSError):  # what is no file on a disk cannot be brought there
+            os.fsync(file.fileno())
+        while piece := file.read(PIECE):
+            found = zlib.crc32(piece, found)
+    return found
+
+
 class WholeCheckpointer(Checkpointer):
-    """A checkpointer that never loads a checkpoint whose writing was cut off.
+    """A checkpointer that never loads a checkpoint whose writing was cut off, or that has changed on the disk.
 
     SpeechBrain writes a checkpoint's meta file first, so a run that is killed while it saves leaves one that looks
-    whole. Here a mark is set last, and only what bears it counts.
+    whole. Here a mark is set last, and only what bears it counts. The mark holds checksums, as torch notices few of the
+    bits that flip in a file of weights. SpeechBrain loads and keeps the youngest checkpoint: here the last one is that,
+    whatever the clock says.
 
     Example
     -------
@@ -48,18 +91,127 @@ class WholeCheckpointer(Checkpointer):
     []
     """
 
-    def save_checkpoint(self, *args, **kwargs):
-        """Save as SpeechBrain does, then mark the checkpoint as whole."""
-        saved = super().save_checkpoint(*args, **kwargs)
-        if saved is not None:
-            (saved.path / WHOLE).touch()
+    def save_checkpoint(self, meta: Mapping | None = None, **options) -> Checkpoint | None:
+        """Save as SpeechBrain does, then mark the checkpoint as whole.
+
+        Parameters
+        ----------
+        meta : mapping, optional
+            What the meta file shall say.
+        **options
+            As for SpeechBrain's.
+
+        Returns
+        -------
+        Checkpoint or None
+            `None` on all processes but the main one.
+
+        Raises
+        ------
+        CheckpointError
+            If the disk is full or read-only; what was written of the checkpoint is removed.
+        """
+        now = max([time.time(), *(found.meta["unixtime"] + TICK for found in self.list_checkpoints())])
+        self._remove_torn()
+        try:
+            saved = super().save_checkpoint(meta={"unixtime": now, **(meta or {})}, **options)
+            if saved is not None:
+                sums = {path.name: file_crc(path) for path in sorted(saved.path.iterdir())}
+                atomic_write(saved.path / WHOLE, json.dumps(sums))
+        except (OSError, RuntimeError) as error:  # torch's own writer does not say which
+            self._remove_torn()
+            remedy = "Is the disk full or read-only? Run again then: training goes on from the checkpoint before."
+            raise CheckpointError(f"{self.checkpoints_dir}: no checkpoint can be written ({error}). {remedy}") from None
         # All processes look for checkpoints next: one that missed the mark would wait for the others forever.
         ddp_barrier()
         return saved
 
-    def list_checkpoints(self):
-        """List the checkpoints that were written to the end."""
-        return [found for found in super().list_checkpoints() if (found.path / WHOLE).exists()]
+    def list_checkpoints(self) -> list[Checkpoint]:
+        """List the checkpoints that were written to the end.
+
+        Returns
+        -------
+        list of Checkpoint
+            In no order.
+
+        Raises
+        ------
+        CheckpointError
+            If the meta file of one is damaged.
+        """
+        whole = [folder for folder in self._list_checkpoint_dirs() if (folder / WHOLE).exists()]
+        for folder in whole:
+            require_intact(folder, (METAFNAME,))
+        return self._construct_checkpoint_objects(whole)
+
+    def load_checkpoint(self, checkpoint: Checkpoint) -> None:
+        """Load as SpeechBrain does, after a look at the checksums.
+
+        Parameters
+        ----------
+        checkpoint : Checkpoint
+            One of `list_checkpoints`.
+
+        Raises
+        ------
+        CheckpointError
+            If a file of it is damaged.
+        """
+        require_intact(checkpoint.path)
+        super().load_checkpoint(checkpoint)
+
+    @main_process_only
+    def _remove_torn(self) -> None:
+        """Remove what a kill left of a checkpoint that was being written or deleted."""
+        whole = {found.path for found in self.list_checkpoints()}
+        for folder in self.checkpoints_dir.glob(f"{CKPT_PREFIX}*"):
+            if folder not in whole:
+                shutil.rmtree(folder, ignore_errors=True)
+
+
+def require_intact(folder: Path, names: tuple[str, ...] | None = None) -> None:
+    """Compare the files of a checkpoint with the checksums that its mark holds.
+
+    Parameters
+    ----------
+    folder : pathlib.Path
+        The checkpoint's.
+    names : tuple of str, optional
+        Files to look at; all by default.
+
+    Raises
+    ------
+    CheckpointError
+        If one has changed since it was written, or is missing.
+
+    Example
+    -------
+    >>> import tempfile
+    >>> folder = WholeCheckpointer(tempfile.mkdtemp(), {"layer": torch.nn.Linear(1, 1)}).save_checkpoint().path
+    >>> require_intact(folder)
+    >>> (folder / "layer.ckpt").write_bytes(b"")
+    0
+    >>> require_intact(folder)
+    Traceback (most recent call last):
+    ...
+    speechbrain_mifuse.brains.training.CheckpointError: .../layer.ckpt: damaged, its checksum differs. Delete ...
+    """
+    remedy = f"Delete {folder} and run again: what it held is trained anew."
+    try:
+        text = (folder / WHOLE).read_text()
+        # An older mark is empty: it tells that the checkpoint is whole, and no more.
+        sums = dict(json.loads(text)) if text else {}
+    except (OSError, ValueError, TypeError) as error:
+        raise CheckpointError(f"{folder / WHOLE}: damaged ({error}). {remedy}") from None
+    for name, wanted in sums.items():
+        if names is not None and name not in names:
+            continue
+        try:
+            found = file_crc(folder / name)
+        except (OSError, ValueError):
+            found = None
+        if found != wanted:
+            raise CheckpointError(f"{folder / name}: damaged, its checksum differs. {remedy}")
 
 
 class ResumableBrain(sb.Brain):
@@ -140,7 +292,7 @@ def same_settings(path: str | Path, settings: Mapping) -> bool:
     Raises
     ------
     SettingsError
-        If it differs; the message says in what.
+        If it differs, which the message says in what, or cannot be written.
 
     Example
     -------
@@ -157,7 +309,11 @@ def same_settings(path: str | Path, settings: Mapping) -> bool:
     try:
         found = json.loads(path.read_text())
     except FileNotFoundError:
-        atomic_write(path, json.dumps(settings, indent=1))
+        try:
+            atomic_write(path, json.dumps(settings, indent=1))
+        except OSError as error:
+            remedy = "Free some space, or pass another --output_folder."
+            raise SettingsError(f"{path}: cannot be written ({error.strerror or error}). {remedy}") from None
         return False
     except ValueError as error:
         raise SettingsError(f"{path}: damaged ({error}). Delete the folder {path.parent}.") from None
@@ -196,6 +352,49 @@ def watched(counter: EpochCounter, bar):
         bar.update(epoch - bar.n)
 
 
+@contextlib.contextmanager
+def alone_at(folder: Path):
+    """Let one run at a time train in a folder: two would delete each other's checkpoints.
+
+    The second waits, goes on from the last checkpoint of the first, and so finds everything trained.
+
+    Parameters
+    ----------
+    folder : pathlib.Path
+        Of the checkpoints; the lock lies beside it and stays behind, empty.
+
+    Raises
+    ------
+    CheckpointError
+        If it cannot be written to.
+
+    Example
+    -------
+    >>> import tempfile
+    >>> with alone_at(Path(tempfile.mkdtemp()) / "save"):
+    ...     print("alone")
+    alone
+    """
+    lock = FileLock(folder.with_name(f"{folder.name}.lock"))
+    try:
+        if if_main_process():
+            try:
+                lock.acquire(timeout=0)
+            except Timeout:
+                logger.info("%s: another run trains there, waiting for its end.", folder)
+                lock.acquire()
+            # The other run may have removed its checkpoints when it was done.
+            folder.mkdir(exist_ok=True)
+    except OSError as error:
+        remedy = "Make it writable or pass another --output_folder."
+        raise CheckpointError(f"{folder}: cannot be written ({error.strerror or error}). {remedy}") from None
+    try:
+        ddp_barrier()
+        yield
+    finally:
+        lock.release()
+
+
 def fit(brain: sb.Brain, train, told: str, batch_size: int | None = None) -> None:
     """Train until the Brain's epoch counter ends; a killed run goes on from its last checkpoint.
 
@@ -220,5 +419,9 @@ def fit(brain: sb.Brain, train, told: str, batch_size: int | None = None) -> Non
         # A small last batch would make the diversity term, a statistic of the batch, mean something else.
         loader = frame_batches(batch_size=min(batch_size, len(train)), shuffle=True, drop_last=True)
     counter, hidden = brain.hparams.epoch_counter, not if_main_process()
-    with quiet(*EVERY_EPOCH), progress(total=counter.limit, desc=told, unit="epoch", disable=hidden) as bar:
+    with contextlib.ExitStack() as around:
+        if brain.checkpointer is not None:
+            around.enter_context(alone_at(brain.checkpointer.checkpoints_dir))
+        around.enter_context(quiet(*EVERY_EPOCH))
+        bar = around.enter_context(progress(total=counter.limit, desc=told, unit="epoch", disable=hidden))
         brain.fit(watched(counter, bar), train, train_loader_kwargs=loader)

@@ -25,6 +25,7 @@ import logging
 from collections.abc import Mapping
 from pathlib import Path
 
+from speechbrain_mifuse.audio import shown
 from speechbrain_mifuse.corpora.manifest import Corpus, CorpusError, Splits, Utterance, map_label
 
 logger = logging.getLogger(__name__)
@@ -55,7 +56,8 @@ def list_folder(data_folder: str | Path) -> list[Utterance]:
     Raises
     ------
     CorpusError
-        If `labels.csv` lacks a column, names an unknown emotion, or gives labels to some rows alone.
+        If `labels.csv` cannot be read, lacks a column, names an unknown emotion or a file outside the folder, or gives
+        labels to some rows alone.
 
     Example
     -------
@@ -138,13 +140,12 @@ def listed_in_table(table: Path) -> list[tuple[Path, str | None, str]]:
     [('1.wav', 'angry', 'anna')]
     """
     listed = []
-    with table.open(encoding="utf-8-sig", newline="") as file:
-        for row in csv.DictReader(file):
-            name, code = (row.get(column) for column in ("file", "emo"))
-            if not name or code is None or Path(name).is_absolute() or ".." in Path(name).parts:
-                raise CorpusError(f"{table}: lacks file or emo, or the file lies outside the folder, in row {row}.")
-            emo = map_label(LABEL_MAP, code.strip().lower(), f"{table}, {name}") if code.strip() else None
-            listed.append((Path(name.strip()), emo, (row.get("speaker") or "").strip()))
+    for row in table_rows(table):
+        name, code = ((row.get(column) or "").strip() for column in ("file", "emo"))
+        if not name or row.get("emo") is None or Path(name).is_absolute() or ".." in Path(name).parts or "\0" in name:
+            raise CorpusError(f"{table}: lacks file or emo, or the file lies outside the folder, in row {row}.")
+        emo = map_label(LABEL_MAP, code.lower(), f"{table}, {shown(name)}") if code else None
+        listed.append((Path(name), emo, (row.get("speaker") or "").strip()))
     without = [path for path, emo, _ in listed if emo is None]
     if 0 < len(without) < len(listed):
         raise CorpusError(
@@ -152,6 +153,42 @@ def listed_in_table(table: Path) -> list[tuple[Path, str | None, str]]:
             "Fill it in every row or in none, or take these rows away."
         )
     return listed
+
+
+def table_rows(table: Path) -> list[dict]:
+    r"""Read the rows of a CSV file.
+
+    Parameters
+    ----------
+    table : pathlib.Path
+        With a header.
+
+    Returns
+    -------
+    list of dict
+        Values by column.
+
+    Raises
+    ------
+    CorpusError
+        If it cannot be read or is no CSV in UTF-8.
+
+    Example
+    -------
+    >>> import tempfile
+    >>> table = Path(tempfile.mkdtemp()) / "labels.csv"
+    >>> _ = table.write_bytes(b"file,emo\n\xff.wav,sad\n")
+    >>> table_rows(table)
+    Traceback (most recent call last):
+    ...
+    speechbrain_mifuse.corpora.manifest.CorpusError: .../labels.csv: cannot be read (...). Save it as CSV in UTF-8.
+    """
+    try:
+        with table.open(encoding="utf-8-sig", newline="") as file:
+            return list(csv.DictReader(file))
+    except (OSError, UnicodeDecodeError, csv.Error) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise CorpusError(f"{table}: cannot be read ({reason}). Save it as CSV in UTF-8.") from None
 
 
 def facts(data_folder: Path, utterances: list[Utterance]) -> Mapping:

@@ -12,6 +12,7 @@ import hashlib
 import json
 import logging
 import os
+import sys
 import tempfile
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -19,7 +20,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from speechbrain_mifuse import __version__
-from speechbrain_mifuse.audio import BadAudio, duration
+from speechbrain_mifuse.audio import BadAudio, duration, shown
 from speechbrain_mifuse.errors import UserError
 from speechbrain_mifuse.progress import progress
 
@@ -28,6 +29,8 @@ logger = logging.getLogger(__name__)
 LABELS = ("angry", "happy", "neutral", "sad")
 ABOUT = "corpus.json"
 TWIN = "_unlabelled"
+# Stands for the corpus's folder at the beginning of a path.
+ROOT = "{data_root}"
 FLAGS = "--data_folder (or --source_data_folder, --teacher_data_folder)"
 
 # Of each split, either a share of the speakers or sessions, or a list of the corpus's official partitions; where it has
@@ -36,6 +39,8 @@ Splits = Mapping[str, float] | Mapping[str, Sequence[str]]
 
 # From this many recordings on, looking at each of them shows progress.
 MANY = 5000
+# Seconds that an entry may claim.
+LONGEST_LENGTH = 1e9
 # Reasons shown in the log; all are in skipped.json.
 SHOWN = 20
 
@@ -94,7 +99,7 @@ class Utterance:
         dict
             Without what the corpus does not have.
         """
-        wav = "{data_root}/" + self.wav.relative_to(data_folder).as_posix()
+        wav = f"{ROOT}/" + self.wav.relative_to(data_folder).as_posix()
         row = {"wav": wav, "length": round(length, 4), "emo": self.emo, "speaker": self.speaker}
         row |= {"session": self.session, "partition": self.partition}
         row |= {} if self.speaker_known else {"speaker_known": False}
@@ -123,7 +128,8 @@ def atomic_write(path: str | Path, data: str | bytes) -> None:
     handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
     try:
         with os.fdopen(handle, "wb") as file:
-            file.write(data.encode() if isinstance(data, str) else data)
+            # Names of files may hold bytes that are no text; they must not stop a table from being written.
+            file.write(data.encode("utf-8", "backslashreplace") if isinstance(data, str) else data)
             file.flush()
             os.fsync(file.fileno())
         os.chmod(name, 0o644)
@@ -810,7 +816,8 @@ def read_manifest(path: str | Path) -> dict[str, dict]:
     Raises
     ------
     CorpusError
-        If a file is missing or is not a manifest.
+        If a file is missing, or is not a manifest: the message names the file, the entry and the field. A key that
+        stands twice is refused, since the last one would win.
 
     Example
     -------
@@ -820,21 +827,187 @@ def read_manifest(path: str | Path) -> dict[str, dict]:
     >>> read_manifest(folder / "train.json")["t-a"]["wav"]
     '/toy/a.wav'
     """
+    path = Path(path)
+    about = read_about(path.with_name(ABOUT))
     try:
-        about = json.loads((Path(path).parent / ABOUT).read_text())
-        root = about["data_root"]
-        rows = json.loads(Path(path).read_text())
-        return {key: {**row, "wav": row["wav"].replace("{data_root}", root)} for key, row in rows.items()}
-    except FileNotFoundError as error:
-        missing, remedy = Path(error.filename), "Run the recipe's preparation first."
-        if missing.name != ABOUT:
-            splits = about.get("splits", {})
-            remedy = f"Delete {missing.with_name(ABOUT)} and run the recipe again: it then prepares anew."
-            if splits and missing.stem.removesuffix(TWIN) not in splits:
-                remedy = f"It was prepared for the splits {', '.join(splits)} alone; name this one in the YAML."
-        raise CorpusError(f"{missing}: not found. {remedy}") from None
-    except (ValueError, KeyError, AttributeError, TypeError) as error:
-        raise CorpusError(f"{path}: not a manifest ({error!r}). Delete it and prepare again.") from None
+        rows = json_object(path)
+    except FileNotFoundError:
+        splits = about.get("splits") or {}
+        remedy = f"Delete {path.with_name(ABOUT)} and run the recipe again: it then prepares anew."
+        if splits and path.stem.removesuffix(TWIN) not in splits:
+            remedy = f"It was prepared for the splits {', '.join(splits)} alone; name this one in the YAML."
+        raise CorpusError(f"{path}: not found. {remedy}") from None
+    except ValueError as error:
+        raise CorpusError(f"{path}: not a manifest ({error}). Delete it and prepare again.") from None
+    for key, row in rows.items():
+        wrong = row_fault(key, row)
+        if wrong:
+            raise CorpusError(f"{path}: not a manifest ('{shown(key)}': {wrong}). Delete it and prepare again.")
+        # At the beginning alone: a file's own name may hold those letters too.
+        if row["wav"].startswith(ROOT):
+            row["wav"] = about["data_root"] + row["wav"].removeprefix(ROOT)
+        # Few different names, each of which a million rows need to hold but once.
+        row.update({name: sys.intern(row[name]) for name in ("emo", "speaker") if name in row})
+    return rows
+
+
+def read_about(path: Path) -> dict:
+    """Read the `corpus.json` beside manifests.
+
+    Parameters
+    ----------
+    path : pathlib.Path
+        The file.
+
+    Returns
+    -------
+    dict
+        With `data_root` at least; `splits`, if there, is a mapping.
+
+    Raises
+    ------
+    CorpusError
+        If it is missing, or none.
+
+    Example
+    -------
+    >>> read_about(Path("/nowhere/corpus.json"))
+    Traceback (most recent call last):
+    ...
+    speechbrain_mifuse.corpora.manifest.CorpusError: /nowhere/corpus.json: not found. Run the recipe's preparation ...
+    """
+    try:
+        about = json_object(path)
+        root = about.get("data_root")
+        if not isinstance(root, str) or "\0" in root or not encodable(root):
+            raise ValueError("data_root is no path")
+        if not isinstance(about.get("splits") or {}, dict):
+            raise ValueError("splits is no mapping")
+    except FileNotFoundError:
+        raise CorpusError(f"{path}: not found. Run the recipe's preparation first.") from None
+    except ValueError as error:
+        raise CorpusError(f"{path}: not what a preparation leaves ({error}). Delete it and prepare again.") from None
+    return about
+
+
+def json_object(path: Path) -> dict:
+    """Read a JSON object in which no key stands twice and every number is one.
+
+    Parameters
+    ----------
+    path : pathlib.Path
+        The file.
+
+    Returns
+    -------
+    dict
+        Its content.
+
+    Raises
+    ------
+    FileNotFoundError
+        If there is none.
+    ValueError
+        If it cannot be read or is something else; the message says what.
+
+    Example
+    -------
+    >>> path = Path(tempfile.mkdtemp()) / "a.json"
+    >>> atomic_write(path, '{"t-a": {"wav": "a.wav", "emo": "sad", "emo": "angry"}}')
+    >>> json_object(path)
+    Traceback (most recent call last):
+    ...
+    ValueError: the key 'emo' stands twice in one object
+    """
+    try:
+        found = json.loads(path.read_bytes(), object_pairs_hook=_distinct, parse_constant=_no_number)
+    except FileNotFoundError:
+        raise
+    except (OSError, RecursionError) as error:
+        raise ValueError(getattr(error, "strerror", None) or str(error)) from None
+    if not isinstance(found, dict):
+        raise ValueError("not a JSON object")
+    return found
+
+
+def _distinct(pairs: list[tuple[str, object]]) -> dict:
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        # The last one would win, and with it perhaps another label.
+        twice = next(key for key, count in Counter(key for key, _ in pairs).items() if count > 1)
+        raise ValueError(f"the key '{shown(twice)}' stands twice in one object")
+    return found
+
+
+def _no_number(name: str) -> None:
+    raise ValueError(f"{name} is no number")
+
+
+def encodable(text: str) -> bool:
+    r"""Whether a text can be written to a file: halves of surrogate pairs, which JSON can bring, cannot.
+
+    Parameters
+    ----------
+    text : str
+        Any.
+
+    Returns
+    -------
+    bool
+        True if it can.
+
+    Example
+    -------
+    >>> encodable("żółw"), encodable("\ud800")
+    (True, False)
+    """
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
+# Fields of an entry that have a fixed type; others may be added.
+FIELDS = {**dict.fromkeys(("wav", "emo", "speaker", "session", "partition"), str), "speaker_known": bool}
+
+
+def row_fault(key: str, row: object) -> str:
+    """Say what is wrong with an entry of a manifest.
+
+    Parameters
+    ----------
+    key : str
+        Its id.
+    row : object
+        The entry.
+
+    Returns
+    -------
+    str
+        Names the field; empty if nothing is wrong.
+
+    Example
+    -------
+    >>> row_fault("t-a", {"wav": "{data_root}/a.wav", "length": 1.5}), row_fault("t-a", {"wav": "{data_root}/../a.wav"})
+    ('', 'wav leaves the data root')
+    """
+    if not isinstance(row, dict):
+        return "not an object"
+    for name, value in row.items():
+        kind = FIELDS.get(name)
+        if kind is not None and (type(value) is not kind or value == ""):
+            return f"{name} is {'neither true nor false' if kind is bool else 'no text'}"
+        if kind is str and not value.isascii() and not encodable(value):
+            return f"{name} holds characters that no file can hold"
+    wav, length = row.get("wav", ""), row.get("length", 0)
+    if not wav or "\0" in wav:
+        return "wav holds a zero byte" if wav else "no wav"
+    if ".." in wav and ".." in wav.split("/"):
+        return "wav leaves the data root"
+    if type(length) not in (int, float) or not 0 <= length < LONGEST_LENGTH:
+        return "length is no number of seconds"
+    return "" if key.isascii() or encodable(key) else "its id holds characters that no file can hold"
 
 
 def known_speakers(rows: Mapping[str, Mapping]) -> set[str]:

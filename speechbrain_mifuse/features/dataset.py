@@ -104,10 +104,11 @@ def encoded_rows(manifest: str | Path, store) -> dict[str, dict]:
     missing = [key for key in rows if store is not None and key not in store]
     if missing:
         logger.warning("%s: %d utterances have no frames and are left out: %s", manifest, len(missing), missing[:20])
-    kept = {key: row for key, row in rows.items() if key not in set(missing)}
-    if not kept:
+    for key in missing:
+        del rows[key]
+    if not rows:
         raise CorpusError(f"{manifest}: none of its utterances could be encoded; see the log above for the reasons.")
-    return kept
+    return rows
 
 
 def label_index(labels: Sequence[str], row: Mapping, utt_id: str) -> int:

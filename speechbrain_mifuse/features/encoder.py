@@ -73,8 +73,8 @@ class FrozenEncoder(torch.nn.Module):
     layers : list of int
         The layers returned, none negative, in the order asked for.
     compute_dtype : torch.dtype
-        What the layers compute in. float32; a recogniser may set bfloat16 or float16, whose features are not those that
-        the fingerprint names and belong in no store.
+        What the layers compute in: float32 unless set to bfloat16 or float16. Features of these are not those that the
+        fingerprint names; :class:`~speechbrain_mifuse.features.extract.FrameReader` names the type in its own.
 
     Raises
     ------
@@ -179,11 +179,46 @@ class FrozenEncoder(torch.nn.Module):
                 encoded[index] = state
         return encoded
 
+    def encode_padded(self, wavs):
+        """Encode several utterances in one padded pass, each as :meth:`forward` would alone, up to rounding.
+
+        Padding is masked out of the attention, and kept from everything in front of it that would mix it in. On a GPU
+        this is many times faster than one by one; on a processor it is not.
+
+        Arguments
+        ---------
+        wavs : list of torch.Tensor
+            Waveforms ``[samples]``. One that is too long for a pass of its own is encoded alone.
+
+        Returns
+        -------
+        list of torch.Tensor
+            In the same order.
+        """
+        reader = self._hidden[1]
+        together = [index for index, wav in enumerate(wavs) if len(_checked(wav)) <= reader.longest]
+        encoded = {index: self.forward(wav) for index, wav in enumerate(wavs) if len(wav) > reader.longest}
+        if together:
+            encoded |= zip(together, self._encode_padded([wavs[index] for index in together]), strict=True)
+        return [encoded[index] for index in range(len(wavs))]
+
     @torch.no_grad()
     def _encode(self, wavs):
-        lower = self.compute_dtype != torch.float32
-        with torch.autocast(self.device.type, dtype=self.compute_dtype if lower else None, enabled=lower):
+        with self._precision():
             states = self._hidden[1].hidden_states(wavs.to(self.device, torch.float32))
+        return self._chosen(states)
+
+    @torch.no_grad()
+    def _encode_padded(self, wavs):
+        with self._precision():
+            states, counts = self._hidden[1].padded_states([wav.to(self.device, torch.float32) for wav in wavs])
+        return [state[:count] for state, count in zip(self._chosen(states), counts, strict=True)]
+
+    def _precision(self):
+        lower = self.compute_dtype != torch.float32
+        return torch.autocast(self.device.type, dtype=self.compute_dtype if lower else None, enabled=lower)
+
+    def _chosen(self, states):
         if len(self.layers) == 1:
             return states[self.layers[0]].float()
         return torch.stack([states[layer].float() for layer in self.layers], dim=2)
@@ -323,6 +358,17 @@ def _pad_to(wavs, n_samples):
     return torch.nn.functional.pad(wavs, (0, max(0, n_samples - wavs.shape[-1])))
 
 
+def _padded(items):
+    """Items ``[..., T]`` as one tensor ``[items, ..., T]``, with zeros behind the end of each."""
+    longest = max(item.shape[-1] for item in items)
+    return torch.stack([_pad_to(item, longest) for item in items])
+
+
+def _inside(counts, device):
+    """Mask ``[items, T]``: true up to each item's count."""
+    return torch.arange(max(counts), device=device) < torch.tensor(counts, device=device).unsqueeze(1)
+
+
 class _WaveformReader:
     """Hidden states of the wav2vec 2.0 family (HuBERT, WavLM, wav2vec 2.0)."""
 
@@ -331,6 +377,10 @@ class _WaveformReader:
         self.normalize = wrapper.normalize_wav
         self.n_layers = len(self.model.encoder.layers)
         config = self.model.config
+        # A norm over all of a clip's frames would take the padding in: before it, nothing may be padded.
+        self.norm_over_time = config.feat_extract_norm == "group"
+        # Samples of a padded pass: none where a norm makes something of the zeros behind a clip's end (mHuBERT).
+        self.longest = 0 if getattr(config, "conv_pos_batch_norm", False) else math.inf
         self.hop = math.prod(config.conv_stride)
         self.receptive_field = 1
         for kernel, stride in zip(reversed(config.conv_kernel), reversed(config.conv_stride), strict=True):
@@ -348,14 +398,36 @@ class _WaveformReader:
         self.model.encoder.layers = self.model.encoder.layers[: max(1, deepest)]
 
     def hidden_states(self, wavs):
+        with self._recorded() as states:
+            self.model(self._input(wavs))
+        return states
+
+    def _input(self, wavs):
         if self.normalize:
             # The formula of Hugging Face's feature extractor; F.layer_norm's larger epsilon would keep the level of
             # quiet clips.
             centred = wavs - wavs.mean(-1, keepdim=True)
             wavs = centred / torch.sqrt(centred.square().mean(-1, keepdim=True) + 1e-7)
+        return _pad_to(wavs, self.receptive_field)
+
+    def padded_states(self, wavs):
+        """Hidden states ``[wavs, T, D]`` of waveforms padded to one batch, and the frames of each."""
+        wavs = [self._input(wav) for wav in wavs]
+        counts = [self._n_frames(len(wav)) for wav in wavs]
+        if self.norm_over_time:
+            features = _padded([self.model.feature_extractor(wav.unsqueeze(0))[0] for wav in wavs])
+        else:
+            features = self.model.feature_extractor(_padded(wavs))
+        hidden = _first(self.model.feature_projection(features.transpose(1, 2)))
         with self._recorded() as states:
-            self.model(_pad_to(wavs, self.receptive_field))
-        return states
+            self.model.encoder(hidden, attention_mask=_inside(counts, hidden.device))
+        return states, counts
+
+    def _n_frames(self, n_samples):
+        config = self.model.config
+        for kernel, stride in zip(config.conv_kernel, config.conv_stride, strict=True):
+            n_samples = (n_samples - kernel) // stride + 1
+        return n_samples
 
     @contextlib.contextmanager
     def _recorded(self):
@@ -393,6 +465,7 @@ class _MelReader:
         self.n_positions = self.encoder.embed_positions.num_embeddings
         self.stride = self.encoder.conv1.stride[0] * self.encoder.conv2.stride[0]
         self.hop = self.extractor.hop_length * self.stride
+        self.longest = self.hop * self.n_positions  # samples of one window
         forward = inspect.signature(self.encoder.layers[0].forward).parameters
         # transformers 4 wants a head mask, transformers 5 has none.
         self.masks = {name: None for name in ("attention_mask", "layer_head_mask") if name in forward}
@@ -409,21 +482,35 @@ class _MelReader:
 
     def hidden_states(self, wavs):
         wavs = _pad_to(wavs, self.extractor.n_fft)
-        # Clip by clip: the floor follows the maximum of what is given, which must not be another clip's. In float32
-        # whatever the layers compute in: 8 bits are too few for the powers of a spectrum.
-        with torch.autocast(wavs.device.type, enabled=False):
-            mels = torch.stack([self.log_mel(wav) for wav in wavs])
+        mels = torch.stack(self._mels(wavs))
         windows = [self._window(mel) for mel in mels.split(self.n_positions * self.stride, dim=-1)]
         return [torch.cat(states, dim=1) for states in zip(*windows, strict=True)]
 
-    def _window(self, mel):
-        encoder = self.encoder
+    def padded_states(self, wavs):
+        """Hidden states ``[wavs, T, D]`` of waveforms padded to one batch, and the frames of each."""
+        mels = self._mels([_pad_to(wav, self.extractor.n_fft) for wav in wavs])
+        counts = [mel.shape[-1] for mel in mels]
+        return self._window(_padded(mels), counts), [-(-count // self.stride) for count in counts]
+
+    def _mels(self, wavs):
+        # Clip by clip: the floor follows the maximum of what is given, which must not be another clip's. In float32
+        # whatever the layers compute in: 8 bits are too few for the powers of a spectrum.
+        with torch.autocast(wavs[0].device.type, enabled=False):
+            return [self.log_mel(wav) for wav in wavs]
+
+    def _window(self, mel, counts=None):
+        encoder, masks = self.encoder, self.masks
         hidden = torch.nn.functional.gelu(encoder.conv1(mel))
+        if counts is not None:
+            # A clip's end is followed by zeros, as the second convolution pads it, and by nothing to attend to.
+            hidden = hidden * _inside(counts, hidden.device).unsqueeze(1)
+            outside = ~_inside([-(-count // self.stride) for count in counts], hidden.device)
+            masks = {**masks, "attention_mask": torch.where(outside, -math.inf, 0.0)[:, None, None]}
         hidden = torch.nn.functional.gelu(encoder.conv2(hidden)).transpose(1, 2)
         hidden = hidden + encoder.embed_positions.weight[: hidden.shape[1]]
         states = [hidden]
         for layer in encoder.layers:
-            states.append(_first(layer(states[-1], **self.masks)))
+            states.append(_first(layer(states[-1], **masks)))
         if len(encoder.layers) == self.n_layers:
             states[-1] = encoder.layer_norm(states[-1])
         return states

@@ -8,25 +8,45 @@ import itertools
 import json
 import logging
 import os
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-import numpy as np
 import torch
 from filelock import FileLock
-from speechbrain.utils.distributed import run_on_main
+from speechbrain.utils.distributed import ddp_barrier, ddp_prevent_block, get_rank, if_main_process
 
-from speechbrain_mifuse.audio import BadAudio, content_hash, load_audio, trim_silence
+from speechbrain_mifuse.audio import trim_silence
 from speechbrain_mifuse.corpora.manifest import read_manifest
 from speechbrain_mifuse.features import cache_folder
+from speechbrain_mifuse.features.encode_files import Recording, in_batches, side_by_side
+from speechbrain_mifuse.features.shards import Shard, take_over_shards
 from speechbrain_mifuse.features.store import FeatureStore
 from speechbrain_mifuse.progress import progress
 
 logger = logging.getLogger(__name__)
 
 PREPROCESSING_VERSION = 1
-ENCODING_THREADS = min(os.cpu_count() or 1, 8)
+
+
+def usable_threads() -> int:
+    """Count the threads that encode: one for each core that this process may use, and no more than eight.
+
+    Returns
+    -------
+    int
+        Processes that torchrun has started side by side share the cores.
+
+    Example
+    -------
+    >>> usable_threads() >= 1
+    True
+    """
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return min(max(cores // int(os.environ.get("LOCAL_WORLD_SIZE", 1)), 1), 8)
+
+
+ENCODING_THREADS = usable_threads()
 
 
 class FrameReader:
@@ -70,9 +90,35 @@ class FrameReader:
         """
         about = {"trim_db": self.trim_db, "frame_average": self.frame_average}
         about["preprocessing_version"] = PREPROCESSING_VERSION
-        # Not named when there is one copy: stores of before repetition was known stay valid.
+        # Not named when there is one copy, or in float32: stores of before either was known stay valid.
         about |= {} if self.repeats == 1 else {"repeats": self.repeats}
+        dtype = getattr(self.encoder, "compute_dtype", torch.float32)
+        about |= {} if dtype == torch.float32 else {"compute_dtype": str(dtype).removeprefix("torch.")}
         return {**self.encoder.fingerprint(), **about}
+
+    @property
+    def batches(self) -> bool:
+        """Whether recordings are encoded in padded batches: on a GPU, by an encoder that can."""
+        device = getattr(self.encoder, "device", torch.device("cpu"))
+        return device.type == "cuda" and hasattr(self.encoder, "encode_padded")
+
+    def prepare(self, wave: torch.Tensor) -> torch.Tensor:
+        """Give what the encoder hears of a waveform.
+
+        Parameters
+        ----------
+        wave : torch.Tensor
+            `[samples]` at the encoder's rate.
+
+        Returns
+        -------
+        torch.Tensor
+            `[samples]`, trimmed, repeated if asked for.
+        """
+        wave = trim_silence(wave, self.trim_db)
+        if self.repeats > 1:
+            wave = wave.repeat(self.repeats)[: getattr(self.encoder, "longest_input", None)]
+        return wave
 
     def encode(self, wave: torch.Tensor) -> torch.Tensor:
         """Encode a waveform.
@@ -87,10 +133,24 @@ class FrameReader:
         torch.Tensor
             `[layers, frames, dim]`, float32, on the CPU.
         """
-        wave = trim_silence(wave, self.trim_db)
-        if self.repeats > 1:
-            wave = wave.repeat(self.repeats)[: getattr(self.encoder, "longest_input", None)]
-        frames = self.encoder(wave)
+        return self._stored_form(self.encoder(self.prepare(wave)))
+
+    def encode_together(self, waves: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+        """Encode prepared waveforms in one padded batch.
+
+        Parameters
+        ----------
+        waves : sequence of torch.Tensor
+            `[samples]` each, as `prepare` gives them.
+
+        Returns
+        -------
+        list of torch.Tensor
+            As `encode` gives each, up to rounding.
+        """
+        return [self._stored_form(frames) for frames in self.encoder.encode_padded(waves)]
+
+    def _stored_form(self, frames: torch.Tensor) -> torch.Tensor:
         frames = frames.unsqueeze(1) if frames.dim() == 2 else frames
         return average_frames(frames.transpose(0, 1), self.frame_average).cpu()
 
@@ -158,9 +218,15 @@ def open_store(folder: str | Path, reader: FrameReader) -> FeatureStore:
 
 
 def fill_store(
-    corpus: str, manifests: Iterable[str | Path], reader: FrameReader, base: str | Path | None = None
+    corpus: str,
+    manifests: Iterable[str | Path],
+    reader: FrameReader,
+    base: str | Path | None = None,
+    shard: Shard | None = None,
 ) -> FeatureStore:
     """Fill the store of a corpus's frames by one reader, in a folder that both name.
+
+    The processes of a distributed run share the work: each encodes a shard, and the first brings them together.
 
     Parameters
     ----------
@@ -172,11 +238,13 @@ def fill_store(
         Makes the frames.
     base : str or pathlib.Path, optional
         Folder of all stores, the recipes' `feature_folder`; `features` in the cache folder by default.
+    shard : Shard, optional
+        Encode only this part, into a store of its own, which the next filling takes over.
 
     Returns
     -------
     FeatureStore
-        With every readable utterance.
+        With every readable utterance; that of the shard, if one is given.
 
     Raises
     ------
@@ -195,8 +263,21 @@ def fill_store(
     # The name tells settings apart, so that trying another encoder or layer does not run into the first one's store.
     digest = hashlib.sha256(json.dumps(reader.fingerprint(), sort_keys=True).encode()).hexdigest()[:8]
     folder = Path(base or cache_folder() / "features") / f"{corpus}-{digest}"
-    run_on_main(extract, kwargs={"manifests": list(manifests), "reader": reader, "folder": folder})
+    if shard is not None or ddp_prevent_block():
+        return extract(manifests, reader, folder, shard)
+    manifests = list(manifests)
+    _on_main([], reader, folder)  # takes over what a killed run of another number of processes left
+    extract(manifests, reader, folder, Shard(get_rank() + 1, torch.distributed.get_world_size()))
+    ddp_barrier()
+    _on_main(manifests, reader, folder)
     return open_store(folder, reader)
+
+
+def _on_main(manifests: list, reader: FrameReader, folder: Path) -> None:
+    # SpeechBrain's `run_on_main` would send the whole index to all processes.
+    if if_main_process():
+        extract(manifests, reader, folder)
+    ddp_barrier()
 
 
 def file_stamp(path: str) -> tuple[int, int]:
@@ -218,16 +299,20 @@ def file_stamp(path: str) -> tuple[int, int]:
     (0, 0)
     """
     try:
-        status = Path(path).stat()
+        status = os.stat(path)
     except OSError:
         return (0, 0)
     return (status.st_size, status.st_mtime_ns)
 
 
-def extract(manifests: Iterable[str | Path], reader: FrameReader, folder: str | Path) -> FeatureStore:
+def extract(
+    manifests: Iterable[str | Path], reader: FrameReader, folder: str | Path, shard: Shard | None = None
+) -> FeatureStore:
     """Encode every utterance of some manifests that the store lacks or whose recording has changed.
 
-    A recording that cannot be read is skipped and listed at the end. A killed extraction goes on where it was.
+    A recording that cannot be read is skipped and listed at the end. One whose file has changed but whose sound has not
+    (a copied corpus, a remounted disk) is read but not encoded again. A killed extraction goes on where it was. What
+    shards hold is taken over first; without manifests, that is all.
 
     Parameters
     ----------
@@ -237,11 +322,13 @@ def extract(manifests: Iterable[str | Path], reader: FrameReader, folder: str | 
         Makes the frames.
     folder : str or pathlib.Path
         The store's folder.
+    shard : Shard, optional
+        Encode only those of this shard that the store lacks, into the shard's own store. Several at a time do not meet.
 
     Returns
     -------
     FeatureStore
-        The store, with every readable utterance in it.
+        The store, with every readable utterance in it; that of the shard, if one is given and anything is left for it.
 
     Raises
     ------
@@ -258,26 +345,68 @@ def extract(manifests: Iterable[str | Path], reader: FrameReader, folder: str | 
     0
     """
     wanted = {key: row["wav"] for manifest in manifests for key, row in read_manifest(manifest).items()}
-    Path(folder).mkdir(parents=True, exist_ok=True)
-    with FileLock(Path(folder) / "lock"):
+    folder = Path(folder)
+    if shard is None:
+        return _fill(folder, wanted, reader)
+    folder.mkdir(parents=True, exist_ok=True)
+    with FileLock(folder / "lock"):
         store = open_store(folder, reader)
-        todo = {k: wav for k, wav in wanted.items() if k not in store or store.rows[k].file != file_stamp(wav)}
-        logger.info("%s: %d utterances stored, %d to encode.", folder, len(wanted) - len(todo), len(todo))
-        skipped = encode_into(store, todo, reader) if todo else {}
+    part = {utt_id: wav for utt_id, wav in wanted.items() if shard.holds(utt_id) and utt_id not in store}
+    return _fill(shard.folder(folder), part, reader) if part else store
+
+
+def _fill(folder: Path, wanted: Mapping[str, str], reader: FrameReader) -> FeatureStore:
+    folder.mkdir(parents=True, exist_ok=True)
+    with FileLock(folder / "lock"):
+        store = open_store(folder, reader)
+        take_over_shards(store)
+        todo = outdated(store, wanted)
+        logger.info("%s: %d utterances stored, %d to look at.", folder, len(wanted) - len(todo), len(todo))
+        skipped = encode_into(store, todo, reader)
     for reason in skipped.values():
         logger.warning("left out: %s", reason)
     return store
 
 
-def encode_into(store: FeatureStore, todo: Mapping[str, str], reader: FrameReader) -> dict[str, str]:
+def outdated(store: FeatureStore, wanted: Mapping[str, str]) -> dict[str, Recording]:
+    """Find the recordings that a store lacks or whose file is another one than when they were encoded.
+
+    Parameters
+    ----------
+    store : FeatureStore
+        The store.
+    wanted : mapping of str to str
+        File by utterance id.
+
+    Returns
+    -------
+    dict of str to Recording
+        By utterance id.
+
+    Example
+    -------
+    >>> import tempfile
+    >>> store = FeatureStore(tempfile.mkdtemp(), {"layers": [1], "dim": 4})
+    >>> outdated(store, {"t-a": "/nowhere.wav"})
+    {'t-a': Recording(wav='/nowhere.wav', stamp=(0, 0), audio=None)}
+    """
+    found = {}
+    for utt_id, wav in wanted.items():
+        stamp = file_stamp(wav)
+        if store.rows.stamp(utt_id) != stamp:
+            found[utt_id] = Recording(wav, stamp, store.rows[utt_id].audio if utt_id in store else None)
+    return found
+
+
+def encode_into(store: FeatureStore, todo: Mapping[str, Recording], reader: FrameReader) -> dict[str, str]:
     """Encode recordings into an open store.
 
     Parameters
     ----------
     store : FeatureStore
         Locked by the caller.
-    todo : mapping of str to str
-        Path by utterance id.
+    todo : mapping of str to Recording
+        By utterance id.
     reader : FrameReader
         Makes the frames.
 
@@ -291,60 +420,25 @@ def encode_into(store: FeatureStore, todo: Mapping[str, str], reader: FrameReade
     >>> encode_into(None, {}, None)
     {}
     """
-    skipped = {}
+    skipped, recognised = {}, 0
     if not todo:
         return skipped
-    with store.writer() as add, ThreadPoolExecutor(ENCODING_THREADS) as pool, one_thread_per_operation():
-        bar = progress(total=len(todo), desc=f"encode {store.folder.name}", unit="clip")
-        for part in batched(todo.items(), 64):
-            jobs = [(utt_id, wav, pool.submit(encode_file, wav, reader)) for utt_id, wav in part]
-            for utt_id, wav, job in jobs:
-                try:
-                    frames, audio = job.result()
-                    add(utt_id, frames, audio, file_stamp(wav))
-                except BadAudio as error:
-                    skipped[utt_id] = str(error)
-                    store.rows.pop(utt_id, None)
-                bar.update()
-        bar.close()
+    writer, way = store.writer(), in_batches if getattr(reader, "batches", False) else side_by_side
+    bar = progress(total=len(todo), desc=f"encode {store.folder.name}", unit="clip")
+    with writer as add, bar, ThreadPoolExecutor(ENCODING_THREADS) as pool, one_thread_per_operation():
+        for utt_id, recording, audio, frames, problem in way(todo, reader, pool):
+            if problem is not None:
+                skipped[utt_id] = str(problem)
+                store.rows.pop(utt_id, None)
+            elif frames is None:
+                writer.restamp(utt_id, recording.stamp)
+                recognised += 1
+            else:
+                add(utt_id, frames, audio, recording.stamp)
+            bar.update()
+    if recognised:
+        logger.info("%s: %d files have changed but not their sound: not encoded again.", store.folder, recognised)
     return skipped
-
-
-def encode_file(wav: str, reader: FrameReader) -> tuple[np.ndarray, str]:
-    """Read and encode one recording.
-
-    Parameters
-    ----------
-    wav : str
-        The recording.
-    reader : FrameReader
-        Makes the frames.
-
-    Returns
-    -------
-    frames : numpy.ndarray
-        `[layers, frames, dim]`, float32.
-    audio : str
-        SHA-256 of the whole waveform, before trimming.
-
-    Raises
-    ------
-    BadAudio
-        If it cannot be read.
-
-    Example
-    -------
-    >>> class Reader:
-    ...     class encoder:
-    ...         sample_rate = 16000
-    >>> encode_file("missing.wav", Reader())
-    Traceback (most recent call last):
-    ...
-    speechbrain_mifuse.audio.BadAudio: missing.wav: cannot be read as audio ...
-    """
-    wave = load_audio(wav, reader.encoder.sample_rate)
-    with torch.inference_mode():
-        return reader.encode(wave).cpu().numpy(), content_hash(wave)
 
 
 @contextlib.contextmanager

@@ -3,27 +3,35 @@
 A store is a folder of three files. `store.json` says what the frames are (encoder weights, layers, preprocessing,
 dtype, code version). `frames.f16` holds the frames of one utterance after another, each `[layers, frames, dim]`.
 `index.jsonl` has one row per utterance, appended only after its frames are on disk: a killed extraction leaves at most
-some frames that no row points to, and the next one cuts them off.
+some frames that no row points to, and the next one cuts them off. Frames and rows carry checksums, so what a disk has
+changed since is never read as if it were right.
 """
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import mmap
 import os
 import zlib
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
+from filelock import FileLock
 
 from speechbrain_mifuse.corpora.manifest import atomic_write
 from speechbrain_mifuse.errors import UserError
+from speechbrain_mifuse.features.rows import FEW, Rows, read_copy, write_copy
 
 STORE_VERSION = 1
 ITEM = np.dtype("<f2").itemsize
+# Ends a line of the index: CRC-32 of what stands before it. Lines of before it was known lack it.
+SEAL = b', "line": '
+# Ids that an error names.
+SHOWN = 5
 
 
 class StoreError(UserError):
@@ -46,6 +54,8 @@ class Row:
         Size in bytes and modification time in ns of the recording then.
     crc : int
         CRC-32 of the stored bytes.
+    layer_crcs : tuple of int
+        The same of each layer alone, so that reading one needs no other; empty in rows of before it was known.
 
     Example
     -------
@@ -58,6 +68,72 @@ class Row:
     audio: str
     file: tuple[int, int]
     crc: int
+    layer_crcs: tuple[int, ...] = ()
+
+
+# What stands in the index for frames that were found damaged: the next extraction takes the recording for changed.
+DAMAGED = Row(0, 0, "", (-1, -1), 0)
+
+
+def index_line(utt_id: str, row: Row) -> bytes:
+    """Write a row as a line of the index.
+
+    Parameters
+    ----------
+    utt_id : str
+        Utterance id.
+    row : Row
+        Its row.
+
+    Returns
+    -------
+    bytes
+        JSON and a line end.
+
+    Example
+    -------
+    >>> read_line(index_line("t-a", Row(0, 10, "ab", (100, 1), 7)).strip())
+    ('t-a', Row(offset=0, frames=10, audio='ab', file=(100, 1), crc=7, layer_crcs=()))
+    """
+    text = json.dumps({"id": utt_id, **vars(row)}).encode()
+    return text[:-1] + SEAL + b"%d}\n" % zlib.crc32(text)
+
+
+def read_line(line: bytes) -> tuple[str, Row]:
+    """Read a line of the index.
+
+    Parameters
+    ----------
+    line : bytes
+        Without its end.
+
+    Returns
+    -------
+    tuple of str and Row
+        Utterance id and row.
+
+    Raises
+    ------
+    ValueError, KeyError, TypeError
+        If it is not what `index_line` wrote.
+
+    Example
+    -------
+    >>> read_line(index_line("t-a", Row(0, 10, "ab", (100, 1), 7)).replace(b"10", b"11").strip())
+    Traceback (most recent call last):
+    ...
+    ValueError: checksum differs
+    """
+    raw = json.loads(line)
+    row = Row(
+        raw["offset"], raw["frames"], raw["audio"], tuple(raw["file"]), raw["crc"], tuple(raw.get("layer_crcs", ()))
+    )
+    if not (row.offset >= 0 and row.frames >= 0):
+        raise ValueError("a place before the file's start")
+    text, sealed, _ = line.rpartition(SEAL)
+    if sealed and zlib.crc32(text + b"}") != raw["line"]:
+        raise ValueError("checksum differs")
+    return raw["id"], row
 
 
 def difference(found: Mapping, wanted: Mapping) -> str:
@@ -116,19 +192,24 @@ class FeatureStore:
         self.folder = Path(folder)
         self.fingerprint = {**fingerprint, "dtype": "float16", "store_version": STORE_VERSION}
         self.layers, self.dim = list(fingerprint["layers"]), int(fingerprint["dim"])
-        self.rows: dict[str, Row] = {}
+        self.rows = Rows(Row)
         self._file = None
+        # Places whose bytes were compared with their checksum: once in a process is enough.
+        self._sound: set[tuple[int, int | None]] = set()
         self._check_fingerprint()
         self._read_index()
 
     def _check_fingerprint(self) -> None:
         path = self.folder / "store.json"
         if not path.exists():
-            atomic_write(path, json.dumps(self.fingerprint, indent=1))
+            try:
+                atomic_write(path, json.dumps(self.fingerprint, indent=1))
+            except OSError as error:
+                raise cannot_write(self.folder, error) from None
             return
         try:
-            found = json.loads(path.read_text())
-        except ValueError as error:
+            found = dict(json.loads(path.read_text()))
+        except (ValueError, TypeError) as error:
             raise StoreError(f"{path}: damaged ({error}). Delete the folder; extraction will fill it again.") from None
         differs = difference(found, json.loads(json.dumps(self.fingerprint)))
         if differs:
@@ -142,23 +223,37 @@ class FeatureStore:
         if not path.exists():
             return
         size = self._frames_path.stat().st_size if self._frames_path.exists() else 0
-        # What follows the last line end was torn by a kill, and its frames are not counted as stored.
-        for number, line in enumerate(path.read_bytes().split(b"\n")[:-1], start=1):
-            try:
-                raw = json.loads(line)
-                row = Row(raw["offset"], raw["frames"], raw["audio"], tuple(raw["file"]), raw["crc"])
-                self.rows[raw["id"]] = row
-            except (ValueError, KeyError, TypeError):
-                raise StoreError(f"{path}: line {number} is damaged. Delete the folder {self.folder}.") from None
-            if self._end(row) * ITEM > size:
+        with path.open("rb") as index:
+            self.rows, known = read_copy(self.folder, index, Row)
+            # What follows the last line end was torn by a kill, and its frames are not counted as stored.
+            *lines, torn = index.read().split(b"\n")
+            self._read_lines(lines, known)
+            if self._end() * ITEM > size:
                 raise StoreError(f"{self._frames_path} is shorter than its index says. Delete {self.folder}.")
+            if len(lines) > FEW:
+                write_copy(self.folder, index, self.rows, index.tell() - len(torn), known + len(lines))
+
+    def _read_lines(self, lines: list[bytes], known: int) -> None:
+        for number, line in enumerate(lines, start=known + 1):
+            try:
+                utt_id, row = read_line(line)
+            except (ValueError, KeyError, TypeError):
+                path, remedy = (
+                    self.folder / "index.jsonl",
+                    "Delete this line and run again: its recording is encoded anew.",
+                )
+                raise StoreError(f"{path}: line {number} is damaged. {remedy}") from None
+            if row == DAMAGED:
+                self.rows.pop(utt_id, None)
+            else:
+                self.rows[utt_id] = row
 
     @property
     def _frames_path(self) -> Path:
         return self.folder / "frames.f16"
 
-    def _end(self, row: Row) -> int:
-        return row.offset + len(self.layers) * row.frames * self.dim
+    def _end(self) -> int:
+        return self.rows.end(len(self.layers) * self.dim)
 
     def __contains__(self, utt_id: str) -> bool:
         return utt_id in self.rows
@@ -185,14 +280,49 @@ class FeatureStore:
         Raises
         ------
         StoreError
-            If the utterance or the layer is not in the store.
+            If the utterance or the layer is not in the store, or its bytes are not those that were written. What is
+            damaged is marked then, and the next extraction encodes it anew.
         """
         if utt_id not in self.rows:
             raise StoreError(f"{self.folder} has no frames of '{utt_id}'. Run the extraction again.")
-        row = self.rows[utt_id]
-        if layer is None:
+        row, place = self.rows[utt_id], None if layer is None else self.position(layer)
+        block = self._block(row, place)
+        if (row.offset, place) not in self._sound:
+            if not self._is_sound(row, place, block):
+                raise self._damage()
+            self._sound.add((row.offset, place))
+        return block
+
+    def _block(self, row: Row, place: int | None) -> np.ndarray:
+        if place is None:
             return self._map(row.offset, (len(self.layers), row.frames, self.dim))
-        return self._map(row.offset + self.position(layer) * row.frames * self.dim, (row.frames, self.dim))
+        return self._map(row.offset + place * row.frames * self.dim, (row.frames, self.dim))
+
+    def _is_sound(self, row: Row, place: int | None, block: np.ndarray) -> bool:
+        if place is None:
+            return zlib.crc32(block) == row.crc
+        if row.layer_crcs:
+            return zlib.crc32(block) == row.layer_crcs[place]
+        return zlib.crc32(self._block(row, None)) == row.crc
+
+    def _damage(self) -> StoreError:
+        """Look for everything that is damaged, mark it for the next extraction, and tell of it."""
+        damaged = self.verify()
+        told = ", ".join(damaged[:SHOWN]) + (f" and {len(damaged) - SHOWN} more" if len(damaged) > SHOWN else "")
+        marked = self._mark(damaged)
+        remedy = (
+            "Run again: they are encoded anew." if marked else f"Delete {self.folder}; extraction will fill it again."
+        )
+        return StoreError(f"{self._frames_path}: frames are damaged, their checksum differs: {told}. {remedy}")
+
+    def _mark(self, damaged: list[str]) -> bool:
+        try:
+            with FileLock(self.folder / "lock", timeout=0), (self.folder / "index.jsonl").open("r+b") as index:
+                index.seek(cut_torn_line(index))
+                index.write(b"".join(index_line(utt_id, DAMAGED) for utt_id in damaged))
+        except OSError:  # read-only, full, or an extraction is at it
+            return False
+        return True
 
     def _map(self, offset: int, shape: tuple[int, ...]) -> np.ndarray:
         # One short-lived map per read: unlike one map of the whole file, its pages leave the process with the batch,
@@ -235,7 +365,7 @@ class FeatureStore:
         list of str
             Ids of damaged utterances.
         """
-        return [key for key, row in self.rows.items() if zlib.crc32(self.frames(key).tobytes()) != row.crc]
+        return [key for key, row in self.rows.items() if not self._is_sound(row, None, self._block(row, None))]
 
     def writer(self, flush_every: int = 64) -> StoreWriter:
         """Open the store for appending; use it as a context manager that gives the function `add`.
@@ -277,17 +407,15 @@ class StoreWriter:
         self.store, self.flush_every, self.pending = store, flush_every, []
 
     def __enter__(self):
-        end = max((self.store._end(row) for row in self.store.rows.values()), default=0)
-        self.data = open(self.store._frames_path, "ab")
-        self.data.truncate(end * ITEM)
-        self.index = open(self.store.folder / "index.jsonl", "ab")
-        self._cut_torn_row()
-        self.end = end
+        self.end = self.store._end()
+        try:
+            self.data = open(self.store._frames_path, "ab")
+            self.data.truncate(self.end * ITEM)
+            self.index = open(self.store.folder / "index.jsonl", "a+b")
+            cut_torn_line(self.index)
+        except OSError as error:
+            raise cannot_write(self.store.folder, error) from None
         return self.add
-
-    def _cut_torn_row(self) -> None:
-        content = (self.store.folder / "index.jsonl").read_bytes()
-        self.index.truncate(content.rfind(b"\n") + 1)
 
     def add(self, utt_id: str, frames: np.ndarray, audio: str, file: tuple[int, int]) -> None:
         """Append one utterance; a later row of the same id replaces an earlier one.
@@ -306,7 +434,7 @@ class StoreWriter:
         Raises
         ------
         StoreError
-            If the shape does not fit the store or a value does not fit fp16.
+            If the shape does not fit the store, a value does not fit fp16, or the disk is full.
         """
         with np.errstate(over="ignore"):
             block = np.ascontiguousarray(frames, dtype="<f2")
@@ -314,25 +442,106 @@ class StoreWriter:
             raise StoreError(f"{utt_id}: frames of shape {block.shape} do not fit {self.store.folder}.")
         if not np.isfinite(block).all():
             raise StoreError(f"{utt_id}: the encoder gave values that do not fit fp16 (NaN, infinite, or above 65504).")
-        raw = block.tobytes()
-        self.data.write(raw)
-        self.pending.append((utt_id, Row(self.end, block.shape[1], audio, tuple(file), zlib.crc32(raw))))
+        layer_crcs = tuple(zlib.crc32(layer) for layer in block)
+        row = Row(self.end, block.shape[1], audio, tuple(file), zlib.crc32(block), layer_crcs)
+        try:
+            self.data.write(block)
+        except OSError as error:
+            raise self._full(error) from None
+        self.pending.append((utt_id, row))
         self.end += block.size
         if len(self.pending) >= self.flush_every:
             self.flush()
 
+    def restamp(self, utt_id: str, file: tuple[int, int]) -> None:
+        """Note that an utterance's recording is the same in another file; its frames stay where they are.
+
+        Parameters
+        ----------
+        utt_id : str
+            A stored utterance.
+        file : tuple of int
+            Size and modification time (ns) of the recording now.
+        """
+        self.pending.append((utt_id, replace(self.store.rows[utt_id], file=tuple(file))))
+        if len(self.pending) >= self.flush_every:
+            self.flush()
+
     def flush(self) -> None:
-        """Bring frames, then rows, to the disk."""
-        self.data.flush()
-        os.fsync(self.data.fileno())
-        lines = "".join(json.dumps({"id": key, **vars(row)}) + "\n" for key, row in self.pending)
-        self.index.write(lines.encode())
-        self.index.flush()
-        os.fsync(self.index.fileno())
+        """Bring frames, then rows, to the disk.
+
+        Raises
+        ------
+        StoreError
+            If it is full; what was flushed before stays.
+        """
+        try:
+            self.data.flush()
+            os.fsync(self.data.fileno())
+            self.index.write(b"".join(index_line(utt_id, row) for utt_id, row in self.pending))
+            self.index.flush()
+            os.fsync(self.index.fileno())
+        except OSError as error:
+            raise self._full(error) from None
         self.store.rows.update(self.pending)
         self.pending = []
 
+    def _full(self, error: OSError) -> StoreError:
+        self.pending = []  # whose frames may not be there: the next writer cuts them off
+        return cannot_write(self.store.folder, error)
+
     def __exit__(self, *exception):
-        self.flush()
-        self.data.close()
-        self.index.close()
+        try:
+            if self.pending:
+                self.flush()
+        finally:
+            for file in (self.data, self.index):
+                with contextlib.suppress(OSError):  # of what a full disk has refused already
+                    file.close()
+
+
+def cut_torn_line(index) -> int:
+    r"""Cut off what follows the last line end of an index: a kill tore it.
+
+    Parameters
+    ----------
+    index : file
+        Open for reading and writing bytes.
+
+    Returns
+    -------
+    int
+        Bytes that are left.
+
+    Example
+    -------
+    >>> import io
+    >>> cut_torn_line(io.BytesIO(b"{}\n{"))
+    3
+    """
+    index.seek(0)
+    return index.truncate(index.read().rfind(b"\n") + 1)
+
+
+def cannot_write(folder: Path, error: OSError) -> StoreError:
+    """Say that a store cannot be written.
+
+    Parameters
+    ----------
+    folder : pathlib.Path
+        The store's.
+    error : OSError
+        Why.
+
+    Returns
+    -------
+    StoreError
+        To be raised.
+
+    Example
+    -------
+    >>> cannot_write(Path("/full"), OSError(28, "No space left on device"))
+    StoreError('/full: cannot be written (No space left on device). Free some space or pass another ...')
+    """
+    remedy = "Free some space or pass another --feature_folder, and run again: what is stored is kept."
+    return StoreError(f"{folder}: cannot be written ({error.strerror or error}). {remedy}")

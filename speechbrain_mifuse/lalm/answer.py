@@ -2,15 +2,19 @@
 
 Parsing is pure and pessimistic. A teacher that refuses, rambles or is cut off gives *no sample*: turning such a reply
 into a uniform distribution, or into the one label that its apology happens to mention, would teach the student noise.
+A reply is a stranger's text: whatever it holds, reading it ends soon and raises nothing.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import functools
 import json
 import math
 import re
-from collections.abc import Callable, Mapping, Sequence
+import unicodedata
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import NamedTuple
 
 SAMPLE_KINDS = ("distribution", "logprobs", "label")
 KINDS = (*SAMPLE_KINDS, "refusal", "invalid")
@@ -32,24 +36,68 @@ SYNONYMS = (
     ("frustrated", "frustration"),
 )
 
+# Codes that name an emotion where they stand alone, and are words of other languages in a sentence.
+_CODES = {"ang", "hap", "neu"}
+
+# Says how an emotion sounds, and contradicts none.
+_COMPATIBLE = {"calm", "calmness"}
+
+# Keys of a JSON object whose text is the choice; other texts (a transcript, a reason) may name what they like.
+_CHOICE_KEYS = {
+    f"{of}{what}"
+    for of in ("", "predicted ", "final ", "detected ", "dominant ", "primary ", "emotion ")
+    for what in ("emotion", "label", "answer", "class", "category", "prediction", "choice", "result", "word")
+}
+
 # Below this share of probability on the labels, the first token was about something else ("I", "<think>", "The").
 MIN_LABEL_MASS = 0.01
 
 # A longer text that names one emotion is more likely to talk about it than to choose it.
 MAX_LABEL_WORDS = 12
 
+# Characters beyond which a reply to a question of one word or one object is a runaway, and not worth its time.
+MAX_CHARACTERS = 20_000
+
+# Braces that may begin no JSON object; more are tried in vain only in a text made to take long.
+MAX_FALSE_BRACES = 100
+
+_LONGEST_REASON = 300
+
 # Articles are prefixes of "angry" and yet open any sentence.
 _ARTICLES = {"a", "an"}
 
+# Apostrophes and hyphens of all kinds; compatibility normalisation would make blanks of some of them.
+_ONE_KIND = str.maketrans(dict.fromkeys("’‘ʼ´`′＇", "'") | dict.fromkeys("‐‑‒–−－", "-"))
+_EDGES = " \"'*_,.:;()[]<>«»“”„~#|-—。、「」『』【】\\/"
+_ENDS = _EDGES + "!?"
+_BLANKS, _UNSEEN = "\t\n\v\f\r", {"Cc", "Cf", "Cs"}
+# A letter, an accent that was not joined to its letter, what stands for a letter that was lost, or a hyphen or
+# apostrophe inside a word.
+_LETTER = r"[\w\u0300-\u036f\u20d0-\u20ff\ue000-\uf8ff\ufffd]"
+_NOT_BEHIND, _NOT_AHEAD = rf"(?<!{_LETTER})(?<!\w['-])", rf"(?!{_LETTER}|['-]\w)"
+
 _REFUSAL = re.compile(
-    r"\b(sorry|apologi[sz]e|unable to|not able to|can ?not|can['’]?t|could ?n['’]?t"
-    r"|(?:do|did)(?: not|n['’]?t) (?:have|hear|see)|as an ai|language model"
-    r"|happy to (?:help|assist|analy[sz]e)|please (?:provide|upload|share|attach)|against my)\b",
-    re.IGNORECASE,
+    r"\b(sorry|apologi[sz]e|unable to|not able to|can ?not|can'?t|could ?n't"
+    r"|(?:do|did)(?: not|n't) (?:have|hear|see)|as an ai|language model"
+    r"|(?:happy|glad|sad) to|i(?:'d| would|'ll| will)(?: be)? (?:happily|gladly|happy|glad)"
+    r"|i(?:'m| am) afraid|unfortunately|sadly,|please (?:provide|upload|share|attach)|against my)\b|^\W*sadly\b"
+    r"|\bsadly,"
 )
-_NEGATION = re.compile(r"\b(no|not|never|neither|nor|without|rather than|instead of|\w+n['’]t)\b", re.IGNORECASE)
-_THINKING = re.compile(r"<think>.*?(?:</think>|\Z)", re.DOTALL | re.IGNORECASE)
-_WORD = re.compile(r"[^\W\d_]+(?:['’-][^\W\d_]+)*")
+# In a text beside numbers only what says that nothing was heard; a transcript may well say "sorry".
+_DEAF = re.compile(
+    r"as an ai\b|language model|(?:can ?not|can't|unable to|not able to) "
+    r"(?:hear|listen|process|access|analy[sz]e|judge|identify|determine|detect|assess)"
+)
+_NEGATION = re.compile(
+    r"\b(no|not|never|neither|nor|non|none|nothing|nobody|without|rather than|instead of|far from|anything but|all but"
+    r"|hardly|barely|scarcely|lack\w*|less|least|except|unlike|opposite|absen\w+|rul(?:e|ed|ing) out|exclud\w+|fail\w*"
+    r"|wrong|false|incorrect|isnt|wasnt|arent|doesnt|dont|didnt|aint|unsure|uncertain\w*|unclear|unknown|undetermined"
+    r"|inaudible|nicht|kein\w*|nie|pas|\w+n't)\b|[!¬~≠](?=\w)"
+)
+# "happy: 0 %" chooses anything but happy.
+_ZERO = re.compile(r"(?<![\w.,])0+(?:[.,]0+)?(?![\w.,]*\d)")
+_THINKING = re.compile(r"\A.*</think(?:ing)?>|<think(?:ing)?>.*\Z", re.DOTALL | re.IGNORECASE)
+_WORD = re.compile(r"[^\W\d_]+(?:['-][^\W\d_]+)*")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -80,7 +128,10 @@ class Reply:
 
     def to_json(self) -> str:
         """Serialise without loss, so that a stored reply can be parsed again by a better parser."""
-        return json.dumps(dataclasses.asdict(self), ensure_ascii=False)
+        fields = dataclasses.asdict(self)
+        text = json.dumps(fields, ensure_ascii=False)
+        # Half a surrogate pair, which JSON's escapes can bring, cannot be encoded, hence neither stored nor sent.
+        return text if text.isascii() or _encodable(text) else json.dumps(fields)
 
     @classmethod
     def from_json(cls, text: str) -> Reply:
@@ -183,18 +234,20 @@ def parse_answer(reply: Reply, labels: Sequence[str], parsers: Sequence[Parser])
     'refusal'
     """
     if reply.finish_reason == "content_filter" or reply.refusal:
-        return Answer("refusal", reason=reply.refusal or "stopped by the server's content filter")
+        return Answer("refusal", reason=_printable(reply.refusal or "stopped by the server's content filter"))
     if reply.finish_reason == "length":
         return Answer("invalid", reason="cut off: the server's token limit was reached")
     reply = dataclasses.replace(reply, text=_THINKING.sub("", reply.text).strip())
     if not reply.text:
         return Answer("invalid", reason="empty reply")
+    if len(reply.text) > MAX_CHARACTERS:
+        return Answer("invalid", reason=f"a reply of more than {MAX_CHARACTERS} characters is not an answer")
     answers = []
     for parse in parsers:
         answers.append(parse(reply, tuple(labels)))
         if answers[-1].is_sample:
             return answers[-1]
-    if _REFUSAL.search(reply.text):
+    if _REFUSAL.search(_plain(reply.text)):
         return Answer("refusal", reason="the model declined in words")
     return answers[0]
 
@@ -203,8 +256,10 @@ def parse_distribution(reply: Reply, labels: tuple[str, ...]) -> Answer:
     """Read a JSON object `{label: probability}`, also inside prose, code fences or one more object.
 
     Labels that are missing count as 0; keys that name no label are ignored; percentages and numbers in quotes are
-    understood; the values are normalised to sum 1. Negative, infinite or all-zero values, a label given twice and two
-    contradicting objects are invalid.
+    understood; the values are normalised to sum 1. Negative, infinite or all-zero values, a label given twice, two
+    contradicting objects (one inside the other, too), percentages beside numbers above 1, a number under a key that
+    holds a label among other words, more for an emotion outside the set than for any label, and words beside the object
+    that decline are invalid.
 
     Parameters
     ----------
@@ -223,16 +278,21 @@ def parse_distribution(reply: Reply, labels: tuple[str, ...]) -> Answer:
     >>> parse_distribution(Reply('Sure: {"Anger": "75%", "sad": "25%"}'), ("angry", "happy", "sad")).probs
     (0.75, 0.0, 0.25)
     """
-    words = label_words(labels)
+    words = _vocabulary(tuple(labels))
     try:
-        found = [scores for item in _json_objects(reply.text) if (scores := _scores(item, words))]
+        objects, beside = _json_objects(reply.text)
+        inside = [item for whole in objects for item in _with_inner(whole)]
+        found = [scores for item in inside if (scores := _scores(item, words))]
         vectors = {_normalised([scores.get(label, 0.0) for label in labels]) for scores in found}
     except (ValueError, OverflowError) as error:
-        return Answer("invalid", reason=str(error))
+        return Answer("invalid", reason=_printable(error))
     if not vectors:
         return Answer("invalid", reason="no JSON object with a label of the set")
     if len(vectors) > 1:
         return Answer("invalid", reason="several JSON objects that contradict each other")
+    notes = _plain(" ".join(value for item in inside for value in item.values() if isinstance(value, str)))
+    if _REFUSAL.search(_plain(beside)) or _DEAF.search(notes):
+        return Answer("invalid", reason="a JSON object beside words that decline")
     return Answer("distribution", probs=vectors.pop())
 
 
@@ -241,7 +301,7 @@ def parse_logprobs(reply: Reply, labels: tuple[str, ...]) -> Answer:
 
     A token counts for a label when it is the beginning of that label and of no other, or a synonym of it. Servers
     return raw log-probabilities over the whole vocabulary, so they are renormalised over the labels and the mass is
-    kept.
+    kept. The text must be an answer, whichever: "neither" begins as "neutral" does, and "not happy" chooses nothing.
 
     Parameters
     ----------
@@ -263,9 +323,9 @@ def parse_logprobs(reply: Reply, labels: tuple[str, ...]) -> Answer:
     """
     if not reply.top_logprobs:
         return Answer("invalid", reason="the server returned no log-probabilities")
-    if _REFUSAL.search(reply.text):  # "Happy to help, please upload ..." begins with a label
-        return Answer("invalid", reason="the first token belongs to a sentence that declines")
-    words = label_words(labels)
+    if not _chooses(reply, labels):  # "Happy to help, please upload ..." begins with a label
+        return Answer("invalid", reason="the first token belongs to a text that is no answer")
+    words = _vocabulary(tuple(labels)).bare
     mass = dict.fromkeys(labels, 0.0)
     for token, logprob in reply.top_logprobs:
         label = _label_of_token(token, labels, words)
@@ -290,8 +350,9 @@ def parse_label(reply: Reply, labels: tuple[str, ...]) -> Answer:
     Returns
     -------
     Answer
-        Of kind "label", or "invalid" if the text names no label or several, negates one, declines, or is too long to
-        be a choice.
+        Of kind "label", or "invalid" if the text names no label or several, an emotion outside the set beside one,
+        negates, doubts or asks, declines, gives a number of zero, or is too long to be a choice. Of JSON objects the
+        text under keys such as "emotion" or "label" counts, and what stands beside them must not contradict.
 
     Example
     -------
@@ -303,12 +364,19 @@ def parse_label(reply: Reply, labels: tuple[str, ...]) -> Answer:
     exact = parse_exact_label(reply, labels)
     if exact.is_sample:
         return exact
-    text = _values_only(reply.text) if "{" in reply.text else reply.text
-    named = _labels_named(text, labels)
+    words = _vocabulary(tuple(labels))
+    text, beside = _plain(reply.text), ""
+    if "{" in reply.text:
+        try:
+            text, beside = (_plain(part) for part in _choice_in_json(reply.text))
+        except ValueError as error:
+            return Answer("invalid", reason=_printable(error))
+    named = words.named(text)
     if len(named) != 1:
         return Answer("invalid", reason=f"names {len(named)} labels of the set: {', '.join(named) or 'none'}")
-    if _REFUSAL.search(text) or _NEGATION.search(text):
-        return Answer("invalid", reason=f"names {named[0]!r} but negates or declines")
+    doubt = _doubt(f"{text} {beside}", named[0], words)
+    if doubt:
+        return Answer("invalid", reason=f"names {named[0]!r} but {doubt}")
     if len(_WORD.findall(text)) > MAX_LABEL_WORDS:
         return Answer("invalid", reason=f"a text of more than {MAX_LABEL_WORDS} words is not a choice")
     return _one_hot(named[0], labels)
@@ -338,8 +406,7 @@ def parse_exact_label(reply: Reply, labels: tuple[str, ...]) -> Answer:
     >>> parse_exact_label(Reply('{"happy": 0.7, "sa'), ("happy", "sad")).kind
     'invalid'
     """
-    word = reply.text.strip(" \t\r\n\"'`*_.,:;!?()[]").casefold()
-    label = label_words(labels).get(word)
+    label = _bare_label(reply.text, _vocabulary(tuple(labels)))
     return _one_hot(label, labels) if label else Answer("invalid", reason="not a bare label")
 
 
@@ -362,61 +429,153 @@ def label_words(labels: Sequence[str]) -> dict[str, str]:
     >>> "afraid" in label_words(["fear", "fearful"])
     False
     """
-    exact = {label.casefold(): label for label in labels}
+    return dict(_vocabulary(tuple(labels)).bare)
+
+
+class _Vocabulary(NamedTuple):
+    """Words of a label set: `bare` by themselves, in a sentence, and those of emotions outside the set."""
+
+    labels: tuple[str, ...]
+    bare: dict[str, str]
+    in_a_sentence: re.Pattern
+    other_emotions: re.Pattern
+
+    def named(self, text: str) -> list[str]:
+        """Labels that occur in a plain text as whole words, longest first so that "very sad" hides its "sad"."""
+        found = {self.bare[match.group()] for match in self.in_a_sentence.finditer(text)}
+        return [label for label in self.labels if label in found]
+
+
+@functools.lru_cache(maxsize=64)
+def _vocabulary(labels: tuple[str, ...]) -> _Vocabulary:
+    owners: dict[str, set[str]] = {}
+    for label in labels:
+        owners.setdefault(_plain(label), set()).add(label)
+    # Labels that differ only in what is made one here cannot be told apart in a reply.
+    exact = {word: label for word, (label, *others) in owners.items() if word and not others}
     words = {}
     for group in SYNONYMS:
-        owners = [exact[word] for word in group if word in exact]
-        if len(owners) == 1:
-            words.update(dict.fromkeys(group, owners[0]))
-    return {**words, **exact}
+        named = [exact[word] for word in group if word in exact]
+        if len(named) == 1:
+            words.update(dict.fromkeys(group, named[0]))
+    bare = {**words, **exact}
+    sentence = [word for word in bare if word in exact or word not in _CODES]
+    known = {word for group in SYNONYMS for word in group} - _CODES - _COMPATIBLE
+    return _Vocabulary(labels, bare, _any_of(sentence), _any_of(known - bare.keys()))
+
+
+def _any_of(words: Sequence[str] | set[str]) -> re.Pattern:
+    """Any of some words, the longest that fits; nothing if there are none."""
+    longest_first = sorted(words, key=lambda word: (-len(word), word))
+    return re.compile(f"{_NOT_BEHIND}(?:{'|'.join(map(re.escape, longest_first)) or '(?!)'}){_NOT_AHEAD}")
+
+
+@functools.lru_cache(maxsize=16)
+def _plain(text: str) -> str:
+    """Lower case, one form of each character, apostrophe, hyphen and blank, and nothing that is not seen."""
+    text = text.translate(_ONE_KIND)
+    if not (text.isascii() and text.isprintable()):
+        text = unicodedata.normalize("NFKC", text)
+        # A soft hyphen, a zero byte or half a character inside "unhappy" must not make a word of "happy".
+        text = "".join(c for c in text if c in _BLANKS or unicodedata.category(c) not in _UNSEEN)
+    return " ".join(text.split()).casefold()
+
+
+def _encodable(text: str) -> bool:
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
+def _printable(reason: object) -> str:
+    """Make a short text of anything, which every file can hold."""
+    return str(reason)[:_LONGEST_REASON].encode("utf-8", "backslashreplace").decode()
+
+
+def _bare_label(text: str, words: _Vocabulary) -> str | None:
+    plain = _plain(text)
+    return words.bare.get(plain) or words.bare.get(plain.lstrip(_EDGES).rstrip(_ENDS))
+
+
+def _doubt(text: str, label: str, words: _Vocabulary) -> str:
+    """Say what in a plain text speaks against its one label; empty if nothing does."""
+    if words.named(text) != [label]:
+        return "another label stands beside it"
+    other = words.other_emotions.search(text)
+    if other:
+        return f"also {other.group()!r}, which is no label of the set"
+    if _REFUSAL.search(text) or _NEGATION.search(text):
+        return "negates, doubts or declines"
+    if "?" in text:
+        return "asks"
+    if _ZERO.search(text):
+        return "gives a number of zero"
+    said = set(_WORD.findall(text))
+    longer = [other for other in words.labels if other != label and _holds(_plain(other), label, said)]
+    return f"may mean {longer[0]!r}" if longer else ""
+
+
+def _holds(longer: str, label: str, said: set[str]) -> bool:
+    """Whether a longer label holds all words of a label, and a text those of both."""
+    parts = set(_WORD.findall(longer))
+    return parts > set(_WORD.findall(_plain(label))) and parts <= said
+
+
+def _chooses(reply: Reply, labels: tuple[str, ...]) -> bool:
+    """Whether a text chooses, if need be in its first sentence with no other label behind it."""
+    if parse_label(reply, labels).is_sample or parse_distribution(reply, labels).is_sample:
+        return True
+    opening = re.split(r"[.\n]", reply.text, maxsplit=1)[0]
+    label = _bare_label(opening, _vocabulary(labels))
+    return label is not None and _vocabulary(labels).named(_plain(reply.text)) == [label]
 
 
 def _one_hot(label: str, labels: Sequence[str]) -> Answer:
     return Answer("label", probs=tuple(float(other == label) for other in labels))
 
 
-def _labels_named(text: str, labels: Sequence[str]) -> list[str]:
-    """Labels that occur in a text as whole words, longest words first so that "very sad" hides its "sad"."""
-    text, named = text.casefold(), set()
-    for word, label in sorted(label_words(labels).items(), key=lambda item: -len(item[0])):
-        text, count = re.subn(rf"(?<!\w){re.escape(word)}(?!\w)", " ", text)
-        if count:
-            named.add(label)
-    return [label for label in labels if label in named]
+def _choice_in_json(text: str) -> tuple[str, str]:
+    """Texts that the JSON objects of a text hold under keys of a choice, and what stands beside the objects."""
+    objects, beside = _json_objects(text)
+    pairs = [pair for item in objects for pair in item.items()]
+    said = [value for key, value in pairs if isinstance(value, str) and _key(key) in _CHOICE_KEYS]
+    return " ; ".join(said), beside
 
 
-def _values_only(text: str) -> str:
-    """Strings that the JSON objects of a text hold as values: keys and numbers choose nothing."""
-    try:
-        objects = _json_objects(text)
-    except ValueError:
-        return ""
-    return " ".join(value for item in objects for value in item.values() if isinstance(value, str))
+def _key(key: str) -> str:
+    return _plain(key).replace("_", " ").replace("-", " ").strip(_ENDS)
 
 
 def _label_of_token(token: str, labels: Sequence[str], words: Mapping[str, str]) -> str | None:
     # Byte-pair vocabularies mark a leading space as "Ġ" or "▁".
-    piece = token.strip(" \t\r\n\"'`*Ġ▁").casefold()
+    piece = _plain(token.strip(" \t\r\n\"'`*Ġ▁"))
     if not piece or piece in _ARTICLES:
         return None
     if piece in words:
         return words[piece]
-    owners = [label for label in labels if label.casefold().startswith(piece)]
+    owners = [label for label in labels if _plain(label).startswith(piece)]
     return owners[0] if len(owners) == 1 else None
 
 
-def _json_objects(text: str) -> list[dict]:
-    """All outermost JSON objects of a text, in order."""
+def _json_objects(text: str) -> tuple[list[dict], str]:
+    """All outermost JSON objects of a text, in order, and the text without them."""
     decoder = json.JSONDecoder(object_pairs_hook=_distinct)
-    objects, start = [], text.find("{")
+    objects, beside, end, start, false = [], [], 0, text.find("{"), 0
     while start >= 0:
         try:
-            value, end = decoder.raw_decode(text, start)
-            objects.append(value)
+            value, stop = decoder.raw_decode(text, start)
         except (json.JSONDecodeError, RecursionError):
-            end = start + 1
-        start = text.find("{", end)
-    return objects
+            stop, false = start, false + 1
+            if false > MAX_FALSE_BRACES:
+                raise ValueError(f"more than {MAX_FALSE_BRACES} braces that begin no JSON object") from None
+        else:
+            objects.append(value)
+            beside.append(text[end:start])
+            end = stop
+        start = text.find("{", max(stop, start + 1))
+    return objects, " ".join([*beside, text[end:]])
 
 
 def _distinct(pairs: list[tuple[str, object]]) -> dict:
@@ -425,26 +584,57 @@ def _distinct(pairs: list[tuple[str, object]]) -> dict:
     return dict(pairs)
 
 
-def _scores(value: dict, words: Mapping[str, str]) -> dict[str, float]:
-    """Numbers given to labels in an object, or in the first object inside it that names labels."""
-    scores = {}
+def _with_inner(value: dict) -> Iterator[dict]:
+    """Give an object and all objects inside it, however deep."""
+    waiting: list[object] = [value]
+    while waiting:
+        value = waiting.pop()
+        if isinstance(value, dict):
+            yield value
+        waiting += value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
+
+
+def _scores(value: dict, words: _Vocabulary) -> dict[str, float]:
+    """Numbers given to labels in an object; empty if it names none."""
+    given, others = {}, [0.0]
     for key, number in value.items():
-        label = words.get(key.strip().casefold())
+        label = _bare_label(key, words)
+        if label in given:
+            raise ValueError(f"the JSON object names {label!r} twice")
         if label is not None:
-            if label in scores:
-                raise ValueError(f"the JSON object names {label!r} twice")
-            scores[label] = _number(number)
-    inner = (_scores(item, words) for item in value.values() if isinstance(item, dict))
-    return scores or next((found for found in inner if found), {})
+            given[label] = number
+        elif _is_number(number):
+            # "not angry": 0.9, or "angry (of 1)": 0.9, must not be passed over beside a number for another label.
+            if words.named(_key(key)):
+                raise ValueError(f"the key {key!r} holds a label and more")
+            others += [_number(number)] if words.other_emotions.search(_key(key)) else []
+    above = any(not _is_percentage(number) and _number(number) > 1 for number in given.values())
+    if above and any(map(_is_percentage, given.values())):
+        raise ValueError("the JSON object mixes percentages with numbers above 1")
+    scores = {label: _number(number) for label, number in given.items()}
+    if scores and max(others) > max(scores.values()):
+        raise ValueError("the JSON object gives most to an emotion that is no label of the set")
+    return scores
+
+
+def _is_percentage(value: object) -> bool:
+    return isinstance(value, str) and value.rstrip().endswith("%")
+
+
+def _is_number(value: object) -> bool:
+    try:
+        _number(value)
+    except (ValueError, OverflowError):
+        return False
+    return True
 
 
 def _number(value: object) -> float:
-    if isinstance(value, str):
-        text = value.strip()
-        scale = 100.0 if text.endswith("%") else 1.0
-        value = float(text.rstrip("% ")) / scale
+    if isinstance(value, str) and "_" not in value:
+        value = float(value.strip().rstrip("% ")) / (100.0 if _is_percentage(value) else 1.0)
     if isinstance(value, bool) or not isinstance(value, (int, float)):
-        raise ValueError(f"{value!r} is not a probability")
+        # Not the value itself: it may be an object of any depth.
+        raise ValueError(f"{type(value).__name__} is not a probability")
     return float(value)
 
 

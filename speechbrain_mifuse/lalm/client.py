@@ -392,7 +392,7 @@ class LalmClient:
         """
         usage = completion.get("usage")
         responses = []
-        for position, choice in enumerate((completion.get("choices") or [])[:n]):
+        for position, choice in enumerate(_items(completion.get("choices"))[:n]):
             # Whatever is kept of a reply is read from its redacted form.
             reply = Reply.from_json(self.redacted(reply_of(choice).to_json()))
             response = Response(
@@ -424,8 +424,9 @@ class LalmClient:
         return Response(Answer("refusal", reason="the server's content filter rejected the request"), raw, seed)
 
     def redacted(self, text: str) -> str:
-        """Remove the key, which a careless server may echo, from a text."""
+        """Remove the key, which a careless server may echo, and what no file can hold, from a text."""
         key = os.environ.get("OPENAI_API_KEY")
+        text = text.encode("utf-8", "backslashreplace").decode()
         return text.replace(key, "***") if key else text
 
     def _call(self, prompt: Prompt, clip: Clip, n: int, seed: int | None, sampling: Mapping) -> _Call:
@@ -501,7 +502,7 @@ class LalmClient:
             raise _Unusable("answered with something that is not JSON") from None
         finally:
             line.busy -= 1
-        if not isinstance(completion, dict) or not completion.get("choices"):
+        if not isinstance(completion, dict) or not _items(completion.get("choices")):
             raise _Unusable(
                 "answered without any choice. Check that --lalm_base_url is an OpenAI-compatible API (most end in /v1)"
             )
@@ -620,7 +621,7 @@ _REMEDIES = {
 
 
 def reply_of(choice) -> Reply:
-    """Translate a choice of a chat completion, tolerating fields that lesser servers leave out.
+    """Translate a choice of a chat completion, tolerating fields that lesser servers leave out or fill otherwise.
 
     Parameters
     ----------
@@ -637,16 +638,21 @@ def reply_of(choice) -> Reply:
     Reply(text='angry', finish_reason='stop', refusal=None, top_logprobs=None)
     """
     message = _get(choice, "message")
+    ended, refusal = _get(choice, "finish_reason"), _get(message, "refusal")
     return Reply(
         text=_text(_get(message, "content")),
-        finish_reason=_get(choice, "finish_reason"),
-        refusal=_get(message, "refusal"),
+        finish_reason=None if ended is None else str(ended),
+        refusal=str(refusal) if refusal else None,
         top_logprobs=_first_token(_get(choice, "logprobs")),
     )
 
 
 def _get(thing, name: str):
     return thing.get(name) if isinstance(thing, Mapping) else getattr(thing, name, None)
+
+
+def _items(value) -> Sequence:
+    return value if isinstance(value, (list, tuple)) else ()
 
 
 def _transport(error: Exception) -> BaseException | None:
@@ -689,14 +695,16 @@ def is_loopback(base_url: str) -> bool:
 def _text(content) -> str:
     if isinstance(content, str):
         return content
-    parts = content if isinstance(content, list) else []
-    return "".join(part.get("text") or "" for part in parts if isinstance(part, dict))
+    texts = [part.get("text") for part in _items(content) if isinstance(part, dict)]
+    return "".join(text for text in texts if isinstance(text, str))
 
 
 def _first_token(logprobs) -> tuple[tuple[str, float], ...] | None:
     """Alternatives for the first token that is not blank or a quotation mark."""
-    for position in _get(logprobs, "content") or ():
-        if (_get(position, "token") or "").strip(" \t\r\n\"'`*Ġ▁"):
-            ranked = _get(position, "top_logprobs") or ()
-            return tuple((_get(item, "token") or "", float(_get(item, "logprob") or 0.0)) for item in ranked) or None
+    for position in _items(_get(logprobs, "content")):
+        if str(_get(position, "token") or "").strip(" \t\r\n\"'`*Ġ▁"):
+            pairs = [(_get(item, "token"), _get(item, "logprob")) for item in _items(_get(position, "top_logprobs"))]
+            # An alternative without a number says nothing: it must not count as certain.
+            known = [(token, p) for token, p in pairs if isinstance(token, str) and type(p) in (int, float)]
+            return tuple((token, float(p)) for token, p in known if abs(p) < 1e300) or None
     return None

@@ -188,7 +188,7 @@ def file_stamp(wav: str | Path) -> tuple[int, int] | None:
     Returns
     -------
     (int, int) or None
-        Bytes, and nanoseconds since the epoch; `None` if the file is missing.
+        Bytes, and nanoseconds since the epoch; `None` if the file is missing, or its name is no text.
 
     Example
     -------
@@ -196,7 +196,8 @@ def file_stamp(wav: str | Path) -> tuple[int, int] | None:
     True
     """
     try:
+        os.fspath(wav).encode()  # SQLite takes nothing else
         status = os.stat(wav)
-    except OSError:
+    except (OSError, ValueError):
         return None
     return status.st_size, status.st_mtime_ns

@@ -9,18 +9,15 @@ otherwise the reply is a single label. Audio is taken as `input_audio`, or as `a
 from __future__ import annotations
 
 import base64
-import binascii
 import dataclasses
 import hashlib
-import http.server
 import io
 import json
 import logging
 import math
 import re
 import secrets
-import socket
-import socketserver
+import signal
 import threading
 import time
 import uuid
@@ -34,10 +31,23 @@ from torchaudio.functional import resample
 
 from speechbrain_mifuse import __version__
 from speechbrain_mifuse.errors import UserError
+from speechbrain_mifuse.lalm.http_limits import Limits
+from speechbrain_mifuse.lalm.http_request import RequestError
+from speechbrain_mifuse.lalm.http_server import HttpServer, Route, checked_key
 
-MAX_BODY_BYTES = 64 * 2**20
 MAX_SECONDS = 600.0
+# Of all channels together, in half a gigabyte: a small FLAC file may hold very many of silence.
+MAX_SAMPLES = 2**27
 MAX_CHOICES = 128
+# A request of the largest size may hold so many values at most: empty lists take thirty times their text.
+MAX_VALUES = 2**16
+# Taps of the filter that resamples, which rates without a common divisor would make as many as their product.
+MAX_FILTER_TAPS = 2**22
+# Beyond full scale of any integer format, a square no longer fits the numbers of a model.
+LOUDEST = 2.0**31
+KEY_VARIABLE = "MIFUSE_SERVE_KEY"
+METRICS_TYPE = "text/plain; version=0.0.4; charset=utf-8"
+DEFAULT_LIMITS = Limits()
 AUDIO_TOKENS_PER_SECOND = 25
 _JSON_FORMATS = {"json_object", "json_schema"}
 
@@ -64,25 +74,6 @@ class Recogniser(Protocol):
     ) -> torch.Tensor:
         """Probabilities `[n, C]` of a waveform `[samples]`; the same seed gives the same stochastic predictions."""
         ...
-
-
-class RequestError(Exception):
-    """A request that is answered with an error in OpenAI's shape.
-
-    Parameters
-    ----------
-    message : str
-        What is wrong.
-    status : int
-        HTTP status.
-    code : str, optional
-        Machine-readable name of the error.
-    """
-
-    def __init__(self, message: str, status: int = 400, code: str | None = None):
-        super().__init__(message)
-        self.status = status
-        self.code = code
 
 
 @dataclasses.dataclass(frozen=True)
@@ -137,14 +128,19 @@ class EmotionServer:
     model_name : str
         Name that requests must give.
     host : str
-        Address to listen on; other machines reach the server only if this is changed, and nothing protects it then.
+        Address to listen on; other machines reach the server only if this is changed, and only `api_key` protects it
+        then.
     port : int
         0 takes a free one.
+    limits : Limits
+        What clients may take up.
+    api_key : str, optional
+        What clients must send as ``Authorization: Bearer ...``, except to ``/health``. Only its digest is kept.
 
     Raises
     ------
     UserError
-        If the address cannot be listened on.
+        If the address cannot be listened on, or the key cannot be sent.
 
     Example
     -------
@@ -159,12 +155,29 @@ class EmotionServer:
     'mifuse'
     """
 
-    def __init__(self, recogniser: Recogniser, model_name: str = "mifuse", host: str = "127.0.0.1", port: int = 0):
+    def __init__(
+        self,
+        recogniser: Recogniser,
+        model_name: str = "mifuse",
+        host: str = "127.0.0.1",
+        port: int = 0,
+        limits: Limits = DEFAULT_LIMITS,
+        api_key: str | None = None,
+    ):
         self.recogniser = recogniser
         self.model_name = model_name
         self._model_lock = threading.Lock()
+        # One at a time: a small file may unfold to a large recording.
+        self._decoding_lock = threading.Lock()
+        routes = {
+            "/v1/chat/completions": Route("POST", self._completion),
+            "/v1/models": Route("GET", lambda _: json.dumps(self.models()).encode()),
+            "/health": Route("GET", lambda _: b'{"status": "ok"}', public=True),
+            "/metrics": Route("GET", lambda _: self._http.metrics_text().encode(), METRICS_TYPE),
+        }
+        key = checked_key(api_key, "api_key")
         try:
-            self._http = _HttpServer((host, port), self)
+            self._http = HttpServer((host, port), routes, limits, key)
         except (OSError, OverflowError) as error:
             raise UserError(f"cannot listen on {host}:{port} ({error}): choose another --host or --port") from None
         self._thread = threading.Thread(target=self._http.serve_forever, args=(0.05,), daemon=True)
@@ -186,13 +199,19 @@ class EmotionServer:
         self._thread.start()
         return self
 
-    def close(self):
-        """Stop answering, drop open connections and free the port."""
+    def close(self, grace: float = 0.0):
+        """Take no more connections, free the port, let requests that have begun be answered, drop the rest.
+
+        Parameters
+        ----------
+        grace : float
+            Seconds for those requests.
+        """
         if self._thread.is_alive():
             self._http.shutdown()
             self._thread.join()
-        self._http.drop_connections()
         self._http.server_close()
+        self._http.end_connections(grace)
 
     def models(self) -> dict:
         """Body of ``GET /v1/models``."""
@@ -217,7 +236,8 @@ class EmotionServer:
         RequestError
             If the request is malformed, names another model, or carries no readable audio.
         """
-        request = parse_request(body, self.model_name, self.recogniser.sample_rate)
+        with self._decoding_lock:
+            request = parse_request(body, self.model_name, self.recogniser.sample_rate)
         choices = [{"index": j, **choice} for j, choice in enumerate(self._choices(request))]
         return {
             "id": f"chatcmpl-{uuid.uuid4().hex}",
@@ -228,6 +248,9 @@ class EmotionServer:
             "choices": choices,
             "usage": _usage(request, choices),
         }
+
+    def _completion(self, body: bytes) -> bytes:
+        return json.dumps(self.complete(_decoded(body))).encode()
 
     def _choices(self, request: ChatRequest) -> list[dict]:
         form = _reply_form(request)
@@ -250,6 +273,47 @@ class EmotionServer:
         if not np.isfinite(probs).all() or probs.min() < 0 or not math.isclose(probs.sum(), 1.0, abs_tol=1e-3):
             raise RuntimeError(f"the recogniser returned {probs.tolist()}, which is no distribution")
         return probs
+
+
+def serve_until_stopped(server: EmotionServer, grace: float = 10.0) -> None:
+    """Serve until SIGTERM or Ctrl-C; for the main thread.
+
+    Parameters
+    ----------
+    server : EmotionServer
+        Not started yet; it is closed afterwards.
+    grace : float
+        Seconds that requests which have begun may still take. A second signal takes these from them.
+
+    Example
+    -------
+    >>> serve_until_stopped.__name__  # runs in tests/unit/test_lalm_serve.py
+    'serve_until_stopped'
+    """
+    before = signal.signal(signal.SIGTERM, signal.default_int_handler)
+    try:
+        print(f"{server.model_name} at {server.base_url}; Ctrl-C stops it", flush=True)
+        server.start()
+        while True:
+            time.sleep(3600)
+    except KeyboardInterrupt:
+        print(f"stopping; requests that have begun get {grace:g} s", flush=True)
+    try:
+        server.close(grace)
+    except KeyboardInterrupt:
+        server.close()
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+def _decoded(body: bytes) -> object:
+    """Decode JSON, unless it would take up far more memory than its text."""
+    if sum(body.count(mark) for mark in (b"[", b"{", b",")) > MAX_VALUES:
+        raise RequestError(f"the body holds more than {MAX_VALUES} values")
+    try:
+        return json.loads(body)
+    except (ValueError, RecursionError):
+        raise RequestError("the body is not valid JSON") from None
 
 
 def parse_request(body: dict, model_name: str, sample_rate: int) -> ChatRequest:
@@ -278,30 +342,31 @@ def parse_request(body: dict, model_name: str, sample_rate: int) -> ChatRequest:
     >>> parse_request({"model": "mifuse", "messages": []}, "mifuse", 16000)
     Traceback (most recent call last):
     ...
-    speechbrain_mifuse.lalm.serve.RequestError: messages: no part of type input_audio or audio_url
+    speechbrain_mifuse.lalm.http_request.RequestError: messages: no part of type input_audio or audio_url
     """
     if not isinstance(body, dict):
         raise RequestError("the body must be a JSON object")
     if body.get("model") != model_name:
-        message = f"the model {body.get('model')!r} does not exist; this server offers {model_name!r}"
+        message = f"the model {_shown(body.get('model'))} does not exist; this server offers {model_name!r}"
         raise RequestError(message, 404, "model_not_found")
-    if body.get("stream"):
+    if _typed(body, "stream", bool):
         raise RequestError("stream: not supported, leave it out")
     parts = _parts(body.get("messages"))
-    text = "\n".join(str(part.get("text") or "") for part in parts if part.get("type") == "text")
+    text = "\n".join(_typed(part, "text", str) or "" for part in parts if part.get("type") == "text")
+    top = _field(body, "top_logprobs", 0, int, 0, 20)
+    response_format = _typed(body, "response_format", dict) or {}
+    wants_json = _typed(response_format, "type", str) in _JSON_FORMATS or "json" in text.lower()
+    options = {
+        "n": _field(body, "n", 1, int, 1, MAX_CHOICES),
+        "temperature": _field(body, "temperature", 1.0, (int, float), 0.0, 2.0),
+        "seed": _field(body, "seed", None, int, -(2**63), 2**63 - 1),
+        "top_logprobs": top if _typed(body, "logprobs", bool) else None,
+        "wants_json": wants_json,
+        "label_key": _label_key(response_format),
+    }
+    # Last, because it is what costs.
     waveform, seconds = decode_audio(_audio_data(parts), sample_rate)
-    top = _field(body, "top_logprobs", 0, int, 0, 20) if body.get("logprobs") else None
-    return ChatRequest(
-        waveform=waveform,
-        seconds=seconds,
-        text=text,
-        n=_field(body, "n", 1, int, 1, MAX_CHOICES),
-        temperature=_field(body, "temperature", 1.0, (int, float), 0.0, 2.0),
-        seed=_field(body, "seed", None, int, -(2**63), 2**63 - 1),
-        top_logprobs=top,
-        wants_json=_response_type(body) in _JSON_FORMATS or "json" in text.lower(),
-        label_key=_label_key(body),
-    )
+    return ChatRequest(waveform=waveform, seconds=seconds, text=text, **options)
 
 
 def decode_audio(data: str, sample_rate: int) -> tuple[torch.Tensor, float]:
@@ -324,7 +389,8 @@ def decode_audio(data: str, sample_rate: int) -> tuple[torch.Tensor, float]:
     Raises
     ------
     RequestError
-        If the data are no base64, no audio, empty, not finite, or longer than ten minutes.
+        If the data are no base64, no audio, empty, not finite, longer than ten minutes or otherwise too large, or of a
+        rate that cannot be resampled from.
 
     Example
     -------
@@ -335,20 +401,39 @@ def decode_audio(data: str, sample_rate: int) -> tuple[torch.Tensor, float]:
     (torch.Size([16000]), 1.0)
     """
     try:
-        file = soundfile.SoundFile(io.BytesIO(base64.b64decode(data, validate=True)))
-        with file:
-            seconds = file.frames / file.samplerate
-            if seconds > MAX_SECONDS:
-                raise RequestError(f"input_audio: {seconds:.0f} s of audio, more than {MAX_SECONDS:.0f} s")
-            samples, rate = file.read(dtype="float32", always_2d=True), file.samplerate
-    except (binascii.Error, ValueError):
+        content = base64.b64decode(data, validate=True)
+    except ValueError:
         raise RequestError("input_audio.data: not valid base64") from None
+    try:
+        with soundfile.SoundFile(_Seekable(content)) as file:
+            rate = file.samplerate
+            _check_size(file, sample_rate)
+            samples = file.read(dtype="float32", always_2d=True)
     except (RuntimeError, OSError):
         raise RequestError("input_audio.data: not an audio file that can be decoded") from None
-    if len(samples) == 0 or not np.isfinite(samples).all():
-        raise RequestError("input_audio.data: holds no samples, or samples that are not finite")
+    if len(samples) == 0 or not max(samples.max(), -samples.min()) <= LOUDEST:
+        raise RequestError("input_audio.data: holds no samples, or samples that are not finite or far too large")
     waveform = torch.from_numpy(samples.mean(axis=1))
-    return (waveform if rate == sample_rate else resample(waveform, rate, sample_rate)), seconds
+    return (waveform if rate == sample_rate else resample(waveform, rate, sample_rate)), len(samples) / rate
+
+
+class _Seekable(io.BytesIO):
+    """A file in memory for libsndfile, through which no exception of Python's can pass."""
+
+    def seek(self, offset: int, whence: int = 0) -> int:
+        # Damaged files make it seek to before the beginning.
+        return super().seek(offset, whence) if whence or offset >= 0 else self.tell()
+
+
+def _check_size(file: soundfile.SoundFile, sample_rate: int) -> None:
+    """Refuse by its header a recording that would take up far more memory than its file."""
+    rate, seconds = file.samplerate, file.frames / file.samplerate
+    if seconds > MAX_SECONDS:
+        raise RequestError(f"input_audio: {seconds:.0f} s of audio, more than {MAX_SECONDS:.0f} s")
+    if file.frames * file.channels > MAX_SAMPLES:
+        raise RequestError(f"input_audio: more than {MAX_SAMPLES} samples in all channels together")
+    if rate * sample_rate // math.gcd(rate, sample_rate) ** 2 > MAX_FILTER_TAPS:
+        raise RequestError(f"input_audio: a rate of {rate} Hz, which cannot be resampled here; send {sample_rate} Hz")
 
 
 def _parts(messages: object) -> list[dict]:
@@ -357,10 +442,13 @@ def _parts(messages: object) -> list[dict]:
         raise RequestError("messages: must be a list of objects")
     parts: list[dict] = []
     for message in messages:
+        _typed(message, "role", str)
         content = message.get("content")
         content = [{"type": "text", "text": content}] if isinstance(content, str) else content
         if not isinstance(content, list) or not all(isinstance(part, dict) for part in content):
             raise RequestError("messages: content must be text or a list of parts")
+        for part in content:
+            _typed(part, "type", str)
         parts += content
     return parts
 
@@ -392,6 +480,20 @@ _AUDIO_DATA = {
 }
 
 
+def _typed(owner: dict, name: str, kind: type):
+    value = owner.get(name)
+    if value is not None and not isinstance(value, kind):
+        raise RequestError(f"{name}: must be {_KINDS[kind]}")
+    return value
+
+
+_KINDS = {str: "text", bool: "true or false", dict: "an object"}
+
+
+def _shown(value: object) -> str:
+    return repr(value)[:100] if isinstance(value, str) else f"of type {type(value).__name__}"
+
+
 def _field(body: dict, name: str, default, kind, low, high):
     value = body.get(name)
     if value is None:
@@ -401,14 +503,9 @@ def _field(body: dict, name: str, default, kind, low, high):
     return value
 
 
-def _response_type(body: dict) -> object:
-    wanted = body.get("response_format")
-    return wanted.get("type") if isinstance(wanted, dict) else None
-
-
-def _label_key(body: dict) -> str | None:
+def _label_key(response_format: dict) -> str | None:
     """Key of a schema's only property, if that is a choice."""
-    schema = body.get("response_format")
+    schema: object = response_format
     for name in ("json_schema", "schema", "properties"):
         schema = schema.get(name) if isinstance(schema, dict) else None
     if not isinstance(schema, dict) or len(schema) != 1:
@@ -495,112 +592,3 @@ def _usage(request: ChatRequest, choices: list[dict]) -> dict:
 
 def _count_tokens(text: str) -> int:
     return len(re.findall(r"\w+|[^\w\s]", text))
-
-
-class _HttpServer(http.server.ThreadingHTTPServer):
-    """Threading server that knows its connections, so that closing it also ends kept-alive ones."""
-
-    daemon_threads = True
-    request_queue_size = 128
-
-    def __init__(self, address: tuple[str, int], app: EmotionServer):
-        self.app = app
-        self._connections: set[socket.socket] = set()
-        self._connections_lock = threading.Lock()
-        super().__init__(address, _Handler)
-
-    def server_bind(self):
-        # The parent class looks up the host's full name, which takes seconds where name resolution is broken.
-        socketserver.TCPServer.server_bind(self)
-        self.server_name, self.server_port = self.server_address[:2]
-
-    def process_request(self, request, client_address):
-        with self._connections_lock:
-            self._connections.add(request)
-        super().process_request(request, client_address)
-
-    def shutdown_request(self, request):
-        with self._connections_lock:
-            self._connections.discard(request)
-        super().shutdown_request(request)
-
-    def handle_error(self, request, client_address):
-        logger.debug("connection ended early", exc_info=True)
-
-    def drop_connections(self):
-        with self._connections_lock:
-            for connection in self._connections:
-                # The peer or the handler may have closed it meanwhile.
-                try:
-                    connection.shutdown(socket.SHUT_RDWR)
-                except OSError:
-                    logger.debug("connection was closed already")
-
-
-class _Handler(http.server.BaseHTTPRequestHandler):
-    """Routes, reading of bodies, and errors in OpenAI's shape."""
-
-    protocol_version = "HTTP/1.1"
-    # Header and body leave in two writes; without this the second would wait for an acknowledgement.
-    disable_nagle_algorithm = True
-    timeout = 120
-    server: _HttpServer
-
-    def do_GET(self):
-        self._answer({"/v1/models": lambda: self.server.app.models()})
-
-    def do_POST(self):
-        self._answer({"/v1/chat/completions": lambda: self.server.app.complete(self._body())})
-
-    def log_message(self, format, *args):
-        # Requests carry a key in their headers: only the request line and the status are ever logged.
-        logger.debug(format, *args)
-
-    def send_error(self, code, message=None, explain=None):
-        """Replace the HTML page of the parent class, used for malformed HTTP."""
-        self.close_connection = True
-        self._send(code, _error_body(RequestError(message or "bad request", code)))
-
-    def _answer(self, routes: dict[str, Callable[[], dict]]):
-        try:
-            route = routes.get(self.path.partition("?")[0])
-            if route is None:
-                self.close_connection = True  # a body that nobody read may follow
-                raise RequestError(f"no such route: {self.command} {self.path}", 404, "not_found")
-            self._send(200, route())
-        except RequestError as error:
-            self._send(error.status, _error_body(error))
-        except (ConnectionError, TimeoutError):
-            raise
-        except Exception:
-            logger.exception("the recogniser failed")
-            self._send(500, _error_body(RequestError("the recogniser failed; see the server's log", 500)))
-
-    def _body(self) -> dict:
-        length = self.headers.get("Content-Length", "")
-        if not length.isdecimal():
-            self.close_connection = True
-            raise RequestError("Content-Length is missing or wrong", 411)
-        if int(length) > MAX_BODY_BYTES:
-            self.close_connection = True
-            raise RequestError(f"the request is larger than {MAX_BODY_BYTES} bytes", 413)
-        data = self.rfile.read(int(length))
-        try:
-            return json.loads(data)
-        except (ValueError, RecursionError):
-            raise RequestError("the body is not valid JSON") from None
-
-    def _send(self, status: int, body: dict):
-        data = json.dumps(body).encode()
-        self.send_response(status)
-        self.send_header("Content-Type", "application/json")
-        self.send_header("Content-Length", str(len(data)))
-        if self.close_connection:
-            self.send_header("Connection", "close")
-        self.end_headers()
-        self.wfile.write(data)
-
-
-def _error_body(error: RequestError) -> dict:
-    kind = "server_error" if error.status >= 500 else "invalid_request_error"
-    return {"error": {"message": str(error), "type": kind, "param": None, "code": error.code}}

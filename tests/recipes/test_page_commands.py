@@ -70,6 +70,7 @@ class World:
         """Words of a command, with this world's places in the place of the page's."""
         found = shlex.split(command, comments=True)[1:]
         places = {"/path/to/corpora": str(self.data_folder), "https://HOST/v1": self.base_url, "NAME": MODEL}
+        places |= {"$SLURM_ARRAY_TASK_ID/4": "2/4", "/shared/features": str(self.folder / "features")}
         places |= {"SOURCE": "results/nemo2rav/1/source/recogniser", "FOLDER": "results/nemo2rav/1/source/recogniser"}
         found = [places.get(word, word) for word in found]
         if "https://HOST/v1" in command and "--lalm_model" not in found:

@@ -216,6 +216,49 @@ def test_two_threads_that_share_an_encoder_do_not_see_each_others_clips(name, fr
         torch.testing.assert_close(frames, expected, atol=1e-5, rtol=1e-4)
 
 
+@pytest.mark.parametrize("name", ALL)
+def test_a_padded_batch_equals_one_by_one_up_to_rounding(name, frozen):
+    encoder = frozen(name, *EVERY_LAYER)
+    # Odd numbers of frames, one too short for a frame, and a loud neighbour: what a norm or a floor could mix in.
+    wavs = [_wave(8161, 1), _wave(5000, 2), 1e3 * _wave(12320, 3), _wave(6405, 4), _wave(300, 5)]
+    padded = encoder.encode_padded(wavs)
+    for frames, wav in zip(padded, wavs, strict=True):
+        torch.testing.assert_close(frames, encoder(wav), atol=1e-4, rtol=1e-4)
+
+
+def test_a_padded_batch_of_one_layer_has_the_form_of_one_by_one(frozen):
+    encoder, wavs = frozen("hubert-stable"), [_wave(8000, 1), _wave(5000, 2)]
+    assert [frames.shape for frames in encoder.encode_padded(wavs)] == [encoder(wav).shape for wav in wavs]
+    assert encoder.encode_padded([]) == []
+
+
+def test_what_does_not_fit_a_padded_pass_is_encoded_alone_in_its_place(saved):
+    encoder = FrozenEncoder(saved("whisper")[0], layers=EVERY_LAYER)
+    encoder._hidden[1].longest = 7000
+    wavs = [_wave(6000, 1), _wave(9000, 2), _wave(5000, 3)]
+    for frames, wav in zip(encoder.encode_padded(wavs), wavs, strict=True):
+        torch.testing.assert_close(frames, encoder(wav), atol=1e-4, rtol=1e-4)
+
+
+def test_a_norm_that_would_see_the_padding_leaves_no_padded_pass(tmp_path):
+    config = transformers.HubertConfig(**SMALL, conv_pos_batch_norm=True)
+    _perturbed(transformers.HubertModel(config)).save_pretrained(tmp_path)
+    transformers.Wav2Vec2FeatureExtractor().save_pretrained(tmp_path)
+    encoder, wavs = FrozenEncoder(tmp_path), [_wave(8000, 1), _wave(5000, 2)]
+    assert all(map(torch.equal, encoder.encode_padded(wavs), map(encoder, wavs)))
+
+
+@pytest.mark.parametrize("name", ["hubert-group", "hubert-stable", "wavlm-stable", "whisper"])
+def test_a_padded_batch_in_bfloat16_is_near_the_exact_one(name, saved):
+    encoder, wavs = FrozenEncoder(saved(name)[0]), [_wave(8000, 1), _wave(5000, 2)]
+    exact = encoder.encode_padded(wavs)
+    encoder.compute_dtype = torch.bfloat16
+    for frames, expected in zip(encoder.encode_padded(wavs), exact, strict=True):
+        assert frames.dtype == torch.float32
+        torch.testing.assert_close(frames, expected, atol=0.15, rtol=0.15)
+        assert not torch.equal(frames, expected)
+
+
 def test_an_empty_batch_gives_an_empty_list(frozen):
     assert frozen("hubert-group").encode_batch([]) == []
 

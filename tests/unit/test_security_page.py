@@ -1,0 +1,164 @@
+"""What the threat page says of strangers' files, tried out; and that what it points to is there."""
+
+import json
+import pickle
+import re
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+import transformers
+from safetensors.torch import save
+from speechbrain.inference.interfaces import foreign_class
+from speechbrain.utils.checkpoints import Checkpointer
+
+from speechbrain_mifuse.adaptation.method import AdaptationMethod
+from speechbrain_mifuse.brains.adaptation import Memory
+from speechbrain_mifuse.errors import UserError
+from speechbrain_mifuse.features.encoder import FrozenEncoder
+from speechbrain_mifuse.inference import EmotionRecognizer
+from speechbrain_mifuse.nnet.classifier import EmotionClassifier
+from speechbrain_mifuse.pipeline import read_hparams
+from speechbrain_mifuse.recogniser_files import YAML, RecogniserError, load_classifier, write_folder
+
+ROOT = Path(__file__).resolve().parents[2]
+PAGE = ROOT / "docs" / "security.md"
+LABELS = ("angry", "happy", "neutral", "sad")
+SIZES = {"input_size": 16, "n_classes": 4, "hidden_size": 8, "dropout": 0.0, "n_layers": 1, "attention_size": 4}
+# Tags of YAML that make Python objects of what they name.
+TAG = re.compile(r"!(?:new|name|apply|module|include)\b:?[\w.]*")
+
+
+class Evil:
+    """What pickle makes a file of when it is told to."""
+
+    def __init__(self, mark):
+        self.mark = mark
+
+    def __reduce__(self):
+        return Path.touch, (self.mark,)
+
+
+@pytest.fixture
+def mark(tmp_path):
+    """A file that is there once a stranger's code has run."""
+    return tmp_path / "code_has_run"
+
+
+@pytest.fixture
+def folder(toy_encoder, tmp_path):
+    """A recogniser as the recipes export it."""
+    text = YAML.format(
+        **{**SIZES, "adapter": "null", "temperature": 1.0, "trim_db": 40.0, "frame_average": 1},
+        **{"labels": list(LABELS), "encoder": json.dumps(str(toy_encoder)), "layers": "[1]"},
+    )
+    about = {"labels": list(LABELS), "features": {"encoder": "e"}, "classifier": SIZES}
+    write_folder(tmp_path / "recogniser", save(EmotionClassifier(**SIZES).state_dict()), text, about)
+    return tmp_path / "recogniser"
+
+
+def test_the_evil_file_of_these_tests_is_one(mark):
+    pickle.loads(pickle.dumps(Evil(mark)))
+    assert mark.exists()
+
+
+def test_code_in_the_state_of_an_adaptation_is_refused(mark, tmp_path):
+    torch.save({"seen": Evil(mark)}, tmp_path / "method.ckpt")
+    with pytest.raises(pickle.UnpicklingError, match="weights_only"):
+        Memory(AdaptationMethod(), "cpu").load(tmp_path / "method.ckpt", end_of_epoch=True)
+    assert not mark.exists()
+
+
+def test_code_in_a_checkpoint_of_speechbrain_is_refused(mark, tmp_path):
+    network = torch.nn.Linear(1, 1)
+    checkpoints = Checkpointer(tmp_path / "save", {"network": network})
+    saved = checkpoints.save_checkpoint()
+    torch.save({"weight": Evil(mark)}, saved.paramfiles["network"])
+    with pytest.raises(pickle.UnpicklingError, match="weights_only"):
+        checkpoints.recover_if_possible()
+    assert not mark.exists()
+
+
+def test_code_in_the_weights_of_an_encoder_is_refused(mark, tmp_path, toy_encoder):
+    encoder = shutil.copytree(toy_encoder, tmp_path / "encoder")
+    (encoder / "model.safetensors").unlink()
+    torch.save({"weight": Evil(mark)}, encoder / "pytorch_model.bin")
+    with pytest.raises((pickle.UnpicklingError, OSError, ValueError, RuntimeError)):
+        FrozenEncoder(encoder)
+    assert not mark.exists()
+
+
+def test_python_that_comes_with_an_encoder_is_not_run(mark, tmp_path, toy_encoder):
+    encoder = shutil.copytree(toy_encoder, tmp_path / "encoder")
+    config = json.loads((encoder / "config.json").read_text())
+    config |= {"model_type": "mine", "auto_map": {"AutoConfig": "mine.Config", "AutoModel": "mine.Model"}}
+    (encoder / "config.json").write_text(json.dumps(config))
+    code = f"import pathlib; pathlib.Path({str(mark)!r}).touch()\nfrom transformers import PretrainedConfig as Config\n"
+    (encoder / "mine.py").write_text(code)
+    with pytest.raises(ValueError, match="trust_remote_code"):
+        FrozenEncoder(encoder)
+    assert not mark.exists()
+    # The same file runs where it is allowed, so that this test can fail.
+    transformers.AutoConfig.from_pretrained(encoder, trust_remote_code=True)
+    assert mark.exists()
+
+
+def test_weights_of_a_recogniser_that_are_a_pickle_are_refused(mark, folder):
+    torch.save({"weight": Evil(mark)}, folder / "classifier.safetensors")
+    with pytest.raises(RecogniserError, match="cannot be loaded"):
+        EmotionRecognizer.from_hparams(folder)
+    with pytest.raises(RecogniserError, match="cannot be loaded"):
+        load_classifier(folder, LABELS, {"encoder": "e"})
+    assert not mark.exists()
+
+
+def test_the_yaml_of_a_recogniser_runs_whatever_it_names(mark, folder):
+    path = folder / "hyperparams.yaml"
+    path.write_text(path.read_text() + f"extra: !apply:os.mkdir [{mark}]\n")
+    EmotionRecognizer.from_hparams(folder)
+    assert mark.exists()
+
+
+def test_the_yaml_of_a_recipe_and_a_flag_run_whatever_they_name(mark, tmp_path):
+    (tmp_path / "mine.yaml").write_text("depth: 1\n")
+    read_hparams(tmp_path / "mine.yaml", f"depth: !apply:os.mkdir [{mark}]\n")
+    assert mark.exists()
+
+
+def test_custom_py_of_a_recogniser_is_run_by_foreign_class_and_by_nothing_else(mark, folder):
+    (folder / "custom.py").write_text(f"import pathlib; pathlib.Path({str(mark)!r}).touch()\n")
+    EmotionRecognizer.from_hparams(folder)
+    assert not mark.exists()
+    with pytest.raises(AttributeError):
+        foreign_class(source=str(folder), pymodule_file="custom.py", classname="CustomInterface")
+    assert mark.exists()
+
+
+def test_a_classifier_is_loaded_without_its_yaml_or_its_python(mark, folder):
+    (folder / "hyperparams.yaml").write_text(f"extra: !apply:os.mkdir [{mark}]\n")
+    (folder / "custom.py").write_text(f"import pathlib; pathlib.Path({str(mark)!r}).touch()\n")
+    classifier = load_classifier(folder, LABELS, {"encoder": "e"})
+    assert isinstance(classifier, EmotionClassifier) and not mark.exists()
+
+
+def test_a_recogniser_of_ours_holds_the_tags_that_the_page_lists_and_no_other(folder):
+    listed = set(re.findall(r"`(!(?:new|name):speechbrain_mifuse[\w.]+)`", PAGE.read_text(encoding="utf-8")))
+    text = (folder / "hyperparams.yaml").read_text()
+    assert set(TAG.findall(text)) == listed and len(listed) == 4
+
+
+def test_overrides_of_the_python_call_cannot_be_read_from_the_folder(folder):
+    with pytest.raises((KeyError, UserError)):
+        EmotionRecognizer.from_hparams(folder, overrides={"no_such_key": 1})
+
+
+def test_everything_that_the_page_points_to_is_there():
+    text = PAGE.read_text(encoding="utf-8")
+    named = re.findall(r"\b(test_\w+)::(test_\w+)", text)
+    assert len(named) > 15
+    files = {path.stem: path.read_text(encoding="utf-8") for path in (ROOT / "tests" / "unit").glob("test_*.py")}
+    assert not [name for file, name in named if not re.search(rf"^(async )?def {name}\(", files[file], re.MULTILINE)]
+    for module, thing in re.findall(r"`(\w+(?:/\w+)*\.py):(\w+)`", text):
+        code = (ROOT / "speechbrain_mifuse" / module).read_text(encoding="utf-8")
+        assert re.search(rf"\b(def|class) {thing}\b|^{thing}\b.*=", code, re.MULTILINE), (module, thing)
