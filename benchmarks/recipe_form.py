@@ -57,7 +57,7 @@ from speechbrain_mifuse.features.front import StoredFrames
 from speechbrain_mifuse.pipeline import open_reader
 from speechbrain_mifuse.progress import quiet
 
-LAYER, LEARNING_RATE, HELD_OUT = 2, 0.001, SPEAKERS[-2:]
+LAYER, LEARNING_RATE, HELD_OUT = 2, 0.01, SPEAKERS[-2:]
 EMOTIONS = tuple(sorted(filter(None, SEVEN_CLASSES.values())))
 SPLITS = ("train", "valid")
 CHATTER = ("speechbrain.utils", "speechbrain_mifuse.features", "speechbrain.integrations", "speechbrain.core")

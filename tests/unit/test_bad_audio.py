@@ -81,7 +81,7 @@ def recogniser(toy_encoder, tmp_path_factory):
     sizes = {"input_size": 16, "n_classes": 4, "hidden_size": 8, "dropout": 0.0, "n_layers": 1, "attention_size": 4}
     text = YAML.format(
         **{**sizes, "adapter": "null", "temperature": 1.0, "trim_db": 40.0, "frame_average": 1},
-        **{"labels": list(LABELS), "encoder": json.dumps(str(toy_encoder)), "layers": "[1]"},
+        **{"labels": list(LABELS), "encoder": json.dumps(str(toy_encoder)), "layers": "[0]"},
     )
     folder = tmp_path_factory.mktemp("recogniser")
     write_folder(folder, save(EmotionClassifier(**sizes).state_dict()), text, {})

@@ -51,7 +51,7 @@ def folder(toy_encoder, tmp_path):
     """A recogniser as the recipes export it."""
     text = YAML.format(
         **{**SIZES, "adapter": "null", "temperature": 1.0, "trim_db": 40.0, "frame_average": 1},
-        **{"labels": list(LABELS), "encoder": json.dumps(str(toy_encoder)), "layers": "[1]"},
+        **{"labels": list(LABELS), "encoder": json.dumps(str(toy_encoder)), "layers": "[0]"},
     )
     about = {"labels": list(LABELS), "features": {"encoder": "e"}, "classifier": SIZES}
     write_folder(tmp_path / "recogniser", save(EmotionClassifier(**SIZES).state_dict()), text, about)
