@@ -5,13 +5,12 @@ classifiers, collects the answers of one, adapts, exports and scores; and the pr
 once unbroken. Then it is begun again and again in a fresh folder, killed at a seeded moment, and repeated with the same
 command; every eighth time it is killed three times in a row. A moment is counted in the process's own CPU time, so that
 the load of the machine does not move it. Every second one is drawn from the whole run, from its start to the unbroken
-one's end; the others from one stage after the other, for some are over in a moment. The files that a run had written
-tell in which stage a kill has hit it.
+one's end; the others from one stage after the other, for some are over in a moment. Where a kill has hit, the files say
+that the run had written by then.
 
 - `<stage>_kills`, `<stage>_equal`: kills in a stage, and how many of these runs ended like the unbroken one: the same
   bytes in every weight, manifest, result, prediction and table, the same frames, the same answers in the label store,
-- `<stage>_redone`: share of all encoded recordings, training steps and answers that were done a second time, over the
-  runs that were killed once,
+- `<stage>_redone`: share of all encoded recordings, training steps and answers that were done a second time,
 - `largest_weight_difference`: between any weight and that of the unbroken run,
 - `encoded_again`, `steps_again`, `answers_again`: the same in numbers, over all killed runs,
 - `side_by_side`, `side_by_side_right`: two runs begun at once in one folder, and how often both were right, or one
@@ -62,7 +61,7 @@ WORK = {
     "answers": ("speechbrain_mifuse.inference", "EmotionRecognizer.predict_proba"),
 }
 COMPARED = {".safetensors", ".json", ".md", ".csv"}
-LOOK_EVERY_S = 0.005
+LOOK_EVERY_S = 0.01
 
 
 class Recipe(NamedTuple):
@@ -128,17 +127,10 @@ RECIPES = {
 }
 
 
-class Moment(NamedTuple):
-    """When a run is killed: in CPU seconds after a mark is there (counted from 0), or after its start (-1)."""
-
-    mark: int
-    seconds: float
-
-
 class Unbroken(NamedTuple):
-    """A run that nothing broke: when which mark appeared and it ended, in CPU seconds, what it did and what it left."""
+    """A run that nothing broke: when its stages began and it ended, in CPU seconds, what it did and what it left."""
 
-    begins: dict[int, float]
+    begins: list[float]
     end: float
     work: Counter
     left: dict[str, bytes]
@@ -147,7 +139,7 @@ class Unbroken(NamedTuple):
 
 def run(quick: bool) -> tuple[str, dict[str, Figure]]:
     """Kill, repeat, compare."""
-    kills, pairs = ({"mifuse": 3, "adapter": 1}, 1) if quick else ({"mifuse": 56, "adapter": 14}, 3)
+    kills, pairs = ({"mifuse": 3, "adapter": 1}, 1) if quick else ({"mifuse": 50, "adapter": 12}, 3)
     with tempfile.TemporaryDirectory() as scratch:
         kept = Path(scratch) / "runs.jsonl" if quick else cache_folder() / "faults" / f"{code_digest()}.jsonl"
         bench = Bench(Path(scratch), kept)
@@ -173,13 +165,11 @@ def figures(records: list[dict]) -> dict[str, Figure]:
     broken = [record for record in records if "kills" in record]
     pairs = [record for record in records if "statuses" in record]
     found = {}
-    for stage in ("start", *dict.fromkeys(stage for recipe in RECIPES.values() for stage, _ in recipe.marks)):
+    for stage in dict.fromkeys(stage for record in broken for stage in record["kills"]):
         hit = [record for record in broken for stage_hit in record["kills"] if stage_hit == stage]
-        once = [record["share_again"] for record in hit if len(record["kills"]) == 1]
-        if hit:
-            found[f"{stage}_kills"] = Figure("kills", [len(hit)])
-            found[f"{stage}_equal"] = Figure("kills", [sum(map(is_equal, hit))])
-            found[f"{stage}_redone"] = Figure("of 1", once or [0.0])
+        found[f"{stage}_kills"] = Figure("kills", [len(hit)])
+        found[f"{stage}_equal"] = Figure("kills", [sum(map(is_equal, hit))])
+        found[f"{stage}_redone"] = Figure("of 1", [record["share_again"] for record in hit])
     found["largest_weight_difference"] = Figure("", [max(record["weight_difference"] for record in broken)])
     for kind in WORK:
         found[f"{kind}_again"] = Figure("per killed run", [record["again"][kind] for record in broken])
@@ -250,7 +240,7 @@ class Bench:
             time.sleep(LOOK_EVERY_S)
         process.join()
         require(process.exitcode == 0, f"the unbroken run of {name} failed: {last_line(folder / 'log.err')}")
-        return Unbroken(begins, used, work_done(folder), left_in(folder), folder)
+        return Unbroken(sorted(begins.values()), used, work_done(folder), left_in(folder), folder)
 
     def kill_and_repeat(self, name: str, kills: int) -> None:
         """Kill runs of a recipe and repeat them, until there are so many kills."""
@@ -272,15 +262,10 @@ class Bench:
         record = {"recipe": name, "number": number, "kills": killed, "status": process.exitcode}
         return self.compared(record, unbroken, folder)
 
-    def kill(self, name: str, folder: Path, moment: Moment) -> str | None:
-        """Kill a run at a moment; in which stage, or `None` if it has ended before."""
-        process, reached = self.begin(name, folder), 0.0 if moment.mark < 0 else None
-        while process.is_alive():
-            used = cpu_seconds(process.pid)
-            if reached is None and moment.mark in begun(name, folder):
-                reached = used
-            if reached is not None and used >= reached + moment.seconds:
-                break
+    def kill(self, name: str, folder: Path, moment: float) -> str | None:
+        """Kill a run that has used so much CPU time; in which stage, or `None` if it has ended before."""
+        process = self.begin(name, folder)
+        while process.is_alive() and cpu_seconds(process.pid) < moment:
             time.sleep(LOOK_EVERY_S)
         process.kill()
         process.join()
@@ -321,16 +306,12 @@ class Bench:
             self.keep({**record, "right": 0 in statuses and clear and not record["differing"]})
 
 
-def moments(name: str, number: int, unbroken: Unbroken) -> list[Moment]:
-    """When a run and its repetitions are killed."""
-    chance = random.Random(f"{name} {number}")
-    anywhere = [Moment(-1, chance.uniform(0, unbroken.end)) for _ in range(3)]
-    stages = [stage for stage, _ in RECIPES[name].marks]
-    stage = list(dict.fromkeys(stages))[number // 2 % len(set(stages))]
-    mark = chance.choice([place for place in unbroken.begins if stages[place] == stage])
-    ends = [seconds for seconds in (*unbroken.begins.values(), unbroken.end) if seconds > unbroken.begins[mark]]
-    within = Moment(mark, chance.uniform(0, min(ends, default=unbroken.end) - unbroken.begins[mark]))
-    return [within if number % 2 else anywhere[0], *(anywhere[1:] if number % 8 == 7 else [])]
+def moments(name: str, number: int, unbroken: Unbroken) -> list[float]:
+    """CPU seconds at which a run and its repetitions are killed."""
+    chance, edges = random.Random(f"{name} {number}"), [0.0, *unbroken.begins, unbroken.end]
+    stage = number // 2 % (len(edges) - 1)
+    first = chance.uniform(*edges[stage : stage + 2]) if number % 2 else chance.uniform(0, unbroken.end)
+    return [first, *(chance.uniform(0, unbroken.end) for _ in range(2 if number % 8 == 7 else 0))]
 
 
 def begun(name: str, folder: Path) -> list[int]:
