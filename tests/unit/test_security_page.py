@@ -94,7 +94,9 @@ def test_python_that_comes_with_an_encoder_is_not_run(mark, tmp_path, toy_encode
     config = json.loads((encoder / "config.json").read_text())
     config |= {"model_type": "mine", "auto_map": {"AutoConfig": "mine.Config", "AutoModel": "mine.Model"}}
     (encoder / "config.json").write_text(json.dumps(config))
-    code = f"import pathlib; pathlib.Path({str(mark)!r}).touch()\nfrom transformers import PretrainedConfig as Config\n"
+    # A class of its own: transformers marks the one that it is given, for the rest of the process.
+    code = f"import pathlib; pathlib.Path({str(mark)!r}).touch()\nimport transformers\n"
+    code += "class Config(transformers.PretrainedConfig):\n    pass\n"
     (encoder / "mine.py").write_text(code)
     with pytest.raises(ValueError, match="trust_remote_code"):
         FrozenEncoder(encoder)
