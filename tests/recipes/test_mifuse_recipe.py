@@ -363,7 +363,7 @@ def test_a_second_run_from_inside_the_recipes_folder_skips_everything_and_says_s
     said = outcome.out + outcome.err
     assert said.count("preparation skipped") == 3
     assert said.count("training skipped") == 2
-    assert said.count("0 to encode") == 3
+    assert said.count("stored, 0 to look at") == 3
     assert said.count("nothing is asked") == 1
     assert said.count("done already, skipped") == len(METHODS)
     assert {path: path.read_bytes() for path in finished.rglob("results.json")} == before

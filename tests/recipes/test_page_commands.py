@@ -56,20 +56,29 @@ class World:
             (folder / name).symlink_to(ROOT / name)
         (folder / "command.py").write_text(CONSOLE_SCRIPT)
 
-    def __call__(self, script, words, may_say=()):
-        """Run a script in a process that has everything imported; it succeeds, or says what it may say."""
+    def __call__(self, script, words, may_say=(), stop_after=None):
+        """Run a script in a process that has everything imported; it succeeds, or says what it may say.
+
+        A server is told to end when it has said `stop_after`.
+        """
         self.count += 1
-        log = str(self.folder / f"log{self.count}")
+        log = Path(self.folder / f"log{self.count}")
         environment = {**os.environ, "MIFUSE_CACHE": str(self.folder / "cache"), "OPENAI_API_KEY": "not-a-key"}
-        process = processes.start(processes.run_script, script, words, str(self.folder), environment, log)
+        process = processes.start(processes.run_script, script, words, str(self.folder), environment, str(log))
+        if stop_after:
+            out = log.with_suffix(".out")
+            while process.is_alive() and not (out.exists() and stop_after in out.read_text()):
+                process.join(0.2)
+            process.terminate()
         process.join(200)
-        told = Path(f"{log}.out").read_text() + Path(f"{log}.err").read_text()
+        told = log.with_suffix(".out").read_text() + log.with_suffix(".err").read_text()
         assert process.exitcode == 0 or any(text in told for text in may_say), told[-3000:]
 
     def words(self, command):
         """Words of a command, with this world's places in the place of the page's."""
         found = shlex.split(command, comments=True)[1:]
         places = {"/path/to/corpora": str(self.data_folder), "https://HOST/v1": self.base_url, "NAME": MODEL}
+        places |= {"8000": "0"}  # a port that is free here
         places |= {"$SLURM_ARRAY_TASK_ID/4": "2/4", "/shared/features": str(self.folder / "features")}
         places |= {"SOURCE": "results/nemo2rav/1/source/recogniser", "FOLDER": "results/nemo2rav/1/source/recogniser"}
         found = [places.get(word, word) for word in found]
@@ -142,7 +151,8 @@ def test_a_command_of_the_pages_runs_as_it_is_written(command, world):
     # A server that is not the profile's lacks what the profile promises; and the sweep's runs were not run here.
     may_say = {" probe ": ["lacks what the collection needs"], " --collect": ["150 of 150 results are missing"]}
     may_say = [text for part, texts in may_say.items() if part in command for text in texts]
-    world("command.py", world.words(command), may_say)
+    stop_after = "Ctrl-C stops it" if " serve " in command else None
+    world("command.py", world.words(command), may_say, stop_after)
 
 
 def test_the_pages_python_runs_as_it_is_written(world, monkeypatch):

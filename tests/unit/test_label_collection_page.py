@@ -14,7 +14,7 @@ COMMANDS = re.findall(r"^speechbrain-mifuse (.*)$", PAGE, re.MULTILINE)
 
 
 def test_the_page_shows_every_command_of_label_collection():
-    assert {command.split()[0] for command in COMMANDS} == {"collect", "probe", "labels", "batch"}
+    assert {command.split()[0] for command in COMMANDS} == {"collect", "probe", "labels", "batch", "serve"}
 
 
 @pytest.mark.parametrize("command", COMMANDS)
