@@ -14,7 +14,7 @@ import torch
 from filelock import FileLock, Timeout
 from hyperpyyaml import load_hyperpyyaml
 from ruamel.yaml.error import YAMLError
-from speechbrain.utils.distributed import run_on_main
+from speechbrain.utils.distributed import ddp_barrier, if_main_process, run_on_main
 
 from speechbrain_mifuse.adaptation.selection import chosen_snapshot, known_rule
 from speechbrain_mifuse.brains.classifier import train_classifier
@@ -412,9 +412,31 @@ def trained_recogniser(hparams: Mapping, role: str, reader: FrameReader, run_opt
     folder = Path(classifier["output_folder"])
     folder.mkdir(parents=True, exist_ok=True)
     # Runs side by side may share a source or a teacher: the first trains it, the others wait and find it.
-    with FileLock(folder / "lock"):
+    with one_run_at_a_time(folder / "lock"):
         run_on_main(hparams[f"prepare_{role}"])
         return train_classifier(classifier, open_front(hparams, role, classifier["layer"], reader), run_opts)
+
+
+@contextlib.contextmanager
+def one_run_at_a_time(path: Path):
+    """Keep other runs out of what is done inside; of a distributed run, the first process holds the lock for all.
+
+    Parameters
+    ----------
+    path : pathlib.Path
+        The lock's file, in a folder that is there.
+
+    Example
+    -------
+    >>> import tempfile
+    >>> with one_run_at_a_time(Path(tempfile.mkdtemp()) / "lock"):
+    ...     print("alone")
+    alone
+    """
+    with FileLock(path) if if_main_process() else contextlib.nullcontext():
+        ddp_barrier()
+        yield
+        ddp_barrier()
 
 
 class Answers:
@@ -498,12 +520,40 @@ def ask_teacher(
     if hparams["teacher"] == ZERO_SHOT:
         return Answers(zero_shot_samples(hparams, list(wavs)), list(wavs), k, len(labels))
     hashes = {key: store.rows[key].audio for key in wavs}
-    with LabelStore(hparams["label_store"]) as answers, teacher_api(hparams, reader, run_opts) as (serve, endpoint):
-        query, told = fill_label_store(hparams, wavs, hashes, answers, serve, endpoint)
-        logger.info(told)
-        samples = answers.load(query, list(hashes.values()), k)
+    with teacher_api(hparams, reader, run_opts) as (serve, endpoint):
+        samples = run_on_main(collected, args=[hparams, wavs, hashes, serve, endpoint])
     report_answers(samples, hparams["temperature"])
     return Answers(samples, list(wavs), k, len(labels))
+
+
+def collected(
+    hparams: Mapping, wavs: Mapping[str, str], hashes: Mapping[str, str], serve, endpoint: str | None
+) -> Samples:
+    """Fill the label store of a run and load what it needs from there.
+
+    Parameters
+    ----------
+    hparams : mapping
+        The recipe's.
+    wavs, hashes : mapping of str to str
+        File and content hash by utterance id.
+    serve, endpoint
+        As `teacher_api` gives.
+
+    Returns
+    -------
+    Samples
+        In the order of `hashes`.
+
+    Example
+    -------
+    >>> collected.__name__  # runs in `recipes/RAVDESS/mifuse/train.py`
+    'collected'
+    """
+    with LabelStore(hparams["label_store"]) as answers:
+        query, told = fill_label_store(hparams, wavs, hashes, answers, serve, endpoint)
+        logger.info(told)
+        return answers.load(query, list(hashes.values()), hparams["lalm_samples"])
 
 
 def zero_shot_samples(hparams: Mapping, keys: Sequence[str]) -> Samples:

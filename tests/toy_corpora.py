@@ -200,7 +200,7 @@ def write_encoder(folder: Path, dim: int = 16) -> Path:
     return folder
 
 
-def write_hubert(folder: Path, dim: int = 16) -> Path:
+def write_hubert(folder: Path, dim: int = 16, **options) -> Path:
     """Write an untrained HuBERT of two layers as a Hugging Face folder; its layers are 0 to 2."""
     torch.manual_seed(0)
     config = transformers.HubertConfig(
@@ -214,6 +214,7 @@ def write_hubert(folder: Path, dim: int = 16) -> Path:
         feat_extract_norm="layer",
         do_stable_layer_norm=True,
         vocab_size=8,
+        **options,
     )
     transformers.HubertModel(config).save_pretrained(folder)
     transformers.Wav2Vec2FeatureExtractor(return_attention_mask=True).save_pretrained(folder)

@@ -18,6 +18,7 @@ import speechbrain as sb
 import torch
 from speechbrain.dataio.dataset import DynamicItemDataset
 from speechbrain.utils.checkpoints import mark_as_loader, mark_as_saver, register_checkpoint_hooks
+from speechbrain.utils.distributed import main_process_only, run_on_main
 from speechbrain.utils.epoch_loop import EpochCounter
 from speechbrain.utils.seed import seed_everything
 
@@ -173,6 +174,7 @@ class AdaptationBrain(ResumableBrain):
         if should_step:
             self.hparams.ema.update_parameters(self.modules.student)
 
+    @main_process_only
     def on_log_point(self, epoch: int) -> None:
         """Keep a snapshot; see `ResumableBrain.on_log_point`."""
         found = {"step": self.optimizer_step, **criteria(self.adaptation.student().probs)}
@@ -266,21 +268,79 @@ def adapt(
     sets = {split: WholeSet(dataset, frames, hparams["batch_size"]) for split, dataset in datasets.items()}
     brain.look_at(sets["adapt"], sets["test"], snapshots)
     brain.begin()
-    if method.trains:
-        source = brain.adaptation.student().probs
-        before = brain.test.student().hidden
-        fit(brain, datasets["adapt"], name, hparams["batch_size"])
-        weights = snapshots.weights.read_bytes()
-        atomic_write(folder / "student.safetensors", weights)
-        brain.modules.student.load_state_dict(safetensors.torch.load(weights))
-        temperature = label_free_temperature(method, brain.adaptation, source)
-        export_student(folder / "recogniser", recogniser, weights, {"method": name}, temperature)
-        embeddings = {"ids": brain.test_keys, **plane(before, brain.test.student().hidden)}
-        atomic_write(folder / "embeddings.json", json.dumps(embeddings))
+    if not method.trains:
+        return run_on_main(answer, args=[brain, folder])
+    before = brain.adaptation.student().probs, brain.test.student().hidden
+    fit(brain, datasets["adapt"], name, hparams["batch_size"])
+    return run_on_main(finish, args=[name, brain, folder, recogniser, *before])
+
+
+def answer(brain: AdaptationBrain, folder: Path) -> dict[str, list[float]]:
+    """Write what a method that trains nothing predicts.
+
+    Parameters
+    ----------
+    brain : AdaptationBrain
+        Which has begun.
+    folder : pathlib.Path
+        The method's output folder.
+
+    Returns
+    -------
+    dict of str to list of float
+        As `adapt` gives.
+
+    Example
+    -------
+    >>> answer.__name__  # runs in `recipes/RAVDESS/mifuse/train.py`
+    'answer'
+    """
+    found = brain.predictions()
+    atomic_write(folder / "predictions.json", json.dumps(found))
+    return found
+
+
+def finish(
+    name: str, brain: AdaptationBrain, folder: Path, recogniser: str | Path, source: torch.Tensor, hidden: torch.Tensor
+) -> dict[str, list[float]]:
+    """Export the preferred student and write what it predicts.
+
+    Parameters
+    ----------
+    name : str
+        The method.
+    brain : AdaptationBrain
+        After training.
+    folder : pathlib.Path
+        The method's output folder.
+    recogniser : str or pathlib.Path
+        Folder of the source recogniser.
+    source, hidden : torch.Tensor
+        Before training: the student's probabilities `[N, C]` of the adaptation set, its hidden units `[M, H]` of the
+        test set.
+
+    Returns
+    -------
+    dict of str to list of float
+        As `adapt` gives.
+
+    Example
+    -------
+    >>> finish.__name__  # runs in `recipes/RAVDESS/mifuse/train.py`
+    'finish'
+    """
+    method, snapshots = brain.hparams.method, brain.snapshots
+    weights = snapshots.weights.read_bytes()
+    atomic_write(folder / "student.safetensors", weights)
+    brain.modules.student.load_state_dict(safetensors.torch.load(weights))
+    temperature = label_free_temperature(method, brain.adaptation, source)
+    export_student(folder / "recogniser", recogniser, weights, {"method": name}, temperature)
+    embeddings = {"ids": brain.test_keys, **plane(hidden, brain.test.student().hidden)}
+    atomic_write(folder / "embeddings.json", json.dumps(embeddings))
     if isinstance(method, MIFuse):
         atomic_write(folder / "weighing.json", json.dumps(brain.weighing()))
-    found = snapshots.chosen()["predictions"] if method.trains else brain.predictions()
-    atomic_write(predictions, json.dumps(found))
+    found = snapshots.chosen()["predictions"]
+    atomic_write(folder / "predictions.json", json.dumps(found))
     return found
 
 

@@ -30,7 +30,7 @@ from speechbrain_mifuse.corpora.manifest import file_digest
 from speechbrain_mifuse.errors import UserError
 from speechbrain_mifuse.evaluation.adapter_plots import plot_codebook, plot_layer_weights
 from speechbrain_mifuse.features.dataset import encoded_rows, frame_batches
-from speechbrain_mifuse.nnet.across_processes import process_count, summed
+from speechbrain_mifuse.nnet.across_processes import own_part, process_count, summed
 from speechbrain_mifuse.nnet.adapter_files import ABOUT, export_adapter
 from speechbrain_mifuse.nnet.adapter_objectives import AdapterPretraining, Objective, UtteranceSurvey, Views
 from speechbrain_mifuse.nnet.block_masking import draw_masks
@@ -115,13 +115,12 @@ class LengthBatches(Sampler):
         return [cut[number] for number in torch.randperm(self.count, generator=generator) if cut[number]]
 
     def __iter__(self):
-        rank = torch.distributed.get_rank() if process_count() > 1 else 0
         for batch in self.batches():
             if len(batch) < process_count():
                 raise UserError(
                     f"a batch has {len(batch)} utterances for {process_count()} processes: use fewer of them."
                 )
-            yield batch[rank :: process_count()]
+            yield own_part(batch)
 
     def __len__(self) -> int:
         return self.count
@@ -160,10 +159,10 @@ class History:
 class AdapterBrain(ResumableBrain):
     """Train an adapter without labels.
 
-    `modules.student` is an `AdapterPretraining`. Beyond `ResumableBrain`'s, `hparams` must hold `student` (the same,
-    never wrapped), `ema` (from `ema_copy` of its adapter), `batches` (a `LengthBatches`), `schedule` (of the learning
-    rate by step), `mask_share`, `mask_width`, `history` and `loggers`. Batches give `id`, `feats` and a vector for each
-    objective that has prepared some. Every epoch is logged, every `log_interval`-th one saved.
+    `modules.student` is an `AdapterPretraining`. Beyond `ResumableBrain`'s, `hparams` must hold `ema` (from `ema_copy`
+    of its adapter), `batches` (a `LengthBatches`), `schedule` (of the learning rate by step), `mask_share`,
+    `mask_width` and `history`. Batches give `id`, `feats` and a vector for each objective that has prepared some. Every
+    epoch is logged, every `log_interval`-th one saved.
 
     Example
     -------
@@ -194,7 +193,7 @@ class AdapterBrain(ResumableBrain):
 
     def views(self, batch, frames, layers, lengths) -> Views:
         """Collect what the objectives compare, but for the student's own part."""
-        student = self.hparams.student
+        student = self.modules.student
         true = frame_mask(lengths, frames.shape[1])
         masked, keys = draw_masks(
             batch.id,
@@ -222,7 +221,7 @@ class AdapterBrain(ResumableBrain):
 
     def compute_objectives(self, predictions, batch, stage):
         """Weigh and add the losses."""
-        objectives = self.hparams.student.objectives
+        objectives = self.modules.student.objectives
         total = sum(objectives[name].weight * loss for name, loss in predictions.items())
         told = summed(torch.stack([total.detach(), *(loss.detach() for loss in predictions.values())])).tolist()
         self.count(**dict(zip(["loss", *predictions], told, strict=True)))
@@ -232,14 +231,14 @@ class AdapterBrain(ResumableBrain):
     def on_fit_batch_end(self, batch, outputs, loss, should_step):
         """Let the teacher follow the student."""
         if should_step:
-            self.hparams.ema.update_parameters(self.hparams.student.adapter)
+            self.hparams.ema.update_parameters(self.modules.student.adapter)
 
     def on_stage_end(self, stage, stage_loss, epoch=None):
         """Log the epoch; save a checkpoint every `log_interval` epochs and at the last one."""
         if stage != sb.Stage.TRAIN:
             return
         means = {name: total / batches for name, (total, batches) in self.statistics.items()}
-        told = {**means, **self.hparams.student.statistics(), "learning_rate": self.optimizer.param_groups[0]["lr"]}
+        told = {**means, **self.modules.student.statistics(), "learning_rate": self.optimizer.param_groups[0]["lr"]}
         self.hparams.history.rows.append({"epoch": epoch, "step": self.optimizer_step, **told})
         self.hparams.train_logger.log_stats({"epoch": epoch}, train_stats=told)
         if epoch % self.hparams.log_interval == 0 or epoch == self.hparams.epoch_counter.limit:
@@ -436,7 +435,7 @@ def finish(brain: AdapterBrain, folder: Path, settings: Mapping) -> None:
     >>> finish.__name__  # runs in `recipes/RAVDESS/adapter/pretrain.py`
     'finish'
     """
-    rows, adapter = brain.hparams.history.rows, brain.hparams.student.adapter
+    rows, adapter = brain.hparams.history.rows, brain.modules.student.adapter
     plot_codebook(folder / "codebook.png", rows)
     plot_layer_weights(folder / "layer_weights.png", rows)
     told = {**settings, "epochs": len(rows), "steps": brain.optimizer_step, "last_epoch": rows[-1]}
@@ -523,7 +522,6 @@ def make_brain(
     warm = max(1, round(hparams["warmup"] * steps))
     own = {
         "seed": seed,
-        "student": student,
         "ema": ema,
         "batches": batches,
         "vectors": sorted(vectors),

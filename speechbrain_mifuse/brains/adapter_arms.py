@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from speechbrain.utils.distributed import run_on_main
 from speechbrain.utils.seed import seed_everything
 
 from speechbrain_mifuse.adaptation.method import described
@@ -92,11 +92,9 @@ def train_arm(
     adapter = starting_adapter(arm, hparams, run, front, adapters)
     classifier = arm.classifier(front.dim, len(hparams["labels"]), adapter)
     brain, predictions, n_train = fit_and_predict(name, hparams, run, front, classifier, run_opts)
-    look_inside(folder, classifier.eval(), front, run, name, brain.device)
+    run_on_main(look_inside, args=[folder, classifier.eval(), front, run, name, brain.device])
     told = {"pretraining": arm.pretraining, "adapter_learning_rate": hparams["adapter_learning_rate"]}
-    record = write_record(folder, name, hparams, run, predictions, n_train, brain.optimizer_step, **told)
-    shutil.rmtree(folder / "save")
-    return record
+    return write_record(folder, name, hparams, run, predictions, n_train, brain.optimizer_step, **told)
 
 
 def arm_settings(arm: Arm, hparams: Mapping, run: Run, front, adapters: Mapping[str, Path]) -> dict:

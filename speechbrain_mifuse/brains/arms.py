@@ -5,12 +5,14 @@ from __future__ import annotations
 import json
 import math
 import random
+import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
 from speechbrain.dataio.dataset import DynamicItemDataset
+from speechbrain.utils.distributed import main_process_only, run_on_main
 from speechbrain.utils.epoch_loop import EpochCounter
 
 from speechbrain_mifuse import __version__
@@ -303,7 +305,7 @@ def fit_and_predict(
     brain = make_brain(hparams, run, folder, front, classifier, train, run_opts, kind)
     fit(brain, train, f"fold {run.fold}, seed {run.seed}, {name}", size)
     predictions = brain.predict(test, **frame_batches(batch_size=size))
-    atomic_write(folder / "predictions.json", json.dumps(predictions))
+    run_on_main(atomic_write, args=[folder / "predictions.json", json.dumps(predictions)])
     return brain, predictions, len(train)
 
 
@@ -385,10 +387,11 @@ def make_brain(
     )
 
 
+@main_process_only
 def write_record(
     folder: Path, name: str, hparams: Mapping, run: Run, predictions: Mapping, n_train: int, steps: int, **about
 ) -> dict:
-    """Score predictions on the test fold and write `results.json` and `confusion.png`.
+    """Score predictions on the test fold, write `results.json` and `confusion.png`, remove the checkpoints.
 
     Parameters
     ----------
@@ -436,4 +439,5 @@ def write_record(
     title = f"{name}: {record['corpus']}, fold {run.fold}, UA {100 * record['UA']:.1f} %"
     plot_confusion(folder / "confusion.png", counts, hparams["labels"], title)
     atomic_write(folder / "results.json", json.dumps(record, indent=1))
+    shutil.rmtree(folder / "save")
     return record

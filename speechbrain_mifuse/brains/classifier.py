@@ -11,6 +11,7 @@ from pathlib import Path
 import speechbrain as sb
 import torch
 from speechbrain.dataio.dataset import DynamicItemDataset
+from speechbrain.utils.distributed import run_on_main
 from speechbrain.utils.seed import seed_everything
 from torch.nn import functional as F
 
@@ -175,6 +176,29 @@ def train_classifier(hparams: Mapping, front, run_opts=None) -> Path:
     classifier = starting_classifier(hparams, front)
     brain = make_brain(hparams, front, classifier, train, run_opts)
     fit(brain, train, f"classifier {hparams['name']}", hparams["batch_size"])
+    run_on_main(finish, args=[brain, hparams, front, settings, train])
+    return recogniser
+
+
+def finish(brain: ClassifierBrain, hparams: Mapping, front, settings: Mapping, train: DynamicItemDataset) -> None:
+    """Score a trained classifier on held-out speakers and export it.
+
+    Parameters
+    ----------
+    brain : ClassifierBrain
+        Trained.
+    hparams, front
+        As for `train_classifier`.
+    settings : mapping
+        As `classifier_settings` gives.
+    train : DynamicItemDataset
+        What it was trained on.
+
+    Example
+    -------
+    >>> finish.__name__  # runs in `recipes/RAVDESS/classifier/train.py`
+    'finish'
+    """
     validation = validate(brain, hparams, front)
     counts = Counter(hparams["labels"][row["label"]] for row in train.data.values())
     about = {
@@ -183,8 +207,8 @@ def train_classifier(hparams: Mapping, front, run_opts=None) -> Path:
         "encoder": ENCODERS.get(hparams["encoder"], str(hparams["encoder"])),
     }
     about = {**settings, **about, "validation": validation}
-    export_recogniser(recogniser, classifier.cpu(), front, hparams, about, validation["temperature"])
-    return recogniser
+    folder = Path(hparams["output_folder"]) / "recogniser"
+    export_recogniser(folder, brain.modules.classifier.cpu(), front, hparams, about, validation["temperature"])
 
 
 def classifier_settings(hparams: Mapping, front) -> dict:

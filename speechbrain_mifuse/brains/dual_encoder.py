@@ -11,6 +11,7 @@ from pathlib import Path
 
 import torch
 from speechbrain.dataio.dataset import DynamicItemDataset
+from speechbrain.utils.distributed import run_on_main
 from speechbrain.utils.seed import seed_everything
 
 from speechbrain_mifuse.adaptation.method import described
@@ -242,13 +243,36 @@ def train_dual_encoder(hparams: Mapping, sources: Mapping[str, Source], fronts: 
     brain = make_brain(hparams, data, Captioner(fitting, text_encoder, hparams["seed"]), run_opts)
     train = DynamicItemDataset(data, output_keys=["id", "pooled", "label"])
     fit(brain, train, "dual encoder", hparams["batch_size"])
-    network = brain.modules.dual_encoder.cpu()
     about = {**settings, **trained_on(hparams["labels"], data, sources, brain)}
-    model = DualEncoderModel(network, about, text_encoder)
+    model = DualEncoderModel(brain.modules.dual_encoder.cpu(), about, text_encoder)
+    run_on_main(finish, args=[folder, model, about, prompts, sources, fronts])
+    return folder / "model"
+
+
+def finish(folder: Path, model: DualEncoderModel, about: Mapping, prompts, sources: Mapping, fronts: Mapping) -> None:
+    """Score a trained dual encoder on the held-out speakers of its sources and export it.
+
+    Parameters
+    ----------
+    folder : pathlib.Path
+        Output folder.
+    model : DualEncoderModel
+        Trained.
+    about : mapping
+        Provenance, of JSON's types.
+    prompts : PromptSet
+        What the classes are called.
+    sources, fronts
+        As for `train_dual_encoder`.
+
+    Example
+    -------
+    >>> finish.__name__  # runs in `recipes/RAVDESS/dual_encoder/train.py`
+    'finish'
+    """
     validation = validate(model, prompts, sources, fronts)
     atomic_write(folder / "validation.json", json.dumps(validation, indent=1))
-    export_dual_encoder(folder / "model", network, {**about, "validation": validation})
-    return folder / "model"
+    export_dual_encoder(folder / "model", model.network, {**about, "validation": validation})
 
 
 def check_sources(target: str, sources: Mapping[str, Source], fronts: Mapping) -> None:

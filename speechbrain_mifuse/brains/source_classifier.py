@@ -8,6 +8,7 @@ from pathlib import Path
 import torch
 from safetensors.torch import save
 from speechbrain.dataio.dataset import DynamicItemDataset
+from speechbrain.utils.distributed import run_on_main
 from speechbrain.utils.epoch_loop import EpochCounter
 from speechbrain.utils.seed import seed_everything
 
@@ -121,7 +122,8 @@ def train_source_classifier(
         load_all_weights(classifier, weights, UserError, "Delete it: it is trained again.")
     else:
         fit(brain, train, "source classifier", hparams["batch_size"])
-        atomic_write(weights, save({name: value.contiguous() for name, value in classifier.state_dict().items()}))
+        trained = {name: value.contiguous() for name, value in classifier.state_dict().items()}
+        run_on_main(atomic_write, args=[weights, save(trained)])
     return brain
 
 

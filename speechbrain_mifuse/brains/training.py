@@ -19,10 +19,12 @@ from speechbrain.utils.checkpoints import CKPT_PREFIX, METAFNAME, Checkpoint, Ch
 from speechbrain.utils.distributed import ddp_barrier, if_main_process, main_process_only
 from speechbrain.utils.epoch_loop import EpochCounter
 
+from speechbrain_mifuse.brains.dealt_batches import dealt_loader
 from speechbrain_mifuse.corpora.manifest import atomic_write
 from speechbrain_mifuse.errors import UserError
 from speechbrain_mifuse.features.dataset import frame_batches
 from speechbrain_mifuse.features.store import difference
+from speechbrain_mifuse.nnet.across_processes import average_gradients, frames_dealt, process_count
 from speechbrain_mifuse.progress import progress, quiet
 
 logger = logging.getLogger(__name__)
@@ -227,6 +229,23 @@ class ResumableBrain(sb.Brain):
     True
     """
 
+    def _wrap_distributed(self):
+        """Leave the modules as they are, where SpeechBrain wraps them for DDP.
+
+        Batches are put together behind the pooling (`nnet.across_processes`), so that a batch normalisation or a loss
+        sees the whole batch, and methods are called that a wrapper would hide; `optimizers_step` averages.
+        """
+
+    def fit_batch(self, batch):
+        """Train one step; in a distributed run, on all processes' frames of the batch."""
+        with frames_dealt(len(batch.id)):
+            return super().fit_batch(batch)
+
+    def optimizers_step(self):
+        """Average the gradients of all processes, then step."""
+        average_gradients(self.modules.parameters())
+        super().optimizers_step()
+
     def on_fit_start(self):
         """Restore the last checkpoint, saying so."""
         super().on_fit_start()
@@ -417,7 +436,12 @@ def fit(brain: sb.Brain, train, told: str, batch_size: int | None = None) -> Non
     loader = {}
     if batch_size is not None:
         # A small last batch would make the diversity term, a statistic of the batch, mean something else.
-        loader = frame_batches(batch_size=min(batch_size, len(train)), shuffle=True, drop_last=True)
+        batch_size = min(batch_size, len(train))
+        if process_count() > 1:
+            train, brain.train_sampler = dealt_loader(train, batch_size)
+            brain.checkpointer.add_recoverable("dataloader-TRAIN", train)
+        else:
+            loader = frame_batches(batch_size=batch_size, shuffle=True, drop_last=True)
     counter, hidden = brain.hparams.epoch_counter, not if_main_process()
     with contextlib.ExitStack() as around:
         if brain.checkpointer is not None:

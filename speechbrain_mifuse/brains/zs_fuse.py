@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import json
 import random
-import shutil
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -324,9 +323,7 @@ def train_fusion_arm(
         name, hparams, run, front, classifier, run_opts, columns, kind=FusionBrain
     )
     told = {"audio_repeats": pair[0], "text_repeats": pair[1], "score_labels": list(table.labels)}
-    record = write_record(folder, name, hparams, run, predictions, n_train, brain.optimizer_step, **told)
-    shutil.rmtree(folder / "save")
-    return record
+    return write_record(folder, name, hparams, run, predictions, n_train, brain.optimizer_step, **told)
 
 
 def fusion_settings(

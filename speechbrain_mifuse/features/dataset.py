@@ -47,11 +47,13 @@ def pad_frames(items: list[torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
     return data, torch.tensor(counts) / longest
 
 
-def frame_batches(**options):
+def frame_batches(padding=pad_frames, **options):
     """Loader options for stored frames: SpeechBrain's `PaddedBatch`, with `feats` alone padded.
 
     Parameters
     ----------
+    padding : callable
+        From the items of `feats` to a padded batch and lengths.
     **options
         Further arguments of the loader (`batch_size`, `shuffle`, ...).
 
@@ -66,7 +68,7 @@ def frame_batches(**options):
     ['batch_size', 'collate_fn']
     """
     # All values are tensors, strings or numbers already; looking into each for arrays would take longer than padding.
-    ready = {"padded_keys": ["feats"], "padding_func": pad_frames, "apply_default_convert": False}
+    ready = {"padded_keys": ["feats"], "padding_func": padding, "apply_default_convert": False}
     return {"collate_fn": functools.partial(PaddedBatch, **ready), **options}
 
 

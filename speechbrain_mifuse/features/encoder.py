@@ -402,18 +402,22 @@ class _WaveformReader:
             self.model(self._input(wavs))
         return states
 
+    def normalised(self, wavs):
+        """Waveforms as the encoder was trained on them, each by itself and without padding."""
+        if not self.normalize:
+            return wavs
+        # The formula of Hugging Face's feature extractor; F.layer_norm's larger epsilon would keep the level of
+        # quiet clips.
+        centred = wavs - wavs.mean(-1, keepdim=True)
+        return centred / torch.sqrt(centred.square().mean(-1, keepdim=True) + 1e-7)
+
     def _input(self, wavs):
-        if self.normalize:
-            # The formula of Hugging Face's feature extractor; F.layer_norm's larger epsilon would keep the level of
-            # quiet clips.
-            centred = wavs - wavs.mean(-1, keepdim=True)
-            wavs = centred / torch.sqrt(centred.square().mean(-1, keepdim=True) + 1e-7)
-        return _pad_to(wavs, self.receptive_field)
+        return _pad_to(self.normalised(wavs), self.receptive_field)
 
     def padded_states(self, wavs):
         """Hidden states ``[wavs, T, D]`` of waveforms padded to one batch, and the frames of each."""
         wavs = [self._input(wav) for wav in wavs]
-        counts = [self._n_frames(len(wav)) for wav in wavs]
+        counts = [self.frame_count(len(wav)) for wav in wavs]
         if self.norm_over_time:
             features = _padded([self.model.feature_extractor(wav.unsqueeze(0))[0] for wav in wavs])
         else:
@@ -423,7 +427,8 @@ class _WaveformReader:
             self.model.encoder(hidden, attention_mask=_inside(counts, hidden.device))
         return states, counts
 
-    def _n_frames(self, n_samples):
+    def frame_count(self, n_samples):
+        """Frames of so many samples."""
         config = self.model.config
         for kernel, stride in zip(config.conv_kernel, config.conv_stride, strict=True):
             n_samples = (n_samples - kernel) // stride + 1
@@ -479,6 +484,14 @@ class _MelReader:
 
     def truncate(self, deepest):
         self.encoder.layers = self.encoder.layers[:deepest]
+
+    def normalised(self, wavs):
+        """Waveforms as they are."""
+        return wavs
+
+    def frame_count(self, n_samples):
+        """Frames of so many samples."""
+        return -(-(n_samples // self.extractor.hop_length) // self.stride)
 
     def hidden_states(self, wavs):
         wavs = _pad_to(wavs, self.extractor.n_fft)

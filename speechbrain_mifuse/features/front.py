@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from speechbrain_mifuse.audio import load_audio, trim_silence
-from speechbrain_mifuse.features.encoder import load_wrapper
+from speechbrain_mifuse.features.encoder import FAMILIES, load_wrapper
 from speechbrain_mifuse.features.speakers import SpeakerOffsets
 
 # Bytes of frames that stay in memory once read: all of a small corpus, and a fixed amount of a large one.
@@ -176,12 +176,15 @@ class FinetunedEncoder(nn.Module):
     (torch.Size([2, 49, 16]), True)
     """
 
-    sample_rate, hop = 16000, 320
+    sample_rate = 16000
 
     def __init__(self, source: str, trim_db: float | None = 40.0):
         super().__init__()
         self.wrapper = load_wrapper(source, freeze=False)
         config = self.wrapper.model.config
+        self.reader = FAMILIES[config.model_type].reader(self.wrapper)
+        # The wrapper would normalise a waveform together with its padding; an exported encoder hears none.
+        self.wrapper.normalize_wav = False
         self.dim, self.n_layers, self.trim_db = config.hidden_size, 1, trim_db
 
     def read(self, utt_id: str, wav: str) -> torch.Tensor:
@@ -197,14 +200,14 @@ class FinetunedEncoder(nn.Module):
         Returns
         -------
         torch.Tensor
-            `[samples]`.
+            `[samples]`, of mean 0 and deviation 1 where the encoder was trained on such.
 
         Raises
         ------
         BadAudio
             If it cannot be read.
         """
-        return trim_silence(load_audio(wav, self.sample_rate), self.trim_db)
+        return self.reader.normalised(trim_silence(load_audio(wav, self.sample_rate), self.trim_db))
 
     def forward(self, batch: torch.Tensor, lengths: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Encode a padded batch.
@@ -224,8 +227,10 @@ class FinetunedEncoder(nn.Module):
             `[batch]`, relative.
         """
         frames = self.wrapper(batch, lengths)
-        # Whisper's wrapper pads every batch to 30 s, so true lengths become a smaller share of it.
-        return frames, lengths * min(1.0, batch.shape[1] / (frames.shape[1] * self.hop))
+        # Counted, not scaled: a clip's frames must not depend on how long its neighbours are.
+        samples = (lengths * batch.shape[1]).round().long().tolist()
+        counts = torch.tensor([self.reader.frame_count(count) for count in samples], device=frames.device)
+        return frames, (counts.clamp(min=1) / frames.shape[1]).clamp(max=1.0)
 
     def export(self, folder: str | Path) -> None:
         """Write the encoder as a Hugging Face folder, which `--encoder` of any recipe takes.

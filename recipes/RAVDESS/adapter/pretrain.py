@@ -6,14 +6,14 @@ Run from the repository's root, or from this folder:
     python recipes/RAVDESS/adapter/pretrain.py hparams/adapter_ravdess.yaml --data_folder /path/to/corpora --fold 1
 
 One adapter for each fold and seed that the flags name, on the audio of the other folds. `train.py` does the same for
-those that it lacks; this script alone also runs under `torchrun --nproc_per_node=N`.
+those that it lacks.
 """
 
 import sys
 
 import speechbrain as sb
 from hyperpyyaml import load_hyperpyyaml
-from speechbrain.utils.distributed import ddp_init_group, run_on_main
+from speechbrain.utils.distributed import ddp_init_group, if_main_process, run_on_main
 
 from speechbrain_mifuse.errors import one_clear_error
 from speechbrain_mifuse.fold_pipeline import adapter_run, chosen_among, fold_front, pretrained_adapter
@@ -36,4 +36,6 @@ if __name__ == "__main__":
             for seed in hparams["seeds"]:
                 run = adapter_run(hparams, fold, seed, "all")
                 for name in names:
-                    print(pretrained_adapter(hparams, run, name, front, run_opts))
+                    adapter = pretrained_adapter(hparams, run, name, front, run_opts)
+                    if if_main_process():
+                        print(adapter)

@@ -14,6 +14,7 @@ import sys
 
 import speechbrain as sb
 from hyperpyyaml import load_hyperpyyaml
+from speechbrain.utils.distributed import ddp_init_group, if_main_process, run_on_main
 
 from speechbrain_mifuse.brains.adapter_arms import train_arm
 from speechbrain_mifuse.errors import one_clear_error
@@ -23,12 +24,13 @@ from speechbrain_mifuse.pipeline import open_reader
 if __name__ == "__main__":
     with one_clear_error():
         hparams_file, run_opts, overrides = sb.parse_arguments(sys.argv[1:])
+        ddp_init_group(run_opts)
         with open(hparams_file, encoding="utf-8") as file:
             hparams = load_hyperpyyaml(file, overrides)
         arms = hparams["adapter"]["arms"]
         names, folds, amounts = chosen_parts(hparams, arms)
         sb.create_experiment_directory(hparams["output_folder"], hparams_file, overrides)
-        hparams["prepare"]()
+        run_on_main(hparams["prepare"])
         reader = open_reader(hparams, run_opts)
         records = []
         for fold in folds:
@@ -40,4 +42,5 @@ if __name__ == "__main__":
                 for amount in amounts:
                     run = adapter_run(hparams, fold, seed, amount)
                     records += [train_arm(name, hparams["adapter"], run, front, adapters, run_opts) for name in names]
-        print(arm_summary(hparams, records, names, "adapter"))
+        if if_main_process():
+            print(arm_summary(hparams, records, names, "adapter"))

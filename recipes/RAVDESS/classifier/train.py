@@ -13,7 +13,7 @@ import sys
 
 import speechbrain as sb
 from hyperpyyaml import load_hyperpyyaml
-from speechbrain.utils.distributed import ddp_init_group, run_on_main
+from speechbrain.utils.distributed import ddp_init_group, if_main_process, run_on_main
 
 from speechbrain_mifuse.brains.classifier import train_classifier
 from speechbrain_mifuse.errors import one_clear_error
@@ -28,4 +28,6 @@ if __name__ == "__main__":
         sb.create_experiment_directory(hparams["output_folder"], hparams_file, overrides)
         run_on_main(hparams["prepare_source"])
         front = chosen_front(hparams, run_opts)
-        print(train_classifier(hparams["source_classifier"], front, run_opts))
+        recogniser = train_classifier(hparams["source_classifier"], front, run_opts)
+        if if_main_process():
+            print(recogniser)

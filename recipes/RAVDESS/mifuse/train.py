@@ -15,7 +15,7 @@ import speechbrain as sb
 import torch
 from hyperpyyaml import load_hyperpyyaml
 from speechbrain.dataio.dataset import DynamicItemDataset
-from speechbrain.utils.distributed import ddp_init_group, run_on_main
+from speechbrain.utils.distributed import ddp_init_group, if_main_process, run_on_main
 
 from speechbrain_mifuse.brains.adaptation import adapt
 from speechbrain_mifuse.corpora.manifest import unlabelled
@@ -76,4 +76,5 @@ if __name__ == "__main__":
             datasets = dataio_prepare(hparams, hparams["adaptation"]["methods"][name], front, answers)
             predictions = adapt(name, hparams["adaptation"], datasets, front, source, run_opts)
             run_on_main(report, args=[hparams, name, predictions, len(datasets["adapt"])])
-        print(summary(hparams, names))
+        if if_main_process():
+            print(summary(hparams, names))

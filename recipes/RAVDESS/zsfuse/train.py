@@ -13,6 +13,7 @@ import sys
 
 import speechbrain as sb
 from hyperpyyaml import load_hyperpyyaml
+from speechbrain.utils.distributed import ddp_init_group, if_main_process, run_on_main
 
 from speechbrain_mifuse.brains.zs_fuse import train_fusion_arm
 from speechbrain_mifuse.errors import one_clear_error
@@ -29,13 +30,14 @@ from speechbrain_mifuse.zero_shot_pipeline import (
 if __name__ == "__main__":
     with one_clear_error():
         hparams_file, run_opts, overrides = sb.parse_arguments(sys.argv[1:])
+        ddp_init_group(run_opts)
         with open(hparams_file, encoding="utf-8") as file:
             hparams = load_hyperpyyaml(file, overrides)
         arms = hparams["zsfuse"]["arms"]
         names, folds, amounts = chosen_parts(hparams, arms)
         specialist, adapters = chosen_specialist(hparams)
         sb.create_experiment_directory(hparams["output_folder"], hparams_file, overrides)
-        hparams["prepare"]()
+        run_on_main(hparams["prepare"])
         wanted = list(dict.fromkeys(["zero_shot", *(arms[name].scores for name in names)]))
         tables = {seed: score_tables(hparams, wanted, seed, run_opts) for seed in hparams["seeds"]}
         reader = open_reader(hparams, run_opts)
@@ -48,5 +50,6 @@ if __name__ == "__main__":
                     run = fusion_run(hparams, fold, seed, amount)
                     given = (options, run, front, tables[seed], adapters, run_opts)
                     records += [train_fusion_arm(name, *given) for name in names]
-        print(amplification_report(hparams, {seed: found["zero_shot"] for seed, found in tables.items()}))
-        print(arm_summary(hparams, records, names, "zsfuse"))
+        if if_main_process():
+            print(amplification_report(hparams, {seed: found["zero_shot"] for seed, found in tables.items()}))
+            print(arm_summary(hparams, records, names, "zsfuse"))
