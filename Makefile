@@ -5,7 +5,7 @@ RUN = $(VENV)/bin/python
 # Threads that wait for a busy core by sleeping: spinning makes a shared machine many times slower.
 export OMP_WAIT_POLICY = passive
 
-.PHONY: demo test table ablations skew norms sensitivity adapter zsfuse bench docs clean
+.PHONY: demo test table ablations skew norms sensitivity adapter zsfuse bench faults fuzz docs clean
 
 $(VENV)/.installed: pyproject.toml
 	$(PYTHON) -m venv $(VENV)
@@ -61,8 +61,17 @@ adapter: $(VENV)/.installed
 zsfuse: $(VENV)/.installed
 	$(call compare,zsfuse)
 
+BENCHMARKS = recipe_form extraction million epoch mifuse_step memory adapter zero_shot recognise collect collect_faults label_store
+
 bench: $(VENV)/.installed
-	for name in epoch mifuse_step memory collect collect_faults label_store adapter zero_shot recognise; do $(RUN) benchmarks/run.py $$name --json docs/results/speed/$$name.json; done
+	for name in $(BENCHMARKS); do $(RUN) benchmarks/run.py $$name --json docs/results/speed/$$name.json; done
+
+# The suites of faults in full; short forms of them are among the tests.
+faults: $(VENV)/.installed
+	$(RUN) benchmarks/run.py faults --json docs/results/reliability.json
+
+fuzz: $(VENV)/.installed
+	$(RUN) tests/answer_fuzz.py --cases 1000000
 
 # The documentation site, in site/.
 docs: $(VENV)/.installed

@@ -12,7 +12,7 @@ that is read to the last epoch.
   and as SpeechBrain's wrapper does not: that one pads every clip to 30 s, and its clips per second, without any
   training, are `wrapper_clips_per_second`.
 - `hdf5`: SpeechBrain's `CachedHDF5DynamicItem` keeps each clip's frames, float32, from the first epoch on. It needs
-  h5py; without that it is left out.
+  h5py (the `[bench]` extra); without that it is left out.
 
 `recipe_total_ratio`, `hdf5_total_ratio`: total of that side over total of `stored`. `recipe_epoch_ratio`,
 `hdf5_epoch_ratio`: the same for an epoch (the median of all but the first). `<side>_loss`, `<side>_accuracy`: of the

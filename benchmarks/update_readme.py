@@ -1,7 +1,7 @@
 """Put the generated tables of `docs/results/` into the README and the pages of `docs/`, between their marks.
 
-`PERFORMANCE.md` is written as a whole. `docs/results/speed.md` is made here from the JSON that `run.py NAME --json
-docs/results/speed/NAME.json` writes, and `docs/results/reliability.md` from that of `run.py faults --json
+`PERFORMANCE.md` is written as a whole. `docs/results/speed.md` and `speed_headlines.md` are made here from the JSON
+that `run.py NAME --json docs/results/speed/NAME.json` writes, and `docs/results/reliability.md` from that of `run.py faults --json
 docs/results/reliability.json`. With `--check` nothing is written; the exit status tells whether all are up to date (1
 when not).
 """
@@ -19,6 +19,70 @@ from speechbrain_mifuse.corpora.manifest import atomic_write
 
 ROOT = Path(__file__).resolve().parent.parent
 TABLES = ROOT / "docs" / "results"
+# What a reader wants to know first: file, figure, what is measured, and how the figure is told.
+HEADLINES = (
+    (
+        "recipe_form",
+        "recipe_total_ratio",
+        "20 epochs of training, extraction included",
+        "{:.1f} x",
+        "frozen encoder run in every epoch, as SpeechBrain's IEMOCAP recipe does",
+    ),
+    (
+        "recipe_form",
+        "hdf5_epoch_ratio",
+        "an epoch on stored frames",
+        "{:.1f} x",
+        "frames cached per item in HDF5 (`CachedHDF5DynamicItem`)",
+    ),
+    (
+        "extraction",
+        "bare_encoder_ratio",
+        "filling a feature store from files",
+        "{:.0%}",
+        "the bare encoder on clips in memory: 100 % is the most there can be",
+    ),
+    ("recognise", "real_time_ratio", "recognising a folder of recordings", "{:.0f} x", "real time"),
+    (
+        "recognise",
+        "bare_encoder_ratio",
+        "the same",
+        "{:.2f} x the time",
+        "the bare encoder on clips in memory: 1 is the least there can be",
+    ),
+    ("mifuse_step", "step_ratio", "a MI-Fuse step", "{:.2f} x the time", "a supervised step"),
+    ("adapter", "stored_times_real_time", "adapter pretraining, d 384, frames of 80 ms", "{:.0f} x", "real time"),
+    ("adapter", "encoder_inside_ratio", "the same", "{:.1f} x", "the encoder run inside the step"),
+    (
+        "zero_shot",
+        "texts_every_time_ratio",
+        "zero-shot scores of 10,000 recordings",
+        "{:.0f} x",
+        "texts embedded every time",
+    ),
+    (
+        "collect",
+        "ideal_ratio",
+        "10,000 calls to an API of 200 ms, 64 at a time",
+        "{:.2f} x the time",
+        "the least that allows",
+    ),
+    (
+        "label_store",
+        "jsonl_ratio",
+        "5 answers for each of 100,000 recordings, of a million rows",
+        "{:.1f} x",
+        "scanning JSONL",
+    ),
+    (
+        "million",
+        "first_step_s",
+        "a million recordings: start of the process to the first training step",
+        "{:.1f} s",
+        "",
+    ),
+    ("million", "rss_mb", "the same, resident memory", "{:.0f} MB", ""),
+)
 BLOCK = re.compile(r"(<!-- begin (\S+) -->\n).*?(<!-- end \2 -->)", re.DOTALL)
 
 
@@ -45,6 +109,15 @@ def speed_table(folder: Path) -> str:
         about = ", ".join(f"{key} {value}" for key, value in found["machine"].items())
         told.append(f"- {found['name']}: {found['data']}; {about}.")
     return "\n".join([*lines, "", *told]) + "\n"
+
+
+def headlines(folder: Path) -> str:
+    """The figures that tell most, a line each."""
+    lines = ["| what | measured | against |", "|---|---:|---|"]
+    for name, figure, what, form, against in HEADLINES:
+        value = json.loads((folder / f"{name}.json").read_text(encoding="utf-8"))["figures"][figure]
+        lines.append(f"| {what} | {form.format(value)} | {against} |")
+    return "\n".join(lines) + "\n"
 
 
 def reliability_table(path: Path) -> str:
@@ -82,6 +155,7 @@ def pages() -> list[Path]:
 if __name__ == "__main__":
     if "--check" not in sys.argv[1:]:
         atomic_write(TABLES / "speed.md", speed_table(TABLES / "speed"))
+        atomic_write(TABLES / "speed_headlines.md", headlines(TABLES / "speed"))
         atomic_write(TABLES / "reliability.md", reliability_table(TABLES / "reliability.json") + "\n")
     before = {path: path.read_text(encoding="utf-8") for path in pages()}
     after = {path: filled(text, TABLES) for path, text in before.items()}

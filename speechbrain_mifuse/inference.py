@@ -13,6 +13,7 @@ from typing import NamedTuple
 import torch
 from speechbrain.inference.interfaces import Pretrained
 from speechbrain.utils.autocast import AMPConfig
+from speechbrain.utils.fetching import fetch
 from torchaudio.functional import resample
 
 from speechbrain_mifuse.audio import BadAudio, content_hash, load_audio
@@ -27,6 +28,7 @@ from speechbrain_mifuse.recogniser_files import (
     load_classifier,
     load_weights,
     recogniser_digest,
+    refuse_foreign_code,
 )
 from speechbrain_mifuse.windows import (
     Segment,
@@ -139,8 +141,10 @@ class EmotionRecognizer(Pretrained):
             )
 
     @classmethod
-    def from_hparams(cls, source, overrides=None, **kwargs):
+    def from_hparams(cls, source, overrides=None, trust_code=False, **kwargs):
         """Load a recogniser.
+
+        Its YAML is a program: one that names more than the parts of an exported recogniser is refused.
 
         Parameters
         ----------
@@ -148,6 +152,8 @@ class EmotionRecognizer(Pretrained):
             Local folder or hub repository.
         overrides : dict, optional
             Changes to its YAML.
+        trust_code : bool
+            Whether to run whatever the YAML names.
         **kwargs
             As for SpeechBrain's `Pretrained.from_hparams`, and `abstain_below`.
 
@@ -159,8 +165,11 @@ class EmotionRecognizer(Pretrained):
         Raises
         ------
         RecogniserError
-            If the weights cannot be loaded.
+            If the YAML would run other code, or the weights cannot be loaded.
         """
+        if not trust_code:
+            fetching = {key: kwargs[key] for key in ("savedir", "fetch_config") if key in kwargs}
+            refuse_foreign_code(fetch(kwargs.get("hparams_file", "hyperparams.yaml"), str(source), **fetching))
         return super().from_hparams(
             str(source), overrides={"pretrained_path": str(source), **(overrides or {})}, **kwargs
         )

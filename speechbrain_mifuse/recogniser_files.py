@@ -9,6 +9,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import torch
+from ruamel.yaml import YAML
+from ruamel.yaml.error import YAMLError
 from safetensors.torch import save
 from speechbrain.utils.parameter_transfer import Pretrainer
 
@@ -23,7 +25,7 @@ from speechbrain_mifuse.nnet.weights import load_all_weights
 # What two stores must share for a classifier of the one to read the other.
 DECISIVE = ("encoder", "dim", "trim_db", "frame_average", "preprocessing_version", "speaker_norm")
 
-YAML = """# An emotion recogniser; load it with speechbrain_mifuse.inference.EmotionRecognizer.from_hparams.
+TEXT = """# An emotion recogniser; load it with speechbrain_mifuse.inference.EmotionRecognizer.from_hparams.
 pretrained_path: .
 labels: {labels}
 sample_rate: 16000
@@ -58,6 +60,17 @@ speaker_norm: {name}
 """
 
 
+# All that the YAML of an exported recogniser names, beside plain values: everything else is code of a stranger.
+TAGS = {
+    "!ref",
+    "!new:speechbrain_mifuse.features.encoder.FrozenEncoder",
+    "!new:speechbrain_mifuse.nnet.classifier.EmotionClassifier",
+    "!new:speechbrain_mifuse.recogniser_files.FolderPretrainer",
+    "!name:speechbrain_mifuse.recogniser_files.load_weights",
+    *(f"tag:yaml.org,2002:{kind}" for kind in ("map", "seq", "str", "int", "float", "bool", "null")),
+}
+
+
 # What SpeechBrain's `foreign_class` looks for beside the YAML.
 INTERFACE = '''"""Lets SpeechBrain's `foreign_class` load this folder, where speechbrain-mifuse is installed."""
 
@@ -68,6 +81,46 @@ CARD = "README.md"
 
 class RecogniserError(UserError):
     """A recogniser's folder that is not whole, or does not fit what is asked of it."""
+
+
+def refuse_foreign_code(path: str | Path) -> None:
+    """Make sure that a recogniser's YAML names nothing but what our exporter writes: reading it runs what it names.
+
+    Parameters
+    ----------
+    path : str or pathlib.Path
+        The YAML.
+
+    Raises
+    ------
+    RecogniserError
+        If it names anything else, is no YAML, or cannot be read.
+
+    Example
+    -------
+    >>> import tempfile
+    >>> path = Path(tempfile.mkdtemp()) / "hyperparams.yaml"
+    >>> _ = path.write_text("labels: !apply:os.getcwd []")
+    >>> refuse_foreign_code(path)
+    Traceback (most recent call last):
+    ...
+    speechbrain_mifuse.recogniser_files.RecogniserError: .../hyperparams.yaml: '!apply:os.getcwd' would run code ...
+    """
+    try:
+        root = YAML().compose(Path(path).read_text(encoding="utf-8"))
+    except (OSError, ValueError, YAMLError) as error:
+        raise RecogniserError(f"{path}: cannot be read ({' '.join(str(error).split())}).") from None
+    todo, seen = [root] if root is not None else [], set()
+    while todo:
+        node = todo.pop()
+        if id(node) in seen:  # an anchor may hold itself
+            continue
+        seen.add(id(node))
+        if str(node.tag) not in TAGS:
+            remedy = "Read the file first; if you trust it, pass trust_code=True to from_hparams."
+            raise RecogniserError(f"{path}: '{node.tag}' would run code that is no part of a recogniser. {remedy}")
+        parts = node.value if isinstance(node.value, list) else []
+        todo += [part for pair in parts for part in (pair if isinstance(pair, tuple) else [pair])]
 
 
 class FolderPretrainer(Pretrainer):
@@ -161,7 +214,7 @@ def export_recogniser(
         "attention_size": classifier.pooling.project.out_features,
         "adapter": None if classifier.adapter is None else classifier.adapter.sizes,
     }
-    text = YAML.format(
+    text = TEXT.format(
         labels=list(hparams["labels"]),
         temperature=temperature,
         trim_db="null" if hparams["trim_db"] is None else hparams["trim_db"],

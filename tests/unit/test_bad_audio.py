@@ -31,7 +31,7 @@ from speechbrain_mifuse.lalm.prompt import Prompt
 from speechbrain_mifuse.lalm.store import LabelStore, Query
 from speechbrain_mifuse.nnet.classifier import EmotionClassifier
 from speechbrain_mifuse.recogniser_commands import as_csv, printed
-from speechbrain_mifuse.recogniser_files import YAML, write_folder
+from speechbrain_mifuse.recogniser_files import TEXT, write_folder
 
 GOOD = ("good_a.wav", "good_b.wav", "z/good_c.flac")
 RATE = 16000
@@ -79,7 +79,7 @@ def recogniser(toy_encoder, tmp_path_factory):
     """Untrained, which is enough to tell one answer from another."""
     torch.manual_seed(0)
     sizes = {"input_size": 16, "n_classes": 4, "hidden_size": 8, "dropout": 0.0, "n_layers": 1, "attention_size": 4}
-    text = YAML.format(
+    text = TEXT.format(
         **{**sizes, "adapter": "null", "temperature": 1.0, "trim_db": 40.0, "frame_average": 1},
         **{"labels": list(LABELS), "encoder": json.dumps(str(toy_encoder)), "layers": "[0]"},
     )

@@ -20,7 +20,7 @@ from speechbrain_mifuse.features.encoder import FrozenEncoder
 from speechbrain_mifuse.inference import EmotionRecognizer
 from speechbrain_mifuse.nnet.classifier import EmotionClassifier
 from speechbrain_mifuse.pipeline import read_hparams
-from speechbrain_mifuse.recogniser_files import YAML, RecogniserError, load_classifier, write_folder
+from speechbrain_mifuse.recogniser_files import TAGS, TEXT, RecogniserError, load_classifier, write_folder
 
 ROOT = Path(__file__).resolve().parents[2]
 PAGE = ROOT / "docs" / "security.md"
@@ -49,7 +49,7 @@ def mark(tmp_path):
 @pytest.fixture
 def folder(toy_encoder, tmp_path):
     """A recogniser as the recipes export it."""
-    text = YAML.format(
+    text = TEXT.format(
         **{**SIZES, "adapter": "null", "temperature": 1.0, "trim_db": 40.0, "frame_average": 1},
         **{"labels": list(LABELS), "encoder": json.dumps(str(toy_encoder)), "layers": "[0]"},
     )
@@ -115,10 +115,32 @@ def test_weights_of_a_recogniser_that_are_a_pickle_are_refused(mark, folder):
     assert not mark.exists()
 
 
-def test_the_yaml_of_a_recogniser_runs_whatever_it_names(mark, folder):
+CODE = {
+    "a call": "extra: !apply:os.mkdir [{mark}]",
+    "a call deep inside": "extra: {{a: [1, {{b: !apply:os.mkdir [{mark}]}}]}}",
+    "a call as a key": "? !apply:os.mkdir [{mark}]\n: 1",
+    "an object": "extra: !new:pathlib.Path [{mark}]",
+    "another file": "extra: !include:{mark}",
+    "a tag written out": "extra: !<!apply:os.mkdir> [{mark}]",
+    "python's own tag": "extra: !!python/object/apply:os.mkdir [{mark}]",
+    "a part of ours that is not a recogniser's": "extra: !name:speechbrain_mifuse.corpora.manifest.atomic_write",
+    "in a list that holds itself": "extra: &x [*x, !apply:os.mkdir [{mark}]]",
+}
+
+
+@pytest.mark.parametrize("what", CODE)
+def test_a_recogniser_whose_yaml_names_other_code_is_refused_unless_it_is_trusted(what, mark, folder):
+    path = folder / "hyperparams.yaml"
+    path.write_text(path.read_text() + CODE[what].format(mark=mark) + "\n")
+    with pytest.raises(RecogniserError, match="trust_code=True"):
+        EmotionRecognizer.from_hparams(folder)
+    assert not mark.exists()
+
+
+def test_the_yaml_of_a_trusted_recogniser_runs_whatever_it_names(mark, folder):
     path = folder / "hyperparams.yaml"
     path.write_text(path.read_text() + f"extra: !apply:os.mkdir [{mark}]\n")
-    EmotionRecognizer.from_hparams(folder)
+    EmotionRecognizer.from_hparams(folder, trust_code=True)
     assert mark.exists()
 
 
@@ -148,6 +170,7 @@ def test_a_recogniser_of_ours_holds_the_tags_that_the_page_lists_and_no_other(fo
     listed = set(re.findall(r"`(!(?:new|name):speechbrain_mifuse[\w.]+)`", PAGE.read_text(encoding="utf-8")))
     text = (folder / "hyperparams.yaml").read_text()
     assert set(TAG.findall(text)) == listed and len(listed) == 4
+    assert {tag for tag in TAGS if tag.startswith(("!new", "!name"))} == listed
 
 
 def test_overrides_of_the_python_call_cannot_be_read_from_the_folder(folder):

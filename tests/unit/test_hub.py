@@ -1,0 +1,112 @@
+"""Recognisers in a hub repository: a stand-in for the hub on this machine, and a fresh process that asks it."""
+
+import hashlib
+import http.server
+import json
+import os
+import shutil
+import subprocess
+import sys
+import threading
+
+import pytest
+import torch
+from toy_corpora import LABELS, utterance, write_wav
+
+from speechbrain_mifuse.features.encoder import FrozenEncoder
+from speechbrain_mifuse.inference import EmotionRecognizer
+from speechbrain_mifuse.nnet.classifier import EmotionClassifier
+from speechbrain_mifuse.recogniser_files import export_recogniser
+
+CODE = """import json, sys
+from speechbrain_mifuse.errors import UserError
+from speechbrain_mifuse.inference import EmotionRecognizer
+try:
+    recogniser = EmotionRecognizer.from_hparams("someone/emotions")
+except UserError as error:
+    sys.exit(f"refused: {error}")
+print(json.dumps(recogniser.classify_file(sys.argv[1])[1].flatten().tolist()))
+"""
+
+
+class Front:
+    """What `export_recogniser` asks of a front."""
+
+    n_layers, layer, frame_average = 1, 1, 4
+
+    def __init__(self, encoder):
+        self.dim = encoder.dim
+        self.store = type("Store", (), {"layers": [1]})
+
+
+@pytest.fixture
+def repository(tmp_path, toy_encoder):
+    """An exported recogniser."""
+    torch.manual_seed(0)
+    front = Front(FrozenEncoder(str(toy_encoder), [1]))
+    hparams = {"labels": LABELS, "encoder": str(toy_encoder), "trim_db": 40.0}
+    about = {"labels": LABELS, "features": {}}
+    export_recogniser(tmp_path / "repository", EmotionClassifier(front.dim, len(LABELS)), front, hparams, about)
+    return tmp_path / "repository"
+
+
+@pytest.fixture
+def hub(repository):
+    """Serves `someone/emotions` as the hub does; gives its address and what was asked for."""
+    asked = []
+
+    class Handler(http.server.BaseHTTPRequestHandler):
+        def do_HEAD(self):
+            self.answer(body=False)
+
+        def do_GET(self):
+            self.answer(body=True)
+
+        def answer(self, body):
+            path = repository / self.path.removeprefix("/someone/emotions/resolve/main/")
+            asked.append(path.name)
+            data = path.read_bytes() if path.is_file() else b""
+            self.send_response(200 if path.is_file() else 404)
+            self.send_header("X-Repo-Commit", "0" * 40)
+            self.send_header("ETag", f'"{hashlib.sha256(data).hexdigest()}"')
+            self.send_header("Content-Length", str(len(data)))
+            if not path.is_file():
+                self.send_header("X-Error-Code", "EntryNotFound")
+            self.end_headers()
+            if body:
+                self.wfile.write(data)
+
+        def log_message(self, *_):
+            pass
+
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    yield f"http://127.0.0.1:{server.server_port}", asked
+    server.shutdown()
+    server.server_close()
+
+
+def ask(address, recording, home):
+    kept = {key: value for key, value in os.environ.items() if not key.startswith(("HF_", "TRANSFORMERS_"))}
+    environment = {**kept, "HF_ENDPOINT": address, "HF_HOME": str(home), "HF_HUB_DISABLE_XET": "1"}
+    command = [sys.executable, "-c", CODE, str(recording)]
+    return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=200, cwd=home)
+
+
+def test_a_recogniser_of_a_hub_repository_is_loaded_and_one_with_code_is_refused(hub, repository, tmp_path):
+    address, asked = hub
+    write_wav(tmp_path / "a.wav", utterance("sad", 1, 0))
+    home = tmp_path / "home"
+    home.mkdir()
+    done = ask(address, tmp_path / "a.wav", home)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert {"hyperparams.yaml", "classifier.safetensors"} <= set(asked)
+    wanted = EmotionRecognizer.from_hparams(repository).classify_file(tmp_path / "a.wav")[1].flatten().tolist()
+    assert json.loads(done.stdout.splitlines()[-1]) == pytest.approx(wanted, abs=1e-5)
+    text = (repository / "hyperparams.yaml").read_text()
+    (repository / "hyperparams.yaml").write_text(f"{text}extra: !apply:os.mkdir [{tmp_path / 'mark'}]\n")
+    shutil.rmtree(home)
+    home.mkdir()
+    done = ask(address, tmp_path / "a.wav", home)
+    assert done.returncode == 1 and "refused" in done.stderr and "trust_code" in done.stderr, done.stderr[-3000:]
+    assert not (tmp_path / "mark").exists()
