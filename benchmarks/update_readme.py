@@ -1,9 +1,9 @@
 """Put the generated tables of `docs/results/` into the README and the pages of `docs/`, between their marks.
 
 `PERFORMANCE.md` is written as a whole. `docs/results/speed.md` and `speed_headlines.md` are made here from the JSON
-that `run.py NAME --json docs/results/speed/NAME.json` writes, and `docs/results/reliability.md` from that of `run.py faults --json
-docs/results/reliability.json`. With `--check` nothing is written; the exit status tells whether all are up to date (1
-when not).
+that `run.py NAME --json docs/results/speed/NAME.json` writes, and `docs/results/reliability.md` from that of `run.py
+faults --json docs/results/reliability.json`. With `--check` nothing is written; the exit status tells whether all are
+up to date (1 when not).
 """
 
 from __future__ import annotations

@@ -17,6 +17,7 @@ from ruamel.yaml.error import YAMLError
 from speechbrain.utils.distributed import ddp_barrier, if_main_process, run_on_main
 
 from speechbrain_mifuse.adaptation.selection import chosen_snapshot, known_rule
+from speechbrain_mifuse.adaptation.uncertainty import single_label_share
 from speechbrain_mifuse.brains.classifier import train_classifier
 from speechbrain_mifuse.brains.snapshots import Snapshots
 from speechbrain_mifuse.corpora.manifest import (
@@ -1127,7 +1128,7 @@ def report_answers(samples, temperature: float) -> None:
     """
     present = samples.mask.sum().item()
     logger.info("teacher: %d samples of %d wanted", present, samples.mask.numel())
-    one_hot = (samples.probs.amax(-1) > 0.999)[samples.mask].float().mean().item() if present else 0.0
+    one_hot = single_label_share(samples.probs, samples.mask)
     if one_hot > 0.5:
         logger.warning(
             "%.0f %% of the teacher's samples are single labels: their mutual information is the entropy of the mean, "

@@ -11,14 +11,14 @@ import torch
 from speechbrain_mifuse.adaptation.fusion import prior_corrected, product_of_experts
 from speechbrain_mifuse.adaptation.geometry import cross_fitted_expert, principal_components, with_class_shares
 from speechbrain_mifuse.adaptation.method import AdaptationMethod, Survey, Teachers
-from speechbrain_mifuse.adaptation.uncertainty import masked_mean
+from speechbrain_mifuse.adaptation.uncertainty import masked_mean, pseudo_answers, smoothed_mean
 
 
 class ProductFusion(AdaptationMethod):
     """Both teachers' mean distributions multiplied: `q` proportional to `mean_L * mean_S`.
 
     A product is sharper than MI-Fuse's mixture where the teachers agree, and a teacher that is unsure takes little part
-    in it without any weight.
+    in it without any weight. Answers that are single labels are smoothed first (`pseudo_answers`).
 
     Parameters
     ----------
@@ -31,7 +31,7 @@ class ProductFusion(AdaptationMethod):
     Example
     -------
     >>> method, answers = ProductFusion(), torch.tensor([[[0.8, 0.2]]])
-    >>> method.state["lalm_bias"] = torch.ones(2)
+    >>> method.state |= {"lalm_bias": torch.ones(2), "pseudo_answers": torch.tensor(0.0)}
     >>> teachers = Teachers(answers, torch.ones(1, 1).bool(), lambda: torch.tensor([[[0.7, 0.3]]]))
     >>> print(method.targets(teachers))
     tensor([[0.9032, 0.0968]])
@@ -42,7 +42,8 @@ class ProductFusion(AdaptationMethod):
         self.prior_correction = prior_correction
 
     def start(self, survey: Survey) -> None:
-        """Estimate which classes the language model prefers; see `AdaptationMethod.start`."""
+        """See what form the answers have and which classes are preferred; see `AdaptationMethod.start`."""
+        self.state["pseudo_answers"] = pseudo_answers(survey.lalm, survey.lalm_mask)
         classes = survey.lalm.shape[-1]
         self.state["lalm_bias"] = self.bias(survey, torch.full_like(survey.lalm_mean[0], 1 / classes))
 
@@ -63,12 +64,16 @@ class ProductFusion(AdaptationMethod):
         """
         if not self.prior_correction:
             return torch.ones_like(shares)
-        average = masked_mean(survey.lalm_mean.unsqueeze(0), survey.lalm_available.unsqueeze(0))[0]
+        average = masked_mean(self.means(survey).unsqueeze(0), survey.lalm_available.unsqueeze(0))[0]
         return average / shares
+
+    def means(self, teachers: Teachers) -> torch.Tensor:
+        """`[B, C]`: the language model's mean distributions; of single labels, smoothed."""
+        return smoothed_mean(teachers.lalm, teachers.lalm_mask, self.state["pseudo_answers"])
 
     def lalm(self, teachers: Teachers) -> torch.Tensor:
         """`[B, C]`: the language model's mean distributions, corrected."""
-        return prior_corrected(teachers.lalm_mean, self.state["lalm_bias"])
+        return prior_corrected(self.means(teachers), self.state["lalm_bias"])
 
     def targets(self, teachers: Teachers) -> torch.Tensor:
         """`q` proportional to `mean_L * mean_S`; see `AdaptationMethod.targets`."""
@@ -103,6 +108,7 @@ class MIFusePlus(ProductFusion):
     -------
     >>> method = MIFusePlus()
     >>> method.state |= {"lalm_bias": torch.ones(2), "expert": torch.tensor([[0.5, 0.5], [0.1, 0.9]])}
+    >>> method.state["pseudo_answers"] = torch.tensor(0.0)
     >>> answers = torch.tensor([[[0.8, 0.2]]])
     >>> teachers = Teachers(answers, torch.ones(1, 1).bool(), lambda: answers, rows=torch.tensor([1]))
     >>> print(method.targets(teachers))

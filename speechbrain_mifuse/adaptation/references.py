@@ -7,7 +7,7 @@ from torch.nn import functional as F
 
 from speechbrain_mifuse.adaptation.fusion import prior_corrected, product_of_experts
 from speechbrain_mifuse.adaptation.method import AdaptationMethod, Survey, Teachers
-from speechbrain_mifuse.adaptation.uncertainty import masked_mean
+from speechbrain_mifuse.adaptation.uncertainty import masked_mean, pseudo_answers, smoothed_mean
 
 
 class SourceOnly(AdaptationMethod):
@@ -47,8 +47,9 @@ class ZeroTraining(AdaptationMethod):
 
     Ours, no paper's: the least that a method that trains has to beat. Each teacher's mean distribution is divided by
     its average over the adaptation set, which assumes that the target's classes are of comparable size, as the
-    diversity term of the other methods does; see `prior_corrected` and `product_of_experts`. An utterance that the
-    language model did not answer is left to the source classifier.
+    diversity term of the other methods does; see `prior_corrected` and `product_of_experts`. Answers that are single
+    labels are smoothed first (`pseudo_answers`). An utterance that the language model did not answer is left to the
+    source classifier.
 
     Example
     -------
@@ -65,12 +66,17 @@ class ZeroTraining(AdaptationMethod):
 
     def start(self, survey: Survey) -> None:
         """Estimate what each teacher says on average; see `AdaptationMethod.start`."""
-        lalm = masked_mean(survey.lalm_mean.unsqueeze(0), survey.lalm_available.unsqueeze(0))[0]
-        self.state = {"lalm": lalm, "classifier": survey.classifier().mean((0, 1))}
+        self.state = {"pseudo_answers": pseudo_answers(survey.lalm, survey.lalm_mask)}
+        self.state["lalm"] = masked_mean(self.means(survey).unsqueeze(0), survey.lalm_available.unsqueeze(0))[0]
+        self.state["classifier"] = survey.classifier().mean((0, 1))
+
+    def means(self, survey: Survey) -> torch.Tensor:
+        """`[N, C]`: the language model's mean distributions; of single labels, smoothed."""
+        return smoothed_mean(survey.lalm, survey.lalm_mask, self.state["pseudo_answers"])
 
     def predict(self, test: Survey) -> torch.Tensor:
         """`q` proportional to `mean_L / prior_L * mean_S / prior_S`; see `AdaptationMethod.predict`."""
-        lalm = prior_corrected(test.lalm_mean, self.state["lalm"])
+        lalm = prior_corrected(self.means(test), self.state["lalm"])
         classifier = prior_corrected(test.classifier().mean(1), self.state["classifier"])
         return product_of_experts([lalm, classifier])
 

@@ -57,6 +57,82 @@ def masked_mean(samples: torch.Tensor, mask: torch.Tensor | None = None) -> torc
     return (samples * weight).sum(1) / weight.sum(1).clamp(min=1)
 
 
+def single_label_share(samples: torch.Tensor, mask: torch.Tensor) -> float:
+    """Share of the samples that name one label and say nothing of the others.
+
+    Parameters
+    ----------
+    samples : torch.Tensor
+        `[N, K, C]`.
+    mask : torch.Tensor
+        `[N, K]`, bool: which of them exist.
+
+    Returns
+    -------
+    float
+        0 where there is none.
+
+    Example
+    -------
+    >>> single_label_share(torch.tensor([[[1.0, 0.0], [0.6, 0.4]]]), torch.ones(1, 2, dtype=torch.bool))
+    0.5
+    """
+    found = samples.amax(-1)[mask] > 0.999
+    return found.float().mean().item() if len(found) else 0.0
+
+
+def pseudo_answers(samples: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+    """Give how many answers that say nothing a mean is smoothed with: one, where most answers are single labels.
+
+    Five times "angry" do not make "sad" impossible, but as factors of a product their zeros would. A distribution tells
+    by itself how likely the other labels are.
+
+    Parameters
+    ----------
+    samples, mask : torch.Tensor
+        As for `single_label_share`, of a whole set.
+
+    Returns
+    -------
+    torch.Tensor
+        Scalar, 0 or 1.
+
+    Example
+    -------
+    >>> pseudo_answers(torch.tensor([[[1.0, 0.0]]]), torch.ones(1, 1, dtype=torch.bool)).item()
+    1.0
+    """
+    return torch.tensor(float(single_label_share(samples, mask) > 0.5), device=samples.device)
+
+
+def smoothed_mean(samples: torch.Tensor, mask: torch.Tensor, pseudo: torch.Tensor) -> torch.Tensor:
+    """Mean over the K samples that exist and some that say nothing: `(sum_k p_k + a / C) / (K + a)`.
+
+    Parameters
+    ----------
+    samples : torch.Tensor
+        `[B, K, C]`.
+    mask : torch.Tensor
+        `[B, K]`, bool: which of them exist.
+    pseudo : torch.Tensor
+        a, how many say nothing.
+
+    Returns
+    -------
+    torch.Tensor
+        `[B, C]`; zeros where no sample exists.
+
+    Example
+    -------
+    >>> sure = torch.tensor([[[1.0, 0.0], [1.0, 0.0]]])
+    >>> print(smoothed_mean(sure, torch.ones(1, 2, dtype=torch.bool), torch.tensor(1.0)))
+    tensor([[0.8333, 0.1667]])
+    """
+    weight = mask.to(samples.dtype)
+    total, count = (samples * weight.unsqueeze(-1)).sum(1), weight.sum(1, keepdim=True)
+    return (total + pseudo / samples.shape[-1]) / (count + pseudo).clamp(min=1) * (count > 0)
+
+
 def mutual_information(samples: torch.Tensor, mask: torch.Tensor | None = None) -> torch.Tensor:
     """Disagreement among stochastic predictions: `MI = H(mean_k p^k) - mean_k H(p^k)`, divided by `log C`.
 

@@ -1,4 +1,4 @@
-"""An encoder that is trained along: what it hears of a recording does not depend on what lies beside it in the batch."""
+"""An encoder that is trained along: what it hears of a recording does not depend on the rest of the batch."""
 
 import pytest
 import torch

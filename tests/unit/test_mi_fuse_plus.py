@@ -144,6 +144,7 @@ def test_the_products_target_is_that_worked_by_hand():
     lalm, classifier = [0.6, 0.2, 0.1, 0.1], [0.1, 0.3, 0.3, 0.3]
     method, answers = MIFusePlus(), torch.tensor([[lalm]])
     method.state = {"lalm_bias": torch.tensor([2.0, 1.0, 1.0, 1.0]), "expert": torch.tensor([[0.7, 0.1, 0.1, 0.1]])}
+    method.state["pseudo_answers"] = torch.tensor(0.0)
     teachers = Teachers(answers, torch.ones(1, 1).bool(), lambda: torch.tensor([[classifier]]), rows=torch.tensor([0]))
     raw = [0.6 / 2 * 0.1 * 0.7, 0.2 * 0.3 * 0.1, 0.1 * 0.3 * 0.1, 0.1 * 0.3 * 0.1]
     assert method.targets(teachers)[0].tolist() == pytest.approx([p / sum(raw) for p in raw], abs=1e-5)
@@ -194,3 +195,23 @@ def test_a_run_begins_with_an_expert_that_says_nothing_and_folds_that_are_always
     assert first.state["expert"].unique().tolist() == [0.25]
     assert first.state["folds"].equal(second.state["folds"])
     assert first.state["folds"].bincount().tolist() == [48] * 5
+
+
+def test_single_labels_of_the_language_model_are_evidence_and_no_veto():
+    named = torch.nn.functional.one_hot(torch.tensor([[0, 0, 0], [1, 1, 2]]), C).float()
+    mask, sure = torch.ones(2, 3, dtype=torch.bool), torch.full((2, 5, C), 0.001)
+    sure[:, :, 3] = 0.997
+    outputs = Outputs(torch.randn(2, 8), torch.zeros(2, 3), torch.zeros(2, C))
+    survey = Survey(named, mask, lambda: sure, rows=torch.arange(2), student=lambda: outputs)
+    method = ProductFusion(prior_correction=False)
+    method.start(survey)
+    # Three times the same word: (3 + 1/4) / 4 for it, 1/16 for each of the others.
+    assert method.lalm(survey)[0].tolist() == pytest.approx([13 / 16, 1 / 16, 1 / 16, 1 / 16])
+    assert method.targets(survey).argmax(1).tolist() == [3, 3]
+
+
+def test_distributions_are_multiplied_as_they_are():
+    _, survey = world()
+    method = ProductFusion(prior_correction=False)
+    method.start(survey)
+    assert torch.equal(method.means(survey), survey.lalm_mean)
