@@ -439,7 +439,9 @@ def fit(brain: sb.Brain, train, told: str, batch_size: int | None = None) -> Non
         batch_size = min(batch_size, len(train))
         if process_count() > 1:
             train, brain.train_sampler = dealt_loader(train, batch_size)
-            brain.checkpointer.add_recoverable("dataloader-TRAIN", train)
+            if brain.checkpointer is not None:
+                # Under the name that SpeechBrain gives its own: a run may go on with another number of processes.
+                brain.checkpointer.add_recoverable("dataloader-TRAIN", train)
         else:
             loader = frame_batches(batch_size=batch_size, shuffle=True, drop_last=True)
     counter, hidden = brain.hparams.epoch_counter, not if_main_process()

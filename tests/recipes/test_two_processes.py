@@ -39,10 +39,10 @@ def free_port():
         return str(server.getsockname()[1])
 
 
-def trained(world, name, script, hparams, count, **flags):
-    """Run a recipe in `count` processes; give its output folder."""
+def trained(world, name, script, hparams, count, killed_at=None, output=None, **flags):
+    """Run a recipe in `count` processes, of which the first may be killed; give its output folder."""
     folder, given = world
-    output = folder / f"{name}{count}"
+    output = output or folder / f"{name}{count}"
     kept = {key: value for key, value in os.environ.items() if not key.startswith(("OPENAI_", "MIFUSE_"))}
     environment = {**kept, "MIFUSE_CACHE": str(folder / f"cache_{name}{count}"), "HF_HUB_OFFLINE": "1"}
     given = {**given, **flags, "output_folder": output, "device": "cpu"}
@@ -54,10 +54,13 @@ def trained(world, name, script, hparams, count, **flags):
     for rank in range(count):
         own = {"RANK": str(rank), "LOCAL_RANK": str(rank)} if count > 1 else {}
         log = f"{output}_{rank}.log"
-        arguments = (script, words, str(ROOT), {**environment, **own}, log)
+        arguments = (script, words, str(ROOT), {**environment, **own}, log, killed_at if rank == 0 else None)
         started.append((processes.start(processes.run_script, *arguments), log))
     for process, log in started:
         process.join(300)
+        if killed_at is not None:
+            assert process.exitcode not in (0, None)
+            continue
         said = "".join(Path(f"{log}.{end}").read_text() for end in ("out", "err"))
         if process.exitcode != 0:
             for other, _ in started:
@@ -158,3 +161,14 @@ def test_processes_stay_alike_when_each_drops_other_layers(world):
     flags = {"source_classifier": QUICK, "features": "finetune", "encoder": world[0] / "noisy_hubert"}
     script, hparams = "recipes/EmoDB/classifier/train.py", "hparams/classifier_emodb.yaml"
     assert json.loads(next(trained(world, "noisy", script, hparams, 2, **flags).rglob("validation.json")).read_text())
+
+
+def test_a_run_that_was_killed_in_two_processes_goes_on_in_one(world):
+    given = ("recipes/EmoDB/classifier/train.py", "hparams/classifier_emodb.yaml")
+    flags = {"source_classifier": QUICK.replace("6", "40", 1), **ENCODER}
+    whole = trained(world, "whole", *given, 1, **flags)
+    second_checkpoint = ("speechbrain.utils.checkpoints", "Checkpointer.save_checkpoint", 2)
+    broken = trained(world, "broken", *given, 2, killed_at=second_checkpoint, **flags)
+    trained(world, "broken", *given, 1, output=broken, **flags)
+    assert "going on after epoch" in Path(f"{broken}_0.log.out").read_text()
+    compare(whole, broken, 1)
