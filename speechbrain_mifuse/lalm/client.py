@@ -8,6 +8,7 @@ import dataclasses
 import io
 import ipaddress
 import json
+import logging
 import os
 import random
 import secrets
@@ -36,6 +37,8 @@ from speechbrain_mifuse.lalm.limits import (
 from speechbrain_mifuse.lalm.profile import NO_TOKENS, Profile, Tokens
 from speechbrain_mifuse.lalm.prompt import Prompt
 from speechbrain_mifuse.lalm.store import clean_base_url
+
+logger = logging.getLogger(__name__)
 
 __all__ = ["BLOCKED", "DEFAULT_BASE_URL", "Clip", "LalmClient", "LalmError", "is_loopback", "reply_of"]
 
@@ -555,6 +558,10 @@ class LalmClient:
         # A proxy from the environment has no business between two programs on one machine; and reading the
         # certificates of all authorities takes a tenth of a second, for nothing where nothing is encrypted.
         here = is_loopback(self.base_url)
+        if not here and self.base_url.startswith("http:"):
+            logger.warning(
+                "%s: plain http: whoever is on the way can read key and recordings. Use https.", self.base_url
+            )
         checked = self.base_url.startswith("https:") or not here
         # aiohttp takes half of the processor time that httpx's own transport takes, with many calls at a time.
         line = openai.DefaultAioHttpClient(trust_env=not here, verify=checked)

@@ -190,3 +190,17 @@ def test_proxy_from_the_environment_is_not_used_on_this_machine(monkeypatch):
         with pytest.raises(openai.APIConnectionError):
             openai.OpenAI(base_url=server.base_url, api_key="x", max_retries=0).models.list()
         assert ask(LalmClient(server.base_url, "mifuse", max_retries=0))[0].answer.is_sample
+
+
+def test_plain_http_to_another_machine_is_warned_of(monkeypatch, caplog):
+    monkeypatch.setenv("OPENAI_API_KEY", "sk-very-secret-0123456789")
+
+    async def connect(base_url):
+        await LalmClient(base_url, "m").connection().close()
+
+    for base_url in ("https://far.example/v1", "http://127.0.0.1:9/v1"):
+        asyncio.run(connect(base_url))
+    assert not caplog.records
+    asyncio.run(connect("http://far.example/v1"))
+    (record,) = caplog.records
+    assert "http://far.example/v1: plain http" in record.getMessage() and "secret" not in record.getMessage()
