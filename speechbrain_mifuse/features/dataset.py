@@ -141,7 +141,13 @@ def label_index(labels: Sequence[str], row: Mapping, utt_id: str) -> int:
     1
     """
     if row.get("emo") is None:
-        raise CorpusError(f"'{utt_id}' has no label, and what is asked for needs one of every recording.")
+        raise CorpusError(
+            f"'{utt_id}' has no label, and what is asked for needs one of every recording. Give that entry of its "
+            "manifest an 'emo', or leave it out."
+        )
     if row["emo"] not in labels:
-        raise CorpusError(f"'{utt_id}' has the label '{row['emo']}', which is none of {', '.join(labels)}.")
+        raise CorpusError(
+            f"'{utt_id}' has the label '{row['emo']}', which is none of {', '.join(labels)}. Mend the 'emo' "
+            "of that entry of its manifest, or add the label to 'labels' in the YAML."
+        )
     return list(labels).index(row["emo"])
