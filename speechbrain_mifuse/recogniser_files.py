@@ -66,6 +66,7 @@ TAGS = {
     "!new:speechbrain_mifuse.features.encoder.FrozenEncoder",
     "!new:speechbrain_mifuse.nnet.classifier.EmotionClassifier",
     "!new:speechbrain_mifuse.recogniser_files.FolderPretrainer",
+    "!new:speechbrain.utils.parameter_transfer.Pretrainer",  # in its place, in folders of earlier versions
     "!name:speechbrain_mifuse.recogniser_files.load_weights",
     *(f"tag:yaml.org,2002:{kind}" for kind in ("map", "seq", "str", "int", "float", "bool", "null")),
 }
