@@ -60,13 +60,14 @@ speaker_norm: {name}
 """
 
 
+# What the YAML of recognisers of earlier versions names.
+OLDER_TAGS = {"!new:speechbrain.utils.parameter_transfer.Pretrainer", "!name:speechbrain_mifuse.inference.load_weights"}
 # All that the YAML of an exported recogniser names, beside plain values: everything else is code of a stranger.
-TAGS = {
+TAGS = OLDER_TAGS | {
     "!ref",
     "!new:speechbrain_mifuse.features.encoder.FrozenEncoder",
     "!new:speechbrain_mifuse.nnet.classifier.EmotionClassifier",
     "!new:speechbrain_mifuse.recogniser_files.FolderPretrainer",
-    "!new:speechbrain.utils.parameter_transfer.Pretrainer",  # in its place, in folders of earlier versions
     "!name:speechbrain_mifuse.recogniser_files.load_weights",
     *(f"tag:yaml.org,2002:{kind}" for kind in ("map", "seq", "str", "int", "float", "bool", "null")),
 }
