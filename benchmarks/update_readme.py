@@ -106,9 +106,13 @@ def speed_table(folder: Path) -> str:
         for name, value in found["figures"].items():
             low, high = found["spread"][name]
             lines.append(f"| {found['name']} | `{name}` | {value:.4g} | {low:.4g} | {high:.4g} |")
-        about = ", ".join(f"{key} {value}" for key, value in found["machine"].items())
-        told.append(f"- {found['name']}: {found['data']}; {about}.")
+        told.append(f"- {found['name']}: {where(found)}")
     return "\n".join([*lines, "", *told]) + "\n"
+
+
+def where(found: dict) -> str:
+    """Data and machine of a benchmark."""
+    return f"{found['data']}; {', '.join(f'{key} {value}' for key, value in found['machine'].items())}."
 
 
 def headlines(folder: Path) -> str:
@@ -134,7 +138,6 @@ def reliability_table(path: Path) -> str:
         lines.append(f"| {stage} | {counts} | {100 * redone:.1f} % | {100 * most:.1f} % |")
     kills, equal = (sum(figures[name] for name in figures if name.endswith(end)) for end in ("_kills", "_equal"))
     lines.append(f"| **all** | **{kills:.0f}** | **{equal:.0f}** | | |")
-    about = ", ".join(f"{key} {value}" for key, value in found["machine"].items())
     pairs = f"{figures['side_by_side_right']:.0f} of {figures['side_by_side']:.0f}"
     return "\n".join(
         [
@@ -142,7 +145,7 @@ def reliability_table(path: Path) -> str:
             "",
             f"- Largest difference of any weight from the unbroken run's: {figures['largest_weight_difference']:g}.",
             f"- Two runs begun at once in one folder, right: {pairs}.",
-            f"- {found['data']}; {about}.",
+            f"- {where(found)}",
         ]
     )
 

@@ -174,8 +174,8 @@ def extracted(corpus: Wanted, reader, feature_folder: str | None, shard=None) ->
     >>> extracted.__name__  # runs in `tests/unit/test_extract_sharded.py`
     'extracted'
     """
+    from speechbrain_mifuse.brains.training import one_at_a_time
     from speechbrain_mifuse.features.extract import fill_store
-    from speechbrain_mifuse.pipeline import one_at_a_time
 
     corpus.manifests.parent.mkdir(parents=True, exist_ok=True)
     # Machines that begin together must not prepare at the same time; the second finds it done.

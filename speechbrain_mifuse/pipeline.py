@@ -11,15 +11,15 @@ from pathlib import Path
 
 import speechbrain as sb
 import torch
-from filelock import FileLock, Timeout
 from hyperpyyaml import load_hyperpyyaml
 from ruamel.yaml.error import YAMLError
-from speechbrain.utils.distributed import ddp_barrier, if_main_process, run_on_main
+from speechbrain.utils.distributed import run_on_main
 
 from speechbrain_mifuse.adaptation.selection import chosen_snapshot, known_rule
 from speechbrain_mifuse.adaptation.uncertainty import single_label_share
 from speechbrain_mifuse.brains.classifier import train_classifier
 from speechbrain_mifuse.brains.snapshots import Snapshots
+from speechbrain_mifuse.brains.training import one_at_a_time
 from speechbrain_mifuse.corpora.manifest import (
     atomic_write,
     known_speakers,
@@ -413,31 +413,9 @@ def trained_recogniser(hparams: Mapping, role: str, reader: FrameReader, run_opt
     folder = Path(classifier["output_folder"])
     folder.mkdir(parents=True, exist_ok=True)
     # Runs side by side may share a source or a teacher: the first trains it, the others wait and find it.
-    with one_run_at_a_time(folder / "lock"):
+    with one_at_a_time(folder / "lock"):
         run_on_main(hparams[f"prepare_{role}"])
         return train_classifier(classifier, open_front(hparams, role, classifier["layer"], reader), run_opts)
-
-
-@contextlib.contextmanager
-def one_run_at_a_time(path: Path):
-    """Keep other runs out of what is done inside; of a distributed run, the first process holds the lock for all.
-
-    Parameters
-    ----------
-    path : pathlib.Path
-        The lock's file, in a folder that is there.
-
-    Example
-    -------
-    >>> import tempfile
-    >>> with one_run_at_a_time(Path(tempfile.mkdtemp()) / "lock"):
-    ...     print("alone")
-    alone
-    """
-    with FileLock(path) if if_main_process() else contextlib.nullcontext():
-        ddp_barrier()
-        yield
-        ddp_barrier()
 
 
 class Answers:
@@ -993,34 +971,6 @@ def planned(hparams: Mapping, known: Mapping[str, Known], store: Path) -> Plan:
     with LabelStore(store if store.exists() else ":memory:") as answers:
         client = client_of(hparams, profile, base_url, answers, query)
         return make_plan(known, question_of(hparams, profile), client, answers, query, hparams["lalm_samples"])
-
-
-@contextlib.contextmanager
-def one_at_a_time(path: str | Path):
-    """Hold a lock that other processes respect; say so before waiting for it.
-
-    Parameters
-    ----------
-    path : str or pathlib.Path
-        Lock file; it stays behind, empty.
-
-    Example
-    -------
-    >>> import tempfile
-    >>> with one_at_a_time(Path(tempfile.mkdtemp()) / "lock"):
-    ...     print("alone")
-    alone
-    """
-    lock = FileLock(path)
-    try:
-        lock.acquire(timeout=0)
-    except Timeout:
-        logger.info("%s: another run is at it, waiting.", path)
-        lock.acquire()
-    try:
-        yield
-    finally:
-        lock.release()
 
 
 def missing_answers(answers: LabelStore, query: Query, hashes: Mapping[str, str], k: int) -> list[str]:

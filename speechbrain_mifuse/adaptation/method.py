@@ -82,6 +82,14 @@ class Teachers:
         """`[B, C]`, mean of the answers that are samples."""
         return masked_mean(self.lalm, self.lalm_mask)
 
+    def lalm_smoothed(self, pseudo: torch.Tensor) -> torch.Tensor:
+        """`[B, C]`, the same with some answers that say nothing; see `masked_mean`."""
+        return masked_mean(self.lalm, self.lalm_mask, pseudo)
+
+    def lalm_average(self, pseudo: torch.Tensor) -> torch.Tensor:
+        """`[C]`, average of `lalm_smoothed` over the utterances with an answer: what the language model prefers."""
+        return masked_mean(self.lalm_smoothed(pseudo).unsqueeze(0), self.lalm_available.unsqueeze(0))[0]
+
     @property
     def lalm_available(self) -> torch.Tensor:
         """`[B]`, bool: whether there is any."""

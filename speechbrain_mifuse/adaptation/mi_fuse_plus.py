@@ -11,7 +11,7 @@ import torch
 from speechbrain_mifuse.adaptation.fusion import prior_corrected, product_of_experts
 from speechbrain_mifuse.adaptation.geometry import cross_fitted_expert, principal_components, with_class_shares
 from speechbrain_mifuse.adaptation.method import AdaptationMethod, Survey, Teachers
-from speechbrain_mifuse.adaptation.uncertainty import masked_mean, pseudo_answers, smoothed_mean
+from speechbrain_mifuse.adaptation.uncertainty import pseudo_answers
 
 
 class ProductFusion(AdaptationMethod):
@@ -64,16 +64,11 @@ class ProductFusion(AdaptationMethod):
         """
         if not self.prior_correction:
             return torch.ones_like(shares)
-        average = masked_mean(self.means(survey).unsqueeze(0), survey.lalm_available.unsqueeze(0))[0]
-        return average / shares
-
-    def means(self, teachers: Teachers) -> torch.Tensor:
-        """`[B, C]`: the language model's mean distributions; of single labels, smoothed."""
-        return smoothed_mean(teachers.lalm, teachers.lalm_mask, self.state["pseudo_answers"])
+        return survey.lalm_average(self.state["pseudo_answers"]) / shares
 
     def lalm(self, teachers: Teachers) -> torch.Tensor:
         """`[B, C]`: the language model's mean distributions, corrected."""
-        return prior_corrected(self.means(teachers), self.state["lalm_bias"])
+        return prior_corrected(teachers.lalm_smoothed(self.state["pseudo_answers"]), self.state["lalm_bias"])
 
     def targets(self, teachers: Teachers) -> torch.Tensor:
         """`q` proportional to `mean_L * mean_S`; see `AdaptationMethod.targets`."""

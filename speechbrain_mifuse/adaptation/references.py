@@ -7,7 +7,7 @@ from torch.nn import functional as F
 
 from speechbrain_mifuse.adaptation.fusion import prior_corrected, product_of_experts
 from speechbrain_mifuse.adaptation.method import AdaptationMethod, Survey, Teachers
-from speechbrain_mifuse.adaptation.uncertainty import masked_mean, pseudo_answers, smoothed_mean
+from speechbrain_mifuse.adaptation.uncertainty import pseudo_answers
 
 
 class SourceOnly(AdaptationMethod):
@@ -67,16 +67,12 @@ class ZeroTraining(AdaptationMethod):
     def start(self, survey: Survey) -> None:
         """Estimate what each teacher says on average; see `AdaptationMethod.start`."""
         self.state = {"pseudo_answers": pseudo_answers(survey.lalm, survey.lalm_mask)}
-        self.state["lalm"] = masked_mean(self.means(survey).unsqueeze(0), survey.lalm_available.unsqueeze(0))[0]
+        self.state["lalm"] = survey.lalm_average(self.state["pseudo_answers"])
         self.state["classifier"] = survey.classifier().mean((0, 1))
-
-    def means(self, survey: Survey) -> torch.Tensor:
-        """`[N, C]`: the language model's mean distributions; of single labels, smoothed."""
-        return smoothed_mean(survey.lalm, survey.lalm_mask, self.state["pseudo_answers"])
 
     def predict(self, test: Survey) -> torch.Tensor:
         """`q` proportional to `mean_L / prior_L * mean_S / prior_S`; see `AdaptationMethod.predict`."""
-        lalm = prior_corrected(self.means(test), self.state["lalm"])
+        lalm = prior_corrected(test.lalm_smoothed(self.state["pseudo_answers"]), self.state["lalm"])
         classifier = prior_corrected(test.classifier().mean(1), self.state["classifier"])
         return product_of_experts([lalm, classifier])
 

@@ -31,8 +31,10 @@ def entropy(probs: torch.Tensor) -> torch.Tensor:
     return torch.special.entr(probs).sum(-1)
 
 
-def masked_mean(samples: torch.Tensor, mask: torch.Tensor | None = None) -> torch.Tensor:
-    """Mean over the K samples that exist.
+def masked_mean(
+    samples: torch.Tensor, mask: torch.Tensor | None = None, pseudo: torch.Tensor | float = 0.0
+) -> torch.Tensor:
+    """Mean over the K samples that exist, and over some that say nothing: `(sum_k p_k + a / C) / (K + a)`.
 
     Parameters
     ----------
@@ -40,6 +42,8 @@ def masked_mean(samples: torch.Tensor, mask: torch.Tensor | None = None) -> torc
         `[B, K, ...]`.
     mask : torch.Tensor, optional
         `[B, K]`, bool: which answers are samples. A failed or refused answer is none.
+    pseudo : torch.Tensor or float
+        a, how many say nothing: each is the same for all C; see `pseudo_answers`. Not without a mask.
 
     Returns
     -------
@@ -48,13 +52,15 @@ def masked_mean(samples: torch.Tensor, mask: torch.Tensor | None = None) -> torc
 
     Example
     -------
-    >>> masked_mean(torch.tensor([[[1.0, 0.0], [0.0, 1.0]]]), torch.tensor([[True, False]])).tolist()
-    [[1.0, 0.0]]
+    >>> samples, mask = torch.tensor([[[1.0, 0.0], [0.0, 1.0]]]), torch.tensor([[True, False]])
+    >>> masked_mean(samples, mask).tolist(), masked_mean(samples, mask, pseudo=1.0).tolist()
+    ([[1.0, 0.0]], [[0.75, 0.25]])
     """
     if mask is None:
         return samples.mean(1)
     weight = mask.to(samples.dtype).view(*mask.shape, *[1] * (samples.dim() - 2))
-    return (samples * weight).sum(1) / weight.sum(1).clamp(min=1)
+    count = weight.sum(1)
+    return ((samples * weight).sum(1) + pseudo / samples.shape[-1]) / (count + pseudo).clamp(min=1) * (count > 0)
 
 
 def single_label_share(samples: torch.Tensor, mask: torch.Tensor) -> float:
@@ -103,34 +109,6 @@ def pseudo_answers(samples: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
     1.0
     """
     return torch.tensor(float(single_label_share(samples, mask) > 0.5), device=samples.device)
-
-
-def smoothed_mean(samples: torch.Tensor, mask: torch.Tensor, pseudo: torch.Tensor) -> torch.Tensor:
-    """Mean over the K samples that exist and some that say nothing: `(sum_k p_k + a / C) / (K + a)`.
-
-    Parameters
-    ----------
-    samples : torch.Tensor
-        `[B, K, C]`.
-    mask : torch.Tensor
-        `[B, K]`, bool: which of them exist.
-    pseudo : torch.Tensor
-        a, how many say nothing.
-
-    Returns
-    -------
-    torch.Tensor
-        `[B, C]`; zeros where no sample exists.
-
-    Example
-    -------
-    >>> sure = torch.tensor([[[1.0, 0.0], [1.0, 0.0]]])
-    >>> print(smoothed_mean(sure, torch.ones(1, 2, dtype=torch.bool), torch.tensor(1.0)))
-    tensor([[0.8333, 0.1667]])
-    """
-    weight = mask.to(samples.dtype)
-    total, count = (samples * weight.unsqueeze(-1)).sum(1), weight.sum(1, keepdim=True)
-    return (total + pseudo / samples.shape[-1]) / (count + pseudo).clamp(min=1) * (count > 0)
 
 
 def mutual_information(samples: torch.Tensor, mask: torch.Tensor | None = None) -> torch.Tensor:

@@ -116,10 +116,6 @@ class LengthBatches(Sampler):
 
     def __iter__(self):
         for batch in self.batches():
-            if len(batch) < process_count():
-                raise UserError(
-                    f"a batch has {len(batch)} utterances for {process_count()} processes: use fewer of them."
-                )
             yield own_part(batch)
 
     def __len__(self) -> int:

@@ -11,9 +11,8 @@ from speechbrain.dataio.dataset import DynamicItemDataset
 from speechbrain.dataio.sampler import ReproducibleRandomSampler
 from torch.utils.data import BatchSampler, DataLoader, Dataset
 
-from speechbrain_mifuse.errors import UserError
 from speechbrain_mifuse.features.dataset import frame_batches, pad_frames
-from speechbrain_mifuse.nnet.across_processes import own_part, process_count
+from speechbrain_mifuse.nnet.across_processes import own_part
 
 
 class DealtBatches:
@@ -89,11 +88,6 @@ def dealt_loader(dataset: DynamicItemDataset, batch_size: int) -> tuple[DataLoad
     sampler : ReproducibleRandomSampler
         Must be told the epoch.
 
-    Raises
-    ------
-    UserError
-        If a batch has fewer utterances than there are processes.
-
     Example
     -------
     >>> dataset = DynamicItemDataset({f"t-{n}": {"feats": torch.ones(2, 3)} for n in range(5)}, [], ["id", "feats"])
@@ -101,8 +95,6 @@ def dealt_loader(dataset: DynamicItemDataset, batch_size: int) -> tuple[DataLoad
     >>> [len(batch) for batch in loader]
     [2, 2]
     """
-    if batch_size < process_count():
-        raise UserError(f"a batch has {batch_size} utterances for {process_count()} processes: use fewer of them.")
     # As `sb.Brain` shuffles in a single process.
     seed = os.environ.get("SB_GLOBAL_SEED")
     sampler = ReproducibleRandomSampler(dataset, **({} if seed is None else {"seed": int(seed)}))

@@ -372,6 +372,40 @@ def watched(counter: EpochCounter, bar):
 
 
 @contextlib.contextmanager
+def one_at_a_time(path: str | Path, doing: str = "is at it"):
+    """Hold a lock that other runs respect; say so before waiting for it.
+
+    The first process of a distributed run holds it for all of them.
+
+    Parameters
+    ----------
+    path : str or pathlib.Path
+        Lock file; it stays behind, empty.
+    doing : str
+        What the other run does, for the log.
+
+    Example
+    -------
+    >>> import tempfile
+    >>> with one_at_a_time(Path(tempfile.mkdtemp()) / "lock"):
+    ...     print("alone")
+    alone
+    """
+    lock = FileLock(path)
+    try:
+        if if_main_process():
+            try:
+                lock.acquire(timeout=0)
+            except Timeout:
+                logger.info("%s: another run %s, waiting for its end.", path, doing)
+                lock.acquire()
+        ddp_barrier()
+        yield
+    finally:
+        lock.release()
+
+
+@contextlib.contextmanager
 def alone_at(folder: Path):
     """Let one run at a time train in a folder: two would delete each other's checkpoints.
 
@@ -394,24 +428,15 @@ def alone_at(folder: Path):
     ...     print("alone")
     alone
     """
-    lock = FileLock(folder.with_name(f"{folder.name}.lock"))
-    try:
-        if if_main_process():
-            try:
-                lock.acquire(timeout=0)
-            except Timeout:
-                logger.info("%s: another run trains there, waiting for its end.", folder)
-                lock.acquire()
+    with contextlib.ExitStack() as held:
+        try:
+            held.enter_context(one_at_a_time(folder.with_name(f"{folder.name}.lock"), "trains there"))
             # The other run may have removed its checkpoints when it was done.
             folder.mkdir(exist_ok=True)
-    except OSError as error:
-        remedy = "Make it writable or pass another --output_folder."
-        raise CheckpointError(f"{folder}: cannot be written ({error.strerror or error}). {remedy}") from None
-    try:
-        ddp_barrier()
+        except OSError as error:
+            remedy = "Make it writable or pass another --output_folder."
+            raise CheckpointError(f"{folder}: cannot be written ({error.strerror or error}). {remedy}") from None
         yield
-    finally:
-        lock.release()
 
 
 def fit(brain: sb.Brain, train, told: str, batch_size: int | None = None) -> None:

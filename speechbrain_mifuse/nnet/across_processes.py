@@ -13,6 +13,8 @@ from collections.abc import Iterable, Sequence
 import torch
 from torch import distributed
 
+from speechbrain_mifuse.errors import UserError
+
 # Utterances of the batch whose frames are dealt to the processes; None outside of a training step.
 _dealt: int | None = None
 
@@ -150,11 +152,18 @@ def own_part(batch: Sequence) -> Sequence:
     sequence
         Every `process_count()`-th of it.
 
+    Raises
+    ------
+    UserError
+        If there are fewer utterances than processes.
+
     Example
     -------
     >>> own_part([3, 1, 2])
     [3, 1, 2]
     """
+    if len(batch) < process_count():
+        raise UserError(f"a batch has {len(batch)} utterances for {process_count()} processes: use fewer of them.")
     return batch[process_rank() :: process_count()]
 
 

@@ -2,12 +2,12 @@
 
 import json
 import os
-import socket
 from pathlib import Path
 
 import processes
 import pytest
 import torch
+from local_servers import free_port
 from safetensors.torch import load_file
 from tiny_text_encoder import write_text_encoder
 from toy_corpora import write_hubert
@@ -33,12 +33,6 @@ def world(toy_folder, toy_encoder, tmp_path_factory):
     return folder, {"data_folder": toy_folder, "encoder": toy_encoder}
 
 
-def free_port():
-    with socket.socket() as server:
-        server.bind(("127.0.0.1", 0))
-        return str(server.getsockname()[1])
-
-
 def trained(world, name, script, hparams, count, killed_at=None, output=None, **flags):
     """Run a recipe in `count` processes, of which the first may be killed; give its output folder."""
     folder, given = world
@@ -48,7 +42,7 @@ def trained(world, name, script, hparams, count, killed_at=None, output=None, **
     given = {**given, **flags, "output_folder": output, "device": "cpu"}
     if count > 1:
         given["distributed_backend"] = "gloo"
-        environment |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free_port(), "WORLD_SIZE": str(count)}
+        environment |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), "WORLD_SIZE": str(count)}
     words = [hparams, *(text for key, value in given.items() for text in (f"--{key}", str(value)))]
     started = []
     for rank in range(count):
