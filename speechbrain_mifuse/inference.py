@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import threading
-from collections import OrderedDict, deque
+from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -20,6 +20,7 @@ from speechbrain_mifuse.audio import BadAudio, content_hash, load_audio
 from speechbrain_mifuse.corpora.folder import ENDINGS
 from speechbrain_mifuse.errors import UserError
 from speechbrain_mifuse.features.dataset import pad_frames
+from speechbrain_mifuse.features.encode_files import ahead
 from speechbrain_mifuse.features.extract import ENCODING_THREADS, FrameReader, batched
 from speechbrain_mifuse.progress import progress
 from speechbrain_mifuse.recogniser_files import (
@@ -562,16 +563,9 @@ def in_order(function: Callable, items: Iterable, threads: int = ENCODING_THREAD
     >>> list(in_order(len, ["a", "bc"], threads=2))
     [('a', 1), ('bc', 2)]
     """
-    pool, waiting = one_core_threads(threads), deque()
+    pool = one_core_threads(threads)
     try:
-        for item in items:
-            waiting.append((item, pool.submit(function, item)))
-            if len(waiting) >= AHEAD * threads:
-                item, job = waiting.popleft()
-                yield item, job.result()
-        while waiting:
-            item, job = waiting.popleft()
-            yield item, job.result()
+        yield from ahead(pool, lambda item: (item, function(item)), items, AHEAD * threads - 1)
     finally:
         pool.shutdown(cancel_futures=True)
 

@@ -14,7 +14,6 @@ import hashlib
 import json
 import logging
 import os
-import re
 import sys
 import tempfile
 from collections import Counter
@@ -35,9 +34,6 @@ TWIN = "_unlabelled"
 # Stands for the corpus's folder at the beginning of a path.
 ROOT = "{data_root}"
 FLAGS = "--data_folder (or --source_data_folder, --teacher_data_folder)"
-
-# A key whose colon does not follow at once.
-SPACED_COLON = re.compile(rb'"\s+:')
 
 # Of each split, either a share of the speakers or sessions, or a list of the corpus's official partitions; where it has
 # none, of its speakers or sessions.
@@ -948,10 +944,7 @@ def json_object(path: Path) -> dict:
     ValueError: the key 'emo' stands twice in one object
     """
     try:
-        text = path.read_bytes()
-        found = json.loads(text, parse_constant=_no_number)
-        if not keys_stand_once(text, found):
-            found = json.loads(text, object_pairs_hook=_distinct, parse_constant=_no_number)
+        found = json.loads(path.read_bytes(), object_pairs_hook=_distinct, parse_constant=_no_number)
     except FileNotFoundError:
         raise
     except (OSError, RecursionError) as error:
@@ -959,35 +952,6 @@ def json_object(path: Path) -> dict:
     if not isinstance(found, dict):
         raise ValueError("not a JSON object")
     return found
-
-
-def keys_stand_once(text: bytes, found: object) -> bool:
-    """Tell without looking at each object that no key of a manifest stands twice: half of the time of reading it.
-
-    Where every key is followed by its colon at once, there are at most as many keys as `":` in the text. If all of
-    these are accounted for by what was read, none was lost to another of its name.
-
-    Parameters
-    ----------
-    text : bytes
-        JSON.
-    found : object
-        What was read of it.
-
-    Returns
-    -------
-    bool
-        True if that is certain; False for anything unusual, such as objects in an entry.
-
-    Example
-    -------
-    >>> texts = ['{"t-a": {"wav": "a.wav"}}', '{"t-a": {"wav": "a.wav", "wav": "b.wav"}}', '{"t-a" : {}}']
-    >>> [keys_stand_once(text.encode(), json.loads(text)) for text in texts]
-    [True, False, False]
-    """
-    if not isinstance(found, dict) or SPACED_COLON.search(text):
-        return False
-    return text.count(b'":') == len(found) + sum(len(row) for row in found.values() if isinstance(row, dict))
 
 
 def _distinct(pairs: list[tuple[str, object]]) -> dict:
