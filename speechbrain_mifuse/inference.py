@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import itertools
 import logging
 import threading
 from collections import OrderedDict
@@ -59,8 +61,8 @@ logger = logging.getLogger(__name__)
 # Pooled vectors that a recogniser remembers: K stochastic answers to one recording then encode it once.
 REMEMBERED = 256
 
-# Recordings that each thread may be ahead of what was handed out.
-AHEAD = 4
+# Recordings that the threads may be ahead of what was handed out.
+AHEAD = 4 * ENCODING_THREADS
 
 # Clips that are classified together once they are encoded.
 GROUP = 8
@@ -295,7 +297,7 @@ class EmotionRecognizer(Pretrained):
         """
         lens = torch.ones(len(wavs)) if wav_lens is None else wav_lens
         clips = [wav[: max(1, round(float(part) * len(wav)))] for wav, part in zip(wavs, lens, strict=True)]
-        probs = self._answers([frames for _, frames in in_order(self._frames, clips)])
+        probs = self._answers(list(in_order(self._frames, clips)))
         score, index = probs.max(-1)
         return probs, score, index, [self.label_of(row) for row in probs]
 
@@ -346,16 +348,24 @@ class EmotionRecognizer(Pretrained):
             timeline = self._over_time(wave, windowing, map)
             return Recognition(path, timeline.label, timeline.probs, seconds, timeline), None
 
+        def answer(group: list[tuple[Recognition, torch.Tensor | None]]) -> list[Recognition]:
+            probs = iter(self._answers([frames for _, frames in group if frames is not None]))
+            return [
+                found if frames is None else self._answered(found, next(probs), windowing is not None)
+                for found, frames in group
+            ]
+
         paths = [Path(path) for path in paths]
-        with progress(total=len(paths), desc="recognise", unit="file", disable=not show_progress) as bar:
+        bar = progress(total=len(paths), desc="recognise", unit="file", disable=not show_progress)
+        with bar, one_core_threads() as pool:
             long = 0
-            # What comes behind the encoder is small and many steps: a few clips at a time take a third of the time.
-            for group in batched((heard for _, heard in in_order(hear, paths)), GROUP):
-                probs = iter(self._answers([frames for _, frames in group if frames is not None]))
-                for found, frames in group:
-                    bar.update()
-                    long += windowing is None and (found.seconds or 0.0) > LONG
-                    yield found if frames is None else self._answered(found, next(probs), windowing is not None)
+            # What comes behind the encoder is small and many steps: a few clips at a time take a third of the time. By
+            # the same threads, since operations of this one would use, and wait on, the cores that encode.
+            groups = batched(ahead(pool, hear, paths, AHEAD), GROUP)
+            for found in itertools.chain.from_iterable(ahead(pool, answer, groups, 1)):
+                bar.update()
+                long += windowing is None and (found.seconds or 0.0) > LONG
+                yield found
         if long:
             logger.warning(
                 "%d recordings are longer than %.0f s and were heard as one utterance each: window_s (--window_s 4) "
@@ -441,7 +451,7 @@ class EmotionRecognizer(Pretrained):
         """
         windowing = Windowing.of(window_s, hop_s, smooth_s)
         wave = recording if isinstance(recording, torch.Tensor) else load_audio(recording, self.sample_rate)
-        return self._over_time(wave, windowing, lambda *args: (found for _, found in in_order(*args)))
+        return self._over_time(wave, windowing, in_order)
 
     def _over_time(self, wave: torch.Tensor, windowing: Windowing, each: Callable) -> Timeline:
         window, hop = (round(part * self.sample_rate) for part in windowing[:2])
@@ -542,7 +552,7 @@ def recordings_in(folder: str | Path) -> list[Path]:
     return found
 
 
-def in_order(function: Callable, items: Iterable, threads: int = ENCODING_THREADS) -> Iterator[tuple]:
+def in_order(function: Callable, items: Iterable) -> Iterator:
     """Apply a function to many things, several at a time, and hand the results out in order.
 
     Parameters
@@ -551,26 +561,23 @@ def in_order(function: Callable, items: Iterable, threads: int = ENCODING_THREAD
         Takes an item.
     items : iterable
         Read only a little ahead of what was handed out.
-    threads : int
-        How many at a time.
 
     Yields
     ------
-    item, result
+    object
+        Results.
 
     Example
     -------
-    >>> list(in_order(len, ["a", "bc"], threads=2))
-    [('a', 1), ('bc', 2)]
+    >>> list(in_order(len, ["a", "bc"]))
+    [1, 2]
     """
-    pool = one_core_threads(threads)
-    try:
-        yield from ahead(pool, lambda item: (item, function(item)), items, AHEAD * threads - 1)
-    finally:
-        pool.shutdown(cancel_futures=True)
+    with one_core_threads() as pool:
+        yield from ahead(pool, function, items, AHEAD)
 
 
-def one_core_threads(count: int) -> ThreadPoolExecutor:
+@contextlib.contextmanager
+def one_core_threads(count: int = ENCODING_THREADS) -> Iterator[ThreadPoolExecutor]:
     """Start threads whose tensor operations use one core each, and leave those of all other threads as they are.
 
     Parameters
@@ -578,10 +585,10 @@ def one_core_threads(count: int) -> ThreadPoolExecutor:
     count : int
         How many.
 
-    Returns
-    -------
+    Yields
+    ------
     concurrent.futures.ThreadPoolExecutor
-        To be shut down.
+        At the end, what it has not begun is dropped.
 
     Example
     -------
@@ -596,4 +603,7 @@ def one_core_threads(count: int) -> ThreadPoolExecutor:
     for job in [pool.submit(started.wait) for _ in range(count)]:
         job.result()
     torch.set_num_threads(before)
-    return pool
+    try:
+        yield pool
+    finally:
+        pool.shutdown(cancel_futures=True)
