@@ -191,11 +191,11 @@ def read_mono(file: soundfile.SoundFile, count: int, path: str | Path) -> np.nda
         samples = file.read(min(count, max(BLOCK // file.channels, 1)), dtype="float32", always_2d=True)
         if len(samples) == 0:
             break
-        peak = np.abs(samples).max()
+        peak = max(samples.max(), -samples.min())
         if not peak <= LOUDEST:
             what = "samples beyond any scale" if np.isfinite(peak) else "NaN or infinite samples"
             raise BadAudio(f"{shown(path)}: holds {what}. Remove or replace the file.")
-        parts.append(samples.mean(axis=1))
+        parts.append(samples[:, 0] if file.channels == 1 else samples.mean(axis=1))
         count -= len(samples)
     if not parts:
         raise BadAudio(f"{shown(path)}: holds no samples. Remove or replace the file.")
