@@ -646,7 +646,7 @@ def collect(
         Where they go.
     name : str
         They are `NAME.csv`, `.md`, `.tex`, `.png`, `NAME_seeds.md`, `NAME_transfers.png`, and `NAME_selection.md` when
-        the runs kept snapshots. The page, `report.html`, goes into the folder of the runs.
+        the runs kept snapshots. The page, `NAME.html`, goes into the folder of the runs.
     baselines : sequence of str
         Methods to compare with; by default source and API teacher and the student of that teacher, where they are.
     figure_methods : sequence of str
@@ -691,7 +691,7 @@ def collect(
     plot_heatmap(folder / f"{name}.png", comparison)
     plot_transfers(folder / f"{name}_transfers.png", comparison, drawn)
     write_selection(folder / f"{name}_selection.md", records)
-    write_report(plan.output, results=paths, teacher=plan.teacher())
+    write_report(plan.output, plan.output / f"{name}.html", paths, plan.teacher())
     return text
 
 

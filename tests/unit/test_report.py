@@ -265,7 +265,7 @@ def test_a_sweep_leaves_the_page_of_its_own_methods(tmp_path):
     runs = [SimpleNamespace(results=paths)]
     plan = SimpleNamespace(runs=lambda: runs, methods=methods, output=folder, teacher=lambda: "asked by <hand>")
     sweep.collect(plan, tmp_path / "tables", "toy")
-    text = (folder / "report.html").read_text()
+    text = (folder / "toy.html").read_text()
     assert titles(text)[5:] == ["nemo to ravdess"] and "oracle" not in text and "asked by &lt;hand&gt;" in text
 
 
