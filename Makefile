@@ -24,7 +24,8 @@ test: $(VENV)/.installed
 PAIRS = emodb2rav nemo2rav rav2nemo emodb2nemo rav2emodb nemo2emodb
 SWEEP = $(VENV)/bin/speechbrain-mifuse sweep $(PAIRS) --table docs/results
 ABLATIONS = lalm_sfuda,mi_fuse,mi_fuse_reciprocal,mi_fuse_tau_1,mi_fuse_product,mi_fuse_product_prior
-ABLATIONS := $(ABLATIONS),mi_fuse_plus_no_prior,mi_fuse_plus_once,mi_fuse_plus_equal_shares,mi_fuse_plus_temperature_2
+ABLATIONS := $(ABLATIONS),mi_fuse_plus_no_prior,mi_fuse_plus_once,mi_fuse_plus_equal_shares
+ABLATIONS := $(ABLATIONS),mi_fuse_plus_random_folds,mi_fuse_plus_temperature_2
 SKEWED = --seeds 1-2 --methods source_only,lalm_sfuda,mi_fuse,mi_fuse_product_prior,mi_fuse_plus_equal_shares,mi_fuse_plus
 NORMED = --methods source_only,lalm_sfuda,mean_fusion,mi_fuse,mi_fuse_plus,oracle --baselines mi_fuse
 LESS = --prepare_target "{keep: {$(1): 0.2, $(2): 0.2}}"

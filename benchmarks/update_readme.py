@@ -1,9 +1,9 @@
 """Put the generated tables of `docs/results/` into the README and the pages of `docs/`, between their marks.
 
-`PERFORMANCE.md` is written as a whole. `docs/results/speed.md` and `speed_headlines.md` are made here from the JSON
-that `run.py NAME --json docs/results/speed/NAME.json` writes, and `docs/results/reliability.md` from that of `run.py
-faults --json docs/results/reliability.json`. With `--check` nothing is written; the exit status tells whether all are
-up to date (1 when not).
+`PERFORMANCE.md` is written as a whole. In `docs/results/`, `speed.md` and `speed_headlines.md` are made here from the
+JSON that `run.py NAME --json docs/results/speed/NAME.json` writes, `reliability.md` from that of `run.py faults --json
+docs/results/reliability.json`, and the short tables of `method_tables.py` from the long ones. With `--check` nothing is
+written; the exit status tells whether all are up to date (1 when not).
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ import re
 import sys
 from pathlib import Path
 
+from method_tables import METHOD_TABLES
 from performance_table import performance_table
 
 from speechbrain_mifuse.corpora.manifest import atomic_write
@@ -159,6 +160,8 @@ if __name__ == "__main__":
     if "--check" not in sys.argv[1:]:
         atomic_write(TABLES / "speed.md", speed_table(TABLES / "speed"))
         atomic_write(TABLES / "speed_headlines.md", headlines(TABLES / "speed"))
+        for name, table in METHOD_TABLES.items():
+            atomic_write(TABLES / name, table(TABLES))
         atomic_write(TABLES / "reliability.md", reliability_table(TABLES / "reliability.json") + "\n")
     before = {path: path.read_text(encoding="utf-8") for path in pages()}
     after = {path: filled(text, TABLES) for path, text in before.items()}

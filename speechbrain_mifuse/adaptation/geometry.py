@@ -7,6 +7,9 @@ from __future__ import annotations
 
 import torch
 
+# Groups that utterances are dealt to folds in: more would take long on large sets, and separate no better.
+MOST_GROUPS = 128
+
 
 def principal_components(vectors: torch.Tensor, size: int) -> torch.Tensor:
     """Project vectors on the directions in which they differ most.
@@ -32,6 +35,72 @@ def principal_components(vectors: torch.Tensor, size: int) -> torch.Tensor:
     centred = vectors - vectors.mean(0)
     directions = torch.linalg.svd(centred, full_matrices=False).Vh
     return centred @ directions[:size].T
+
+
+def neighbourhoods(vectors: torch.Tensor, count: int, rounds: int = 30) -> torch.Tensor:
+    """Group vectors that lie together: k-means, always the same for the same vectors.
+
+    Parameters
+    ----------
+    vectors : torch.Tensor
+        `[N, D]`.
+    count : int
+        Groups, at most.
+    rounds : int
+        Iterations.
+
+    Returns
+    -------
+    torch.Tensor
+        `[N]`, number of each one's group.
+
+    Example
+    -------
+    >>> found = neighbourhoods(torch.tensor([[0.0], [9.0], [0.1], [9.1]]), 2)
+    >>> [int(found[0] == other) for other in found]
+    [1, 0, 1, 0]
+    """
+    drawn = torch.randperm(len(vectors), generator=torch.Generator().manual_seed(0))[:count]
+    centres = vectors[drawn.to(vectors.device)]
+    for _ in range(rounds):
+        found = torch.cdist(vectors, centres).argmin(1)
+        sizes = found.bincount(minlength=len(centres))[:, None]
+        sums = torch.zeros_like(centres).index_add_(0, found, vectors)
+        centres = torch.where(sizes > 0, sums / sizes.clamp(min=1), centres)
+    return found
+
+
+def dealt_folds(vectors: torch.Tensor, folds: int, together: int) -> torch.Tensor:
+    """Deal utterances to folds, those that lie together to the same one.
+
+    Takes of one sentence lie together whatever their emotion. In different folds they would judge each other, and
+    confirm each other's mistakes.
+
+    Parameters
+    ----------
+    vectors : torch.Tensor
+        `[N, D]`.
+    folds : int
+        Folds, at most.
+    together : int
+        How many utterances a group holds on average; 1 deals each by itself, at random.
+
+    Returns
+    -------
+    torch.Tensor
+        `[N]`, fold of each; always the same for the same vectors.
+
+    Example
+    -------
+    >>> dealt_folds(torch.tensor([[0.0], [9.0], [0.1], [9.1]]), folds=2, together=2).bincount().tolist()
+    [2, 2]
+    """
+    size = len(vectors)
+    count = min(max(size // together, folds), MOST_GROUPS)
+    groups = torch.arange(size) if together == 1 else neighbourhoods(vectors, count).cpu()
+    # Neighbours in the manifest, too, are often takes of one sentence: dealt at random, but always alike.
+    order = torch.randperm(int(groups.max()) + 1, generator=torch.Generator().manual_seed(0))
+    return (order[groups] % folds).to(vectors.device)
 
 
 def with_class_shares(labels: torch.Tensor, shares: torch.Tensor, rounds: int = 20) -> torch.Tensor:

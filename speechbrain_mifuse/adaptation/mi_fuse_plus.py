@@ -9,7 +9,12 @@ from __future__ import annotations
 import torch
 
 from speechbrain_mifuse.adaptation.fusion import prior_corrected, product_of_experts
-from speechbrain_mifuse.adaptation.geometry import cross_fitted_expert, principal_components, with_class_shares
+from speechbrain_mifuse.adaptation.geometry import (
+    cross_fitted_expert,
+    dealt_folds,
+    principal_components,
+    with_class_shares,
+)
 from speechbrain_mifuse.adaptation.method import AdaptationMethod, Survey, Teachers
 from speechbrain_mifuse.adaptation.uncertainty import pseudo_answers
 
@@ -79,10 +84,11 @@ class MIFusePlus(ProductFusion):
     """Product of the two teachers and of an expert on the target's geometry: `q` proportional to `L * S * G`.
 
     G is a linear discriminant in the space of the source's pooled vectors, fitted on the fused soft labels of the
-    whole adaptation set and cross-fitted, so that it judges no utterance by its own label. It is fitted anew 30 times
-    per run, each time on the product of the teachers with the G before, scaled so that each class has its share of
-    the set. How large the shares are is estimated from the same product and drawn half-way towards equal shares: a
-    target of skewed classes is not forced into balance, and a teacher's preference not taken for the target's.
+    whole adaptation set and cross-fitted, so that it judges no utterance by its own label, nor by those of its nearest
+    neighbours. It is fitted anew 30 times per run, each time on the product of the teachers with the G before, scaled
+    so that each class has its share of the set. How large the shares are is estimated from the same product and drawn
+    half-way towards equal shares: a target of skewed classes is not forced into balance, and a teacher's preference
+    not taken for the target's.
 
     Parameters
     ----------
@@ -98,6 +104,8 @@ class MIFusePlus(ProductFusion):
         Dimension of the space that G works in.
     folds : int
         Of cross-fitting.
+    together : int
+        How many utterances that lie together share a fold, on average; see `dealt_folds`.
 
     Example
     -------
@@ -122,10 +130,12 @@ class MIFusePlus(ProductFusion):
         shrinkage: float = 0.3,
         components: int = 256,
         folds: int = 5,
+        together: int = 8,
     ):
         super().__init__(diversity_weight, prior_correction)
         self.recursive, self.share_trust = recursive, share_trust
-        self.temperature, self.shrinkage, self.components, self.folds = temperature, shrinkage, components, folds
+        self.temperature, self.shrinkage, self.components = temperature, shrinkage, components
+        self.folds, self.together = folds, together
 
     def start(self, survey: Survey) -> None:
         """Keep the space that G works in, and begin with a G that says nothing; see `AdaptationMethod.start`."""
@@ -133,9 +143,7 @@ class MIFusePlus(ProductFusion):
         vectors = survey.student().vectors
         size, classes = len(vectors), survey.lalm.shape[-1]
         self.state["space"] = principal_components(vectors, self.components)
-        # Neighbours in the manifest are often takes of one sentence by one speaker: dealt at random, but always alike.
-        order = torch.randperm(size, generator=torch.Generator().manual_seed(0))
-        self.state["folds"] = (order % self.folds).to(vectors.device)
+        self.state["folds"] = dealt_folds(self.state["space"], self.folds, self.together)
         self.state["expert"] = torch.full((size, classes), 1 / classes, device=vectors.device)
 
     def refresh(self, survey: Survey) -> None:
@@ -165,7 +173,7 @@ class PermutedMIFusePlus(MIFusePlus):
 
     Parameters
     ----------
-    diversity_weight, prior_correction, recursive, share_trust, temperature, shrinkage, components, folds
+    diversity_weight, prior_correction, recursive, share_trust, temperature, shrinkage, components, folds, together
         As for `MIFusePlus`.
 
     Example

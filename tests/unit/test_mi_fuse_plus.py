@@ -6,6 +6,7 @@ import torch
 
 from speechbrain_mifuse.adaptation.geometry import (
     cross_fitted_expert,
+    dealt_folds,
     discriminant_scores,
     principal_components,
     with_class_shares,
@@ -194,7 +195,24 @@ def test_a_run_begins_with_an_expert_that_says_nothing_and_folds_that_are_always
     second.start(survey)
     assert first.state["expert"].unique().tolist() == [0.25]
     assert first.state["folds"].equal(second.state["folds"])
-    assert first.state["folds"].bincount().tolist() == [48] * 5
+    assert first.state["folds"].unique().tolist() == [0, 1, 2, 3, 4]
+
+
+def test_takes_of_one_sentence_share_a_fold():
+    torch.manual_seed(0)
+    sentences = torch.arange(240) % 30
+    vectors = 9 * torch.randn(30, 16)[sentences] + torch.randn(240, 16)
+    folds = dealt_folds(vectors, folds=5, together=8)
+    assert folds.equal(dealt_folds(vectors, folds=5, together=8)) and len(folds.unique()) == 5
+    apart = [len(folds[sentences == sentence].unique()) for sentence in range(30)]
+    assert sum(count == 1 for count in apart) >= 27
+    assert dealt_folds(vectors, folds=5, together=1).bincount().tolist() == [48] * 5
+
+
+def test_an_expert_that_has_nothing_to_tell_utterances_apart_by_says_nothing():
+    vectors = torch.ones(12, 4)
+    folds = dealt_folds(vectors, folds=5, together=8)
+    assert cross_fitted_expert(vectors, distributions(12), folds).allclose(torch.tensor(0.25))
 
 
 def test_single_labels_of_the_language_model_are_evidence_and_no_veto():
