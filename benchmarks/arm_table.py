@@ -27,7 +27,15 @@ BASELINES = ("mean_linear", "scratch", "scratch_fast", "fm_only", "zs_fuse_permu
 # The order of rows, as the recipes' YAML files have it.
 ARMS = {
     "adapter": ["mean_linear", "sap_linear", "scratch", "scratch_fast", "pretrained", "corpus_centred"],
-    "zsfuse": ["fm_only", "scores_only", "zs_fuse", "zs_fuse_paper", "zs_fuse_permuted", "source_classifier_fused"],
+    "zsfuse": [
+        "fm_only",
+        "scores_only",
+        "zs_fuse",
+        "zs_fuse_random_start",
+        "zs_fuse_paper",
+        "zs_fuse_permuted",
+        "source_classifier_fused",
+    ],
 }
 
 

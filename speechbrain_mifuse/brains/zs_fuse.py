@@ -316,8 +316,9 @@ def train_fusion_arm(
         return record
     seed_everything(run.seed)
     adapter = starting_adapter(specialist, hparams, run, front, adapters)
-    sizes = {"n_scores": len(table.labels), "n_classes": len(hparams["labels"])}
-    classifier = arm.classifier(specialist.classifier(front.dim, sizes["n_classes"], adapter), **sizes)
+    labels = list(hparams["labels"])
+    score_classes = [labels.index(label) if label in labels else None for label in table.labels]
+    classifier = arm.classifier(specialist.classifier(front.dim, len(labels), adapter), score_classes, len(labels))
     columns = {"scores": table.values}
     brain, predictions, n_train = fit_and_predict(
         name, hparams, run, front, classifier, run_opts, columns, kind=FusionBrain

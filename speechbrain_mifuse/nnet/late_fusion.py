@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import nn
 from torch.nn import functional as F
@@ -10,29 +12,54 @@ from speechbrain_mifuse.errors import UserError
 from speechbrain_mifuse.nnet.adapter_classifier import AdapterClassifier
 
 
+@torch.no_grad()
+def begin_at_scores(weight: torch.Tensor, score_classes: Sequence[int | None]) -> None:
+    """Set a linear layer's weights so that each class's score counts for that class alone, one for one.
+
+    Parameters
+    ----------
+    weight : torch.Tensor
+        `[C, S]`, changed in place.
+    score_classes : sequence of int or None
+        Class of each score; one for no class counts for none.
+
+    Example
+    -------
+    >>> weight = torch.randn(2, 3)
+    >>> begin_at_scores(weight, [1, None, 0])
+    >>> weight.tolist()
+    [[0.0, 0.0, 1.0], [1.0, 0.0, 0.0]]
+    """
+    weight.zero_()
+    for score, label in enumerate(score_classes):
+        if label is not None:
+            weight[label, score] = 1.0
+
+
 class LateFusion(nn.Module):
     """Concatenate both sides, each behind a LayerNorm of its own, and classify with one linear layer.
 
-    `logits = Linear([LayerNorm(v); g LayerNorm(s)])`, `v` the specialist's vector, `s` the scores. The form is the
-    paper's as a secondary summary tells it, which is `g = 1`; the fixed scale `g` is ours: a few scores of unit
-    variance drown among hundreds of dimensions, and weight decay then keeps their weights small.
+    `logits = Linear([LayerNorm(v); LayerNorm(s)])`, `v` the specialist's vector, `s` the scores: the paper's form as a
+    secondary summary tells it. Where the linear layer begins is ours, if `from_scores`: a few scores drown among
+    hundreds of dimensions, and few labels do not tell what they are worth; so each begins as evidence for its class.
 
     Parameters
     ----------
     specialist : AdapterClassifier
         Gives `v`; its own linear layer is not used.
-    n_scores : int
-        Scores S of an utterance.
+    score_classes : sequence of int or None
+        Class that each of the S scores is for, if it is one of the classes.
     n_classes : int
         C.
-    score_scale : float
-        g.
     dropout : float
         Of the specialist's part; the few scores are never dropped.
+    from_scores : bool
+        Whether training begins with weights of 1 from each score to its class, and 0 to the others, instead of random
+        ones.
 
     Example
     -------
-    >>> fusion = LateFusion(AdapterClassifier(8, 4), n_scores=3, n_classes=4)
+    >>> fusion = LateFusion(AdapterClassifier(8, 4), score_classes=[0, 1, 3], n_classes=4)
     >>> fusion(torch.randn(2, 5, 8), torch.ones(2), torch.randn(2, 3)).shape
     torch.Size([2, 4])
     """
@@ -40,17 +67,19 @@ class LateFusion(nn.Module):
     def __init__(
         self,
         specialist: AdapterClassifier,
-        n_scores: int,
+        score_classes: Sequence[int | None],
         n_classes: int,
-        score_scale: float = 1.0,
         dropout: float = 0.5,
+        from_scores: bool = False,
     ):
         super().__init__()
-        size = specialist.pooling.output_size
+        size, n_scores = specialist.pooling.output_size, len(score_classes)
         specialist.output = nn.Identity()
-        self.specialist, self.score_scale, self.dropout = specialist, score_scale, dropout
+        self.specialist, self.dropout = specialist, dropout
         self.vector_norm, self.score_norm = nn.LayerNorm(size), nn.LayerNorm(n_scores)
         self.output = nn.Linear(size + n_scores, n_classes)
+        if from_scores:
+            begin_at_scores(self.output.weight[:, size:], score_classes)
 
     def forward(self, frames: torch.Tensor, lengths: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
         """Classify a batch; dropout is on in training mode.
@@ -70,22 +99,33 @@ class LateFusion(nn.Module):
             Logits `[batch, C]`.
         """
         vector = F.dropout(self.vector_norm(self.specialist.vector(frames, lengths)), self.dropout, self.training)
-        return self.output(torch.cat([vector, self.score_scale * self.score_norm(scores)], dim=-1))
+        return self.output(torch.cat([vector, self.score_norm(scores)], dim=-1))
 
 
 class SpecialistOnly(LateFusion):
     """The same without scores: `logits = Linear(LayerNorm(v))`.
 
+    Parameters
+    ----------
+    specialist, score_classes, n_classes, dropout
+        As for `LateFusion`; there may be any scores.
+
     Example
     -------
-    >>> alone = SpecialistOnly(AdapterClassifier(8, 4), n_scores=3, n_classes=4).eval()
+    >>> alone = SpecialistOnly(AdapterClassifier(8, 4), score_classes=[0, 1, 3], n_classes=4).eval()
     >>> frames, lengths = torch.randn(2, 5, 8), torch.ones(2)
     >>> torch.equal(*(alone(frames, lengths, torch.randn(2, 3)) for _ in range(2)))
     True
     """
 
-    def __init__(self, specialist: AdapterClassifier, n_scores: int, n_classes: int, dropout: float = 0.5):
-        super().__init__(specialist, 0, n_classes, dropout=dropout)
+    def __init__(
+        self,
+        specialist: AdapterClassifier,
+        score_classes: Sequence[int | None],
+        n_classes: int,
+        dropout: float = 0.5,
+    ):
+        super().__init__(specialist, [], n_classes, dropout)
 
     def forward(self, frames: torch.Tensor, lengths: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
         """Classify a batch; see `LateFusion.forward`."""
@@ -100,7 +140,7 @@ class LogitAverage(SpecialistOnly):
 
     Parameters
     ----------
-    specialist, n_scores, n_classes, dropout
+    specialist, score_classes, n_classes, dropout
         As for `LateFusion`.
     score_scale : float
         g.
@@ -108,11 +148,11 @@ class LogitAverage(SpecialistOnly):
     Raises
     ------
     UserError
-        If there are more or fewer scores than classes.
+        If the scores are not for the classes, one for each.
 
     Example
     -------
-    >>> average = LogitAverage(AdapterClassifier(8, 2), n_scores=2, n_classes=2).eval()
+    >>> average = LogitAverage(AdapterClassifier(8, 2), score_classes=[0, 1], n_classes=2).eval()
     >>> average(torch.randn(1, 5, 8), torch.ones(1), torch.tensor([[900.0, -900.0]])).argmax().item()
     0
     """
@@ -120,16 +160,16 @@ class LogitAverage(SpecialistOnly):
     def __init__(
         self,
         specialist: AdapterClassifier,
-        n_scores: int,
+        score_classes: Sequence[int | None],
         n_classes: int,
         score_scale: float = 1.0,
         dropout: float = 0.5,
     ):
-        if n_scores != n_classes:
+        if list(score_classes) != list(range(n_classes)):
             raise UserError(
-                f"--arm: averaging needs one score for each of {n_classes} classes, and there are {n_scores}."
+                f"--arm: averaging needs one score for each of {n_classes} classes, and the scores are for others."
             )
-        super().__init__(specialist, n_scores, n_classes, dropout)
+        super().__init__(specialist, score_classes, n_classes, dropout)
         self.score_scale = score_scale
 
     def forward(self, frames: torch.Tensor, lengths: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
@@ -142,24 +182,33 @@ class LogitAverage(SpecialistOnly):
 
 
 class ScoresOnly(nn.Module):
-    """The other side alone: `logits = Linear(LayerNorm(s))`.
+    """The other side alone: `logits = Linear(LayerNorm(s))`, the linear layer beginning as `LateFusion`'s.
 
     Parameters
     ----------
     specialist : AdapterClassifier
         Not used.
-    n_scores, n_classes : int
-        S and C.
+    score_classes, n_classes, from_scores
+        As for `LateFusion`.
 
     Example
     -------
-    >>> ScoresOnly(None, n_scores=3, n_classes=4)(torch.randn(2, 5, 8), torch.ones(2), torch.randn(2, 3)).shape
+    >>> ScoresOnly(None, [0, 1, 3], n_classes=4)(torch.randn(2, 5, 8), torch.ones(2), torch.randn(2, 3)).shape
     torch.Size([2, 4])
     """
 
-    def __init__(self, specialist: AdapterClassifier | None, n_scores: int, n_classes: int):
+    def __init__(
+        self,
+        specialist: AdapterClassifier | None,
+        score_classes: Sequence[int | None],
+        n_classes: int,
+        from_scores: bool = False,
+    ):
         super().__init__()
+        n_scores = len(score_classes)
         self.score_norm, self.output = nn.LayerNorm(n_scores), nn.Linear(n_scores, n_classes)
+        if from_scores:
+            begin_at_scores(self.output.weight, score_classes)
 
     def forward(self, frames: torch.Tensor, lengths: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
         """Classify a batch; see `LateFusion.forward`."""

@@ -13,7 +13,15 @@ from tiny_text_encoder import write_text_encoder
 from toy_corpora import write_hubert, write_paper_corpora
 
 ROOT = Path(__file__).parents[2]
-ARMS = ["fm_only", "scores_only", "zs_fuse", "zs_fuse_paper", "zs_fuse_permuted", "source_classifier_fused"]
+ARMS = [
+    "fm_only",
+    "scores_only",
+    "zs_fuse",
+    "zs_fuse_random_start",
+    "zs_fuse_paper",
+    "zs_fuse_permuted",
+    "source_classifier_fused",
+]
 SPEAKERS = {
     "RAVDESS": "[['01', '03', '05'], ['02', '04']]",
     "nEMO": "[['SM0', 'IC0', 'KD0'], ['TP0', 'MK0']]",

@@ -1,0 +1,60 @@
+"""Late fusion: where it begins, and what it makes of scores."""
+
+import pytest
+import torch
+
+from speechbrain_mifuse.errors import UserError
+from speechbrain_mifuse.nnet.adapter_classifier import AdapterClassifier
+from speechbrain_mifuse.nnet.late_fusion import LateFusion, LogitAverage, ScoresOnly, SpecialistOnly
+
+FRAMES, LENGTHS = torch.zeros(3, 5, 8), torch.ones(3)
+# For the classes 2 and 0, and for one that is none of the four.
+SCORES = torch.tensor([[0.9, 0.1, 0.2], [0.1, 0.9, 0.2], [0.9, 0.1, 0.8]])
+
+
+def test_a_fusion_that_begins_at_the_scores_decides_as_they_do():
+    fusion = LateFusion(AdapterClassifier(8, 4), [2, 0, None], 4, from_scores=True).eval()
+    assert fusion(FRAMES, LENGTHS, SCORES).argmax(1).tolist() == [2, 0, 2]
+    alone = ScoresOnly(None, [2, 0, None], 4, from_scores=True)
+    assert alone(FRAMES, LENGTHS, SCORES).argmax(1).tolist() == [2, 0, 2]
+
+
+def test_beginning_at_the_scores_leaves_the_specialists_side_as_it_is():
+    torch.manual_seed(0)
+    plain = LateFusion(AdapterClassifier(8, 4), [2, 0, None], 4)
+    torch.manual_seed(0)
+    begun = LateFusion(AdapterClassifier(8, 4), [2, 0, None], 4, from_scores=True)
+    assert torch.equal(begun.output.weight[:, :-3], plain.output.weight[:, :-3])
+    assert not torch.equal(begun.output.weight[:, -3:], plain.output.weight[:, -3:])
+
+
+def test_few_labels_do_not_make_a_fusion_forget_the_scores():
+    torch.manual_seed(0)
+    classes = torch.arange(4).repeat(50)
+    frames, lengths = torch.randn(200, 1, 64), torch.ones(200)  # tell nothing
+    scores = torch.nn.functional.one_hot(classes, 4) + 0.5 * torch.randn(200, 4)
+
+    def right(from_scores):
+        fusion = LateFusion(AdapterClassifier(64, 4), range(4), 4, from_scores=from_scores)
+        optimizer = torch.optim.AdamW(fusion.parameters(), 1e-3)
+        for _ in range(100):
+            loss = torch.nn.functional.cross_entropy(fusion(frames[:8], lengths[:8], scores[:8]), classes[:8])
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+        found = fusion.eval()(frames[8:], lengths[8:], scores[8:]).argmax(1)
+        return (found == classes[8:]).float().mean()
+
+    assert right(True) > right(False) + 0.1
+
+
+def test_averaging_needs_one_score_for_each_class_in_their_order():
+    for others in ([0, 1], [1, 0, 2, 3], [0, 1, 2, None]):
+        with pytest.raises(UserError, match="one score for each of 4 classes"):
+            LogitAverage(AdapterClassifier(8, 4), others, 4)
+
+
+def test_the_specialist_alone_does_not_read_scores():
+    alone = SpecialistOnly(AdapterClassifier(8, 4), [2, 0, None], 4).eval()
+    frames = torch.randn(3, 5, 8)
+    assert torch.equal(alone(frames, LENGTHS, SCORES), alone(frames, LENGTHS, -SCORES))
