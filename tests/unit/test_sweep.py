@@ -210,7 +210,7 @@ def test_the_sweep_ends_in_tables_and_figures_of_the_chosen_methods(tree, capsys
     folder = tree / "results" / "t"
     assert capsys.readouterr().out.strip() == (folder / "t.md").read_text().strip()
     written = {path.name for path in folder.glob("t*.*")}
-    assert written == {"t.csv", "t.md", "t.tex", "t.png", "t_seeds.md", "t_transfers.png", "t_selection.md"}
+    assert written == {"t.csv", "t.md", "t.tex", "t.png", "t.html", "t_seeds.md", "t_transfers.png", "t_selection.md"}
     with (folder / "t.csv").open() as file:
         rows = list(csv.reader(file))
     assert rows[0] == ["source", "target", "teacher", "method", "seed", "UA", "WA", "macro_F1", "n_test"]
