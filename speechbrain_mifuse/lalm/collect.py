@@ -13,7 +13,7 @@ import logging
 import threading
 import time
 import wave
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -37,6 +37,9 @@ RETRY_SEED_STRIDE = 1_000_003
 
 # Seconds between two looks whether a loop outside was told to stop.
 LOOK_FOR_CTRL_C = 0.2
+
+# Seconds after which a task that has not ended is cancelled once more.
+CANCEL_AGAIN = 0.2
 
 # Seconds between two looks at the counts: writing them out for each call would cost more than counting.
 BETWEEN_LOOKS = 0.2
@@ -251,6 +254,31 @@ def run_to_end(main: Callable):
             raise
 
 
+async def cancel_until_ended(tasks: Collection[asyncio.Task]):
+    """Cancel tasks, and those again that go on.
+
+    A task loses a cancellation that comes together with the result of its `asyncio.wait_for`, before Python 3.12.
+
+    Parameters
+    ----------
+    tasks : collection of asyncio.Task
+        Their results and errors are not looked at.
+
+    Example
+    -------
+    >>> async def example():
+    ...     tasks = [asyncio.create_task(asyncio.sleep(60))]
+    ...     await cancel_until_ended(tasks)
+    ...     return tasks[0].cancelled()
+    >>> asyncio.run(example())
+    True
+    """
+    while tasks:
+        for task in tasks:
+            task.cancel()
+        _, tasks = await asyncio.wait(tasks, timeout=CANCEL_AGAIN)
+
+
 def encode_wav(waveform: torch.Tensor) -> bytes:
     """Waveform at 16 kHz as a mono 16-bit PCM WAV file.
 
@@ -460,6 +488,7 @@ class _Job:
         self.reading, self.was_read = 0, Signal()
         self.stop: LalmError | None = None
         self.why = "Stopped"
+        self.ending = False
         self.next_look = 0.0
 
     async def run(self, utterances: Sequence[Utterance], concurrency: int, deadline: float | None):
@@ -470,12 +499,13 @@ class _Job:
             # One utterance can become several calls, so there may be more workers than utterances.
             count = min(concurrency, len(utterances) * self.wanted.k)
             workers = [asyncio.create_task(self._work(queue, writer)) for _ in range(count)]
+            everyone = asyncio.gather(*workers)
             try:
-                await self._watch(workers, writing, deadline)
+                await self._watch(everyone, writing, deadline)
             finally:
-                for worker in workers:
-                    worker.cancel()
-                await asyncio.gather(*workers, return_exceptions=True)
+                self.ending = True
+                await cancel_until_ended(workers)
+                await asyncio.gather(everyone, return_exceptions=True)
                 await writer.close(writing)
                 self.report.cost = self.client.budget.told()
         if self.stop is not None:
@@ -493,9 +523,8 @@ class _Job:
                 self.client.model,
             )
 
-    async def _watch(self, workers: Sequence[asyncio.Task], writing: asyncio.Task, deadline: float | None):
+    async def _watch(self, everyone: asyncio.Future, writing: asyncio.Task, deadline: float | None):
         """Wait for the workers, for a store that cannot be written, or for the deadline."""
-        everyone = asyncio.gather(*workers)
         done, _ = await asyncio.wait({everyone, writing}, timeout=deadline, return_when=asyncio.FIRST_COMPLETED)
         if not done:
             self.stop = LalmError(f"--lalm_deadline: the {deadline:g} s for the whole collection have passed")
@@ -504,7 +533,7 @@ class _Job:
                 task.result()
 
     async def _work(self, queue: Iterator[Utterance], writer: _Writer):
-        while self.stop is None and (call := await self._next(queue)) is not None:
+        while self.stop is None and not self.ending and (call := await self._next(queue)) is not None:
             try:
                 records = await self._ask(call)
             except BudgetReached as error:

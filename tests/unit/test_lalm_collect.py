@@ -1,4 +1,6 @@
+import asyncio
 import base64
+import contextlib
 import logging
 import os
 import signal
@@ -216,6 +218,56 @@ def test_store_that_cannot_be_written_stops_the_run(store, teacher, tmp_path, mo
     with pytest.raises(StoreError, match="disk full"):
         run(store, teacher, write_tones(tmp_path, 20), 1, concurrency=1)
     assert len(calls) == 1
+
+
+@pytest.fixture
+def cancellations_get_lost(monkeypatch):
+    """Calls that are cancelled bring their answer all the same, as `asyncio.wait_for` may before Python 3.12."""
+    ask_once = LalmClient.ask_once
+
+    async def deaf(self, *args, **sampling):
+        call = asyncio.ensure_future(ask_once(self, *args, **sampling))
+        while not call.done():
+            with contextlib.suppress(asyncio.CancelledError):
+                await asyncio.wait([call])
+        return call.result()
+
+    monkeypatch.setattr(LalmClient, "ask_once", deaf)
+
+
+@pytest.mark.usefixtures("cancellations_get_lost")
+@pytest.mark.parametrize("concurrency", [1, 4])
+def test_a_store_that_cannot_be_written_stops_also_a_worker_that_lost_its_cancellation(
+    store, tmp_path, monkeypatch, concurrency
+):
+    asked = []
+
+    def slow(*_):
+        asked.append(1)
+        time.sleep(0.1)
+        return 200, completion("sad")
+
+    def full(*_):
+        raise StoreError("disk full")
+
+    monkeypatch.setattr(store, "put_many", full)
+    with scripted_server(slow) as (url, _), pytest.raises(StoreError, match="disk full"):
+        run(store, url, write_tones(tmp_path, 40), 1, "label", concurrency=concurrency)
+    assert len(asked) <= 3 * concurrency
+
+
+@pytest.mark.usefixtures("cancellations_get_lost")
+def test_after_the_deadline_a_worker_that_lost_its_cancellation_asks_no_more_and_its_answer_is_kept(store, tmp_path):
+    asked = []
+
+    def slow(*_):
+        asked.append(1)
+        time.sleep(0.4)
+        return 200, completion("sad")
+
+    with scripted_server(slow) as (url, _), pytest.raises(LalmError, match="4 new samples are stored"):
+        run(store, url, write_tones(tmp_path, 40), 1, "label", concurrency=4, deadline=0.2)
+    assert len(asked) == 4
 
 
 def test_answers_are_on_disk_before_they_count(store, teacher, tmp_path, monkeypatch):
