@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
@@ -23,7 +24,7 @@ from speechbrain_mifuse.evaluation.results import counts_by_speaker
 from speechbrain_mifuse.features.extract import FrameReader
 from speechbrain_mifuse.features.front import StoredFrames
 from speechbrain_mifuse.fold_pipeline import adapter_run, fold_front
-from speechbrain_mifuse.pipeline import known_ones, load_hparams, open_reader, store_frames
+from speechbrain_mifuse.pipeline import device_of, known_ones, load_hparams, open_reader, store_frames
 from speechbrain_mifuse.zero_shot.audio_text import AudioTextModel
 from speechbrain_mifuse.zero_shot.own_dual_encoder import load_dual_encoder, open_alm
 from speechbrain_mifuse.zero_shot.prompts import read_prompts
@@ -96,7 +97,7 @@ class Trained:
     def dual_encoder(self) -> AudioTextModel:
         """Train or find the dual encoder."""
         folder = train_dual_encoder(self.hparams["dual_encoder"], self.sources, self.fronts, self.run_opts)
-        return load_dual_encoder(folder)
+        return load_dual_encoder(folder).to(device_of(self.run_opts))
 
     def classifier_table(self, hparams: Mapping) -> ScoreTable:
         """Log-probabilities of the plain classifier for every utterance of the target.
@@ -173,12 +174,15 @@ def score_tables(
     >>> score_tables({}, [], 1)
     {}
     """
-    makers: dict[str, Callable] = {"zero_shot": zero_shot_tables, "source_classifier": classifier_tables}
+    zero_shot = functools.partial(zero_shot_tables, run_opts=run_opts)
+    makers: dict[str, Callable] = {"zero_shot": zero_shot, "source_classifier": classifier_tables}
     trained = Trained(hparams, seed, run_opts) if wanted and hparams["alm"] == OWN else None
     return {name: makers[name](hparams, trained) for name in wanted}
 
 
-def zero_shot_tables(hparams: Mapping, trained: Trained | None) -> dict[Amplification, ScoreTable]:
+def zero_shot_tables(
+    hparams: Mapping, trained: Trained | None, run_opts: Mapping | None = None
+) -> dict[Amplification, ScoreTable]:
     """Cosines of every utterance and class, at each number of repeats.
 
     Parameters
@@ -187,6 +191,8 @@ def zero_shot_tables(hparams: Mapping, trained: Trained | None) -> dict[Amplific
         The recipe's.
     trained : Trained or None
         Where our own dual encoder comes from; `None` for a model that is given.
+    run_opts : mapping, optional
+        SpeechBrain's run options; a model that is given computes on their `device`.
 
     Returns
     -------
@@ -198,7 +204,8 @@ def zero_shot_tables(hparams: Mapping, trained: Trained | None) -> dict[Amplific
     >>> zero_shot_tables.__name__  # runs in `recipes/RAVDESS/zsfuse/train.py`
     'zero_shot_tables'
     """
-    model = trained.dual_encoder() if trained else open_alm(*(hparams[key] for key in ALM))
+    given = [hparams[key] for key in ALM]
+    model = trained.dual_encoder() if trained else open_alm(*given, device=device_of(run_opts))
     prompts = read_prompts(hparams["prompts"])
     labels = list(model.classes_known or hparams["labels"])
     manifests = [unlabelled(path) for path in target_manifests(hparams)]

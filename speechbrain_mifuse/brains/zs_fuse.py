@@ -81,6 +81,27 @@ class ScoreTable:
             raise UserError(f"{len(missing)} utterances have no scores, as {missing[0]}. Score the corpus again.")
         return torch.stack([self.values[key] for key in keys])
 
+    def classes_among(self, classes: Sequence[str]) -> list[int | None]:
+        """Find what each score is for.
+
+        Parameters
+        ----------
+        classes : sequence of str
+            Classes to decide between.
+
+        Returns
+        -------
+        list of int or None
+            Place of each score's label among the classes; `None` if it is none of them.
+
+        Example
+        -------
+        >>> ScoreTable(("sad", "bored"), {}).classes_among(["angry", "sad"])
+        [1, None]
+        """
+        places = {label: place for place, label in enumerate(classes)}
+        return [places.get(label) for label in self.labels]
+
     def decisions(self, classes: Sequence[str]) -> dict[str, torch.Tensor]:
         """Arrange the scores as predictions of classes, which the highest score decides.
 
@@ -94,10 +115,11 @@ class ScoreTable:
         dict of str to torch.Tensor
             `[C]` by utterance id, as `counts_by_speaker` takes it; empty if no score is for any of the classes.
         """
-        places = [(place, self.labels.index(label)) for place, label in enumerate(classes) if label in self.labels]
-        if not places:
+        found = self.classes_among(classes)
+        of = [score for score, place in enumerate(found) if place is not None]
+        into = [found[score] for score in of]
+        if not of:
             return {}
-        into, of = map(list, zip(*places, strict=True))
         scores = torch.full((len(self.values), len(classes)), float("-inf"))
         scores[:, into] = torch.stack(list(self.values.values()))[:, of]
         return dict(zip(self.values, scores, strict=True))
@@ -316,9 +338,9 @@ def train_fusion_arm(
         return record
     seed_everything(run.seed)
     adapter = starting_adapter(specialist, hparams, run, front, adapters)
-    labels = list(hparams["labels"])
-    score_classes = [labels.index(label) if label in labels else None for label in table.labels]
-    classifier = arm.classifier(specialist.classifier(front.dim, len(labels), adapter), score_classes, len(labels))
+    n_classes = len(hparams["labels"])
+    score_classes = table.classes_among(hparams["labels"])
+    classifier = arm.classifier(specialist.classifier(front.dim, n_classes, adapter), score_classes, n_classes)
     columns = {"scores": table.values}
     brain, predictions, n_train = fit_and_predict(
         name, hparams, run, front, classifier, run_opts, columns, kind=FusionBrain

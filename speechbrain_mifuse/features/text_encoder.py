@@ -33,7 +33,7 @@ class FrozenTextEncoder:
     `t = normalise(mean_i h_i)` over all tokens of a text, those that begin and end it included (Reimers & Gurevych
     2019). Texts of equally many tokens share a forward pass and nothing is ever padded, so a text's vector does not
     depend on the texts beside it. Weights are read from safetensors alone, as float32, and no code of the model's is
-    run. It stays on the CPU.
+    run. Its vectors are on the CPU wherever it computes.
 
     Parameters
     ----------
@@ -78,6 +78,22 @@ class FrozenTextEncoder:
         raw = type(model.config).get_config_dict(where, local_files_only=folder is not None)[0]
         self._digest = digest_of(raw, self.tokenizer.get_vocab(), model)
 
+    def to(self, device: str | torch.device) -> FrozenTextEncoder:
+        """Move the weights; texts are encoded there.
+
+        Parameters
+        ----------
+        device : str or torch.device
+            Where to.
+
+        Returns
+        -------
+        FrozenTextEncoder
+            Itself.
+        """
+        self.model.to(device)
+        return self
+
     def _tokens(self, texts: Sequence[str]) -> list[list[int]]:
         return self.tokenizer(list(texts), truncation=False, padding=False)["input_ids"]
 
@@ -108,7 +124,7 @@ class FrozenTextEncoder:
         Returns
         -------
         torch.Tensor
-            `[texts, dim]`, float32, unit norm.
+            `[texts, dim]`, float32, unit norm, on the CPU.
 
         Raises
         ------
@@ -128,8 +144,8 @@ class FrozenTextEncoder:
         parts = [part for places in same_length.values() for part in torch.tensor(places).split(TOGETHER)]
         with progress(total=len(tokens), desc="encode texts", unit="text", disable=len(tokens) < MANY) as bar:
             for part in parts:
-                states = self.model(torch.tensor([tokens[place] for place in part])).last_hidden_state
-                vectors[part] = F.normalize(states.mean(1), dim=-1)
+                inputs = torch.tensor([tokens[place] for place in part], device=self.model.device)
+                vectors[part] = F.normalize(self.model(inputs).last_hidden_state.mean(1), dim=-1).cpu()
                 bar.update(len(part))
         return vectors
 

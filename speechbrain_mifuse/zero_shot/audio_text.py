@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
+import os
 import re
 from abc import ABC, abstractmethod
 from collections import defaultdict
@@ -55,6 +56,21 @@ class AudioTextModel(ABC):
     classes_known: tuple[str, ...] | None = None
     layer: int | None = None
     longest_text: int | None = None
+
+    def to(self, device: str | torch.device) -> AudioTextModel:
+        """Move the weights, if there are any; what is computed comes back to the CPU.
+
+        Parameters
+        ----------
+        device : str or torch.device
+            Where to.
+
+        Returns
+        -------
+        AudioTextModel
+            Itself.
+        """
+        return self
 
     @abstractmethod
     def fingerprint(self) -> dict:
@@ -223,6 +239,8 @@ class GenericAudioTextModel(AudioTextModel):
         Silence threshold of `trim_silence`; `None`, the default, cuts nothing: the model hears the recording as it is.
     trust_remote_code : bool
         Whether to run Python that comes with the model. Read it first.
+    flag : str
+        Flag that named the source, for messages.
 
     Attributes
     ----------
@@ -254,10 +272,11 @@ class GenericAudioTextModel(AudioTextModel):
         window: str = "native",
         trim_db: float | None = None,
         trust_remote_code: bool = False,
+        flag: str = "--alm",
     ):
-        self.name = re.sub(r"[^\w.-]+", "-", Path(source).name)
+        self.name = name_of(source)
         self.policy, self.trim_db = known_window(window), trim_db
-        with alm_errors(source):
+        with alm_errors(source, flag):
             self.model, self.extractor, self.tokenizer = load_parts(source, trust_remote_code)
             self.sample_rate = int(self.extractor.sampling_rate)
             self.size = window_size(self.extractor)
@@ -266,18 +285,7 @@ class GenericAudioTextModel(AudioTextModel):
             self.dim = self._try_out()
 
     def to(self, device: str | torch.device) -> GenericAudioTextModel:
-        """Move the weights.
-
-        Parameters
-        ----------
-        device : str or torch.device
-            Where to.
-
-        Returns
-        -------
-        GenericAudioTextModel
-            Itself.
-        """
+        """Move the weights; what a network is fed follows them; see `AudioTextModel.to`."""
         self.model.to(device)
         return self
 
@@ -497,7 +505,7 @@ class ClapModel(GenericAudioTextModel):
 
     Parameters
     ----------
-    source, window, trim_db, trust_remote_code
+    source, window, trim_db, trust_remote_code, flag
         As for `GenericAudioTextModel`.
 
     Example
@@ -535,7 +543,31 @@ class ClapModel(GenericAudioTextModel):
 FAMILIES: dict[str, type[GenericAudioTextModel]] = {"clap": ClapModel}
 
 
-def open_audio_text_model(source: str | Path, trust_remote_code: bool = False, **options) -> GenericAudioTextModel:
+def name_of(source: str | Path) -> str:
+    """Name a model after its folder or its hub id.
+
+    Parameters
+    ----------
+    source : str or pathlib.Path
+        Folder, or hub id.
+
+    Returns
+    -------
+    str
+        Letters, digits, `-`, `_` and `.`.
+
+    Example
+    -------
+    >>> name_of("laion/clap-htsat-unfused"), name_of("models/my clap/")
+    ('clap-htsat-unfused', 'my-clap')
+    """
+    # Absolute, because `.` has no name; links are not followed: a hub's cache names what they lead to by a hash.
+    return re.sub(r"[^\w.-]+", "-", os.path.basename(os.path.abspath(source)))
+
+
+def open_audio_text_model(
+    source: str | Path, trust_remote_code: bool = False, flag: str = "--alm", **options
+) -> GenericAudioTextModel:
     """Load an audio-text model as what its configuration says it is.
 
     Parameters
@@ -544,6 +576,8 @@ def open_audio_text_model(source: str | Path, trust_remote_code: bool = False, *
         Folder in Hugging Face format, or hub id.
     trust_remote_code : bool
         Whether to run Python that comes with the model.
+    flag : str
+        Flag that named the source, for messages.
     **options
         Of `GenericAudioTextModel`: `window`, `trim_db`.
 
@@ -564,19 +598,22 @@ def open_audio_text_model(source: str | Path, trust_remote_code: bool = False, *
     ...
     speechbrain_mifuse.errors.UserError: --alm: './no-such-folder' is no folder. ...
     """
-    with alm_errors(source):
+    with alm_errors(source, flag):
         kind = AutoConfig.from_pretrained(str(source), trust_remote_code=trust_remote_code).model_type
-    return FAMILIES.get(kind, GenericAudioTextModel)(source, trust_remote_code=trust_remote_code, **options)
+    family = FAMILIES.get(kind, GenericAudioTextModel)
+    return family(source, trust_remote_code=trust_remote_code, flag=flag, **options)
 
 
 @contextlib.contextmanager
-def alm_errors(source: str | Path):
-    """Turn whatever goes wrong while a model is loaded into one error that names `--alm`.
+def alm_errors(source: str | Path, flag: str = "--alm"):
+    """Turn whatever goes wrong while a model is loaded into one error that names the flag.
 
     Parameters
     ----------
     source : str or pathlib.Path
         Folder or hub id.
+    flag : str
+        Flag that named it; `FLAG_trust_remote_code` allows its code.
 
     Raises
     ------
@@ -595,15 +632,15 @@ def alm_errors(source: str | Path):
     # A hub id is "name" or "owner/name": anything else can only be meant as a path.
     is_path = source.startswith((".", "/", "~")) or source.count("/") > 1 or "\\" in source
     if is_path and not Path(source).is_dir():
-        raise UserError(f"--alm: '{source}' is no folder. {remedy}")
+        raise UserError(f"{flag}: '{source}' is no folder. {remedy}")
     try:
         yield
     # The hub client's errors, and those of a model's own code, share no base class.
     except Exception as error:
         reason = (str(error).strip() or repr(error)).splitlines()[0].rstrip(".")
         if "trust_remote_code" in str(error):
-            remedy = "It brings Python of its own: read that, then allow it with --alm_trust_remote_code True."
-        raise UserError(f"--alm: '{source}' could not be loaded: {reason}. {remedy}") from error
+            remedy = f"It brings Python of its own: read that, then allow it with {flag}_trust_remote_code True."
+        raise UserError(f"{flag}: '{source}' could not be loaded: {reason}. {remedy}") from error
 
 
 def load_parts(source: str | Path, trust_remote_code: bool):

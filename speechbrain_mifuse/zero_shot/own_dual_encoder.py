@@ -25,7 +25,7 @@ from speechbrain_mifuse.features.text_encoder import FrozenTextEncoder
 from speechbrain_mifuse.nnet.adapter_files import DECISIVE
 from speechbrain_mifuse.nnet.dual_encoder import DualEncoder
 from speechbrain_mifuse.nnet.weights import load_all_weights
-from speechbrain_mifuse.zero_shot.audio_text import AudioTextModel, open_audio_text_model
+from speechbrain_mifuse.zero_shot.audio_text import AudioTextModel, name_of, open_audio_text_model
 from speechbrain_mifuse.zero_shot.window import known_repeats
 
 WEIGHTS, ABOUT = "dual_encoder.safetensors", "about.json"
@@ -106,11 +106,20 @@ class DualEncoderModel(AudioTextModel):
     name = "dual_encoder"
 
     def __init__(self, network: DualEncoder, about: Mapping, text_encoder: FrozenTextEncoder | None = None):
-        self.network, self.about = network.eval(), about
+        self.network, self.about, self.device = network.eval(), about, torch.device("cpu")
         self.classes_known = tuple(about["classes_known"])
         self.layer, self.longest_text = about["features"]["layer"], about["text_encoder"]["max_tokens"]
         if text_encoder is not None:
             self.text_encoder = text_encoder
+
+    def to(self, device: str | torch.device) -> DualEncoderModel:
+        """Move all parts, also encoders of text and speech that load later; see `AudioTextModel.to`."""
+        self.device = torch.device(device)
+        self.network.to(self.device)
+        # Only if it is loaded: asking for the attribute would load it.
+        if "text_encoder" in vars(self):
+            self.text_encoder.to(self.device)
+        return self
 
     @functools.cached_property
     def text_encoder(self) -> FrozenTextEncoder:
@@ -128,7 +137,7 @@ class DualEncoderModel(AudioTextModel):
                 f"--text_encoder: '{wanted['source']}' is not the text encoder that the dual encoder was trained with. "
                 "Restore it, or train the dual encoder again."
             )
-        return found
+        return found.to(self.device)
 
     def fingerprint(self) -> dict:
         """Describe what decides the vectors: projections, frames, text encoder.
@@ -170,6 +179,7 @@ class DualEncoderModel(AudioTextModel):
             encoder = FrozenEncoder(self.about["encoder"], layers)
         except (OSError, ValueError) as error:
             raise UserError(f"--encoder: {error}") from None
+        encoder.to(self.device)
         reader = FrameReader(encoder, wanted["trim_db"], wanted["frame_average"], repeats)
         refuse_other_frames(self.about["encoder"], wanted, {**reader.fingerprint(), "layer": self.layer})
         return reader
@@ -188,9 +198,9 @@ class DualEncoderModel(AudioTextModel):
         Returns
         -------
         torch.Tensor
-            `[batch, E]`, of unit norm; padding has no influence.
+            `[batch, E]`, of unit norm, on the CPU; padding has no influence.
         """
-        return self.network.audio_vectors(frames.float(), lengths)
+        return self.network.audio_vectors(frames.to(self.device).float(), lengths.to(self.device)).cpu()
 
     @torch.no_grad()
     def text_vectors(self, texts: Sequence[str]) -> torch.Tensor:
@@ -204,14 +214,14 @@ class DualEncoderModel(AudioTextModel):
         Returns
         -------
         torch.Tensor
-            `[texts, E]`, of unit norm.
+            `[texts, E]`, of unit norm, on the CPU.
 
         Raises
         ------
         UserError
             If a text is longer than `longest_text`.
         """
-        return self.network.text_vectors(self.text_encoder(texts))
+        return self.network.text_vectors(self.text_encoder(texts).to(self.device)).cpu()
 
     def text_lengths(self, texts: Sequence[str]) -> list[int]:
         """Count tokens, with those that begin and end a text.
@@ -409,7 +419,55 @@ def load_dual_encoder(
     return DualEncoderModel(network, about)
 
 
-def open_alm(source: str, window: str = "native", trust_remote_code: bool = False) -> AudioTextModel:
+def is_own(source: str) -> bool:
+    """Tell our own dual encoder from other audio-text models.
+
+    Parameters
+    ----------
+    source : str
+        Folder or hub id.
+
+    Returns
+    -------
+    bool
+        True for a folder that `export_dual_encoder` wrote.
+
+    Example
+    -------
+    >>> is_own("laion/clap-htsat-unfused")
+    False
+    """
+    return (Path(source) / ABOUT).is_file()
+
+
+def alm_name(source: str) -> str:
+    """Give the name of an audio-text model without loading it.
+
+    Parameters
+    ----------
+    source : str
+        Folder or hub id.
+
+    Returns
+    -------
+    str
+        `dual_encoder` for our own, else that of its folder or hub id: the `name` of what `open_alm` gives.
+
+    Example
+    -------
+    >>> alm_name("laion/clap-htsat-unfused")
+    'clap-htsat-unfused'
+    """
+    return DualEncoderModel.name if is_own(source) else name_of(source)
+
+
+def open_alm(
+    source: str,
+    window: str = "native",
+    trust_remote_code: bool = False,
+    device: str | torch.device = "cpu",
+    flag: str = "--alm",
+) -> AudioTextModel:
     """Load an audio-text model: our own dual encoder from its folder, or one of transformers.
 
     Parameters
@@ -420,6 +478,10 @@ def open_alm(source: str, window: str = "native", trust_remote_code: bool = Fals
         How repeats fill a fixed input window: `native`, `repeat` or `pad`; our own has none.
     trust_remote_code : bool
         Whether code of a hub repository may run here.
+    device : str or torch.device
+        Where it computes.
+    flag : str
+        Flag that named the source, for messages.
 
     Returns
     -------
@@ -438,6 +500,6 @@ def open_alm(source: str, window: str = "native", trust_remote_code: bool = Fals
     ...
     speechbrain_mifuse.errors.UserError: --alm: ...
     """
-    if (Path(source) / ABOUT).is_file():
-        return load_dual_encoder(source)
-    return open_audio_text_model(source, trust_remote_code, window=window)
+    if is_own(source):
+        return load_dual_encoder(source).to(device)
+    return open_audio_text_model(source, trust_remote_code, flag, window=window).to(device)

@@ -3,6 +3,7 @@
 import json
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -11,6 +12,7 @@ from safetensors.torch import load_file
 from tiny_text_encoder import write_text_encoder
 from torch.nn import functional as F
 
+from speechbrain_mifuse import zero_shot_pipeline
 from speechbrain_mifuse.brains import dual_encoder as brains
 from speechbrain_mifuse.brains.dual_encoder import Source, train_dual_encoder
 from speechbrain_mifuse.brains.training import SettingsError
@@ -29,6 +31,7 @@ from speechbrain_mifuse.zero_shot.own_dual_encoder import (
     DualEncoderModel,
     export_dual_encoder,
     load_dual_encoder,
+    open_alm,
     toy_about,
 )
 from speechbrain_mifuse.zero_shot.prompts import PromptSet, read_prompts
@@ -126,6 +129,18 @@ def test_the_demo_text_encoder_reads_all_of_a_text_and_knows_synonyms(monkeypatc
     assert encoder.lengths(["sad " * 200]) == [202]
     long, longer = encoder(["sad " * 200, "sad " * 199 + "happy"])
     assert (long - longer).abs().max() > 1e-4
+
+
+def test_texts_are_encoded_where_the_encoder_was_sent_and_vectors_are_on_the_cpu(text_folder, monkeypatch):
+    encoder, fed = FrozenTextEncoder(text_folder).to("meta"), []
+
+    def states(tokens):
+        fed.append(tokens.device.type)
+        return SimpleNamespace(last_hidden_state=torch.ones(*tokens.shape, encoder.dim))
+
+    assert encoder.model.device.type == "meta"
+    monkeypatch.setattr(encoder.model, "forward", states)
+    assert encoder(["sad", "so sad"]).device.type == "cpu" and set(fed) == {"meta"}
 
 
 # Network and loss.
@@ -474,6 +489,55 @@ def test_the_reader_gives_the_frames_it_was_trained_on_and_refuses_another_encod
     assert twice.shape[1] == pytest.approx(2 * once.shape[1], abs=1)
     with pytest.raises(UserError, match="--audio_repeats: 0"):
         model.reader(0)
+
+
+class Elsewhere:
+    """Stands in for a network and a text encoder on another device: notes where it is sent and what it is fed."""
+
+    def __init__(self):
+        self.sent, self.fed = [], []
+
+    def eval(self):
+        return self
+
+    def to(self, device):
+        self.sent.append(str(device))
+        return self
+
+    def __call__(self, texts):
+        return torch.ones(len(texts), 6)
+
+    def audio_vectors(self, *tensors):
+        self.fed += [tensor.device.type for tensor in tensors]
+        return SimpleNamespace(cpu=lambda: "vectors on the CPU")
+
+    text_vectors = audio_vectors
+
+
+def test_what_a_dual_encoder_scores_goes_to_its_device_and_comes_back():
+    network, text_encoder = Elsewhere(), Elsewhere()
+    model = DualEncoderModel(network, toy_about(), text_encoder).to("meta")
+    assert network.sent == text_encoder.sent == ["meta"]
+    found = model.audio_vectors(torch.randn(2, 5, 8), torch.tensor([0.4, 1.0])), model.text_vectors(["sad"])
+    assert network.fed == ["meta"] * 3 and found == ("vectors on the CPU",) * 2
+
+
+def test_encoders_that_load_later_go_to_the_dual_encoders_device(text_folder, text_encoder, toy_encoder, tmp_path):
+    ordinary = FrameReader(FrozenEncoder(str(toy_encoder), [1, 2]), 40.0, 4)
+    about = {**toy_about(), "encoder": str(toy_encoder), "features": {**ordinary.fingerprint(), "layer": 2}}
+    about["text_encoder"] |= text_encoder.fingerprint() | {"source": str(text_folder)}
+    export_dual_encoder(tmp_path, DualEncoder(16, 64), about)
+    model = open_alm(str(tmp_path), device="meta")
+    assert {tensor.device.type for tensor in model.network.state_dict().values()} == {"meta"}
+    assert model.reader(1).encoder.device.type == model.text_encoder.model.device.type == "meta"
+
+
+def test_a_dual_encoder_that_the_recipe_trains_scores_on_its_device(tmp_path, monkeypatch):
+    export_dual_encoder(tmp_path, DualEncoder(8, 6), toy_about())
+    monkeypatch.setattr(zero_shot_pipeline, "train_dual_encoder", lambda *given: tmp_path)
+    hparams = {"dual_encoder": {}}
+    trained = SimpleNamespace(hparams=hparams, sources={}, fronts={}, run_opts={"device": "meta"})
+    assert zero_shot_pipeline.Trained.dual_encoder(trained).device.type == "meta"
 
 
 def test_the_fingerprint_follows_the_weights():

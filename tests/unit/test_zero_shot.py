@@ -10,16 +10,18 @@ import torch
 import transformers
 from toy_corpora import write_wav
 
+from speechbrain_mifuse import zero_shot_pipeline
 from speechbrain_mifuse.audio import load_audio
 from speechbrain_mifuse.corpora import emodb, msp_podcast, ravdess
 from speechbrain_mifuse.corpora.manifest import LABELS, atomic_write
 from speechbrain_mifuse.errors import UserError
 from speechbrain_mifuse.features.extract import FrameReader
 from speechbrain_mifuse.features.store import StoreError
-from speechbrain_mifuse.pipeline import store_frames
+from speechbrain_mifuse.pipeline import store_frames, zero_shot_teacher
 from speechbrain_mifuse.registry import repository_root
 from speechbrain_mifuse.zero_shot import audio_text
-from speechbrain_mifuse.zero_shot.audio_text import ClapModel, GenericAudioTextModel, open_audio_text_model
+from speechbrain_mifuse.zero_shot.audio_text import ClapModel, GenericAudioTextModel, name_of, open_audio_text_model
+from speechbrain_mifuse.zero_shot.own_dual_encoder import alm_name, open_alm
 from speechbrain_mifuse.zero_shot.prompts import PromptSet, read_prompts, repeated
 from speechbrain_mifuse.zero_shot.scorer import (
     amplification_grid,
@@ -276,6 +278,36 @@ def test_a_model_of_another_type_is_taken_in_its_general_form(clap, folders):
 def test_weights_are_frozen_and_in_evaluation_mode(clap):
     assert not any(module.training for module in clap.model.modules())
     assert not any(parameter.requires_grad for parameter in clap.model.parameters())
+
+
+def test_a_model_that_is_sent_to_a_device_is_fed_there_and_answers_on_the_cpu(folders, monkeypatch):
+    model, fed = open_alm(str(folders[False]), device="meta"), []
+
+    def network(**inputs):
+        fed.extend(value.device.type for value in inputs.values())
+        return torch.ones(1, 16)
+
+    assert {tensor.device.type for tensor in model.model.state_dict().values()} == {"meta"}
+    monkeypatch.setattr(model.model, "get_audio_features", network)
+    monkeypatch.setattr(model.model, "get_text_features", network)
+    vectors = model.embed(torch.ones(48000), 1), model.text_vectors(["sad"])
+    assert len(fed) >= 4 and set(fed) == {"meta"} and {vector.device.type for vector in vectors} == {"cpu"}
+
+
+def test_the_recipe_opens_a_given_model_on_its_device(monkeypatch):
+    def opened(*given, **options):
+        raise UserError(f"{given} {options}")
+
+    monkeypatch.setattr(zero_shot_pipeline, "open_alm", opened)
+    hparams = {"alm": "clap", "alm_window": "pad", "alm_trust_remote_code": False}
+    with pytest.raises(UserError, match=r"^\('clap', 'pad', False\) {'device': 'cuda:1'}$"):
+        zero_shot_pipeline.score_tables(hparams, ["zero_shot"], 1, {"device": "cuda:1"})
+
+
+def test_a_model_is_named_after_its_folder_before_it_is_loaded(folders, clap, monkeypatch):
+    assert alm_name(str(folders[False])) == clap.name == "tiny-clap"
+    monkeypatch.chdir(folders[True])
+    assert name_of(".") == alm_name("./") == "tiny-clap-fused"
 
 
 def test_vectors_have_unit_norm_and_can_be_trained_on(clap, tmp_path):
@@ -574,6 +606,12 @@ def test_a_folder_that_is_no_audio_text_model_is_one_error_naming_the_flag(tmp_p
     change, message = SPOILT[part]
     with pytest.raises(UserError, match=f"^--alm: '.*spoilt' could not be loaded: .*{message}|{message}"):
         open_audio_text_model(change(tiny_clap.build(tmp_path / "spoilt")))
+
+
+def test_the_flag_that_an_error_advises_is_that_of_whoever_asked(tmp_path):
+    folder = str(with_code(tiny_clap.build(tmp_path / "spoilt")))
+    with pytest.raises(UserError, match=r"^--teacher_alm: .* allow it with --teacher_alm_trust_remote_code True\.$"):
+        zero_shot_teacher({"teacher_alm": folder, "teacher_alm_trust_remote_code": False})
 
 
 def test_a_hub_id_that_cannot_be_reached_is_one_error_naming_the_flag(monkeypatch):

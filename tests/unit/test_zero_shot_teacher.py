@@ -1,13 +1,23 @@
 """An audio-text model in the place of the API teacher."""
 
+import json
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
+import tiny_clap
 import torch
 from torch.nn import functional as F
+from toy_corpora import write_wav
 
+from speechbrain_mifuse import pipeline
+from speechbrain_mifuse.corpora.manifest import atomic_write
 from speechbrain_mifuse.errors import UserError
 from speechbrain_mifuse.features.store import FeatureStore
-from speechbrain_mifuse.pipeline import teacher_name, zero_shot_samples
+from speechbrain_mifuse.nnet.dual_encoder import DualEncoder
+from speechbrain_mifuse.pipeline import ask_teacher, teacher_name, zero_shot_teacher
+from speechbrain_mifuse.registry import repository_root
+from speechbrain_mifuse.zero_shot.own_dual_encoder import export_dual_encoder, open_alm, toy_about
 from speechbrain_mifuse.zero_shot.prompts import PromptSet
 from speechbrain_mifuse.zero_shot.teacher import drawn_classes, teacher_samples
 
@@ -77,10 +87,55 @@ def test_prompts_are_drawn_with_replacement_and_averaged():
 
 def test_a_teacher_without_a_model_is_one_clear_error():
     with pytest.raises(UserError, match="--teacher_alm FOLDER"):
-        zero_shot_samples({"teacher_alm": None}, [])
+        zero_shot_teacher({"teacher_alm": None})
 
 
-def test_results_name_the_teacher_that_was_asked():
-    hparams = {"teacher": "dual_encoder", "lalm_base_url": "https://host/v1", "lalm_model": "m"}
+def test_the_teacher_loads_on_the_runs_device_and_runs_its_code_only_if_allowed(monkeypatch):
+    opened = []
+    monkeypatch.setattr(pipeline, "open_alm", lambda *given, **options: opened.append((given, options)))
+    zero_shot_teacher({"teacher_alm": "clap", "teacher_alm_trust_remote_code": True}, {"device": "cuda:1"})
+    options = {"trust_remote_code": True, "device": "cuda:1", "flag": "--teacher_alm"}
+    assert opened == [(("clap",), options)]
+
+
+@pytest.fixture(scope="module")
+def clap_run(tmp_path_factory):
+    """Hparams of a run with a tiny CLAP as teacher, and four recordings."""
+    folder = tmp_path_factory.mktemp("run")
+    for split in ("adapt", "test"):
+        rows = {}
+        for number in range(2):
+            path = folder / f"{split}{number}.wav"
+            write_wav(path, 0.2 * np.sin(np.arange(16000) * (0.05 + 0.1 * number + 0.02 * len(split))))
+            rows[f"{split}-{number}"] = {"wav": str(path), "speaker": split}
+        atomic_write(folder / f"{split}_unlabelled.json", json.dumps(rows))
+    atomic_write(folder / "corpus.json", json.dumps({"data_root": str(folder)}))
+    methods = {"asks": SimpleNamespace(answers_for=("adapt", "test")), "asks_nothing": SimpleNamespace(answers_for=())}
+    return {
+        "teacher": "dual_encoder",
+        "teacher_alm": str(tiny_clap.build(folder / "small clap")),
+        "teacher_alm_trust_remote_code": False,
+        "teacher_prompts": repository_root() / "hparams" / "prompts" / "english.yaml",
+        "adaptation": {"methods": methods},
+        "labels": list(LABELS),
+        "lalm_samples": 3,
+        "target": "toy",
+        "target_manifests": folder,
+        "feature_folder": folder / "features",
+    }
+
+
+def test_answers_are_one_for_all_seeds_and_say_which_model_gave_them(clap_run):
+    first, second = (ask_teacher({**clap_run, "seed": seed}, ["asks"], None, None) for seed in (1, 2))
+    assert first.samples.probs.shape == (4, 3, 2) and torch.equal(first.samples.probs, second.samples.probs)
+    assert first.teacher == open_alm(clap_run["teacher_alm"]).fingerprint() and json.dumps(first.teacher)
+    assert ask_teacher(clap_run, ["asks_nothing"], None, None).teacher is None
+
+
+def test_results_name_the_teacher_that_was_asked(clap_run, tmp_path):
+    hparams = {"teacher": "dual_encoder", "lalm_base_url": "https://host/v1", "lalm_model": "m", "teacher_alm": None}
     assert teacher_name(hparams) == "dual_encoder"
     assert teacher_name({**hparams, "teacher": "emodb"}) == "m"
+    export_dual_encoder(tmp_path, DualEncoder(8, 6), toy_about())
+    assert teacher_name({**hparams, "teacher_alm": str(tmp_path)}) == "dual_encoder"
+    assert teacher_name({**hparams, "teacher_alm": clap_run["teacher_alm"]}) == "small-clap"
