@@ -13,15 +13,19 @@ Speakers come from the `speaker` column, else from the remaining folders on the 
 the splits are speaker-independent only as far as speakers are named; `corpus.json` counts the others under
 `recordings_without_speaker`, and results say so wherever they speak of speakers.
 
-Split policy: with labels, by speaker, sorted by name. Without any label nothing can be scored or trained with labels,
-so each split holds every recording whatever its share: the folder is what is adapted to and what is predicted.
+Split policy: with labels, by speaker, sorted by name, recordings without one evenly among them by a hash of their path:
+sorted by the path itself, folders named like labels would give each split classes of its own. Without any label nothing
+can be scored or trained with labels, so each split holds every recording whatever its share: the folder is what is
+adapted to and what is predicted.
 Ids start with the folder's name and end with the path below it; they stay while that name and path do.
 """
 
 from __future__ import annotations
 
 import csv
+import hashlib
 import logging
+import os
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -82,11 +86,31 @@ def list_folder(data_folder: str | Path) -> list[Utterance]:
         logger.warning("%s: %d recordings have no label and take no part.", root, passed_over)
     prefix = f"folder-{root.resolve().name}"
     return [
-        Utterance(
-            f"{prefix}/{path.as_posix()}", root / path, emo, speaker or path.as_posix(), speaker_known=bool(speaker)
-        )
-        for path, emo, speaker in listed
+        Utterance(f"{prefix}/{path.as_posix()}", root / path, emo, who or stand_in(path), speaker_known=bool(who))
+        for path, emo, who in listed
     ]
+
+
+def stand_in(path: Path) -> str:
+    """Name a recording without a known speaker: fixed, and in an order that has nothing to do with its folders.
+
+    Parameters
+    ----------
+    path : pathlib.Path
+        Below the corpus's folder.
+
+    Returns
+    -------
+    str
+        The same wherever the folder lies.
+
+    Example
+    -------
+    >>> stand_in(Path("happiness/1.wav"))
+    'unknown-84b9837f757c'
+    """
+    # A name on disk may hold bytes that are no text.
+    return f"unknown-{hashlib.sha256(os.fsencode(path.as_posix())).hexdigest()[:12]}"
 
 
 def labelled_by_folders(path: Path) -> tuple[str | None, str]:

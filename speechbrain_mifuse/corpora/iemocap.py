@@ -10,8 +10,8 @@ over. The folder also holds `Attribute/ Categorical/ Self-evaluation/`, and copi
 files: neither is read.
 
 Four classes: ang, hap and exc (excited counts as happy), neu, sad = 5,531 utterances, by session 1,085, 1,023, 1,151,
-1,031 and 1,241. Another copy is reported, in the log and in `corpus.json` under `release_check`. Frustration, surprise,
-fear, disgust, other and xxx (no agreement) take no part.
+1,031 and 1,241. Another copy is reported, in the log and in `corpus.json` under `release_check`; so are labels
+whose recording cannot be used. Frustration, surprise, fear, disgust, other and xxx (no agreement) take no part.
 Speaker: session and the F or M of the turn, as Ses01F; the F or M after the session in a dialogue's name is not it.
 Split policy: whole sessions, in numerical order, because the two speakers of one talk to each other.
 """

@@ -324,7 +324,8 @@ def deal(
         For each split its share of the groups, or its list of official partitions; where the corpus has none, its list
         of groups.
     order : sequence of str
-        Groups in the fixed order in which they are dealt by shares; others follow, sorted by name.
+        Groups in the fixed order in which they are dealt by shares; others follow, sorted by name. Recordings without
+        a known speaker come evenly between the speakers.
     group : str
         What stays together when dealt by shares: `speaker` or `session`.
 
@@ -350,8 +351,34 @@ def deal(
         kind = "partition" if any(utterance.partition for utterance in utterances) else group
         return kind, choose_partitions({getattr(u, kind) for u in utterances} - {None}, splits, kind)
     present = {getattr(utterance, group) for utterance in utterances}
-    known = [name for name in order if name in present]
-    return group, split_groups([*known, *sorted(present.difference(known))], splits, group)
+    stand_ins = present & {utterance.speaker for utterance in utterances if not utterance.speaker_known}
+    ordered = [name for name in order if name in present - stand_ins]
+    named = [*ordered, *sorted(present.difference(stand_ins, ordered))]
+    return group, split_groups(evenly(named, sorted(stand_ins)), splits, group)
+
+
+def evenly(first: Sequence[str], second: Sequence[str]) -> list[str]:
+    """Join two lists so that any stretch of the whole holds about the same share of both.
+
+    Dealt one list after the other, speakers and recordings without one would end up in different splits.
+
+    Parameters
+    ----------
+    first, second : sequence of str
+        Disjoint, each in its own order, which stays.
+
+    Returns
+    -------
+    list of str
+        All of them.
+
+    Example
+    -------
+    >>> evenly(["a", "b"], ["1", "2", "3", "4"])
+    ['1', 'a', '2', '3', 'b', '4']
+    """
+    place = {name: (number + 0.5) / len(part) for part in (first, second) for number, name in enumerate(part)}
+    return sorted(place, key=place.get)
 
 
 def leave_out_shared(placed: Mapping[str, Sequence[Utterance]]) -> tuple[dict[str, list[Utterance]], dict[str, str]]:
@@ -454,7 +481,8 @@ def check_release(corpus: str, utterances: Iterable[Utterance], by: str, expecte
     Returns
     -------
     dict
-        `counted_by, expected, found, total_expected, total_found, matches`, for `corpus.json`.
+        `counted_by, expected, found, total_expected, total_found, matches`, for `corpus.json`. Where labels stand in
+        tables these count labels, whether or not their recordings are there (see `with_unusable`).
 
     Example
     -------
@@ -483,6 +511,63 @@ def check_release(corpus: str, utterances: Iterable[Utterance], by: str, expecte
         "total_found": sum(found.values()),
         "matches": matches,
     }
+
+
+def with_unusable(facts: Mapping, unusable: int) -> dict:
+    """Bring what `check_release` found in the labels together with the recordings that are there.
+
+    Parameters
+    ----------
+    facts : mapping
+        For `corpus.json`, perhaps with a `release_check`.
+    unusable : int
+        Recordings, of those that the splits ask for, that cannot be used.
+
+    Returns
+    -------
+    dict
+        The same; a `release_check` also holds `unusable`, and matches only if that is 0.
+
+    Example
+    -------
+    >>> with_unusable({"release_check": {"total_found": 9, "matches": True}}, 2)["release_check"]
+    {'total_found': 9, 'matches': False, 'unusable': 2}
+    """
+    check = facts.get("release_check")
+    if check is None:
+        return dict(facts)
+    told = {"matches": check["matches"] and not unusable, "unusable": unusable}
+    return {**facts, "release_check": {**check, **told}}
+
+
+def warn_of_unusable(corpus: str, about: Mapping, save_folder: str | Path) -> None:
+    """Say when recordings of a published release cannot be used.
+
+    Parameters
+    ----------
+    corpus : str
+        Name for the message.
+    about : mapping
+        Content of `corpus.json`; without a `release_check` nothing is said.
+    save_folder : str or pathlib.Path
+        Folder of `corpus.json` and `skipped.json`.
+
+    Example
+    -------
+    >>> warn_of_unusable("toy", {"release_check": {"unusable": 0}}, "manifests")
+    """
+    check = about.get("release_check") or {}
+    if check.get("unusable"):
+        logger.warning(
+            "%s: %d of the %d utterances that the labels name cannot be used: their recordings are missing, unreadable "
+            "or copies of others, see %s. The figures are not comparable with published ones. "
+            "Restore the recordings, delete %s and run again.",
+            corpus,
+            check["unusable"],
+            check["total_found"],
+            Path(save_folder) / "skipped.json",
+            Path(save_folder) / ABOUT,
+        )
 
 
 def check_utterances(corpus: str, utterances: Sequence[Utterance]) -> None:
@@ -674,7 +759,8 @@ def write_splits(
             split: dict(sorted(Counter(u.emo or "unlabelled" for u in placed[split]).items())) for split in splits
         }
     }
-    about |= {"shared_speakers_left_out": len(shared), **(facts or {})}
+    about |= {"shared_speakers_left_out": len(shared), **with_unusable(facts or {}, len(skipped))}
+    warn_of_unusable(corpus, about, save_folder)
     settings = settings_of(corpus, utterances, data_folder, splits, keep)
     # Last, because its presence tells that everything before it is whole.
     atomic_write(Path(save_folder) / ABOUT, json.dumps(settings | about, indent=1))
@@ -1179,9 +1265,10 @@ class Corpus:
             If a recording does not fit.
         """
         utterances = self.list_utterances(folder)
-        # Also when the rest is skipped: a copy that is not the published release is said at every run.
+        # Also when the rest is skipped: a copy that is not the published release, or not whole, is said at every run.
         facts = self.facts(folder, utterances) if self.facts else None
         if is_prepared(save_folder, settings_of(self.name, utterances, folder, splits, keep)):
             logger.info("%s: manifests in %s are up to date, preparation skipped.", self.name, save_folder)
+            warn_of_unusable(self.name, read_about(Path(save_folder) / ABOUT), save_folder)
             return
         write_splits(self.name, utterances, folder, save_folder, splits, self.order, self.group, keep, facts)

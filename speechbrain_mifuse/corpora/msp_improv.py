@@ -11,7 +11,7 @@ the video of the same turn; the annotators' lines that follow are passed over.
 
 Four classes: A angry, H happy, N neutral, S sad; O (other) and X (no agreement) take no part. The commonly cited counts
 are 7,798: angry 792, happy 2,644, neutral 3,477, sad 885. Another copy is reported, in the log and in `corpus.json`
-under `release_check`.
+under `release_check`; so are labels whose recording cannot be used.
 Split policy: whole sessions, in numerical order, because the two speakers of one talk to each other.
 """
 

@@ -277,6 +277,8 @@ def test_a_folder_is_recognised_around_its_bad_recordings(hostile, clean, recogn
     folder, samples = hostile
     found = {os.path.relpath(one.path, folder): one for one in recogniser.classify_folder(folder, show_progress=False)}
     assert {*found} == readable(samples) | {*GOOD}
+    silent = found.pop("silence.wav")
+    assert silent.label is None and not silent.probs.any()
     for one in found.values():
         assert one.label in LABELS and torch.isfinite(one.probs).all()
         assert float(one.probs.sum()) == pytest.approx(1, abs=1e-5)

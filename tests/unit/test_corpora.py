@@ -18,7 +18,7 @@ from toy_corpora import (
     write_wav,
 )
 
-from speechbrain_mifuse.corpora import emodb, msp_improv, nemo, ravdess
+from speechbrain_mifuse.corpora import emodb, iemocap, msp_improv, nemo, ravdess
 from speechbrain_mifuse.corpora.crema_d import list_crema_d, prepare_crema_d
 from speechbrain_mifuse.corpora.emodb import list_emodb, prepare_emodb
 from speechbrain_mifuse.corpora.folder import list_folder, prepare_folder
@@ -292,6 +292,51 @@ def test_an_iemocap_turn_without_recording_is_left_out_and_listed(tmp_path):
     assert list(json.loads((tmp_path / "m" / "skipped.json").read_text())) == ["iem-Ses01F_impro01_F000"]
 
 
+def whole_release(name, root, monkeypatch):
+    """A small tree whose labels have the published counts."""
+    monkeypatch.setattr(iemocap, "SESSIONS", {f"Ses0{number}": 16 for number in range(1, 6)})
+    monkeypatch.setattr(msp_improv, "COUNTS", dict.fromkeys(LABELS, 24))
+    return PAPER[name][0](root / name)
+
+
+CHECKED = ("IEMOCAP_full_release", "MSP-IMPROV")
+
+
+@pytest.mark.parametrize("name", CHECKED)
+def test_a_whole_release_matches_and_nothing_is_said(name, tmp_path, monkeypatch, caplog):
+    PAPER[name][2](whole_release(name, tmp_path, monkeypatch), tmp_path / "m", SHARES)
+    check = about(tmp_path / "m")["release_check"]
+    assert check["matches"] is True and check["unusable"] == 0 and not caplog.text
+
+
+@pytest.mark.parametrize("name", CHECKED)
+def test_a_release_whose_labels_are_whole_and_whose_recordings_are_not_does_not_match(
+    name, tmp_path, monkeypatch, caplog
+):
+    root, prepare = whole_release(name, tmp_path, monkeypatch), PAPER[name][2]
+    wavs = [u.wav for u in PAPER[name][1](root)]
+    kept = {wav: wav.read_bytes() for wav in wavs[:15]}
+    for wav in wavs[:14]:
+        wav.unlink()
+    wavs[14].write_bytes(b"")
+    # The second time the manifests are there already.
+    for _ in range(2):
+        caplog.clear()
+        prepare(root, tmp_path / "m", SHARES)
+        check = about(tmp_path / "m")["release_check"]
+        assert check["matches"] is False and check["unusable"] == 15
+        assert check["total_expected"] == check["total_found"] == len(wavs)
+        said = [record.getMessage() for record in caplog.records if "published" in record.getMessage()]
+        assert len(said) == 1 and f"15 of the {len(wavs)} utterances" in said[0]
+        assert str(tmp_path / "m" / "skipped.json") in said[0]
+    # What the message asks for.
+    for wav, content in kept.items():
+        wav.write_bytes(content)
+    (tmp_path / "m" / "corpus.json").unlink()
+    prepare(root, tmp_path / "m", SHARES)
+    assert about(tmp_path / "m")["release_check"]["matches"] is True
+
+
 @pytest.mark.parametrize("table", ["Evalution.txt", "Evaluation.txt"])
 @pytest.mark.parametrize("audio", ["", "Audio"])
 def test_msp_improv_copies_differ_in_spelling_and_place(table, audio, tmp_path):
@@ -452,7 +497,7 @@ def test_folders_named_like_labels_give_emotions_and_the_others_speakers(tmp_pat
     assert found(list_folder(root)) == {
         "folder-mine/anna/Angry/1.wav": ("angry", "anna"),
         "folder-mine/anna/neutral/1.wav": ("neutral", "anna"),
-        "folder-mine/happiness/1.wav": ("happy", "happiness/1.wav"),
+        "folder-mine/happiness/1.wav": ("happy", "unknown-84b9837f757c"),
         "folder-mine/sad/bert/1.wav": ("sad", "bert"),
     }
     assert "1 recordings have no label" in caplog.text
@@ -463,7 +508,7 @@ def test_a_table_gives_emotions_and_speakers(tmp_path, caplog):
     write_text(root / "labels.csv", "file,emo,speaker\n1.wav,Anger,anna\nx/2.wav,sad,\n")
     assert found(list_folder(root)) == {
         "folder-mine/1.wav": ("angry", "anna"),
-        "folder-mine/x/2.wav": ("sad", "x/2.wav"),
+        "folder-mine/x/2.wav": ("sad", "unknown-7bf1cb8de5c2"),
     }
     assert "1 recordings have no label" in caplog.text
 
@@ -496,6 +541,31 @@ def test_a_labelled_folder_is_split_by_speaker(tmp_path):
     root = write_folder(tmp_path / "mine", *(f"{who}/{emo}/1.wav" for who in "abcde" for emo in LABELS))
     prepare_folder(root, tmp_path / "m", SHARES)
     assert speakers_of(tmp_path / "m", "adapt") == set("abc") and speakers_of(tmp_path / "m", "test") == set("de")
+
+
+def test_class_folders_without_speakers_give_every_split_every_class_and_the_same_one_elsewhere(tmp_path):
+    for place in ("here", "there"):
+        root = tmp_path / place / "mine"
+        for number in range(40):
+            write_wav(root / LABELS[number // 10] / f"{number}.wav", utterance(LABELS[number // 10], number, 1))
+        prepare_folder(root, tmp_path / f"m {place}", SHARES)
+    splits = [[set(read_manifest(tmp_path / f"m {p}" / f"{s}.json")) for s in SHARES] for p in ("here", "there")]
+    assert splits[0] == splits[1] and [len(split) for split in splits[0]] == [24, 16]
+    for split in SHARES:
+        counts = about(tmp_path / "m here")["counts"][split]
+        # Of ten of each class, split by a hash that knows nothing of classes.
+        assert set(counts) == set(LABELS) and min(counts.values()) >= 2
+
+
+def test_speakers_and_recordings_without_one_are_in_every_split(tmp_path):
+    root = write_folder(tmp_path / "mine", *(f"{who}/{emo}/1.wav" for who in "abcde" for emo in LABELS))
+    for number in range(20):
+        write_wav(root / "sad" / f"{number}.wav", utterance("sad", number, 2))
+    prepare_folder(root, tmp_path / "m", SHARES)
+    assert about(tmp_path / "m")["counts"] == {
+        "adapt": {"angry": 3, "happy": 3, "neutral": 3, "sad": 15},
+        "test": {"angry": 2, "happy": 2, "neutral": 2, "sad": 10},
+    }
 
 
 def test_labelled_recordings_of_one_speaker_cannot_be_split(tmp_path):

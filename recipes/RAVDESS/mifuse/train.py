@@ -75,6 +75,6 @@ if __name__ == "__main__":
         for name in names:
             datasets = dataio_prepare(hparams, hparams["adaptation"]["methods"][name], front, answers)
             predictions = adapt(name, hparams["adaptation"], datasets, front, source, run_opts)
-            run_on_main(report, args=[hparams, name, predictions, len(datasets["adapt"])])
+            run_on_main(report, args=[hparams, name, predictions, len(datasets["adapt"]), answers.teacher])
         if if_main_process():
             print(summary(hparams, names))
