@@ -35,7 +35,7 @@ LAYER = 2
 
 def run(quick: bool) -> tuple[str, dict[str, Figure]]:
     """Compare the two."""
-    count, turns, seconds = (4, 2, (0.2, 0.4)) if quick else (256, 15, (1.0, 4.0))
+    count, turns, seconds = (4, 2, (0.2, 0.4)) if quick else (256, 25, (1.0, 4.0))
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch)
         encoder = random_whisper(folder / "encoder", **TINY_WHISPER) if quick else "demo"

@@ -14,7 +14,7 @@ from speechbrain_mifuse.errors import UserError, one_clear_error, stopped_by_ctr
 from speechbrain_mifuse.extract_command import add_extract
 from speechbrain_mifuse.label_commands import add_batch, add_labels
 from speechbrain_mifuse.lalm.http_limits import Limits
-from speechbrain_mifuse.recogniser_commands import add_adapt, add_predict
+from speechbrain_mifuse.recogniser_commands import add_adapt, add_device, add_predict, load, require_recogniser
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -93,6 +93,7 @@ def add_serve(commands) -> None:
         "/health needs none.",
     )
     serve.add_argument("source", help="folder of a recogniser, as a classifier recipe writes it")
+    add_device(serve)
     serve.add_argument("--host", default="127.0.0.1", help="address to bind to (default: this machine only)")
     serve.add_argument("--port", type=int, default=8000, help="port (default: 8000)")
     serve.add_argument("--model", default="served-classifier", help="model name that it answers to")
@@ -488,17 +489,16 @@ def run_serve(options: argparse.Namespace) -> None:
     >>> run_serve(argparse.Namespace(source="/nowhere"))
     Traceback (most recent call last):
     ...
-    speechbrain_mifuse.recogniser_files.RecogniserError: /nowhere: no whole recogniser there. ...
+    speechbrain_mifuse.errors.UserError: /nowhere: no folder of a recogniser here. ...
     """
     import logging
 
-    from speechbrain_mifuse.inference import EmotionRecognizer, recogniser_digest
     from speechbrain_mifuse.lalm.client import is_loopback
     from speechbrain_mifuse.lalm.http_limits import check_seconds
     from speechbrain_mifuse.lalm.http_server import checked_key
     from speechbrain_mifuse.lalm.serve import KEY_VARIABLE, EmotionServer, serve_until_stopped
 
-    recogniser_digest(options.source)
+    require_recogniser(options.source)
     limits = Limits(
         max_concurrent=options.max_concurrent,
         max_connections=options.max_connections,
@@ -508,7 +508,7 @@ def run_serve(options: argparse.Namespace) -> None:
     )
     grace = check_seconds("grace", options.grace)
     key = checked_key(os.environ.get(KEY_VARIABLE), KEY_VARIABLE)
-    recogniser = EmotionRecognizer.from_hparams(options.source)
+    recogniser = load(options)
     logging.basicConfig(level=logging.WARNING)  # a failing recogniser is told of here, and not to the client
     server = EmotionServer(recogniser, options.model, options.host, options.port, limits, key)
     if key is None and not is_loopback(server.base_url):

@@ -5,7 +5,9 @@ from __future__ import annotations
 import contextlib
 import itertools
 import logging
+import math
 import threading
+import time
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -13,6 +15,8 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
+from hyperpyyaml.core import recursive_update
+from safetensors import SafetensorError
 from speechbrain.inference.interfaces import Pretrained
 from speechbrain.utils.autocast import AMPConfig
 from speechbrain.utils.fetching import fetch
@@ -22,7 +26,7 @@ from speechbrain_mifuse.audio import BadAudio, content_hash, load_audio
 from speechbrain_mifuse.corpora.folder import ENDINGS
 from speechbrain_mifuse.errors import UserError
 from speechbrain_mifuse.features.dataset import pad_frames
-from speechbrain_mifuse.features.encode_files import ahead
+from speechbrain_mifuse.features.encode_files import BATCH_S, ahead, similar
 from speechbrain_mifuse.features.extract import ENCODING_THREADS, FrameReader, batched
 from speechbrain_mifuse.progress import progress
 from speechbrain_mifuse.recogniser_files import (
@@ -30,6 +34,7 @@ from speechbrain_mifuse.recogniser_files import (
     export_recogniser,
     load_classifier,
     load_weights,
+    own_encoder,
     recogniser_digest,
     refuse_foreign_code,
 )
@@ -61,14 +66,22 @@ logger = logging.getLogger(__name__)
 # Pooled vectors that a recogniser remembers: K stochastic answers to one recording then encode it once.
 REMEMBERED = 256
 
-# Recordings that the threads may be ahead of what was handed out.
+# Recordings, or groups of them, that the threads may be ahead of what was handed out.
 AHEAD = 4 * ENCODING_THREADS
 
-# Clips that are classified together once they are encoded.
-GROUP = 8
+# Clips that are read, encoded and classified together, step by step, and seconds that this may take: large encoders go
+# clip by clip, or progress would seem to stand still.
+GROUP, GROUP_S = 16, 0.5
 
-# Seconds above which a recording is no utterance any more.
-LONG = 60.0
+# Seconds above which a recording is no utterance any more, and of the pieces in which an encoder hears such a one: it
+# takes 16 MB and more for each second that it hears at once.
+LONG, PIECE_S = 60.0, 30.0
+
+# Encoders that cut a long recording into pieces themselves.
+CUTTING = {"whisper"}
+
+# Held while threads that use one core each are started: meanwhile the process's number of cores is not the true one.
+_starting = threading.Lock()
 
 
 class Recognition(NamedTuple):
@@ -98,7 +111,11 @@ class EmotionRecognizer(Pretrained):
     temperature changes no label. `predict_proba` gives them without it, since the recipes' teachers answer with it.
 
     Every clip is encoded at its true length, whatever it is batched with: clips run side by side on the cores instead
-    of being padded to one batch. Only behind the encoder, where padding has no influence, are they put together.
+    of being padded to one batch. On a GPU they are padded, and the padding is masked out: what a clip gives is the same
+    up to rounding. Above a minute an encoder hears pieces of at most 30 s, whose frames are put together.
+
+    Digital silence, a recording of nothing but zeros, has no emotion: the label is `None` and all probabilities are
+    zero. Only `predict_proba` answers to it as to any other recording.
 
     Parameters
     ----------
@@ -137,6 +154,7 @@ class EmotionRecognizer(Pretrained):
         self.mods.encoder.compute_dtype = AMPConfig.from_name(self.precision).dtype
         self.reader = FrameReader(self.mods.encoder, self.hparams.trim_db, self.hparams.frame_average)
         self._vectors: OrderedDict[str, torch.Tensor] = OrderedDict()
+        self._last: tuple[torch.Tensor, str] | None = None
         norm = getattr(self.hparams, "speaker_norm", None)
         if norm:
             logger.warning(
@@ -147,7 +165,8 @@ class EmotionRecognizer(Pretrained):
     def from_hparams(cls, source, overrides=None, trust_code=False, **kwargs):
         """Load a recogniser.
 
-        Its YAML is a program: one that names more than the parts of an exported recogniser is refused.
+        Its YAML is a program: one that names more than the parts of an exported recogniser is refused. An encoder that
+        lies in the folder, as one that was trained along does, is taken wherever the folder is moved.
 
         Parameters
         ----------
@@ -168,19 +187,60 @@ class EmotionRecognizer(Pretrained):
         Raises
         ------
         RecogniserError
-            If the YAML would run other code, or the weights cannot be loaded.
+            If the YAML would run other code, or the weights or the encoder cannot be loaded.
         """
         if not trust_code:
             fetching = {key: kwargs[key] for key in ("savedir", "fetch_config") if key in kwargs}
             refuse_foreign_code(fetch(kwargs.get("hparams_file", "hyperparams.yaml"), str(source), **fetching))
-        return super().from_hparams(
-            str(source), overrides={"pretrained_path": str(source), **(overrides or {})}, **kwargs
-        )
+        changes = {"pretrained_path": str(source), **own_encoder(source)}
+        recursive_update(changes, overrides or {})
+        try:
+            return super().from_hparams(str(source), overrides=changes, **kwargs)
+        except UserError:
+            raise
+        except (OSError, ValueError, SafetensorError) as error:
+            raise RecogniserError(
+                f"{source}: cannot be loaded ({' '.join(str(error).split())}). Bring the whole folder, with `encoder` "
+                "if it had one, or say where the encoder is: overrides={'encoder': {'source': FOLDER_OR_HUB_ID}}."
+            ) from error
 
     @torch.inference_mode()
+    def _frames_of(self, waveforms: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+        return [frames[0] if len(frames) == 1 else frames.transpose(0, 1) for frames in self._encoded(waveforms)]
+
+    def _encoded(self, waveforms: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+        if any(map(self._is_cut, waveforms)):
+            return [self._in_pieces(wave) if self._is_cut(wave) else self.reader.encode(wave) for wave in waveforms]
+        if self.reader.batches and len(waveforms) > 1:
+            return self._together(waveforms)
+        return self.reader.encode_each([waveform.to(self.device) for waveform in waveforms])
+
+    def _is_cut(self, waveform: torch.Tensor) -> bool:
+        long = len(waveform) > LONG * self.sample_rate
+        return long and self.mods.encoder.fingerprint()["model_type"] not in CUTTING
+
+    def _in_pieces(self, waveform: torch.Tensor) -> torch.Tensor:
+        # Trimmed as a whole: the pauses at the edges of a piece lie inside the recording.
+        heard = self.reader.prepare(waveform)
+        # Of equal length: a rest would be a piece of almost nothing.
+        pieces = heard.tensor_split(math.ceil(len(heard) / (PIECE_S * self.sample_rate)))
+        return torch.cat([self.reader.encode_together([piece])[0] for piece in pieces], dim=1)
+
+    def _together(self, waveforms: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+        heard, encoded = [self.reader.prepare(waveform) for waveform in waveforms], {}
+        for batch in similar(list(enumerate(heard)), int(BATCH_S * self.sample_rate)):
+            places, waves = zip(*batch, strict=True)
+            encoded |= zip(places, self.reader.encode_together(waves), strict=True)
+        return [encoded[place] for place in range(len(heard))]
+
     def _frames(self, waveform: torch.Tensor) -> torch.Tensor:
-        frames = self.reader.encode(waveform.to(self.device))
-        return frames[0] if len(frames) == 1 else frames.transpose(0, 1)
+        return self._frames_of([waveform])[0]
+
+    def _frames_each(self, waveforms: Sequence[torch.Tensor], each: Callable) -> Iterator[torch.Tensor]:
+        """Encode in batches on a GPU; elsewhere one by one, as `each` applies a function to many things."""
+        if self.reader.batches:
+            return itertools.chain.from_iterable(map(self._frames_of, batched(waveforms, GROUP)))
+        return each(self._frames, waveforms)
 
     @torch.inference_mode()
     def _answers(self, frames: Sequence[torch.Tensor]) -> torch.Tensor:
@@ -190,18 +250,33 @@ class EmotionRecognizer(Pretrained):
         logits = self.mods.classifier.head(self.mods.classifier.embed(data, lengths), stochastic=False)
         return (logits / self.temperature).softmax(-1).cpu()
 
-    def _calibrated(self, waveform: torch.Tensor) -> torch.Tensor:
-        return self._answers([self._frames(waveform)])[0]
+    def _answers_to(self, waveforms: Sequence[torch.Tensor], frames_of: Callable) -> torch.Tensor:
+        """Answer to recordings, with zeros to digital silence."""
+        sounding = torch.tensor([bool(waveform.any()) for waveform in waveforms], dtype=torch.bool)
+        probs = torch.zeros(len(waveforms), len(self.labels))
+        probs[sounding] = self._answers(list(frames_of(list(itertools.compress(waveforms, sounding)))))
+        return probs
+
+    def _answer_to(self, waveform: torch.Tensor) -> torch.Tensor:
+        return self._answers_to([waveform], self._frames_of)[0]
 
     @torch.inference_mode()
     def _vector(self, waveform: torch.Tensor) -> torch.Tensor:
-        key = content_hash(waveform)
+        key = self._key(waveform)
         if key not in self._vectors:
             frames = self._frames(waveform).to(self.device)
             self._vectors[key] = self.mods.classifier.embed(frames.unsqueeze(0))[0]
             while len(self._vectors) > REMEMBERED:
                 self._vectors.popitem(last=False)
         return self._vectors[key]
+
+    def _key(self, waveform: torch.Tensor) -> str:
+        # Many answers to one recording are asked for one by one, and hashing takes much longer than comparing. With a
+        # copy, since arrays that share a tensor's memory change it unseen.
+        last = self._last  # which another thread may replace
+        if last is None or last[0].device != waveform.device or not last[0].equal(waveform):
+            last = self._last = waveform.clone(), content_hash(waveform)
+        return last[1]
 
     @torch.inference_mode()
     def predict_proba(
@@ -260,7 +335,7 @@ class EmotionRecognizer(Pretrained):
         Returns
         -------
         label : str or None
-            One of `labels`; `None` when the answer is below `abstain_below`.
+            One of `labels`; `None` when the answer is below `abstain_below`, or nothing is to be heard.
         probs : torch.Tensor
             `[C]`.
 
@@ -269,7 +344,7 @@ class EmotionRecognizer(Pretrained):
         BadAudio
             If the recording cannot be read.
         """
-        probs = self._calibrated(load_audio(path, self.sample_rate))
+        probs = self._answer_to(load_audio(path, self.sample_rate))
         return self.label_of(probs), probs
 
     def classify_batch(
@@ -293,11 +368,18 @@ class EmotionRecognizer(Pretrained):
         index : torch.Tensor
             `[B]`, its place in `labels`.
         text_lab : list of str or None
-            Its name; `None` below `abstain_below`.
+            Its name; `None` below `abstain_below`, and where nothing is to be heard.
+
+        Raises
+        ------
+        UserError
+            If it is no batch.
         """
+        if wavs.dim() != 2:
+            raise UserError(f"wavs: {list(wavs.shape)} is no batch [B, samples]; one waveform goes as wavs[None].")
         lens = torch.ones(len(wavs)) if wav_lens is None else wav_lens
         clips = [wav[: max(1, round(float(part) * len(wav)))] for wav, part in zip(wavs, lens, strict=True)]
-        probs = self._answers(list(in_order(self._frames, clips)))
+        probs = self._answers_to(clips, lambda heard: self._frames_each(heard, in_order))
         score, index = probs.max(-1)
         return probs, score, index, [self.label_of(row) for row in probs]
 
@@ -333,36 +415,30 @@ class EmotionRecognizer(Pretrained):
         Raises
         ------
         UserError
-            If the lengths do not fit together.
+            If the lengths do not fit together, or `paths` is a single path.
         """
-        windowing = None if window_s is None else Windowing.of(window_s, hop_s, smooth_s)
+        if isinstance(paths, str | Path):
+            raise UserError(f"paths: {str(paths)!r} is one path; pass a list of them, or call classify_file.")
+        windowing = _windowing(window_s, hop_s, smooth_s)
+        clip_s = GROUP_S
 
-        def hear(path: Path) -> tuple[Recognition, torch.Tensor | None]:
-            try:
-                wave = load_audio(path, self.sample_rate)
-            except BadAudio as error:
-                return Recognition(path, None, None, error=str(error)), None
-            seconds = len(wave) / self.sample_rate
-            if windowing is None or seconds <= windowing.window_s:
-                return Recognition(path, None, None, seconds), self._frames(wave)
-            timeline = self._over_time(wave, windowing, map)
-            return Recognition(path, timeline.label, timeline.probs, seconds, timeline), None
-
-        def answer(group: list[tuple[Recognition, torch.Tensor | None]]) -> list[Recognition]:
-            probs = iter(self._answers([frames for _, frames in group if frames is not None]))
+        def answer(group: list[Path]) -> list[Recognition]:
+            nonlocal clip_s
+            begin = time.perf_counter()
+            heard = [self._heard(path, windowing) for path in group]
+            probs = iter(self._answers_to([wave for _, wave in heard if wave is not None], self._frames_of))
+            clip_s = (time.perf_counter() - begin) / len(group)
             return [
-                found if frames is None else self._answered(found, next(probs), windowing is not None)
-                for found, frames in group
+                found if wave is None else self._answered(found, next(probs), windowing is not None)
+                for found, wave in heard
             ]
 
         paths = [Path(path) for path in paths]
         bar = progress(total=len(paths), desc="recognise", unit="file", disable=not show_progress)
         with bar, one_core_threads() as pool:
             long = 0
-            # What comes behind the encoder is small and many steps: a few clips at a time take a third of the time. By
-            # the same threads, since operations of this one would use, and wait on, the cores that encode.
-            groups = batched(ahead(pool, hear, paths, AHEAD), GROUP)
-            for found in itertools.chain.from_iterable(ahead(pool, answer, groups, 1)):
+            groups = shrinking_groups(paths, lambda: min(GROUP, int(GROUP_S / clip_s)), ENCODING_THREADS)
+            for found in itertools.chain.from_iterable(ahead(pool, answer, groups, AHEAD)):
                 bar.update()
                 long += windowing is None and (found.seconds or 0.0) > LONG
                 yield found
@@ -373,6 +449,20 @@ class EmotionRecognizer(Pretrained):
                 long,
                 LONG,
             )
+
+    def _heard(self, path: Path, windowing: Windowing | None) -> tuple[Recognition, torch.Tensor | None]:
+        """Read a recording; what is too long to wait in memory for the others of its group is answered at once."""
+        try:
+            wave = load_audio(path, self.sample_rate)
+        except BadAudio as error:
+            return Recognition(path, None, None, error=str(error)), None
+        found = Recognition(path, None, None, len(wave) / self.sample_rate)
+        if windowing is not None and found.seconds > windowing.window_s:
+            timeline = self._over_time(wave, windowing, map)
+            return found._replace(label=timeline.label, probs=timeline.probs, timeline=timeline), None
+        if found.seconds > LONG:
+            return self._answered(found, self._answer_to(wave), windowing is not None), None
+        return found, wave
 
     def _answered(self, found: Recognition, probs: torch.Tensor, over_time: bool) -> Recognition:
         label = self.label_of(probs)
@@ -459,7 +549,7 @@ class EmotionRecognizer(Pretrained):
         parts = [wave[start : start + window] for start in starts]
         loudest = float(piece_powers(wave).max())
         weights = torch.tensor([loud_share(part, loudest, self.hparams.trim_db) for part in parts])
-        probs = torch.cat([self._answers(group) for group in batched(each(self._frames, parts), GROUP)])
+        probs = torch.cat([self._answers(group) for group in batched(self._frames_each(parts, each), GROUP)])
         centres = torch.tensor([start + len(part) / 2 for start, part in zip(starts, parts, strict=True)])
         centres = centres / self.sample_rate
         over_time = smoothed(probs, weights, centres, windowing.smooth_s)
@@ -511,9 +601,18 @@ class EmotionRecognizer(Pretrained):
             wave = heard if sample_rate == self.sample_rate else resample(heard, sample_rate, self.sample_rate)
             loudest = max(loudest, float(piece_powers(wave).max()))
             share = loud_share(wave, loudest, self.hparams.trim_db)
-            total, weight = kept * total + share * self._calibrated(wave), kept * weight + share
+            total, weight = kept * total + share * self._answer_to(wave), kept * weight + share
             probs = total / weight if share else torch.zeros_like(total)
             yield Segment((end - len(heard)) / sample_rate, end / sample_rate, self.label_of(probs), probs)
+
+
+def _windowing(window_s: float | None, hop_s: float | None, smooth_s: float | None) -> Windowing | None:
+    if window_s is not None:
+        return Windowing.of(window_s, hop_s, smooth_s)
+    for name, value in (("hop_s", hop_s), ("smooth_s", smooth_s)):
+        if value is not None:
+            raise UserError(f"{name}: {value} means nothing without windows; give window_s too.")
+    return None
 
 
 def recordings_in(folder: str | Path) -> list[Path]:
@@ -550,6 +649,35 @@ def recordings_in(folder: str | Path) -> list[Path]:
     if not found:
         raise UserError(f"{folder}: holds no recording ({', '.join(ENDINGS)}).")
     return found
+
+
+def shrinking_groups(items: Sequence, largest: Callable[[], int], workers: int) -> Iterator[Sequence]:
+    """Cut a list into groups that get smaller towards its end, so that all workers come to an end together.
+
+    Parameters
+    ----------
+    items : sequence
+        Anything that can be sliced.
+    largest : callable
+        Gives the most items of the next group.
+    workers : int
+        How many work on the groups.
+
+    Yields
+    ------
+    sequence
+        Consecutive items, at least one.
+
+    Example
+    -------
+    >>> [len(group) for group in shrinking_groups(range(20), lambda: 4, 2)]
+    [4, 4, 3, 2, 1, 1, 1, 1, 1, 1, 1]
+    """
+    place = 0
+    while place < len(items):
+        group = items[place : place + max(1, min(largest(), (len(items) - place) // (2 * workers)))]
+        yield group
+        place += len(group)
 
 
 def in_order(function: Callable, items: Iterable) -> Iterator:
@@ -597,13 +725,21 @@ def one_core_threads(count: int = ENCODING_THREADS) -> Iterator[ThreadPoolExecut
     ...     pool.submit(torch.get_num_threads).result(), torch.get_num_threads() == before
     (1, True)
     """
-    before, started = torch.get_num_threads(), threading.Barrier(count)
-    pool = ThreadPoolExecutor(count, initializer=torch.set_num_threads, initargs=(1,))
-    # A barrier makes each thread take one: afterwards all have been set, and this thread can be set back.
-    for job in [pool.submit(started.wait) for _ in range(count)]:
-        job.result()
-    torch.set_num_threads(before)
+    started = threading.Barrier(count)
+    pool = ThreadPoolExecutor(count, initializer=_take_one_core)
+    with _starting:
+        before = torch.get_num_threads()
+        # A barrier makes each thread take one: afterwards all have been set, and this thread can be set back.
+        for job in [pool.submit(started.wait) for _ in range(count)]:
+            job.result()
+        torch.set_num_threads(before)
     try:
         yield pool
     finally:
         pool.shutdown(cancel_futures=True)
+
+
+def _take_one_core() -> None:
+    # A thread's first look takes over the process's number: one that was set before it would be lost again.
+    torch.get_num_threads()
+    torch.set_num_threads(1)

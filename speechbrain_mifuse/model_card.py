@@ -127,7 +127,7 @@ def adapted_card(about: Mapping, record: Mapping) -> str:
     about : mapping
         Its `about.json`.
     record : mapping
-        Its `results.json`.
+        Its `results.json`, and `warnings`, if there are signs without labels that something went wrong.
 
     Returns
     -------
@@ -156,6 +156,8 @@ def adapted_card(about: Mapping, record: Mapping) -> str:
     scored = "Not scored: the recordings it was adapted to have no labels. Nothing is known of how well it does."
     if record["UA"] is not None:
         scored = f"{target}: {scores_told(record)}, {record['n_test']} recordings. Protocol: {record['protocol']}."
+    if record.get("warnings"):
+        scored += f"\n\nSigns without labels that something went wrong:\n\n{bullets(record['warnings'])}"
     fitted = (
         "fitted without labels, to the mean of what both teachers say of the adaptation recordings: no calibration in "
         "the strict sense"

@@ -8,6 +8,7 @@ import csv
 import io
 import json
 import sys
+import tempfile
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
@@ -37,23 +38,41 @@ def add_predict(commands) -> None:
         help="recognise the emotion of recordings",
         description="Recognises the emotion of recordings: one line of file, emotion and probability for each, or a "
         "table with all probabilities. A file that cannot be read is named and passed over; status 1 if none could be "
-        "read.",
+        "read. Ctrl-C leaves the answers that there are, with status 130.",
     )
     predict.add_argument("paths", nargs="+", type=Path, metavar="FILE_OR_FOLDER", help="recordings, or folders of them")
     predict.add_argument("--source", required=True, help="folder of a recogniser, as a recipe or `adapt` writes it")
     instead = predict.add_mutually_exclusive_group()
     instead.add_argument("--csv", type=Path, metavar="FILE", help="write a table there in place of the lines")
     instead.add_argument("--json", type=Path, metavar="FILE", help="write JSON there in place of the lines")
-    predict.add_argument("--device", metavar="NAME", help="as cpu or cuda:0 (default: a GPU if there is one)")
-    predict.add_argument(
-        "--precision", choices=("fp32", "bf16"), default="fp32", help="of the encoder; bf16 is for GPUs (default: fp32)"
-    )
+    add_device(predict)
     predict.add_argument("--window_s", type=float, metavar="S", help="answer over time, in windows of so many seconds")
     predict.add_argument("--hop_s", type=float, metavar="S", help="seconds between windows (default: half a window)")
     predict.add_argument(
         "--abstain_below", type=float, metavar="P", help=f"answers of a smaller probability are called '{UNSURE}'"
     )
     predict.set_defaults(run=run_predict)
+
+
+def add_device(command: argparse.ArgumentParser) -> None:
+    """Add the flags `--device` and `--precision`.
+
+    Parameters
+    ----------
+    command : argparse.ArgumentParser
+        Of a command that loads a recogniser.
+
+    Example
+    -------
+    >>> parser = argparse.ArgumentParser()
+    >>> add_device(parser)
+    >>> parser.parse_args(["--device", "cpu"])
+    Namespace(device='cpu', precision='fp32')
+    """
+    command.add_argument("--device", metavar="NAME", help="as cpu or cuda:0 (default: a GPU if there is one)")
+    command.add_argument(
+        "--precision", choices=("fp32", "bf16"), default="fp32", help="of the encoder; bf16 is for GPUs (default: fp32)"
+    )
 
 
 def add_adapt(commands) -> None:
@@ -78,7 +97,8 @@ def add_adapt(commands) -> None:
         description="Adapts a recogniser to your own recordings without labels, exports the adapted one, and says what "
         "can be said of it without labels. It is the Folder recipe (hparams/rav2folder.yaml), whose keys are flags "
         "here too, as --lalm_model or --number_of_steps. What is done is skipped: the same command goes on after a "
-        "stop. The key of an API comes from OPENAI_API_KEY.",
+        "stop. Where some classes are known to be rare, --method mi_fuse_product_prior is safer. The key of an API "
+        "comes from OPENAI_API_KEY.",
         allow_abbrev=False,
     )
     adapt.add_argument("wav_folder", type=Path, metavar="WAV_FOLDER", help="recordings, at any depth")
@@ -101,7 +121,7 @@ def run_predict(options: argparse.Namespace) -> None:
     Raises
     ------
     SystemExit
-        With status 1 if no recording could be read.
+        With status 1 if no recording could be read, 130 after Ctrl-C.
 
     Example
     -------
@@ -110,28 +130,161 @@ def run_predict(options: argparse.Namespace) -> None:
     >>> run_predict(parser.parse_args(["predict", "a.wav", "--source", "/nowhere"]))
     Traceback (most recent call last):
     ...
-    speechbrain_mifuse.recogniser_files.RecogniserError: /nowhere: no whole recogniser there. ...
+    speechbrain_mifuse.errors.UserError: /nowhere: no folder of a recogniser here. ...
+    """
+    # What cannot be used is said before anything is loaded, and not when all the work is done.
+    require_recogniser(options.source)
+    require_target(options)
+    files = recordings(options.paths)
+    found: list = []
+    stopped = False
+    try:
+        recogniser = load(options)
+        gather(recogniser, files, options, found)
+    except KeyboardInterrupt:
+        stopped = True
+    if has_table(options) and found:
+        write_table(options, recogniser.labels, found)
+        tell_table(options, found, len(files))
+    if stopped:
+        print(f"stopped: {len(files) - len(found)} of {len(files)} recordings are missing", file=sys.stderr)
+        raise SystemExit(130)
+    if all(one.error is not None for one in found):
+        raise SystemExit(1)
+
+
+def has_table(options: argparse.Namespace) -> bool:
+    """Whether a table is written in place of the lines.
+
+    Parameters
+    ----------
+    options : argparse.Namespace
+        `csv`, `json`.
+
+    Returns
+    -------
+    bool
+
+    Example
+    -------
+    >>> has_table(argparse.Namespace(csv=None, json=Path("found.json")))
+    True
+    """
+    return options.csv is not None or options.json is not None
+
+
+def gather(recogniser, files: Sequence[Path], options: argparse.Namespace, found: list) -> None:
+    """Recognise recordings one after the other, and print what was found unless a table is asked for.
+
+    Parameters
+    ----------
+    recogniser : EmotionRecognizer
+        Loaded.
+    files : sequence of pathlib.Path
+        Recordings.
+    options : argparse.Namespace
+        As `add_predict` defines.
+    found : list
+        Gets a `Recognition` for each file as it comes, so that a stop loses none.
+
+    Example
+    -------
+    >>> gather.__name__  # runs in `speechbrain-mifuse predict`
+    'gather'
+    """
+    table = has_table(options)
+    answers = recogniser.classify_files(files, options.window_s, options.hop_s, show_progress=table)
+    with contextlib.closing(answers):
+        # One by one: what came before a stop stays in the list.
+        found.extend(answers if table else printed(answers))
+
+
+def tell_table(options: argparse.Namespace, found: Sequence, wanted: int) -> None:
+    """Say on standard error which recordings a table leaves out, how many it holds, and where it is.
+
+    Parameters
+    ----------
+    options : argparse.Namespace
+        `csv` or `json`.
+    found : sequence of Recognition
+        What is in it.
+    wanted : int
+        Number of recordings that were asked for.
+
+    Example
+    -------
+    >>> tell_table(argparse.Namespace(csv=Path("found.csv"), json=None), [], 0)
+    """
+    unreadable = [one for one in found if one.error is not None]
+    for one in unreadable:
+        print(f"left out: {one.error}", file=sys.stderr)
+    print(f"{len(found) - len(unreadable)} of {wanted} recordings: {options.csv or options.json}", file=sys.stderr)
+
+
+def require_recogniser(source: str) -> None:
+    """Refuse what is no folder of a recogniser on this machine.
+
+    Parameters
+    ----------
+    source : str
+        What the user named.
+
+    Raises
+    ------
+    UserError
+        Saying how to get one.
+
+    Example
+    -------
+    >>> require_recogniser("someone/some-recogniser")
+    Traceback (most recent call last):
+    ...
+    speechbrain_mifuse.errors.UserError: someone/some-recogniser: no folder of a recogniser here. Name a local folder...
     """
     from speechbrain_mifuse.recogniser_files import recogniser_digest
 
-    recogniser_digest(options.source)
-    recogniser = load(options)
-    table = options.csv is not None or options.json is not None
-    with contextlib.closing(
-        recogniser.classify_files(recordings(options.paths), options.window_s, options.hop_s, show_progress=table)
-    ) as answers:
-        found = list(answers if table else printed(answers))
-    unreadable = [one for one in found if one.error is not None]
-    if table:
-        write_table(options, recogniser.labels, found)
-    for one in unreadable if table else ():
-        print(f"left out: {one.error}", file=sys.stderr)
-    if table:
-        print(
-            f"{len(found) - len(unreadable)} of {len(found)} recordings: {options.csv or options.json}", file=sys.stderr
+    if not Path(source).is_dir():
+        raise UserError(
+            f"{source}: no folder of a recogniser here. Name a local folder: a recipe leaves one in "
+            "<output_folder>/<method>/recogniser, `speechbrain-mifuse adapt` prints where it left one, and one of a "
+            "hub has to be downloaded first."
         )
-    if len(unreadable) == len(found):
-        raise SystemExit(1)
+    recogniser_digest(source)
+
+
+def require_target(options: argparse.Namespace) -> None:
+    """Refuse a table's target that cannot be written; folders above it are made.
+
+    Parameters
+    ----------
+    options : argparse.Namespace
+        `csv`, `json`.
+
+    Raises
+    ------
+    UserError
+        Naming the flag.
+
+    Example
+    -------
+    >>> require_target(argparse.Namespace(csv=Path("/"), json=None))
+    Traceback (most recent call last):
+    ...
+    speechbrain_mifuse.errors.UserError: --csv: / is no file. Name the file to write.
+    """
+    for flag, path in (("--csv", options.csv), ("--json", options.json)):
+        if path is None:
+            continue
+        try:
+            # A device or a pipe would be replaced by the file: what is there must be one.
+            other = path.exists() and not path.is_file()
+            path.parent.mkdir(parents=True, exist_ok=True)
+            # Modes do not say what a read-only disk or the superuser may do; a file does.
+            tempfile.TemporaryFile(dir=path.parent).close()
+        except OSError as error:
+            raise UserError(f"{flag}: {path} cannot be written there ({error.strerror}). Name another file.") from None
+        if other:
+            raise UserError(f"{flag}: {path} is no file. Name the file to write.")
 
 
 def load(options: argparse.Namespace):
@@ -140,7 +293,7 @@ def load(options: argparse.Namespace):
     Parameters
     ----------
     options : argparse.Namespace
-        `source`, `device`, `precision`, `abstain_below`.
+        `source`, `device`, `precision` and, where the command has it, `abstain_below`.
 
     Returns
     -------
@@ -153,18 +306,19 @@ def load(options: argparse.Namespace):
 
     Example
     -------
-    >>> load.__name__  # runs in `speechbrain-mifuse predict`
+    >>> load.__name__  # runs in `speechbrain-mifuse predict` and `speechbrain-mifuse serve`
     'load'
     """
     from speechbrain_mifuse.inference import EmotionRecognizer
 
-    if options.abstain_below is not None and not 0 <= options.abstain_below <= 1:
-        raise UserError(f"--abstain_below: {options.abstain_below} is no probability from 0 to 1.")
+    abstain_below = getattr(options, "abstain_below", None)
+    if abstain_below is not None and not 0 <= abstain_below <= 1:
+        raise UserError(f"--abstain_below: {abstain_below} is no probability from 0 to 1.")
     run_opts = {"precision": options.precision}
     if options.device is not None:
         run_opts["device"] = options.device
         require_device(options.device)
-    return EmotionRecognizer.from_hparams(options.source, run_opts=run_opts, abstain_below=options.abstain_below)
+    return EmotionRecognizer.from_hparams(options.source, run_opts=run_opts, abstain_below=abstain_below)
 
 
 def require_device(name: str) -> None:
@@ -406,13 +560,14 @@ def run_adapt(options: argparse.Namespace) -> None:
     >>> run_adapt(options)
     Traceback (most recent call last):
     ...
-    speechbrain_mifuse.recogniser_files.RecogniserError: /nowhere: no whole recogniser there ...
+    speechbrain_mifuse.errors.UserError: /nowhere: no folder of a recogniser here. ...
     """
     import speechbrain as sb
 
     from speechbrain_mifuse.adapt import RECIPE, run
     from speechbrain_mifuse.evaluation.verdict import told
 
+    require_recogniser(options.source)
     _, run_opts, overrides = sb.parse_arguments([str(RECIPE), *options.flags])
     with stopped_by_ctrl_c():
         found = run(options.source, options.wav_folder, options.teacher, options.output_folder, overrides, run_opts)

@@ -125,6 +125,28 @@ def refuse_foreign_code(path: str | Path) -> None:
         todo += [part for pair in parts for part in (pair if isinstance(pair, tuple) else [pair])]
 
 
+def own_encoder(source: str | Path) -> dict:
+    """Say where the encoder of a recogniser is, if it lies in its folder; its YAML names where it was exported to.
+
+    Parameters
+    ----------
+    source : str or pathlib.Path
+        Local folder or hub repository.
+
+    Returns
+    -------
+    dict
+        Changes to its YAML.
+
+    Example
+    -------
+    >>> own_encoder("/nowhere")
+    {}
+    """
+    encoder = Path(source) / "encoder"
+    return {"encoder": {"source": str(encoder.resolve())}} if encoder.is_dir() else {}
+
+
 class FolderPretrainer(Pretrainer):
     """SpeechBrain's `Pretrainer`, which finds weights beside the YAML wherever the process runs.
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Iterator, Sequence
 from typing import NamedTuple
 
@@ -70,7 +71,7 @@ class Windowing(NamedTuple):
         """
         hop_s = window_s / 2 if hop_s is None else hop_s
         smooth_s = window_s if smooth_s is None else smooth_s
-        if not window_s > 0:
+        if not 0 < window_s < math.inf:
             raise UserError(f"window_s: {window_s} is no length of a window; give seconds above 0.")
         if not 0 < hop_s <= window_s:
             raise UserError(f"hop_s: {hop_s} must be above 0 and at most window_s ({window_s}), or speech is left out.")

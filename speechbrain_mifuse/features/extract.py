@@ -133,7 +133,23 @@ class FrameReader:
         torch.Tensor
             `[layers, frames, dim]`, float32, on the CPU.
         """
-        return self._stored_form(self.encoder(self.prepare(wave)))
+        return self.encode_each([wave])[0]
+
+    def encode_each(self, waves: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+        """Encode waveforms one by one, but each step before and behind the encoder for all: the cores' caches keep it.
+
+        Parameters
+        ----------
+        waves : sequence of torch.Tensor
+            `[samples]` each, at the encoder's rate.
+
+        Returns
+        -------
+        list of torch.Tensor
+            As `encode` gives each.
+        """
+        encoded = [self.encoder(wave) for wave in [self.prepare(wave) for wave in waves]]
+        return [self._stored_form(frames) for frames in encoded]
 
     def encode_together(self, waves: Sequence[torch.Tensor]) -> list[torch.Tensor]:
         """Encode prepared waveforms in one padded batch.

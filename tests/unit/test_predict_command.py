@@ -1,4 +1,4 @@
-"""`speechbrain-mifuse predict`: lines, tables, what cannot be read, status."""
+"""`speechbrain-mifuse predict`: lines, tables, what cannot be read, status; and what `serve` shares with it."""
 
 import csv
 import json
@@ -108,6 +108,93 @@ def test_a_table_is_replaced_as_a_whole_or_not_at_all(predict, recordings, tmp_p
     with pytest.raises(ZeroDivisionError):
         predict(recordings, "--csv", path)
     assert path.read_text() == "before" and list(tmp_path.iterdir()) == [path]
+
+
+@pytest.fixture
+def nothing_is_loaded(monkeypatch):
+    monkeypatch.setattr(EmotionRecognizer, "from_hparams", lambda *_, **__: pytest.fail("loaded"))
+
+
+@pytest.mark.parametrize("flag", ["--csv", "--json"])
+@pytest.mark.parametrize(
+    ("target", "told"),
+    [
+        ("a_folder", "is no file"),
+        ("a_file/found", "cannot be written there"),
+        ("/proc/found", "cannot be written there"),
+        ("/dev/null", "is no file"),
+    ],
+)
+def test_a_table_that_cannot_be_written_is_one_error_before_anything_is_loaded(
+    predict, recordings, tmp_path, nothing_is_loaded, flag, target, told
+):
+    (tmp_path / "a_folder").mkdir()
+    (tmp_path / "a_file").write_text("before")
+    status, _, shown = predict(recordings, flag, tmp_path / target)
+    assert status == 2 and shown.startswith(f"error: {flag}: {tmp_path / target} {told}") and shown.count("\n") == 1
+    assert (tmp_path / "a_file").read_text() == "before"
+
+
+def stop_after(count, monkeypatch):
+    """Let Ctrl-C come after some answers."""
+    plain = EmotionRecognizer.classify_files
+
+    def stopped(*arguments, **options):
+        for place, one in enumerate(plain(*arguments, **options)):
+            if place == count:
+                raise KeyboardInterrupt
+            yield one
+
+    monkeypatch.setattr(EmotionRecognizer, "classify_files", stopped)
+
+
+def test_ctrl_c_leaves_the_rows_that_there_are_and_says_how_many_are_missing(
+    predict, recordings, tmp_path, monkeypatch
+):
+    stop_after(2, monkeypatch)
+    status, _, told = predict(recordings, "--csv", tmp_path / "new" / "found.csv")
+    with (tmp_path / "new" / "found.csv").open(newline="") as file:
+        assert len(list(csv.DictReader(file))) == 2
+    assert status == 130 and "2 of 5 recordings" in told and "stopped: 3 of 5 recordings are missing" in told
+    status, lines, told = predict(recordings)
+    assert status == 130 and len(lines) == 2 and "stopped: 3 of 5 recordings are missing" in told
+
+
+def test_ctrl_c_before_the_first_answer_leaves_an_earlier_table(predict, recordings, tmp_path, monkeypatch):
+    (tmp_path / "found.csv").write_text("before")
+    stop_after(0, monkeypatch)
+    status, _, told = predict(recordings, "--csv", tmp_path / "found.csv")
+    assert status == 130 and "5 of 5 recordings are missing" in told
+    assert (tmp_path / "found.csv").read_text() == "before"
+
+
+@pytest.mark.parametrize(
+    "command",
+    [
+        ["predict", "--source", "hub/id", "a.wav"],
+        ["serve", "hub/id"],
+        ["adapt", "--source", "hub/id", "--teacher", "b", "c"],
+    ],
+)
+def test_a_hub_id_is_answered_with_what_is_expected_in_its_place(command, capsys):
+    with pytest.raises(SystemExit) as stopped:
+        main(command)
+    told = capsys.readouterr().err
+    assert stopped.value.code == 2 and told.startswith("error: hub/id: no folder of a recogniser here. Name a local")
+    assert "downloaded first" in told and "Train it again" not in told
+
+
+def test_a_server_answers_on_the_device_and_at_the_precision_that_it_is_told(folder, monkeypatch, capsys):
+    with pytest.raises(SystemExit):
+        main(["serve", str(folder), "--device", "cuda:99"])
+    assert "error: --device: cuda:99 cannot be used here" in capsys.readouterr().err
+    served = []
+    monkeypatch.setattr(
+        "speechbrain_mifuse.lalm.serve.serve_until_stopped", lambda server, _: served.append(server) or server.close()
+    )
+    main(["serve", str(folder), "--port", "0", "--device", "cpu", "--precision", "bf16"])
+    recogniser = served[0].recogniser
+    assert recogniser.device == "cpu" and recogniser.precision == "bf16"
 
 
 def test_an_answer_below_the_threshold_is_printed_as_unsure(predict, recordings):

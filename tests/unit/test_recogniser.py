@@ -3,6 +3,8 @@
 import json
 import re
 import shutil
+import sys
+import threading
 from pathlib import Path
 
 import numpy as np
@@ -207,13 +209,27 @@ def test_the_same_seed_draws_the_same_predictions_and_disturbs_nobody(recogniser
 
 
 def test_one_recording_is_encoded_once_however_often_it_is_asked_about(folder, monkeypatch):
-    recogniser, calls, plain = EmotionRecognizer.from_hparams(folder), [], FrameReader.encode
-    monkeypatch.setattr(FrameReader, "encode", lambda *args: calls.append(1) or plain(*args))
+    recogniser, calls, plain = EmotionRecognizer.from_hparams(folder), [], FrameReader.encode_each
+    monkeypatch.setattr(FrameReader, "encode_each", lambda *args: calls.append(1) or plain(*args))
     for _ in range(5):
         recogniser.predict_proba(sound(), n=3, stochastic=True)
     assert len(calls) == 1
     recogniser.predict_proba(sound(seed=1))
     assert len(calls) == 2
+
+
+def test_many_answers_to_one_recording_hash_it_once_unless_it_changes(folder, monkeypatch):
+    recogniser, calls, plain = EmotionRecognizer.from_hparams(folder), [], inference.content_hash
+    monkeypatch.setattr(inference, "content_hash", lambda wave: calls.append(1) or plain(wave))
+    samples = sound().numpy()
+    wave = torch.from_numpy(samples)
+    first = [recogniser.predict_proba(wave) for _ in range(4)]
+    assert len(calls) == 1 and first[3].equal(first[0])
+    samples[:] = sound(seed=1).numpy()  # which torch does not see
+    changed = recogniser.predict_proba(wave)
+    assert len(calls) == 2 and not changed.equal(first[0])
+    wave.copy_(sound())
+    assert recogniser.predict_proba(wave).equal(first[0]) and len(calls) == 3
 
 
 def test_memory_of_recordings_is_bounded(folder, monkeypatch):
@@ -269,6 +285,79 @@ def test_a_padded_batch_gives_what_each_clip_gives_alone_in_speechbrains_convent
     assert score.equal(probs.max(1).values) and index.equal(probs.argmax(1))
     assert labels == [LABELS[place] for place in index]
     assert recogniser(wavs, lens)[0].equal(probs) and recogniser.classify_batch(wavs[:, :999])[0].shape == (3, 4)
+
+
+def test_digital_silence_has_no_emotion_however_it_is_heard(recogniser, corpus, tmp_path, monkeypatch):
+    silent, spoken = write_wav(tmp_path / "silent.wav", np.zeros(48000)), corpus.folder / "sad00.wav"
+    expected = recogniser.classify_file(spoken)
+    label, probs = recogniser.classify_file(silent)
+    assert label is None and probs.equal(torch.zeros(4))
+    for limits in ({}, {"LONG": 0.0}):
+        for name, value in limits.items():
+            monkeypatch.setattr(inference, name, value)
+        for window_s in (None, 10.0):
+            found = list(recogniser.classify_files([silent, spoken, silent], window_s, show_progress=False))
+            assert [one.label for one in found] == [None, expected[0], None]
+            assert not found[0].probs.any() and not found[2].probs.any()
+            torch.testing.assert_close(found[1].probs, expected[1], atol=1e-5, rtol=0)
+    clip = load_audio(spoken)
+    probs, score, _, labels = recogniser.classify_batch(torch.stack([torch.zeros(len(clip)), clip]))
+    assert labels == [None, expected[0]] and not probs[0].any() and score[0] == 0
+    torch.testing.assert_close(probs[1], expected[1], atol=1e-5, rtol=0)
+    assert float(recogniser.predict_proba(torch.zeros(16000)).sum()) == pytest.approx(1, abs=1e-5)
+
+
+@pytest.mark.parametrize("shape", [(16000,), (1, 1, 16000)])
+def test_what_is_no_batch_is_an_error_that_says_what_is(recogniser, shape):
+    with pytest.raises(UserError, match=r"no batch \[B, samples\]"):
+        recogniser.classify_batch(torch.zeros(shape))
+
+
+@pytest.mark.parametrize("make", [str, Path])
+def test_one_path_in_place_of_several_is_an_error(recogniser, make):
+    with pytest.raises(UserError, match=r"'a.wav' is one path; pass a list"):
+        next(recogniser.classify_files(make("a.wav")))
+
+
+@pytest.mark.parametrize("name", ["hop_s", "smooth_s"])
+def test_a_setting_of_windows_without_windows_is_an_error(recogniser, corpus, name):
+    with pytest.raises(UserError, match=rf"{name}: 1.0 .*window_s"):
+        next(recogniser.classify_files([], **{name: 1.0}))
+    with pytest.raises(UserError, match=rf"{name}: 1.0 .*window_s"):
+        next(recogniser.classify_folder(corpus.folder, **{name: 1.0}))
+
+
+def test_batches_as_on_a_gpu_give_what_each_clip_gives_alone(recogniser, corpus, meeting, monkeypatch):
+    paths = sorted(corpus.folder.glob("*.wav"))[:7]
+    clips = [load_audio(path) for path in paths]
+    frames = recogniser._frames_of(clips)
+    files = [one.probs for one in recogniser.classify_files(paths, show_progress=False)]
+    over_time = recogniser.classify_long(meeting, window_s=0.5).probs
+    sizes, plain = [], FrameReader.encode_together
+    monkeypatch.setattr(FrameReader, "batches", True)
+    monkeypatch.setattr(inference, "BATCH_S", 1.0)
+    monkeypatch.setattr(FrameReader, "encode_together", lambda reader, w: sizes.append(len(w)) or plain(reader, w))
+    for one, other in zip(recogniser._frames_of(clips), frames, strict=True):
+        torch.testing.assert_close(one, other, atol=1e-4, rtol=0)
+    assert sum(sizes) == 7 and 1 < max(sizes) < 7
+    found = torch.stack([one.probs for one in recogniser.classify_files(paths, show_progress=False)])
+    torch.testing.assert_close(found, torch.stack(files), atol=1e-4, rtol=0)
+    sizes.clear()
+    torch.testing.assert_close(recogniser.classify_long(meeting, window_s=0.5).probs, over_time, atol=1e-4, rtol=0)
+    wavs = torch.stack([clip[:4000] for clip in clips])
+    assert max(sizes) > 1
+    sizes.clear()
+    batch = recogniser.classify_batch(wavs)[0]
+    assert max(sizes) > 1
+    monkeypatch.undo()
+    torch.testing.assert_close(batch, recogniser.classify_batch(wavs)[0], atol=1e-4, rtol=0)
+
+
+def test_an_encoder_that_cuts_long_recordings_itself_is_left_to_it(recogniser, meeting, monkeypatch):
+    expected = recogniser._frames(meeting)
+    monkeypatch.setattr(inference, "LONG", 0.5)
+    monkeypatch.setattr(inference, "PIECE_S", 0.25)
+    assert recogniser._frames(meeting).equal(expected)
 
 
 def test_a_folder_is_gone_through_by_path_and_an_unreadable_file_is_logged_and_left_out(
@@ -328,7 +417,7 @@ def test_a_long_recording_gives_stretches_without_gaps_whose_answers_are_those_o
     edges = [part.start for part in found.segments] + [found.segments[-1].end]
     assert edges[0] == 0 and edges[-1] == len(meeting) / 16000 and edges == sorted(edges)
     assert [part.start for part in found.segments[1:]] == [part.end for part in found.segments[:-1]]
-    first = recogniser._calibrated(meeting[:8000])
+    first = recogniser._answer_to(meeting[:8000])
     assert found.segments[0].label == LABELS[int(first.argmax())]
     silent = [part for part in found.segments if part.start < 2.4 < part.end]
     assert [part.label for part in silent] == [None] and not silent[0].probs.any()
@@ -368,7 +457,10 @@ def test_a_stretch_has_the_mean_over_its_time_and_silence_is_a_stretch_of_its_ow
     assert found[0].probs.tolist() == pytest.approx([0.72, 0.28])
 
 
-@pytest.mark.parametrize("lengths", [(0, None, None), (1, 0, None), (1, 2, None), (1, None, -1), (float("nan"), 1, 1)])
+@pytest.mark.parametrize(
+    "lengths",
+    [(0, None, None), (1, 0, None), (1, 2, None), (1, None, -1), (float("nan"), 1, 1), (float("inf"), None, None)],
+)
 def test_lengths_that_do_not_fit_together_are_an_error_naming_one(recogniser, lengths):
     with pytest.raises(UserError, match=r"(window|hop|smooth)_s: "):
         Windowing.of(*lengths)
@@ -394,7 +486,7 @@ def test_live_audio_is_answered_alike_whatever_the_size_of_its_chunks(recogniser
 
 def test_live_audio_without_smoothing_says_of_a_window_what_the_window_alone_says(recogniser, meeting):
     found = list(recogniser.stream([meeting], 16000, window_s=0.5, hop_s=0.5, smooth_s=0))
-    torch.testing.assert_close(found[1].probs, recogniser._calibrated(meeting[8000:16000]), atol=1e-5, rtol=0)
+    torch.testing.assert_close(found[1].probs, recogniser._answer_to(meeting[8000:16000]), atol=1e-5, rtol=0)
     silent = [part for part in found if part.start >= 2.0 and part.end <= 2.9]
     assert silent and all(part.label is None for part in silent)
 
@@ -565,3 +657,63 @@ def test_a_missing_recogniser_is_one_error_and_status_2(command, tmp_path, capsy
 def test_the_recogniser_can_be_served(recogniser):
     with EmotionServer(recogniser, "toy") as server:
         assert server.base_url.startswith("http://127.0.0.1:")
+
+
+def test_each_thread_that_encodes_uses_one_core_where_operations_use_several():
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        with inference.one_core_threads(2) as pool:
+            assert {pool.submit(torch.get_num_threads).result() for _ in range(8)} == {1}
+            assert torch.get_num_threads() == 2
+    finally:
+        torch.set_num_threads(before)
+
+
+def test_threads_that_start_others_at_once_leave_the_number_of_cores_as_it_is():
+    before, interval = torch.get_num_threads(), sys.getswitchinterval()
+    torch.set_num_threads(3)
+    sys.setswitchinterval(1e-6)
+    found = []
+
+    def start_others():
+        with inference.one_core_threads(2):
+            pass
+
+    def look():
+        found.append(torch.get_num_threads())
+
+    try:
+        # A thread takes over the process's number when it first looks, so each round has new ones.
+        for targets in [*[[start_others] * 4] * 60, [look]]:
+            threads = [threading.Thread(target=target) for target in targets]
+            for thread in threads:
+                thread.start()
+            for thread in threads:
+                thread.join()
+        assert found == [3]
+    finally:
+        sys.setswitchinterval(interval)
+        torch.set_num_threads(before)
+
+
+def test_a_recording_that_is_too_long_to_wait_for_others_gets_the_same_answer(recogniser, corpus, monkeypatch):
+    paths = sorted(corpus.folder.glob("*.wav"))[:5]
+    expected = list(recogniser.classify_files(paths, show_progress=False))
+    monkeypatch.setattr(inference, "LONG", 0.0)
+    found = list(recogniser.classify_files(paths, show_progress=False))
+    for one, other in zip(found, expected, strict=True):
+        assert (one.path, one.label) == (other.path, other.label)
+        torch.testing.assert_close(one.probs, other.probs)
+
+
+def test_an_encoder_that_takes_its_time_goes_clip_by_clip(recogniser, corpus, monkeypatch):
+    sizes, plain = [], recogniser._answers
+    monkeypatch.setattr(recogniser, "_answers", lambda frames: sizes.append(len(frames)) or plain(frames))
+    paths = sorted(corpus.folder.glob("*.wav")) * 20
+    monkeypatch.setattr(inference, "GROUP_S", 1e-6)
+    list(recogniser.classify_files(paths, show_progress=False))
+    assert set(sizes) == {1}
+    monkeypatch.setattr(inference, "GROUP_S", 1e6)
+    list(recogniser.classify_files(paths, show_progress=False))
+    assert max(sizes) > 1
