@@ -50,7 +50,9 @@ from speechbrain_mifuse.lalm.store import KINDS, LabelStore, Query, Samples
 from speechbrain_mifuse.model_card import ENCODERS
 from speechbrain_mifuse.progress import quiet
 from speechbrain_mifuse.recogniser_files import write_card
-from speechbrain_mifuse.zero_shot.own_dual_encoder import open_alm
+from speechbrain_mifuse.zero_shot import ZERO_SHOT
+from speechbrain_mifuse.zero_shot.audio_text import AudioTextModel
+from speechbrain_mifuse.zero_shot.own_dual_encoder import alm_name, open_alm
 from speechbrain_mifuse.zero_shot.prompts import read_prompts
 from speechbrain_mifuse.zero_shot.scorer import embed_manifests
 from speechbrain_mifuse.zero_shot.teacher import teacher_samples
@@ -60,8 +62,8 @@ logger = logging.getLogger(__name__)
 # Stands in the place of the address while no server runs; the identity of a served teacher is its endpoint.
 LOOPBACK = "http://127.0.0.1/v1"
 
-# The value of --teacher that takes an audio-text model in the place of an API.
-ZERO_SHOT = "dual_encoder"
+# Draws the prompts of an audio-text teacher, whatever the run's seed: an API's answers are one for all seeds, too.
+TEACHER_SEED = 0
 
 # Whose frames `speaker_norm` changes. The API teacher is a black box: what it hears and answers stays the same.
 NORMALISED_ROLES = ("target", "source")
@@ -160,6 +162,28 @@ def require_labels(hparams: Mapping, names: Sequence[str]) -> None:
         )
 
 
+def device_of(run_opts: Mapping | None) -> str:
+    """Give the device of a run.
+
+    Parameters
+    ----------
+    run_opts : mapping or None
+        SpeechBrain's run options.
+
+    Returns
+    -------
+    str
+        The CPU where they name none.
+
+    Example
+    -------
+    >>> device_of({"device": "cuda:0"}), device_of({"device": None}), device_of(None)
+    ('cuda:0', 'cpu', 'cpu')
+    """
+    # Options read from a command line hold the key in any case.
+    return (run_opts or {}).get("device") or "cpu"
+
+
 def open_reader(hparams: Mapping, run_opts: Mapping | None = None) -> FrameReader:
     """Build the frozen encoder with its preprocessing, on the device of the run.
 
@@ -191,7 +215,7 @@ def open_reader(hparams: Mapping, run_opts: Mapping | None = None) -> FrameReade
         encoder = FrozenEncoder(hparams["encoder"], hparams["encoder_layers"])
     except (OSError, ValueError) as error:
         raise UserError(f"--encoder: {error}") from None
-    encoder.to((run_opts or {}).get("device", "cpu"))
+    encoder.to(device_of(run_opts))
     return FrameReader(encoder, hparams["trim_db"], hparams["frame_average"])
 
 
@@ -429,6 +453,8 @@ class Answers:
         Utterance ids in the order of the samples.
     k, n_classes : int
         Shape of an empty answer.
+    teacher : mapping, optional
+        Fingerprint of the audio-text model that answered, of JSON's types; `None` for an API or if nobody was asked.
 
     Example
     -------
@@ -436,8 +462,8 @@ class Answers:
     tensor(False)
     """
 
-    def __init__(self, samples, keys: Sequence[str], k: int, n_classes: int):
-        self.samples, self.row = samples, {key: row for row, key in enumerate(keys)}
+    def __init__(self, samples, keys: Sequence[str], k: int, n_classes: int, teacher: Mapping | None = None):
+        self.samples, self.row, self.teacher = samples, {key: row for row, key in enumerate(keys)}, teacher
         self.nothing = {"lalm": torch.zeros(k, n_classes), "lalm_mask": torch.zeros(k, dtype=torch.bool)}
 
     def of(self, utt_id: str) -> dict[str, torch.Tensor]:
@@ -497,7 +523,9 @@ def ask_teacher(
     if not wavs:
         return Answers(None, [], k, len(labels))
     if hparams["teacher"] == ZERO_SHOT:
-        return Answers(zero_shot_samples(hparams, list(wavs)), list(wavs), k, len(labels))
+        model = zero_shot_teacher(hparams, run_opts)
+        samples = zero_shot_samples(hparams, model, list(wavs))
+        return Answers(samples, list(wavs), k, len(labels), model.fingerprint())
     hashes = {key: store.rows[key].audio for key in wavs}
     with teacher_api(hparams, reader, run_opts) as (serve, endpoint):
         samples = run_on_main(collected, args=[hparams, wavs, hashes, serve, endpoint])
@@ -535,30 +563,30 @@ def collected(
         return answers.load(query, list(hashes.values()), hparams["lalm_samples"])
 
 
-def zero_shot_samples(hparams: Mapping, keys: Sequence[str]) -> Samples:
-    """Let an audio-text model on this machine be the teacher, in the place of an API.
+def zero_shot_teacher(hparams: Mapping, run_opts: Mapping | None = None) -> AudioTextModel:
+    """Load the audio-text model that is the teacher on this machine, in the place of an API.
 
     Parameters
     ----------
     hparams : mapping
-        `teacher_alm` (folder of a dual encoder, or folder or hub id of a CLAP-like model), `teacher_prompts`, `labels`,
-        `lalm_samples`, `target_manifests`, `target`, `feature_folder`.
-    keys : sequence of str
-        Utterance ids.
+        `teacher_alm` (folder of a dual encoder, or folder or hub id of a CLAP-like model) and
+        `teacher_alm_trust_remote_code` (whether Python that comes with it may run).
+    run_opts : mapping, optional
+        SpeechBrain's run options; `device` is read.
 
     Returns
     -------
-    Samples
-        Distributions, none missing. Cosines are standardised over the adaptation set, without labels.
+    AudioTextModel
+        On the device of the run.
 
     Raises
     ------
     UserError
-        If no model is named, it cannot be loaded, or does not know a class.
+        If no model is named, or it cannot be loaded.
 
     Example
     -------
-    >>> zero_shot_samples({"teacher_alm": None}, [])
+    >>> zero_shot_teacher({"teacher_alm": None})
     Traceback (most recent call last):
     ...
     speechbrain_mifuse.errors.UserError: --teacher dual_encoder: which one? Pass --teacher_alm FOLDER, ...
@@ -568,12 +596,43 @@ def zero_shot_samples(hparams: Mapping, keys: Sequence[str]) -> Samples:
             f"--teacher {ZERO_SHOT}: which one? Pass --teacher_alm FOLDER, as recipes/*/dual_encoder/train.py writes "
             "it, or the folder or hub id of a CLAP-like model."
         )
-    model, k = open_alm(hparams["teacher_alm"]), hparams["lalm_samples"]
+    options = {"device": device_of(run_opts), "flag": "--teacher_alm"}
+    return open_alm(hparams["teacher_alm"], trust_remote_code=hparams["teacher_alm_trust_remote_code"], **options)
+
+
+def zero_shot_samples(hparams: Mapping, model: AudioTextModel, keys: Sequence[str]) -> Samples:
+    """Let an audio-text model answer about recordings.
+
+    Parameters
+    ----------
+    hparams : mapping
+        `teacher_prompts`, `labels`, `lalm_samples`, `target_manifests`, `target`, `feature_folder`.
+    model : AudioTextModel
+        As `zero_shot_teacher` gives.
+    keys : sequence of str
+        Utterance ids.
+
+    Returns
+    -------
+    Samples
+        Distributions, none missing: the same for every seed of a run. Cosines are standardised over the adaptation set,
+        without labels.
+
+    Raises
+    ------
+    UserError
+        If the model does not know a class.
+
+    Example
+    -------
+    >>> zero_shot_samples.__name__  # runs in `tests/unit/test_zero_shot_teacher.py`
+    'zero_shot_samples'
+    """
     manifests = [unlabelled(f"{hparams['target_manifests']}/{split}.json") for split in ("adapt", "test")]
     store = embed_manifests(model, manifests, 1, hparams["feature_folder"], hparams["target"])
     reference = list(encoded_rows(manifests[0], store))
-    given = (model, store, keys, read_prompts(hparams["teacher_prompts"]), hparams["labels"], k, hparams["seed"])
-    probs = teacher_samples(*given, reference)
+    prompts, k = read_prompts(hparams["teacher_prompts"]), hparams["lalm_samples"]
+    probs = teacher_samples(model, store, keys, prompts, hparams["labels"], k, TEACHER_SEED, reference)
     there = torch.ones(probs.shape[:2])
     return Samples(probs, there.bool(), (there * KINDS.index("distribution")).to(torch.int8))
 
@@ -1088,7 +1147,9 @@ def report_answers(samples, temperature: float) -> None:
         )
 
 
-def report(hparams: Mapping, name: str, predictions: Mapping, n_train: int) -> None:
+def report(
+    hparams: Mapping, name: str, predictions: Mapping, n_train: int, teacher_model: Mapping | None = None
+) -> None:
     """Score one method's predictions and write its results; here the target's labels are opened, if there are any.
 
     A student that was exported as a recogniser gets its model card, which says how it was scored.
@@ -1103,6 +1164,8 @@ def report(hparams: Mapping, name: str, predictions: Mapping, n_train: int) -> N
         As `adapt` gives.
     n_train : int
         Size of the adaptation set.
+    teacher_model : mapping, optional
+        Fingerprint of the audio-text model that was the teacher, as `Answers` has it.
 
     Example
     -------
@@ -1126,6 +1189,7 @@ def report(hparams: Mapping, name: str, predictions: Mapping, n_train: int) -> N
         source=hparams["source"],
         target=hparams["target"],
         teacher=teacher_name(hparams),
+        teacher_model=teacher_model,
         seed=hparams["seed"],
         encoder=f"{ENCODERS.get(hparams['encoder'], hparams['encoder'])}, layer {hparams['layer']}, frozen",
         protocol=protocol(hparams["labels"], target, norm),
@@ -1152,16 +1216,20 @@ def teacher_name(hparams: Mapping) -> str:
     Returns
     -------
     str
-        The corpus of a classifier that is served here, an audio-text model, or the API's model.
+        The corpus of a classifier that is served here, an audio-text model (`dual_encoder` for our own, else the name
+        of its folder or hub id), or the API's model.
 
     Example
     -------
-    >>> teacher_name({"teacher": "emodb", "lalm_base_url": None}), teacher_name({"teacher": "dual_encoder"})
-    ('emodb', 'dual_encoder')
+    >>> teacher_name({"teacher": "emodb", "lalm_base_url": None})
+    'emodb'
+    >>> teacher_name({"teacher": "dual_encoder", "teacher_alm": "laion/clap-htsat-unfused"})
+    'clap-htsat-unfused'
     """
-    if hparams["teacher"] == ZERO_SHOT or hparams["lalm_base_url"] is None:
-        return hparams["teacher"]
-    return hparams["lalm_model"]
+    if hparams["teacher"] == ZERO_SHOT:
+        # A run of which no method asks the teacher need not say which model it would be.
+        return ZERO_SHOT if hparams["teacher_alm"] is None else alm_name(hparams["teacher_alm"])
+    return hparams["teacher"] if hparams["lalm_base_url"] is None else hparams["lalm_model"]
 
 
 def protocol(labels: Sequence[str], manifests: Path, norm=None) -> str:

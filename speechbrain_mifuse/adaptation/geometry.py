@@ -40,6 +40,9 @@ def principal_components(vectors: torch.Tensor, size: int) -> torch.Tensor:
 def neighbourhoods(vectors: torch.Tensor, count: int, rounds: int = 30) -> torch.Tensor:
     """Group vectors that lie together: k-means, always the same for the same vectors.
 
+    Made for many groups of large sets, on any device, in which no group matters; `features.speakers.cluster` looks for
+    the tightest few.
+
     Parameters
     ----------
     vectors : torch.Tensor
@@ -95,9 +98,10 @@ def dealt_folds(vectors: torch.Tensor, folds: int, together: int) -> torch.Tenso
     >>> dealt_folds(torch.tensor([[0.0], [9.0], [0.1], [9.1]]), folds=2, together=2).bincount().tolist()
     [2, 2]
     """
-    size = len(vectors)
-    count = min(max(size // together, folds), MOST_GROUPS)
-    groups = torch.arange(size) if together == 1 else neighbourhoods(vectors, count).cpu()
+    if together == 1:
+        groups = torch.arange(len(vectors))
+    else:
+        groups = neighbourhoods(vectors, min(max(len(vectors) // together, folds), MOST_GROUPS)).cpu()
     # Neighbours in the manifest, too, are often takes of one sentence: dealt at random, but always alike.
     order = torch.randperm(int(groups.max()) + 1, generator=torch.Generator().manual_seed(0))
     return (order[groups] % folds).to(vectors.device)

@@ -142,7 +142,8 @@ class AdaptationMethod:
     frozen : tuple of str
         Parts of the student that stay as they came, such as `output`.
     refreshes : int
-        How often in a run `refresh` is called, at even distances, the first time before the first step.
+        How often in a run `refresh` is called, at even distances, the first time before the first step. Where epochs
+        are short it is called before whole ones, so their number rounds it (30 becomes 19 to 34 on the open corpora).
     state : dict of str to torch.Tensor
         All that the method remembers from one step to the next. It is saved with each checkpoint, and emptied before
         `start`.
@@ -185,6 +186,26 @@ class AdaptationMethod:
         survey : Survey
             Of the adaptation set.
         """
+
+    def consensus(self, survey: Survey, source: torch.Tensor) -> torch.Tensor:
+        """Put together what the two teachers say: the exported student's temperature makes it as certain as that.
+
+        A student learns to be as certain as its targets, which are often more certain than right. Two teachers that
+        were trained apart disagree where they are wrong, so their mean is less certain; no label is needed for it.
+
+        Parameters
+        ----------
+        survey : Survey
+            Of the adaptation set, after training.
+        source : torch.Tensor
+            `[N, C]`, the student's probabilities before training: the source classifier's.
+
+        Returns
+        -------
+        torch.Tensor
+            `[N, C]`.
+        """
+        return (survey.lalm_mean + source) / 2
 
     def targets(self, teachers: Teachers) -> torch.Tensor:
         """Soft labels of a batch, found before the student's own pass.

@@ -157,6 +157,10 @@ class MIFusePlus(ProductFusion):
         space, folds = self.state["space"], self.state["folds"]
         self.state["expert"] = cross_fitted_expert(space, labels, folds, self.temperature, self.shrinkage)
 
+    def consensus(self, survey: Survey, source: torch.Tensor) -> torch.Tensor:
+        """Multiply them: a student far above both teachers outdoes their mean; see `AdaptationMethod.consensus`."""
+        return product_of_experts([self.lalm(survey), source])
+
     def expert(self, teachers: Teachers) -> torch.Tensor:
         """`[B, C]`: what G says of a batch."""
         return self.state["expert"][teachers.rows]

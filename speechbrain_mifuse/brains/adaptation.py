@@ -80,9 +80,9 @@ class Memory:
 class AdaptationBrain(ResumableBrain):
     """Train `modules.student` towards the targets of one method.
 
-    Beyond `ResumableBrain`'s, `hparams` must hold `method` (an `AdaptationMethod`), `passes` (K_S, Monte-Carlo dropout
-    passes of the classifier teacher) and `ema` (from `ema_copy`). `look_at` gives it the whole sets, without which
-    there are neither `rows` nor snapshots.
+    Beyond `ResumableBrain`'s, `hparams` must hold `method` (an `AdaptationMethod`), `number_of_steps` (of the run),
+    `passes` (K_S, Monte-Carlo dropout passes of the classifier teacher) and `ema` (from `ema_copy`). `look_at` gives it
+    the whole sets, without which there are neither `rows` nor snapshots.
 
     Example
     -------
@@ -91,6 +91,7 @@ class AdaptationBrain(ResumableBrain):
     """
 
     places: Mapping[str, int] | None = None
+    refresh_steps: int | None = None
 
     def look_at(self, adaptation: WholeSet, test: WholeSet, snapshots: Snapshots) -> None:
         """Show the Brain what lies beyond a batch.
@@ -147,11 +148,21 @@ class AdaptationBrain(ResumableBrain):
     def on_stage_start(self, stage, epoch=None):
         """Seed the epoch; let the method look at the adaptation set anew when it is time."""
         super().on_stage_start(stage, epoch)
-        refreshes = self.hparams.method.refreshes
-        if stage != sb.Stage.TRAIN or not refreshes:
+        method, epochs = self.hparams.method, self.hparams.epoch_counter.limit
+        self.refresh_steps = None
+        if stage != sb.Stage.TRAIN or not method.refreshes:
             return
-        if (epoch - 1) % max(1, round(self.hparams.epoch_counter.limit / refreshes)) == 0:
+        if 2 * epochs < method.refreshes:
+            # A large corpus is gone through a few times only: then within epochs, too.
+            self.refresh_steps = max(1, round(self.hparams.number_of_steps / method.refreshes))
+        elif (epoch - 1) % max(1, round(epochs / method.refreshes)) == 0:
+            method.refresh(self.adaptation)
+
+    def fit_batch(self, batch):
+        """Train one step; let the method look at the adaptation set anew when it is time."""
+        if self.refresh_steps and self.optimizer_step % self.refresh_steps == 0:
             self.hparams.method.refresh(self.adaptation)
+        return super().fit_batch(batch)
 
     def compute_forward(self, batch, stage):
         """Give the student's `Outputs`; the method's targets are left in `batch.targets`."""
@@ -345,15 +356,13 @@ def finish(
 
 
 def label_free_temperature(method: AdaptationMethod, survey: Survey, source: torch.Tensor) -> float:
-    """Temperature at which the student comes nearest to the mean of its two teachers.
-
-    A student learns to be as certain as its targets, which are often more certain than right. Two teachers that were
-    trained apart disagree where they are wrong, so their plain mean is less certain; no label is needed for it.
+    """Temperature at which the student comes nearest to what its two teachers say together.
 
     Parameters
     ----------
     method : AdaptationMethod
-        Tells whether it asks the language model about the adaptation set; where not, there is one teacher.
+        Gives their `consensus`; tells whether it asks the language model about the adaptation set: where not, there is
+        one teacher.
     survey : Survey
         Of the adaptation set, after training.
     source : torch.Tensor
@@ -373,7 +382,7 @@ def label_free_temperature(method: AdaptationMethod, survey: Survey, source: tor
     answered = survey.lalm_available
     if "adapt" not in method.answers_for or not answered.any():
         return 1.0
-    teachers = (survey.lalm_mean + source)[answered] / 2
+    teachers = method.consensus(survey, source)[answered]
     return fit_temperature(survey.student().probs[answered].cpu(), teachers.cpu())
 
 
@@ -517,12 +526,14 @@ def make_brain(method, hparams: Mapping, student, utterances: int, folder: Path,
     epochs = math.ceil(hparams["number_of_steps"] / steps_per_epoch)
     for part in method.frozen:
         student.get_submodule(part).requires_grad_(False)
-    ema = ema_copy(student, ema_decay(hparams["ema_window"], epochs * steps_per_epoch))
+    number_of_steps = epochs * steps_per_epoch
+    ema = ema_copy(student, ema_decay(hparams["ema_window"], number_of_steps))
     counter = EpochCounter(epochs)
     folder.mkdir(parents=True, exist_ok=True)
     own = {
         "seed": hparams["seed"],
         "method": method,
+        "number_of_steps": number_of_steps,
         "passes": hparams["passes"],
         "ema": ema,
         "epoch_counter": counter,

@@ -66,6 +66,12 @@ class Outcome:
         return _read_json(self.folder / "embeddings.json")
 
     @cached_property
+    def temperature(self) -> float:
+        """That of the recogniser that was exported; 1 where none was. `predictions` are at 1 in any case."""
+        about = _read_json(self.folder / "recogniser" / "about.json") or {}
+        return about.get("temperature", 1.0)
+
+    @cached_property
     def log(self) -> dict[str, list[float]]:
         """Columns of `train_log.txt`, `epoch` among them; empty without training."""
         path = self.folder / "train_log.txt"
@@ -155,6 +161,11 @@ class Run:
             return None
         labels = self.record["labels"]
         return np.array([label_index(labels, row, key) for key, row in self._rows.items()])
+
+    @cached_property
+    def verdict(self) -> dict | None:
+        """What `judge` said of the student without labels, if it was asked."""
+        return _read_json(self.folder / "verdict.json")
 
     def probs(self, method: str) -> np.ndarray:
         """`[N, C]`, a method's answers in the order of `ids`; zeros where there is none."""

@@ -1,4 +1,4 @@
-"""Sections of the report about one transfer: scores, confusions, flips, training, weights, calibration, speakers, maps.
+"""Sections of the report about one transfer: scores, verdict, confusions, flips, training, weights, calibration, ...
 
 Each is a function of a `Case` (all runs of one transfer) and gives `None` where the folder has no data for it.
 """
@@ -35,6 +35,7 @@ from speechbrain_mifuse.evaluation.report_parts import (
     two_bars,
 )
 from speechbrain_mifuse.evaluation.teacher_report import Reliability, reliability
+from speechbrain_mifuse.nnet.calibration import tempered
 
 # More columns than these are no longer a table to read; quantiles over the speakers stand in their place.
 MOST_SPEAKERS = 24
@@ -127,7 +128,7 @@ def sections_of(case: Case, intervals: Mapping[str, Sequence[float]] | None = No
     Example
     -------
     >>> len(SECTIONS)
-    8
+    9
     """
     made = [functools.partial(methods_section, intervals=intervals or {}), *SECTIONS[1:]]
     return [section for make in made if (section := make(case)) is not None]
@@ -195,6 +196,43 @@ def _predicted_section(case: Case) -> Section:
     told = "How often each method predicted each class; the test set has no labels, so nothing is scored."
     found = table("Share of the predictions in percent", ["method", *case.labels, "no answer"], rows)
     return Section("Predictions", told, found)
+
+
+def verdict_section(case: Case) -> Section | None:
+    """Say what the verdict without labels was.
+
+    Parameters
+    ----------
+    case : Case
+        The runs.
+
+    Returns
+    -------
+    Section or None
+        `None` where no verdict was asked for.
+
+    Example
+    -------
+    >>> verdict_section.__name__  # an example with a folder of results is in `tests/unit/test_report.py`
+    'verdict_section'
+    """
+    judged = [run for run in case.runs if run.verdict is not None]
+    if not judged:
+        return None
+    return Section("Signs without labels", judged[0].verdict["caveat"], joined(map(_verdict, judged)))
+
+
+def _verdict(run: Run) -> Html:
+    figures, found = run.verdict["figures"], run.verdict["warnings"]
+    answered, changed = (f"{100 * figures[name]:.0f} %" for name in ("answered_by_teacher", "changed"))
+    told = (
+        f"Seed {run.record['seed']}: {figures['recordings']} recordings; the teacher answered {answered}; {changed} of "
+        "the source's answers changed."
+    )
+    if not found:
+        return joined([tag("p", told), tag("p", "No warning sign. That is no proof that it helped.")])
+    signs = tag("ul", *(tag("li", line) for line in found))
+    return joined([tag("p", told), tag("p", "Signs that something went wrong:"), tag("div", signs, class_="note")])
 
 
 def by_speaker(case: Case, method: str) -> np.ndarray:
@@ -587,7 +625,7 @@ def _sides(case: Case) -> Html | None:
 
 
 def calibration(case: Case, method: str) -> Reliability | None:
-    """Compare how sure a method was with how often it was right, over all runs.
+    """Compare how sure a method is with how often it was right, over all runs, as sure as what it exported is.
 
     Parameters
     ----------
@@ -609,10 +647,19 @@ def calibration(case: Case, method: str) -> Reliability | None:
     runs = [run for run in case.runs_of(method) if run.outcomes[method].predictions and run.reference is not None]
     if not runs:
         return None
-    stated = np.concatenate([run.probs(method).max(1) for run in runs])
-    right = np.concatenate([run.chosen(method) == run.reference for run in runs])
-    answered = stated > 0
-    return reliability(torch.from_numpy(stated[answered]), torch.from_numpy(right[answered]))
+    stated, right = [], []
+    for run in runs:
+        chosen = run.chosen(method)
+        answered = chosen >= 0
+        probs = torch.from_numpy(run.probs(method)[answered])
+        stated.append(tempered(probs, run.outcomes[method].temperature).amax(1))
+        right.append(torch.from_numpy((chosen == run.reference)[answered]))
+    return reliability(torch.cat(stated), torch.cat(right))
+
+
+def _temperature_told(case: Case, method: str) -> str:
+    found = sorted({f"{outcome.temperature:g}" for outcome in case.outcomes(method)}, key=float)
+    return "" if found == ["1"] else f", temperature {' to '.join(dict.fromkeys([found[0], found[-1]]))}"
 
 
 def calibration_section(case: Case) -> Section | None:
@@ -637,14 +684,16 @@ def calibration_section(case: Case) -> Section | None:
     for name in case.figured:
         found = calibration(case, name)
         if found is not None and found.count:
-            caption = f"{name}, error {percent(found.error)} %"
+            caption = f"{name}, error {percent(found.error)} %{_temperature_told(case, name)}"
             told = f"Reliability of {caption}"
             made.append(figure(caption, reliability_figure(told, found.stated, found.frequency, found.count)))
     if not made:
         return None
     told = (
         "How often an answer is right against how sure it was, in ten bins; on the dashed line both are equal, below "
-        "it the method is too sure. The calibration error is their mean distance. Hollow: fewer than ten answers."
+        "it the method is too sure. The calibration error is their mean distance. A student is as sure as the "
+        "recogniser that was exported, at its temperature; source and API teacher are as sure as adaptation had them. "
+        "Hollow: fewer than ten answers."
     )
     return Section("Calibration", told, grid(made))
 
@@ -726,6 +775,7 @@ def between_classes(points: np.ndarray, classes: np.ndarray) -> float:
 
 SECTIONS: tuple[Callable, ...] = (
     methods_section,
+    verdict_section,
     confusion_section,
     agreement_section,
     training_section,

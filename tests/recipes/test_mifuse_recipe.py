@@ -14,6 +14,7 @@ from pathlib import Path
 import numpy as np
 import processes
 import pytest
+import tiny_clap
 from hyperpyyaml import load_hyperpyyaml
 from safetensors.torch import load_file
 from toy_corpora import LABELS
@@ -298,6 +299,15 @@ def test_adapting_helps_on_the_toy_corpora(finished):
 
 
 # The API teacher.
+
+
+def test_an_audio_text_teacher_is_recorded_by_its_name_and_its_weights(recipe, tmp_path):
+    flags = {"teacher": "dual_encoder", "teacher_alm": tiny_clap.build(tmp_path / "small clap")}
+    outcome = recipe(tmp_path / "out", "lalm_zero_shot", **flags)
+    assert outcome.status == 0, outcome.out + outcome.err
+    found = results(tmp_path / "out", "lalm_zero_shot")
+    assert found["teacher"] == "small-clap" and "teacher small-clap" in outcome.out
+    assert found["teacher_model"]["audio_text_model"] == "clap" and len(found["teacher_model"]["weights"]) == 64
 
 
 def test_the_teacher_may_be_any_server_and_then_no_corpus_but_the_target_is_needed(

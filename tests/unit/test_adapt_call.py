@@ -130,6 +130,13 @@ def test_the_verdict_is_written_beside_the_results(adapted):
     assert (folder / "hyperparams.yaml").exists() and (folder / "labels.sqlite").exists()
 
 
+def test_the_verdicts_warnings_are_on_the_page_and_on_the_card(adapted):
+    (warning,) = [line for line in adapted.verdict["warnings"] if line.startswith("Only 12 recordings")]
+    page = (folder_of(adapted) / "report.html").read_text()
+    assert "Signs without labels" in page and f"<li>{warning}</li>" in page
+    assert f"- {warning}" in (adapted.recogniser / "README.md").read_text()
+
+
 def test_the_same_call_again_skips_everything_and_gives_the_same(
     adapted, source, teacher, recordings, cache, monkeypatch
 ):
@@ -203,6 +210,12 @@ def test_what_cannot_be_used_is_one_error_that_names_it(source, teacher, recordi
     given = {"source_checkpoint": source, "wav_folder": recordings, "teacher": teacher, **QUICK, **changed}
     with pytest.raises(UserError, match=named):
         adapt(**given, output_folder=tmp_path / "out")
+
+
+def test_an_api_elsewhere_is_not_asked_for_a_model_without_a_name(source, recordings, cache, tmp_path):
+    with pytest.raises(UserError, match=r"--lalm_model: name the model that https://some\.host/v1 is"):
+        adapt(source, recordings, teacher="https://some.host/v1", output_folder=tmp_path / "out")
+    assert not (tmp_path / "out").exists()
 
 
 def test_the_source_itself_or_other_classes_make_no_teacher(source, teacher, recordings, cache, tmp_path):

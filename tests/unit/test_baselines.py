@@ -412,6 +412,14 @@ def test_a_method_is_started_once_refreshed_evenly_and_told_the_rows_of_each_bat
     assert {row for rows in batches for row in rows} == set(range(20))
 
 
+def test_a_method_is_refreshed_within_epochs_where_these_are_few(world):
+    spy = Spy()
+    spy.refreshes = 5
+    world.adapt("spy", method=spy, number_of_steps=20, batch_size=2)
+    refreshes = [n for n, call in enumerate(spy.calls) if call == "refresh"]
+    assert refreshes == [1, 6, 11, 16, 21]  # 2 epochs of ten steps, each fourth step after one
+
+
 def test_a_survey_is_that_of_the_source_before_the_first_step_in_the_order_of_the_set(world):
     spy = Spy()
     world.adapt("spy", method=spy)

@@ -12,6 +12,7 @@ from speechbrain_mifuse.adaptation.geometry import (
     with_class_shares,
 )
 from speechbrain_mifuse.adaptation.method import Outputs, Survey, Teachers
+from speechbrain_mifuse.adaptation.mi_fuse import MIFuse
 from speechbrain_mifuse.adaptation.mi_fuse_plus import MIFusePlus, PermutedMIFusePlus, ProductFusion
 
 C = 4
@@ -233,3 +234,13 @@ def test_distributions_are_multiplied_as_they_are():
     method = ProductFusion(prior_correction=False)
     method.start(survey)
     assert torch.equal(survey.lalm_smoothed(method.state["pseudo_answers"]), survey.lalm_mean)
+
+
+def test_what_the_teachers_say_together_is_their_product_for_a_method_that_multiplies_them():
+    survey = world()[1]
+    source = survey.classifier()[:, 0]
+    method = MIFusePlus(prior_correction=False)
+    method.start(survey)
+    product = survey.lalm_mean * source
+    torch.testing.assert_close(method.consensus(survey, source), product / product.sum(1, keepdim=True))
+    torch.testing.assert_close(MIFuse().consensus(survey, source), (survey.lalm_mean + source) / 2)

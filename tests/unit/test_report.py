@@ -19,8 +19,10 @@ from speechbrain_mifuse.evaluation.report import write_report
 from speechbrain_mifuse.evaluation.report_cases import read_cases, read_log
 from speechbrain_mifuse.evaluation.report_parts import Html, Line, curves, heat, tag, ticks
 from speechbrain_mifuse.evaluation.report_sections import SECTIONS, agreement_section, calibration, weighing_section
+from speechbrain_mifuse.evaluation.verdict import judge
 
 PACKAGE = Path(cli.__file__).parent
+VERDICT = "Signs without labels"
 RUN_TITLES = ["Methods", "Confusion matrices", "Agreement and flips", "Training", "Weights of the teachers"]
 RUN_TITLES += ["Calibration", "Speakers", "Before and after"]
 HOSTILE = "<script>window.ran=1</script>\"'><img src=x onerror=window.ran=1>{{body}}"
@@ -43,10 +45,19 @@ def run(tmp_path):
     return toy_run(tmp_path / "run")
 
 
+def write_verdict(run, shift=0):
+    """What `adapt` leaves: both teachers and the student, who agree unless they are shifted."""
+    probs = torch.eye(3).repeat(20, 1) * 0.7 + 0.1
+    verdict = judge(probs, probs.roll(1, 1), probs.roll(1 + shift, 1), LABELS)
+    (run / "verdict.json").write_text(json.dumps(verdict))
+    return verdict
+
+
 def test_a_run_has_every_section_and_each_begins_with_a_sentence(run):
+    write_verdict(run)
     text = page_of(run)
-    assert titles(text) == RUN_TITLES and len(RUN_TITLES) == len(SECTIONS)
-    assert len(re.findall(r"</h2><p>[A-Z][^<]*\.</p>", text)) == len(RUN_TITLES)
+    assert titles(text) == [RUN_TITLES[0], VERDICT, *RUN_TITLES[1:]] and len(titles(text)) == len(SECTIONS)
+    assert len(re.findall(r"</h2><p>[A-Z][^<]*\.</p>", text)) == len(SECTIONS)
     for fact in ("speaker-independent", "toy encoder", "last step, no label", "0.0.toy"):
         assert f"<dd>{fact}</dd>" in text
 
@@ -106,6 +117,30 @@ def test_calibration_compares_confidence_with_right_answers(run):
     found = calibration(case, "mi_fuse")
     assert found.count == [20] and found.frequency == [0.75] and found.error == pytest.approx(0.05)
     assert "mi_fuse, error 5.0 %" in page_of(run)
+
+
+def test_a_student_is_as_sure_as_the_recogniser_that_was_exported(run):
+    write_answers(run, source_only=[], lalm_zero_shot=[], mi_fuse=[2, 2, 0, 2, 2], oracle=[])
+    (run / "mi_fuse" / "recogniser").mkdir()
+    (run / "mi_fuse" / "recogniser" / "about.json").write_text('{"temperature": 0.5}')
+    (case,) = read_cases(run)
+    # 0.8, 0.1, 0.1 squared, and 15 of 20 are right.
+    assert calibration(case, "mi_fuse").error == pytest.approx(0.64 / 0.66 - 0.75)
+    text = page_of(run)
+    assert "mi_fuse, error 22.0 %, temperature 0.5" in text and "oracle, error 20.0 %<" in text
+
+
+def test_a_verdict_is_told_with_its_warnings_and_caveat(run):
+    fine = write_verdict(run)
+    assert any("source's answers changed" in part for part in Read(page_of(run)).text["p"])
+    found = write_verdict(run, shift=1)
+    assert fine["warnings"] != found["warnings"]
+    page = Read(page_of(run))
+    assert all(line in page.text["li"] for line in found["warnings"]) and found["caveat"] in page.text["p"]
+    rewrite(run / "verdict.json", warnings=[HOSTILE])
+    assert HOSTILE in Read(page_of(run)).text["li"]
+    rewrite(run / "verdict.json", warnings=[])
+    assert "No warning sign. That is no proof that it helped." in page_of(run)
 
 
 def test_weights_are_those_of_the_file_and_silence_is_no_uncertainty(run):
@@ -263,7 +298,7 @@ def test_a_sweep_leaves_the_page_of_its_own_methods(tmp_path):
     folder, methods = toy_sweep(tmp_path / "sweep"), ["source_only", "mi_fuse"]
     paths = [folder / "nemo2ravdess" / seed / method / "results.json" for seed in "12" for method in methods]
     runs = [SimpleNamespace(results=paths)]
-    plan = SimpleNamespace(runs=lambda: runs, methods=methods, output=folder, teacher=lambda: "asked by <hand>")
+    plan = SimpleNamespace(runs=lambda: runs, methods=methods, output=folder, teacher=lambda _: "asked by <hand>")
     sweep.collect(plan, tmp_path / "tables", "toy")
     text = (folder / "toy.html").read_text()
     assert titles(text)[5:] == ["nemo to ravdess"] and "oracle" not in text and "asked by &lt;hand&gt;" in text
