@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-import csv
 from pathlib import Path
 from statistics import mean
+
+from performance_table import by_seed, read
 
 # Row of `ablations.md`, and what it changes.
 INGREDIENTS = {
@@ -22,8 +23,6 @@ INGREDIENTS = {
 }
 SKEWS = {"happy, neutral cut": "skew_happy_neutral", "angry, sad cut": "skew_angry_sad"}
 SKEWED = ("mi_fuse", "mi_fuse_product_prior", "mi_fuse_plus_equal_shares", "mi_fuse_plus")
-# The files on speakers were made when `mi_fuse_plus` dealt the folds of G at random. Goes when they are made anew.
-SINCE_RENAMED = {"mi_fuse_plus": "mi_fuse_plus_random_folds"}
 NORMS = {"known": "speaker_norm_known", "clustered `frames`": "speaker_norm_clustered"}
 
 
@@ -56,25 +55,16 @@ def skew_table(folder: Path) -> str:
     return "\n".join(lines) + "\n"
 
 
-def mean_ua(path: Path, seeds: set[str] | None = None) -> tuple[dict[str, float], set[str]]:
-    """Mean UA of each method in percent over transfers and seeds, and which seeds these are."""
-    with path.open(newline="", encoding="utf-8") as file:
-        rows = [row for row in csv.DictReader(file) if seeds is None or row["seed"] in seeds]
-    methods = dict.fromkeys(row["method"] for row in rows)
-    means = {name: 100 * mean(float(row["UA"]) for row in rows if row["method"] == name) for name in methods}
-    return means, {row["seed"] for row in rows}
-
-
 def norms_table(folder: Path) -> str:
     """What normalising by speaker gives: each beside the same seeds without it."""
     columns = []
     for what, name in NORMS.items():
-        normed, seeds = mean_ua(folder / f"{name}.csv")
-        normed = {SINCE_RENAMED.get(method, method): value for method, value in normed.items()}
-        plain = [mean_ua(folder / f"{name}.csv", seeds)[0] for name in ("ablations", "open_transfer")]
-        columns += [("none", {**plain[0], **plain[1]}), (what, normed)]
+        rows = read(folder / f"{name}.csv")
+        seeds = {row["seed"] for row in rows}
+        plain = (row for row in read(folder / "open_transfer.csv") if row["seed"] in seeds)
+        columns += [("none", by_seed(plain, "method")), (what, by_seed(rows, "method"))]
     lines = ["| mean UA % | " + " | ".join(what for what, _ in columns) + " |", "|---|" + "---:|" * len(columns)]
-    cells = {method: " | ".join(f"{found[method]:.1f}" for _, found in columns) for method in columns[-1][1]}
+    cells = {method: " | ".join(f"{mean(found[method]):.1f}" for _, found in columns) for method in columns[-1][1]}
     return "\n".join([*lines, *(f"| `{method}` | {told} |" for method, told in cells.items())]) + "\n"
 
 

@@ -156,20 +156,28 @@ def pages() -> list[Path]:
     return [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 
 
+def short_tables() -> dict[Path, str]:
+    """Tables that are made of other result files."""
+    return {
+        TABLES / "speed.md": speed_table(TABLES / "speed"),
+        TABLES / "speed_headlines.md": headlines(TABLES / "speed"),
+        TABLES / "reliability.md": reliability_table(TABLES / "reliability.json") + "\n",
+        **{TABLES / name: table(TABLES) for name, table in METHOD_TABLES.items()},
+        ROOT / "PERFORMANCE.md": performance_table(ROOT),
+    }
+
+
+def update(wanted: dict[Path, str], check: bool) -> None:
+    """Write the files that say something else, or, to check, end the program with an error if there is one."""
+    old = [path for path, text in wanted.items() if not path.exists() or path.read_text(encoding="utf-8") != text]
+    if old and check:
+        sys.exit(f"{', '.join(str(path.relative_to(ROOT)) for path in old)}: old. Run benchmarks/update_readme.py.")
+    for path in old:
+        atomic_write(path, wanted[path])
+
+
 if __name__ == "__main__":
-    if "--check" not in sys.argv[1:]:
-        atomic_write(TABLES / "speed.md", speed_table(TABLES / "speed"))
-        atomic_write(TABLES / "speed_headlines.md", headlines(TABLES / "speed"))
-        for name, table in METHOD_TABLES.items():
-            atomic_write(TABLES / name, table(TABLES))
-        atomic_write(TABLES / "reliability.md", reliability_table(TABLES / "reliability.json") + "\n")
-    before = {path: path.read_text(encoding="utf-8") for path in pages()}
-    after = {path: filled(text, TABLES) for path, text in before.items()}
-    whole = ROOT / "PERFORMANCE.md"
-    before[whole] = whole.read_text(encoding="utf-8") if whole.exists() else ""
-    after[whole] = performance_table(ROOT)
-    if "--check" in sys.argv[1:]:
-        sys.exit(before != after)
-    for path, text in after.items():
-        if text != before[path]:
-            atomic_write(path, text)
+    check = "--check" in sys.argv[1:]
+    # The pages hold the tables, so these come first.
+    update(short_tables(), check)
+    update({path: filled(path.read_text(encoding="utf-8"), TABLES) for path in pages()}, check)

@@ -40,6 +40,7 @@ from speechbrain_mifuse.evaluation.report import write_report
 from speechbrain_mifuse.evaluation.selection_report import selection_table
 from speechbrain_mifuse.progress import progress
 from speechbrain_mifuse.registry import Recipe, adaptation_recipe
+from speechbrain_mifuse.zero_shot import ZERO_SHOT
 
 MARKER = "sweep.json"
 THREADS = ("OMP_NUM_THREADS", "MKL_NUM_THREADS")
@@ -178,17 +179,43 @@ class Plan:
         digest = hashlib.sha256(json.dumps(decides, sort_keys=True, default=str).encode()).hexdigest()[:8]
         return self.output / f"teacher_{recipe.value('teacher')}-{digest}"
 
-    def teacher(self) -> str:
-        """Say what the API teachers are, from the YAML files and the flags."""
+    def teacher(self, records: Sequence[Mapping] = ()) -> str:
+        """Say what the API teachers are, from YAML files and flags; results tell an audio-text model's weights."""
         given = flag_values(self.flags)
         told = {}
         for recipe in self.recipes:
             values = {**recipe.values, **given}
             who = f"a classifier of that corpus on layer {values.get('teacher_layer')}, behind HTTP on this machine"
+            form = values.get("lalm_answer_form")
             if values.get("lalm_base_url") not in (None, "null"):
                 who = f"{values.get('lalm_model')} behind an API"
-            told[f"{who}, {values.get('lalm_samples')} stochastic answers each ({values.get('lalm_answer_form')})"] = 1
+            if values.get("teacher") == ZERO_SHOT:
+                who, form = audio_text_told(records), "prompts drawn at random"
+            told[f"{who}, {values.get('lalm_samples')} stochastic answers each ({form})"] = 1
         return " or ".join(told)
+
+
+def audio_text_told(records: Sequence[Mapping]) -> str:
+    """Say that the teacher is an audio-text model, and which one, as far as results tell.
+
+    Parameters
+    ----------
+    records : sequence of mapping
+        Results of runs; `teacher_model` is the fingerprint of the model that was asked.
+
+    Returns
+    -------
+    str
+        Several weights, should the runs have asked different models.
+
+    Example
+    -------
+    >>> audio_text_told([{"teacher_model": {"weights": "0123456789abcdef" * 4}}, {"teacher_model": None}])
+    'an audio-text model on this machine (weights 0123456789abcdef)'
+    """
+    models = [record["teacher_model"] for record in records if record.get("teacher_model")]
+    weights = " and ".join(dict.fromkeys(model["weights"][:16] for model in models))
+    return f"an audio-text model on this machine{f' (weights {weights})' if weights else ''}"
 
 
 def make_plan(
@@ -678,7 +705,8 @@ def collect(
     drawn = list(figure_methods) or [method for method in FIGURE_METHODS if method in plan.methods]
     main, differences = transfer_table(comparison), difference_table(comparison, baselines)
     tables = [table for table in (main, differences) if table is not None]
-    about = protocol(comparison, plan.teacher()) + "\n"
+    teacher = plan.teacher(records)
+    about = protocol(comparison, teacher) + "\n"
     text = "\n".join([*(table.markdown() for table in tables), about])
     folder = Path(folder)
     order = {method: place for place, method in enumerate(comparison.methods)}
@@ -691,7 +719,7 @@ def collect(
     plot_heatmap(folder / f"{name}.png", comparison)
     plot_transfers(folder / f"{name}_transfers.png", comparison, drawn)
     write_selection(folder / f"{name}_selection.md", records)
-    write_report(plan.output, plan.output / f"{name}.html", paths, plan.teacher())
+    write_report(plan.output, plan.output / f"{name}.html", paths, teacher)
     return text
 
 

@@ -235,18 +235,27 @@ def bootstrap(counts: np.ndarray, generator: np.random.Generator, draws: int = 2
     [1.0, 1.0, 1.0, 1.0]
     """
     seeds, speakers = counts.shape[1:3]
-    seed_weight = generator.multinomial(seeds, np.full(seeds, 1 / seeds), draws)  # [draws, seeds]
-    speaker_weight = generator.multinomial(speakers, np.full(speakers, 1 / speakers), draws)
+    # Arguments are drawn from left to right.
+    return _reweighted(counts, _weights(generator, seeds, draws), _weights(generator, speakers, draws))
+
+
+def _weights(generator: np.random.Generator, count: int, draws: int) -> np.ndarray:
+    """How often each of some things is drawn when as many are drawn with replacement, `[draws, count]`."""
+    return generator.multinomial(count, np.full(count, 1 / count), draws)
+
+
+def _reweighted(counts: np.ndarray, seed_weight: np.ndarray, speaker_weight: np.ndarray) -> np.ndarray:
     hits = np.diagonal(counts[..., :-1], axis1=-2, axis2=-1)  # [methods, seeds, speakers, C]
     drawn = [np.tensordot(speaker_weight, part, axes=(1, 2)) for part in (hits, counts.sum(-1))]
     accuracy = recalls_to_accuracy(*drawn)  # [draws, methods, seeds]
-    return np.einsum("dms,ds->dm", accuracy, seed_weight) / seeds
+    return np.einsum("dms,ds->dm", accuracy, seed_weight) / counts.shape[1]
 
 
-def bootstrap_means(arrays: Mapping[Transfer, np.ndarray], draws: int = 2000, seed: int = 0) -> np.ndarray:
-    """Mean UA over the transfers of each bootstrap draw; see `bootstrap`.
+def bootstrap_transfers(arrays: Mapping[Transfer, np.ndarray], draws: int = 2000, seed: int = 0) -> np.ndarray:
+    """UA of each transfer in each bootstrap draw; see `bootstrap`.
 
-    The transfers themselves are fixed: the interval speaks of other speakers and seeds on these corpora, not of other
+    Transfers to one corpus are tested on the same people, who are drawn once for all of them; so are the seeds. The
+    transfers themselves are fixed: the interval speaks of other speakers and seeds on these corpora, not of other
     corpora.
 
     Parameters
@@ -261,28 +270,6 @@ def bootstrap_means(arrays: Mapping[Transfer, np.ndarray], draws: int = 2000, se
     Returns
     -------
     numpy.ndarray
-        `[draws, methods]`, in [0, 1].
-
-    Example
-    -------
-    >>> perfect = np.array([[[[[2, 0, 0], [0, 2, 0]]] * 3]])
-    >>> bootstrap_means({("a", "b", "c"): perfect}, draws=4).ravel().tolist()
-    [1.0, 1.0, 1.0, 1.0]
-    """
-    return np.mean(bootstrap_transfers(arrays, draws, seed), axis=0)
-
-
-def bootstrap_transfers(arrays: Mapping[Transfer, np.ndarray], draws: int = 2000, seed: int = 0) -> np.ndarray:
-    """UA of each transfer in each bootstrap draw; see `bootstrap`.
-
-    Parameters
-    ----------
-    arrays, draws, seed
-        As for `bootstrap_means`.
-
-    Returns
-    -------
-    numpy.ndarray
         `[transfers, draws, methods]`, in [0, 1].
 
     Example
@@ -292,7 +279,15 @@ def bootstrap_transfers(arrays: Mapping[Transfer, np.ndarray], draws: int = 2000
     (1, 4, 1)
     """
     generator = np.random.default_rng(seed)
-    return np.stack([bootstrap(counts, generator, draws) for counts in arrays.values()])
+    seeds = next(iter(arrays.values())).shape[1]  # the same in all
+    seed_weight, people = _weights(generator, seeds, draws), {}
+    found = []
+    for (_, target, _), counts in arrays.items():
+        speakers = counts.shape[2]
+        if (target, speakers) not in people:
+            people[target, speakers] = _weights(generator, speakers, draws)
+        found.append(_reweighted(counts, seed_weight, people[target, speakers]))
+    return np.stack(found)
 
 
 @dataclass(frozen=True)
@@ -653,7 +648,8 @@ def protocol(comparison: Comparison, teacher: str = "") -> str:
         f"lambda {_distinct(r['diversity_weight'] for r in records)}, "
         f"tau {_distinct(r['temperature'] for r in records)}.",
         f"Speaker normalisation: {norms}." if norms != "none" else "",
-        "Intervals: bootstrap over test speakers and seeds, transfers fixed; differences are paired.",
+        "Intervals: bootstrap over test speakers and seeds, transfers fixed; transfers to one corpus share its "
+        "speakers; differences are paired.",
         "A recording without a known speaker is drawn by itself: too narrow where two share one."
         if any(unknown.values())
         else "",

@@ -14,6 +14,7 @@ from speechbrain_mifuse.errors import UserError
 from speechbrain_mifuse.evaluation.aggregate import (
     Comparison,
     bootstrap,
+    bootstrap_transfers,
     difference_table,
     read_records,
     seed_table,
@@ -226,6 +227,19 @@ def test_bootstrap_gives_what_a_loop_over_draws_gives():
         picked = counts[:, np.repeat(range(4), seeds[draw])][:, :, np.repeat(range(5), speakers[draw])].sum(2)
         expected = [np.mean([scores_of(torch.tensor(run))["UA"] for run in runs]) for runs in picked]
         assert found[draw] == pytest.approx(expected)
+
+
+def test_transfers_to_one_corpus_share_the_speakers_and_seeds_that_are_drawn():
+    rng = np.random.default_rng(5)
+    counts = rng.integers(0, 4, (2, 3, 6, 2, 3))
+    arrays = {("a", "b", "t"): counts, ("d", "b", "t"): counts, ("a", "c", "t"): counts}
+    same, to_b, to_c = bootstrap_transfers(arrays)
+    np.testing.assert_array_equal(same, to_b)
+    assert not np.array_equal(same, to_c)
+    # People of another corpus are drawn apart, but the seeds are those of all.
+    whole = counts.sum(2, keepdims=True)
+    first, second = bootstrap_transfers({("a", "b", "t"): whole, ("a", "c", "t"): whole})
+    np.testing.assert_array_equal(first, second)
 
 
 def test_an_interval_spans_the_speakers_of_its_transfer_and_differences_are_paired(comparison):

@@ -219,6 +219,19 @@ def test_the_sweep_ends_in_tables_and_figures_of_the_chosen_methods(tree, capsys
     assert "above shot, best baseline" in text and "5 stochastic answers each" in text and "c behind" not in text
 
 
+def test_tables_of_an_audio_text_teacher_say_that_it_is_one_and_which(tree):
+    flags = ["--teacher=dual_encoder", "--teacher_alm=somewhere", "--takes=0"]
+    go("a2b", "--seeds", "1", "--methods", "source_only,shot", "--", *flags)
+    output = tree / "results" / "sweep"
+    path = output / "a2b" / "1" / "shot" / "results.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "teacher_model": {"weights": "c0ffee"}}))
+    plan = sweep.make_plan(tree, ["a2b"], output, [1], ["source_only", "shot"], flags)
+    text = sweep.collect(plan, tree / "t", "t")
+    told = "an audio-text model on this machine (weights c0ffee), 5 stochastic answers each (prompts drawn at random)"
+    assert told in text and "HTTP" not in text
+    assert "an audio-text model on this machine, 5 stochastic answers" in plan.teacher()
+
+
 def test_the_teacher_is_shared_by_pairs_that_agree_in_all_that_decides_it(tree):
     plan = sweep.make_plan(tree, ["a2b", "b2a"], "out", [1])
     same = {plan.teacher_folder(recipe) for recipe in plan.recipes}
