@@ -23,7 +23,7 @@ from speechbrain.utils.fetching import fetch
 from torchaudio.functional import resample
 
 from speechbrain_mifuse.audio import BadAudio, content_hash, load_audio
-from speechbrain_mifuse.corpora.folder import ENDINGS
+from speechbrain_mifuse.corpora.folder import ENDINGS, recordings_below
 from speechbrain_mifuse.errors import UserError
 from speechbrain_mifuse.features.dataset import pad_frames
 from speechbrain_mifuse.features.encode_files import BATCH_S, ahead, similar
@@ -643,9 +643,7 @@ def recordings_in(folder: str | Path) -> list[Path]:
     root = Path(folder)
     if not root.is_dir():
         raise UserError(f"{folder}: no such folder.")
-    # Whatever has such a name: what is no file is said when it is read, and not passed over in silence.
-    found = [path for path in sorted(root.rglob("*")) if path.suffix.lower() in ENDINGS]
-    found = [path for path in found if not any(part.startswith(".") for part in path.relative_to(root).parts)]
+    found = recordings_below(root)
     if not found:
         raise UserError(f"{folder}: holds no recording ({', '.join(ENDINGS)}).")
     return found

@@ -970,13 +970,15 @@ def collect_answers(hparams: Mapping, names: Sequence[str], run_opts: Mapping | 
     Raises
     ------
     UserError
-        If no chosen method needs answers, or a step fails.
+        If no chosen method needs answers, the teacher is no language model, or a step fails.
 
     Example
     -------
     >>> collect_answers.__name__  # runs in `speechbrain-mifuse collect`
     'collect_answers'
     """
+    if hparams["teacher"] == ZERO_SHOT:
+        raise UserError(f"--teacher {ZERO_SHOT}: it answers within the recipe itself, and nothing is to be collected.")
     run_on_main(hparams["prepare_target"])
     wavs = wanted_recordings(hparams, names)
     if not wavs:

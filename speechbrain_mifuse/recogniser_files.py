@@ -60,6 +60,9 @@ speaker_norm: {name}
 """
 
 
+# How to mend a folder that is no recogniser.
+GIVE_WHOLE = "Train it again, or give a whole folder as a recipe exports it; one on a hub is downloaded first."
+
 # What the YAML of recognisers of earlier versions names.
 OLDER_TAGS = {"!new:speechbrain.utils.parameter_transfer.Pretrainer", "!name:speechbrain_mifuse.inference.load_weights"}
 # All that the YAML of an exported recogniser names, beside plain values: everything else is code of a stranger.
@@ -377,15 +380,15 @@ def read_about(folder: str | Path) -> dict:
     >>> read_about("/nowhere")
     Traceback (most recent call last):
     ...
-    speechbrain_mifuse.recogniser_files.RecogniserError: /nowhere: no whole recogniser there (...). Train it again.
+    speechbrain_mifuse.recogniser_files.RecogniserError: /nowhere: no whole recogniser there (...). ...
     """
     try:
         about = json.loads((Path(folder) / "about.json").read_text())
         missing = [key for key in ("labels", "features", "classifier") if key not in about]
     except (OSError, ValueError) as error:
-        raise RecogniserError(f"{folder}: no whole recogniser there ({error!r}). Train it again.") from None
+        raise RecogniserError(f"{folder}: no whole recogniser there ({error!r}). {GIVE_WHOLE}") from None
     if missing:
-        raise RecogniserError(f"{folder}: no whole recogniser there (no {', '.join(missing)}). Train it again.")
+        raise RecogniserError(f"{folder}: no whole recogniser there (no {', '.join(missing)}). {GIVE_WHOLE}")
     return about
 
 
@@ -418,7 +421,7 @@ def recogniser_digest(folder: str | Path) -> str:
     try:
         content = [(folder / name).read_bytes() for name in ("classifier.safetensors", "hyperparams.yaml")]
     except OSError:
-        raise RecogniserError(f"{folder}: no whole recogniser there. Train it again.") from None
+        raise RecogniserError(f"{folder}: no whole recogniser there. {GIVE_WHOLE}") from None
     return hashlib.sha256(b"".join(content)).hexdigest()[:16]
 
 
@@ -449,7 +452,7 @@ def load_classifier(folder: str | Path, labels: Sequence[str], features: Mapping
     >>> load_classifier("/nowhere", ("angry",), {})
     Traceback (most recent call last):
     ...
-    speechbrain_mifuse.recogniser_files.RecogniserError: /nowhere: no whole recogniser there (...). Train it again.
+    speechbrain_mifuse.recogniser_files.RecogniserError: /nowhere: no whole recogniser there (...). ...
     """
     folder = Path(folder)
     about = read_about(folder)

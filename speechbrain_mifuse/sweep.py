@@ -638,6 +638,7 @@ def run_plan(plan: Plan, jobs: int) -> None:
     if jobs * plan.threads > usable_cores():
         print(f"warning: {jobs} runs of {plan.threads} threads on {usable_cores()} cores.", file=sys.stderr)
     leaderless = frozenset(run.pair for run in runs if run not in missing)
+    begin = time.monotonic()
     try:
         failed = Processes(missing, jobs, leaderless).go()
     except KeyboardInterrupt:
@@ -653,6 +654,8 @@ def run_plan(plan: Plan, jobs: int) -> None:
             f"{len(failed)} of {len(runs)} runs failed, so no table is written. Mend the cause; the same command goes "
             "on from here.\n" + "\n".join(told)
         )
+    took = (time.monotonic() - begin) / 60
+    print(f"{len(missing)} runs in {took:.1f} minutes, {jobs} at a time.", file=sys.stderr, flush=True)
 
 
 def _last_line(log: Path) -> str:

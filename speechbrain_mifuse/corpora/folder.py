@@ -1,6 +1,7 @@
 """Any folder of recordings: what a user brings along, with labels or without.
 
-Recordings: every file below the folder whose ending is one of `ENDINGS`, at any depth; hidden files are passed over.
+Recordings: every file below the folder whose ending is one of `ENDINGS`, at any depth; hidden files are passed over,
+those in formats that the audio library does not read (`FOREIGN`) are warned of.
 Labels are optional and come from one of two places:
 
 - `labels.csv` in the folder, columns `file,emo` and, if known, `speaker`; `file` is the path below the folder. `emo` is
@@ -41,7 +42,47 @@ LABEL_MAP = {
     **dict.fromkeys(("sad", "sadness"), "sad"),
 }
 ENDINGS = (".wav", ".flac", ".mp3", ".ogg", ".oga", ".opus", ".aif", ".aiff", ".au", ".caf", ".sph", ".w64")
+# Recordings too, which the audio library cannot read.
+FOREIGN = (".m4a", ".aac", ".mp4", ".wma", ".amr", ".3gp", ".webm", ".mov", ".mkv")
 TABLE = "labels.csv"
+
+
+def recordings_below(root: str | Path) -> list[Path]:
+    """Find the recordings of a folder; one in a format that cannot be read is warned of.
+
+    Parameters
+    ----------
+    root : str or pathlib.Path
+        The folder.
+
+    Returns
+    -------
+    list of pathlib.Path
+        By path; without hidden files and what lies in hidden folders.
+
+    Example
+    -------
+    >>> import tempfile
+    >>> root = Path(tempfile.mkdtemp())
+    >>> for name in ("b.wav", "a.FLAC", ".c.wav", "notes.txt"):
+    ...     (root / name).touch()
+    >>> [path.name for path in recordings_below(root)]
+    ['a.FLAC', 'b.wav']
+    """
+    root = Path(root)
+    # Whatever has such a name: what is no file is said when it is read, and not passed over in silence.
+    found = [path for path in sorted(root.rglob("*")) if path.suffix.lower() in ENDINGS + FOREIGN]
+    found = [path for path in found if not any(part.startswith(".") for part in path.relative_to(root).parts)]
+    foreign = [path for path in found if path.suffix.lower() in FOREIGN]
+    if foreign:
+        logger.warning(
+            "%s: %d files take no part, for their format is not read. Convert them first: ffmpeg -i %s %s",
+            root,
+            len(foreign),
+            shown(foreign[0].name),
+            shown(foreign[0].with_suffix(".wav").name),
+        )
+    return [path for path in found if path.suffix.lower() in ENDINGS]
 
 
 def list_folder(data_folder: str | Path) -> list[Utterance]:
@@ -73,8 +114,7 @@ def list_folder(data_folder: str | Path) -> list[Utterance]:
     [('folder-mine/anna/angry/1.ogg', 'angry', 'anna')]
     """
     root = Path(data_folder)
-    found = [path.relative_to(root) for path in sorted(root.rglob("*")) if path.suffix.lower() in ENDINGS]
-    found = [path for path in found if not any(part.startswith(".") for part in path.parts)]
+    found = [path.relative_to(root) for path in recordings_below(root)]
     if (root / TABLE).is_file():
         listed = listed_in_table(root / TABLE)
     else:

@@ -73,7 +73,7 @@ def numbers(told):
 
 
 def compare(one, two, least):
-    """Every prediction of two output folders to within 1e-4, weights to within 1 % of their length.
+    """Every prediction of two output folders to within 1e-4, weights to within 1 % of their length, losses to 5 %.
 
     Adam makes steps of full size out of rounding errors where a gradient is zero, as before a normalisation: such
     weights differ, and do not matter.
@@ -87,7 +87,7 @@ def compare(one, two, least):
         assert far < 0.01 * torch.stack([value.double().norm() for value in wanted.values()]).norm(), name
     for path in one.rglob("validation.json"):
         wanted, found = json.loads(path.read_text()), json.loads((two / path.relative_to(one)).read_text())
-        assert numbers(found) == pytest.approx(numbers(wanted), abs=1e-3) and len(numbers(wanted)) > 2
+        assert numbers(found) == pytest.approx(numbers(wanted), rel=0.05, abs=1e-3) and len(numbers(wanted)) > 2
     for path in one.rglob("predictions.json"):
         wanted, found = json.loads(path.read_text()), json.loads((two / path.relative_to(one)).read_text())
         assert wanted.keys() == found.keys() and len(wanted) > 0

@@ -3,6 +3,7 @@
 import csv
 import json
 import os
+import re
 import signal
 import subprocess
 import time
@@ -126,6 +127,11 @@ def test_what_is_done_starts_no_process_and_what_is_missing_or_changed_runs_agai
     assert len(notes("began")) == 5
     go("a2b", "--seeds", "1-2", "--", "--takes=0", "--learning_rate=1")
     assert len(notes("began")) == 7
+
+
+def test_a_sweep_says_how_long_it_took(tree, capsys):
+    go("a2b", "--seeds", "1-2", "--jobs", "2", "--", "--takes=0")
+    assert re.search(r"^2 runs in \d+\.\d minutes, 2 at a time\.$", capsys.readouterr().err, re.MULTILINE)
 
 
 def test_a_comment_in_the_yaml_runs_nothing_again_and_a_value_does(tree):

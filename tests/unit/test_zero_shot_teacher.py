@@ -15,7 +15,7 @@ from speechbrain_mifuse.corpora.manifest import atomic_write
 from speechbrain_mifuse.errors import UserError
 from speechbrain_mifuse.features.store import FeatureStore
 from speechbrain_mifuse.nnet.dual_encoder import DualEncoder
-from speechbrain_mifuse.pipeline import ask_teacher, teacher_name, zero_shot_teacher
+from speechbrain_mifuse.pipeline import ask_teacher, collect_answers, teacher_name, zero_shot_teacher
 from speechbrain_mifuse.registry import repository_root
 from speechbrain_mifuse.zero_shot.own_dual_encoder import export_dual_encoder, open_alm, toy_about
 from speechbrain_mifuse.zero_shot.prompts import PromptSet
@@ -88,6 +88,11 @@ def test_prompts_are_drawn_with_replacement_and_averaged():
 def test_a_teacher_without_a_model_is_one_clear_error():
     with pytest.raises(UserError, match="--teacher_alm FOLDER"):
         zero_shot_teacher({"teacher_alm": None})
+
+
+def test_there_is_nothing_to_collect_from_it():
+    with pytest.raises(UserError, match="--teacher dual_encoder: it answers within the recipe itself"):
+        collect_answers({"teacher": "dual_encoder"}, ["mi_fuse"])
 
 
 def test_the_teacher_loads_on_the_runs_device_and_runs_its_code_only_if_allowed(monkeypatch):
