@@ -33,6 +33,7 @@ ARMS = {
         "zs_fuse",
         "zs_fuse_random_start",
         "zs_fuse_paper",
+        "logit_average",
         "zs_fuse_permuted",
         "source_classifier_fused",
     ],

@@ -135,26 +135,25 @@ class SpecialistOnly(LateFusion):
 class LogitAverage(SpecialistOnly):
     """An ablation: the specialist learns alone, and its log-probabilities are averaged with those of the scores.
 
-    `log p = (log softmax(specialist) + log softmax(g LayerNorm(s))) / 2 + constant`, `LayerNorm` without its learned
-    part: nothing of the scores is fitted, so there must be one score for each class, in the classes' order.
+    `log p = (log p_v + log p_s) / 2 + constant`, `p_v = softmax(specialist)`, `p_s` a softmax over `LayerNorm(s)`,
+    without its learned part: nothing of the scores is fitted. Of a class without a score `p_s` knows nothing and says
+    what `p_v` says; the classes with one share what `p_v` gives to all of them.
 
     Parameters
     ----------
     specialist, score_classes, n_classes, dropout
         As for `LateFusion`.
-    score_scale : float
-        g.
 
     Raises
     ------
     UserError
-        If the scores are not for the classes, one for each.
+        If no score is for one of the classes.
 
     Example
     -------
     >>> average = LogitAverage(AdapterClassifier(8, 2), score_classes=[0, 1], n_classes=2).eval()
-    >>> average(torch.randn(1, 5, 8), torch.ones(1), torch.tensor([[900.0, -900.0]])).argmax().item()
-    0
+    >>> average(torch.randn(1, 5, 8), torch.ones(1), torch.tensor([[900.0, -900.0]])).shape
+    torch.Size([1, 2])
     """
 
     def __init__(
@@ -162,23 +161,24 @@ class LogitAverage(SpecialistOnly):
         specialist: AdapterClassifier,
         score_classes: Sequence[int | None],
         n_classes: int,
-        score_scale: float = 1.0,
         dropout: float = 0.5,
     ):
-        if list(score_classes) != list(range(n_classes)):
-            raise UserError(
-                f"--arm: averaging needs one score for each of {n_classes} classes, and the scores are for others."
-            )
+        used = [place for place, label in enumerate(score_classes) if label is not None]
+        if not used:
+            raise UserError("--arm: averaging needs scores for at least one of the classes, and they are for others.")
         super().__init__(specialist, score_classes, n_classes, dropout)
-        self.score_scale = score_scale
+        self.used, self.classes = used, [score_classes[place] for place in used]
 
     def forward(self, frames: torch.Tensor, lengths: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
         """Classify a batch; see `LateFusion.forward`."""
         logits = super().forward(frames, lengths, scores)
         if self.training:
             return logits
-        told = self.score_scale * F.layer_norm(scores, scores.shape[-1:])
-        return (logits.log_softmax(-1) + told.log_softmax(-1)) / 2
+        specialist = logits.log_softmax(-1)
+        told, used = specialist.clone(), scores[:, self.used]
+        share = specialist[:, self.classes].logsumexp(-1, keepdim=True)
+        told[:, self.classes] = share + F.layer_norm(used, used.shape[-1:]).log_softmax(-1)
+        return (specialist + told) / 2
 
 
 class ScoresOnly(nn.Module):

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from torch.nn import functional as F
 
 from speechbrain_mifuse.errors import UserError
 from speechbrain_mifuse.nnet.adapter_classifier import AdapterClassifier
@@ -48,10 +49,34 @@ def test_few_labels_do_not_make_a_fusion_forget_the_scores():
     assert right(True) > right(False) + 0.1
 
 
-def test_averaging_needs_one_score_for_each_class_in_their_order():
-    for others in ([0, 1], [1, 0, 2, 3], [0, 1, 2, None]):
-        with pytest.raises(UserError, match="one score for each of 4 classes"):
-            LogitAverage(AdapterClassifier(8, 4), others, 4)
+def test_averaging_multiplies_both_sides_where_there_is_a_score_for_each_class():
+    torch.manual_seed(0)
+    specialist = AdapterClassifier(8, 3)
+    average = LogitAverage(specialist, [2, 0, 1], 3).eval()
+    frames, scores = torch.randn(4, 5, 8), torch.randn(4, 3)
+    alone = SpecialistOnly.forward(average, frames, torch.ones(4), scores).softmax(-1)
+    told = F.layer_norm(scores, (3,)).softmax(-1)[:, [1, 2, 0]]
+    wanted = (alone * told).sqrt()
+    found = average(frames, torch.ones(4), scores).softmax(-1)
+    assert torch.allclose(found, wanted / wanted.sum(-1, keepdim=True), atol=1e-6)
+
+
+def test_averaging_leaves_a_class_without_a_score_to_the_specialist_and_passes_over_foreign_scores():
+    torch.manual_seed(0)
+    average = LogitAverage(AdapterClassifier(8, 4), [None, 0, 1], 4).eval()
+    frames, scores = torch.randn(4, 5, 8), torch.randn(4, 3)
+    alone = SpecialistOnly.forward(average, frames, torch.ones(4), scores).softmax(-1)
+    found = average(frames, torch.ones(4), scores).exp()
+    assert torch.allclose(found[:, 2:], alone[:, 2:], atol=1e-6)
+    told = F.layer_norm(scores[:, 1:], (2,)).softmax(-1) * alone[:, :2].sum(-1, keepdim=True)
+    assert torch.allclose(found[:, :2], (alone[:, :2] * told).sqrt(), atol=1e-6)
+    other = torch.cat([torch.randn(4, 1), scores[:, 1:]], dim=1)
+    assert torch.equal(average(frames, torch.ones(4), other), average(frames, torch.ones(4), scores))
+
+
+def test_averaging_with_scores_for_none_of_the_classes_is_one_clear_error():
+    with pytest.raises(UserError, match="at least one of the classes"):
+        LogitAverage(AdapterClassifier(8, 4), [None, None], 4)
 
 
 def test_the_specialist_alone_does_not_read_scores():
