@@ -20,6 +20,9 @@ from torchaudio.functional import resample
 
 from speechbrain_mifuse.errors import UserError
 
+# Of files that are looked for in folders.
+ENDINGS = (".wav", ".flac", ".mp3", ".ogg", ".oga", ".opus", ".aif", ".aiff", ".au", ".caf", ".sph", ".w64")
+
 # Hz. Speech is not heard below; above are no recordings but headers that make a second of anything.
 LOWEST_RATE, HIGHEST_RATE = 1_000, 1_000_000
 

@@ -22,8 +22,8 @@ from speechbrain.utils.autocast import AMPConfig
 from speechbrain.utils.fetching import fetch
 from torchaudio.functional import resample
 
-from speechbrain_mifuse.audio import BadAudio, content_hash, load_audio
-from speechbrain_mifuse.corpora.folder import ENDINGS, recordings_below
+from speechbrain_mifuse.audio import ENDINGS, BadAudio, content_hash, load_audio
+from speechbrain_mifuse.corpora.folder import recordings_below
 from speechbrain_mifuse.errors import UserError
 from speechbrain_mifuse.features.dataset import pad_frames
 from speechbrain_mifuse.features.encode_files import BATCH_S, ahead, similar

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from speechbrain_mifuse.corpora.manifest import Corpus, CorpusError, Utterance, map_label
+from speechbrain_mifuse.corpora.manifest import Corpus, CorpusError, Utterance, by_stem, map_label
 
 LABEL_MAP = {"ANG": "angry", "HAP": "happy", "NEU": "neutral", "SAD": "sad", "DIS": None, "FEA": None}
 SPEAKERS = tuple(str(actor) for actor in range(1001, 1092))
@@ -46,7 +46,7 @@ def list_crema_d(data_folder: str | Path) -> list[Utterance]:
     [('crema-1001_DFA_ANG_XX', 'angry', '1001')]
     """
     utterances = []
-    for wav in sorted((Path(data_folder) / "AudioWAV").glob("[!.]*.*")):
+    for wav in by_stem((Path(data_folder) / "AudioWAV").iterdir()).values():
         fields = wav.stem.split("_")
         if len(fields) != 4:
             raise CorpusError(f"{wav}: not a CREMA-D name (four fields, as 1001_DFA_ANG_XX). Move the file away.")

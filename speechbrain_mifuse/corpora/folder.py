@@ -23,15 +23,14 @@ Ids start with the folder's name and end with the path below it; they stay while
 
 from __future__ import annotations
 
-import csv
 import hashlib
 import logging
 import os
 from collections.abc import Mapping
 from pathlib import Path
 
-from speechbrain_mifuse.audio import shown
-from speechbrain_mifuse.corpora.manifest import Corpus, CorpusError, Splits, Utterance, map_label
+from speechbrain_mifuse.audio import ENDINGS, shown
+from speechbrain_mifuse.corpora.manifest import Corpus, CorpusError, Splits, Utterance, map_label, table_rows
 
 logger = logging.getLogger(__name__)
 
@@ -41,7 +40,6 @@ LABEL_MAP = {
     **dict.fromkeys(("neutral", "neu"), "neutral"),
     **dict.fromkeys(("sad", "sadness"), "sad"),
 }
-ENDINGS = (".wav", ".flac", ".mp3", ".ogg", ".oga", ".opus", ".aif", ".aiff", ".au", ".caf", ".sph", ".w64")
 # Recordings too, which the audio library cannot read.
 FOREIGN = (".m4a", ".aac", ".mp4", ".wma", ".amr", ".3gp", ".webm", ".mov", ".mkv")
 TABLE = "labels.csv"
@@ -217,42 +215,6 @@ def listed_in_table(table: Path) -> list[tuple[Path, str | None, str]]:
             "Fill it in every row or in none, or take these rows away."
         )
     return listed
-
-
-def table_rows(table: Path) -> list[dict]:
-    r"""Read the rows of a CSV file.
-
-    Parameters
-    ----------
-    table : pathlib.Path
-        With a header.
-
-    Returns
-    -------
-    list of dict
-        Values by column.
-
-    Raises
-    ------
-    CorpusError
-        If it cannot be read or is no CSV in UTF-8.
-
-    Example
-    -------
-    >>> import tempfile
-    >>> table = Path(tempfile.mkdtemp()) / "labels.csv"
-    >>> _ = table.write_bytes(b"file,emo\n\xff.wav,sad\n")
-    >>> table_rows(table)
-    Traceback (most recent call last):
-    ...
-    speechbrain_mifuse.corpora.manifest.CorpusError: .../labels.csv: cannot be read (...). Save it as CSV in UTF-8.
-    """
-    try:
-        with table.open(encoding="utf-8-sig", newline="") as file:
-            return list(csv.DictReader(file))
-    except (OSError, UnicodeDecodeError, csv.Error) as error:
-        reason = getattr(error, "strerror", None) or error
-        raise CorpusError(f"{table}: cannot be read ({reason}). Save it as CSV in UTF-8.") from None
 
 
 def facts(data_folder: Path, utterances: list[Utterance]) -> Mapping:

@@ -22,7 +22,7 @@ import re
 from collections.abc import Mapping
 from pathlib import Path
 
-from speechbrain_mifuse.corpora.manifest import Corpus, CorpusError, Utterance, check_release, map_label
+from speechbrain_mifuse.corpora.manifest import Corpus, CorpusError, Utterance, by_stem, check_release, map_label
 
 LABEL_MAP = {
     "ang": "angry",
@@ -104,7 +104,7 @@ def recording(folder: Path, name: str) -> Path:
     'Ses01F_impro01_F000.wav'
     """
     wav = folder / f"{name}.wav"
-    return wav if wav.exists() else next(iter(sorted(folder.glob(f"{name}.*"))), wav)
+    return wav if wav.exists() else by_stem(folder.glob(f"{name}.*")).get(name, wav)
 
 
 def facts(data_folder: Path, utterances: list[Utterance]) -> Mapping:

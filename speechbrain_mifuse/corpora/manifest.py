@@ -9,6 +9,7 @@ them. `corpus.json` beside them says what they were made from.
 from __future__ import annotations
 
 import contextlib
+import csv
 import gc
 import hashlib
 import json
@@ -22,7 +23,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from speechbrain_mifuse import __version__
-from speechbrain_mifuse.audio import BadAudio, duration, shown
+from speechbrain_mifuse.audio import ENDINGS, BadAudio, duration, shown
 from speechbrain_mifuse.errors import UserError
 from speechbrain_mifuse.progress import progress
 
@@ -224,6 +225,68 @@ def find_corpus(folder_name: str, marker: str, *candidates: str | Path | None) -
         f"Corpus '{folder_name}' not found (a folder that holds '{marker}'; looked in: {looked}). "
         f"Pass {FLAGS} with the corpus's folder or the folder above it, or set MIFUSE_CORPORA."
     )
+
+
+def by_stem(paths: Iterable[Path]) -> dict[str, Path]:
+    """Find recordings by their names without the ending: copies of a corpus convert the audio to other formats.
+
+    Parameters
+    ----------
+    paths : iterable of pathlib.Path
+        Files in any order; hidden ones, and what is no audio by its ending, are passed over.
+
+    Returns
+    -------
+    dict of str to pathlib.Path
+        By name, sorted; `.wav` goes before other formats.
+
+    Example
+    -------
+    >>> by_stem([Path("a.flac"), Path("a.txt"), Path("a.wav"), Path(".b.wav")])
+    {'a': PosixPath('a.wav')}
+    """
+    audio = [path for path in paths if path.suffix.lower() in ENDINGS and not path.name.startswith(".")]
+    best_last = sorted(audio, key=lambda path: (path.suffix.lower() == ".wav", path))
+    found = {path.stem: path for path in best_last}
+    return {stem: found[stem] for stem in sorted(found)}
+
+
+def table_rows(table: Path, delimiter: str = ",") -> list[dict]:
+    r"""Read the rows of a CSV file.
+
+    Parameters
+    ----------
+    table : pathlib.Path
+        With a header.
+    delimiter : str
+        Between two columns.
+
+    Returns
+    -------
+    list of dict
+        Values by column.
+
+    Raises
+    ------
+    CorpusError
+        If it cannot be read or is no table in UTF-8.
+
+    Example
+    -------
+    >>> import tempfile
+    >>> table = Path(tempfile.mkdtemp()) / "labels.csv"
+    >>> _ = table.write_bytes(b"file,emo\n\xff.wav,sad\n")
+    >>> table_rows(table)
+    Traceback (most recent call last):
+    ...
+    speechbrain_mifuse.corpora.manifest.CorpusError: .../labels.csv: cannot be read (...). Save or restore ...
+    """
+    try:
+        with table.open(encoding="utf-8-sig", newline="") as file:
+            return list(csv.DictReader(file, delimiter=delimiter))
+    except (OSError, UnicodeDecodeError, csv.Error) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise CorpusError(f"{table}: cannot be read ({reason}). Save or restore it as a table in UTF-8.") from None
 
 
 def split_groups(groups: Sequence[str], splits: Mapping[str, float], kind: str = "speaker") -> dict[str, list[str]]:
@@ -514,7 +577,7 @@ def check_release(corpus: str, utterances: Iterable[Utterance], by: str, expecte
 
 
 def with_unusable(facts: Mapping, unusable: int) -> dict:
-    """Bring what `check_release` found in the labels together with the recordings that are there.
+    """Add how many recordings cannot be used, and bring it together with what `check_release` found in the labels.
 
     Parameters
     ----------
@@ -526,7 +589,7 @@ def with_unusable(facts: Mapping, unusable: int) -> dict:
     Returns
     -------
     dict
-        The same; a `release_check` also holds `unusable`, and matches only if that is 0.
+        The same with `unusable`; a `release_check` also holds it, and matches only if it is 0.
 
     Example
     -------
@@ -535,37 +598,35 @@ def with_unusable(facts: Mapping, unusable: int) -> dict:
     """
     check = facts.get("release_check")
     if check is None:
-        return dict(facts)
+        return {**facts, "unusable": unusable}
     told = {"matches": check["matches"] and not unusable, "unusable": unusable}
-    return {**facts, "release_check": {**check, **told}}
+    return {**facts, "unusable": unusable, "release_check": {**check, **told}}
 
 
 def warn_of_unusable(corpus: str, about: Mapping, save_folder: str | Path) -> None:
-    """Say when recordings of a published release cannot be used.
+    """Say when recordings of a corpus cannot be used: at every run, also when nothing is prepared anew.
 
     Parameters
     ----------
     corpus : str
         Name for the message.
     about : mapping
-        Content of `corpus.json`; without a `release_check` nothing is said.
+        Content of `corpus.json`.
     save_folder : str or pathlib.Path
         Folder of `corpus.json` and `skipped.json`.
 
     Example
     -------
-    >>> warn_of_unusable("toy", {"release_check": {"unusable": 0}}, "manifests")
+    >>> warn_of_unusable("toy", {"unusable": 0}, "manifests")
     """
-    check = about.get("release_check") or {}
-    if check.get("unusable"):
+    if about.get("unusable"):
         logger.warning(
-            "%s: %d of the %d utterances that the labels name cannot be used: their recordings are missing, unreadable "
-            "or copies of others, see %s. The figures are not comparable with published ones. "
+            "%s: %d utterances cannot be used: their recordings are missing, unreadable or copies of others, see %s.%s "
             "Restore the recordings, delete %s and run again.",
             corpus,
-            check["unusable"],
-            check["total_found"],
+            about["unusable"],
             Path(save_folder) / "skipped.json",
+            " The figures are not comparable with published ones." if "release_check" in about else "",
             Path(save_folder) / ABOUT,
         )
 

@@ -21,7 +21,7 @@ import re
 from collections.abc import Mapping
 from pathlib import Path
 
-from speechbrain_mifuse.corpora.manifest import Corpus, CorpusError, Utterance, check_release, map_label
+from speechbrain_mifuse.corpora.manifest import Corpus, CorpusError, Utterance, by_stem, check_release, map_label
 
 LABEL_MAP = {"A": "angry", "H": "happy", "N": "neutral", "S": "sad", "O": None, "X": None}
 COUNTS = {"angry": 792, "happy": 2644, "neutral": 3477, "sad": 885}
@@ -59,11 +59,11 @@ def list_msp_improv(data_folder: str | Path) -> list[Utterance]:
     tables = sorted(root.glob("Eval*tion.txt"))
     if len(tables) != 1:
         raise CorpusError(f"{root}: holds {len(tables)} files Evalution.txt or Evaluation.txt. Leave one.")
-    found = {
-        wav.stem: wav for below in ("", "Audio/") for wav in root.glob(f"{below}[Ss]ession[1-6]/*/*/MSP-IMPROV-*.*")
-    }
+    found = by_stem(
+        path for below in ("", "Audio/") for path in root.glob(f"{below}[Ss]ession[1-6]/*/*/MSP-IMPROV-*.*")
+    )
     utterances = []
-    for number, line in enumerate(tables[0].read_text(encoding="utf-8", errors="replace").splitlines(), start=1):
+    for number, line in enumerate(tables[0].read_text(encoding="utf-8-sig", errors="replace").splitlines(), start=1):
         if not line.startswith("UTD-IMPROV-"):
             continue
         turn = TURN.match(line)

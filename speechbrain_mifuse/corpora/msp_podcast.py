@@ -19,7 +19,6 @@ confidence intervals by speaker, which are somewhat too narrow for it; results s
 
 from __future__ import annotations
 
-import csv
 import re
 from collections import Counter
 from collections.abc import Mapping
@@ -27,7 +26,7 @@ from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
-from speechbrain_mifuse.corpora.manifest import Corpus, CorpusError, Utterance, map_label
+from speechbrain_mifuse.corpora.manifest import Corpus, CorpusError, Utterance, by_stem, map_label, table_rows
 
 LABEL_MAP = {
     "A": "angry",
@@ -73,21 +72,20 @@ def list_msp_podcast(data_folder: str | Path, label_map: Mapping[str, str | None
     """
     root = Path(data_folder)
     table = root / "Labels" / "labels_consensus.csv"
-    found = {wav.stem: wav for folder in ("Audio", "Audios") for wav in (root / folder).glob("[!.]*.*")}
+    found = by_stem(path for folder in ("Audio", "Audios") for path in (root / folder).glob("*.*"))
     utterances = []
-    with table.open(encoding="utf-8-sig", newline="") as file:
-        for row in csv.DictReader(file):
-            try:
-                name, code, speaker, partition = (row[column].strip() for column in COLUMNS)
-            except (KeyError, AttributeError):
-                raise CorpusError(f"{table}: lacks one of {', '.join(COLUMNS)} in row {row}.") from None
-            emo = None if partition == UNLABELLED else map_label(label_map, code, f"{table}, {name}")
-            if emo is not None:
-                stem = Path(name).stem
-                known = speaker.lower() not in ("", "unknown")
-                who = speaker if known else f"unknown-{stem}"
-                wav = found.get(stem, root / "Audios" / name)
-                utterances.append(Utterance(f"msp-{stem}", wav, emo, who, partition=partition, speaker_known=known))
+    for row in table_rows(table):
+        try:
+            name, code, speaker, partition = (row[column].strip() for column in COLUMNS)
+        except (KeyError, AttributeError):
+            raise CorpusError(f"{table}: lacks one of {', '.join(COLUMNS)} in row {row}.") from None
+        emo = None if partition == UNLABELLED else map_label(label_map, code, f"{table}, {name}")
+        if emo is not None:
+            stem = Path(name).stem
+            known = speaker.lower() not in ("", "unknown")
+            who = speaker if known else f"unknown-{stem}"
+            wav = found.get(stem, root / "Audios" / Path(name).name)
+            utterances.append(Utterance(f"msp-{stem}", wav, emo, who, partition=partition, speaker_known=known))
     return utterances
 
 

@@ -12,12 +12,11 @@ woman stand at each end; it names the five speakers of the openly mirrored part 
 
 from __future__ import annotations
 
-import csv
 from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
 
-from speechbrain_mifuse.corpora.manifest import Corpus, CorpusError, Utterance, map_label
+from speechbrain_mifuse.corpora.manifest import Corpus, CorpusError, Utterance, by_stem, map_label, table_rows
 
 LABEL_MAP = {
     "anger": "angry",
@@ -63,19 +62,18 @@ def list_nemo(data_folder: str | Path, label_map: Mapping[str, str | None] = LAB
     """
     table = Path(data_folder) / "data.tsv"
     # Copies convert the audio to other formats and leave the names in the table as they were.
-    found = {wav.stem: wav for wav in sorted((Path(data_folder) / "samples").glob("[!.]*.*"))}
+    found = by_stem((Path(data_folder) / "samples").glob("*.*"))
     utterances = []
-    with table.open(encoding="utf-8", newline="") as file:
-        for row in csv.DictReader(file, delimiter="\t"):
-            try:
-                name, emotion, speaker = (row[key].strip() for key in ("file_id", "emotion", "speaker_id"))
-            except (KeyError, AttributeError):
-                raise CorpusError(f"{table}: lacks file_id, emotion or speaker_id in row {row}.") from None
-            emo = map_label(label_map, emotion, f"{table}, {name}")
-            if emo is not None:
-                stem = Path(name).stem
-                wav = found.get(stem, Path(data_folder) / "samples" / name)
-                utterances.append(Utterance(f"nemo-{stem}", wav, emo, speaker))
+    for row in table_rows(table, delimiter="\t"):
+        try:
+            name, emotion, speaker = (row[key].strip() for key in ("file_id", "emotion", "speaker_id"))
+        except (KeyError, AttributeError):
+            raise CorpusError(f"{table}: lacks file_id, emotion or speaker_id in row {row}.") from None
+        emo = map_label(label_map, emotion, f"{table}, {name}")
+        if emo is not None:
+            stem = Path(name).stem
+            wav = found.get(stem, Path(data_folder) / "samples" / Path(name).name)
+            utterances.append(Utterance(f"nemo-{stem}", wav, emo, speaker))
     return utterances
 
 

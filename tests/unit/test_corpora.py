@@ -2,6 +2,7 @@
 
 import json
 from collections import Counter
+from pathlib import Path
 
 import pytest
 from toy_corpora import (
@@ -327,7 +328,7 @@ def test_a_release_whose_labels_are_whole_and_whose_recordings_are_not_does_not_
         assert check["matches"] is False and check["unusable"] == 15
         assert check["total_expected"] == check["total_found"] == len(wavs)
         said = [record.getMessage() for record in caplog.records if "published" in record.getMessage()]
-        assert len(said) == 1 and f"15 of the {len(wavs)} utterances" in said[0]
+        assert len(said) == 1 and "15 utterances cannot be used" in said[0]
         assert str(tmp_path / "m" / "skipped.json") in said[0]
     # What the message asks for.
     for wav, content in kept.items():
@@ -395,6 +396,55 @@ def test_msp_podcast_rows_give_partition_and_test3_and_other_classes_are_left_ou
 @pytest.mark.parametrize("audio", ["Audio", "Audios"])
 def test_msp_podcast_recordings_lie_in_either_folder(audio, tmp_path):
     assert all(u.wav.is_file() for u in list_msp_podcast(write_msp_podcast(tmp_path, audio=audio)))
+
+
+@pytest.mark.parametrize("first", [True, False])
+@pytest.mark.parametrize("name", PAPER)
+def test_a_side_file_of_the_same_name_takes_no_recordings_place_in_whatever_order_a_folder_is_read(
+    name, first, tmp_path, monkeypatch
+):
+    write, listed, *_ = PAPER[name]
+    root = write(tmp_path / name)
+    wanted = [(u.utt_id, u.wav) for u in listed(root)]
+    for path in {wav for _, wav in wanted}:
+        path.with_suffix(".txt").write_text("words")
+        path.with_suffix(".flac").write_text("a copy")
+    glob = Path.glob
+    monkeypatch.setattr(Path, "glob", lambda path, pattern: sorted(glob(path, pattern), reverse=first))
+    assert [(u.utt_id, u.wav) for u in listed(root)] == wanted
+
+
+def test_recordings_that_are_missing_are_told_at_every_run_and_counted(tmp_path, caplog):
+    root = write_msp_podcast(tmp_path / "MSP-Podcast-1.11")
+    list_msp_podcast(root)[0].wav.unlink()
+    for _ in range(2):
+        caplog.clear()
+        prepare_msp_podcast(root, tmp_path / "m", {"adapt": ["Train"], "test": ["Test1"]})
+        assert "msp_podcast: 1 utterances cannot be used" in caplog.text
+    assert about(tmp_path / "m")["unusable"] == 1
+
+
+@pytest.mark.parametrize("content", [b"FileName,EmoClass\n\xff.wav,A\n", "FileName".encode("utf-16")])
+def test_a_damaged_table_of_labels_is_one_error_naming_it(content, tmp_path):
+    for table, listed in (("Labels/labels_consensus.csv", list_msp_podcast), ("data.tsv", list_nemo)):
+        path = tmp_path / table
+        path.parent.mkdir(exist_ok=True)
+        path.write_bytes(content)
+        with pytest.raises(CorpusError, match=f"{path.name}: cannot be read"):
+            listed(tmp_path)
+
+
+def test_a_path_in_the_table_is_but_a_name(tmp_path):
+    rows = "FileName,EmoClass,SpkrID,Split_Set\n/elsewhere/a.wav,A,1,Train\n../b.wav,A,1,Train\n"
+    (tmp_path / "Labels").mkdir()
+    (tmp_path / "Labels" / "labels_consensus.csv").write_text(rows)
+    assert [u.wav for u in list_msp_podcast(tmp_path)] == [tmp_path / "Audios" / name for name in ("a.wav", "b.wav")]
+
+
+def test_a_mark_of_the_byte_order_hides_no_turn_of_msp_improv(tmp_path):
+    line = "UTD-IMPROV-S01A-F01-P-FM01.avi; N; A:2.8; V:3.0; D:3.2 ; N:3.9;"
+    (tmp_path / "Evalution.txt").write_bytes(line.encode("utf-8-sig"))
+    assert [u.emo for u in list_msp_improv(tmp_path)] == ["neutral"]
 
 
 def test_unknown_msp_podcast_speakers_are_one_each_and_join_no_splits(tmp_path):
