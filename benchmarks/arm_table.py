@@ -23,7 +23,12 @@ from speechbrain_mifuse.sweep import parse_seeds
 ROOT = Path(__file__).resolve().parent.parent
 RECORDS = "fold_*/seed_*/labels_*/*/results.json"
 # What arms are compared with, where they were run.
-BASELINES = ("mean_linear", "scratch", "scratch_fast", "fm_only", "zs_fuse_permuted")
+BASELINES = ("mean_linear", "scratch", "scratch_fast", "fm_only", "zs_fuse_permuted", "source_classifier_fused")
+# What the openly mirrored copies are, which the documentation's tables are of.
+COPIES = {
+    "emodb": "EmoDB, 2 s: a copy in which every clip is 2 s long, not to be compared with published figures. ",
+    "nemo": "Five of nEMO's nine speakers and four of its six emotions. ",
+}
 # The order of rows, as the recipes' YAML files have it.
 ARMS = {
     "adapter": ["mean_linear", "sap_linear", "scratch", "scratch_fast", "pretrained", "corpus_centred"],
@@ -64,7 +69,7 @@ def write_table(name: str, folders: Sequence[Path], seeds: Sequence[int] | None,
             raise UserError(f"{folder}: no results{f' of seeds {list(seeds)}' if seeds else ''}. Run the recipe first.")
         found.sort(key=lambda record: (amount(record), record["fold"], record["seed"], ARMS[name].index(record["arm"])))
         records += found
-        told.append(f"{found[0]['corpus']}: {arm_protocol(found)}")
+        told.append(f"{found[0]['corpus']}: {COPIES.get(found[0]['corpus'], '')}{arm_protocol(found)}")
     arms = [arm for arm in ARMS[name] if any(record["arm"] == arm for record in records)]
     table = arm_table(records, arms, [arm for arm in BASELINES if arm in arms])
     text = "\n".join([table.markdown(), *(f"{line}\n" for line in told)])
@@ -81,7 +86,11 @@ def collect_grids(name: str, folders: Sequence[Path], target: Path) -> None:
     for corpus, path in found.items():
         atomic_write(target / f"{name}_amplification_{corpus}.png", path.with_suffix(".png").read_bytes())
     if found:
-        parts = [f"## {corpus}\n\n{path.read_text().strip()}\n" for corpus, path in found.items()]
+        parts = [
+            f"## {corpus}\n\n{path.read_text().strip()}\n\n![Zero-shot UA by N and M, {corpus}]"
+            f"({name}_amplification_{corpus}.png)\n"
+            for corpus, path in found.items()
+        ]
         atomic_write(target / f"{name}_amplification.md", "\n".join(parts))
 
 

@@ -7,11 +7,11 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-from speechbrain_mifuse.errors import UserError
+from speechbrain_mifuse.errors import UserError, require_device
 from speechbrain_mifuse.registry import plain_values
 
 # A link in the repository, a folder of files once installed: the one place of the settings, where the package is.
@@ -128,16 +128,24 @@ def run(
     from speechbrain_mifuse.recogniser_files import read_about
 
     about = read_about(source)
+    given = {line.split(":")[0].strip() for line in overrides.splitlines()}
+    require_recordings(wav_folder, given)
+    if run_opts and run_opts.get("device"):
+        require_device(run_opts["device"])
     folder = Path(output_folder or Path("results") / "adapted" / Path(wav_folder).resolve().name)
     settings = {**source_settings(source, about), **teacher_settings(teacher, source, about["labels"])}
     settings |= {"data_folder": str(Path(wav_folder).resolve()), "output_folder": str(folder), "method": METHOD}
     served = settings.pop("teacher_recogniser", None)
-    given = {line.split(":")[0].strip() for line in overrides.splitlines()}
     require_model(settings.get("lalm_base_url"), given)
     lines = [f"{key}: {as_yaml(value)}" for key, value in settings.items() if key not in given]
     overrides = "\n".join([*lines, overrides]).strip()
     hparams = {**read_hparams(RECIPE, overrides), "teacher_recogniser": served}
     method = trained_method(hparams)
+    require_positive(hparams, ("number_of_steps", "batch_size", "lalm_samples"))
+    try:
+        Path(hparams["output_folder"]).mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"--output_folder: {hparams['output_folder']} cannot be made ({error.strerror}).") from None
     hook = sys.excepthook
     sb.create_experiment_directory(hparams["output_folder"], RECIPE, overrides, save_env_desc=False)
     sys.excepthook = hook
@@ -147,6 +155,62 @@ def run(
     verdict = judged(folder, method, hparams["labels"])
     keep_verdict(folder, method, results, verdict)
     return Adapted(folder / method / "recogniser", results, verdict)
+
+
+def require_recordings(wav_folder: str | Path, given: Collection[str]) -> None:
+    """Refuse recordings that are not there, before anything is paid for.
+
+    Parameters
+    ----------
+    wav_folder : str or pathlib.Path
+        Of the recordings.
+    given : collection of str
+        Keys of the recipe that the user set.
+
+    Raises
+    ------
+    UserError
+        Naming the folder.
+
+    Example
+    -------
+    >>> require_recordings("/nowhere", [])
+    Traceback (most recent call last):
+    ...
+    speechbrain_mifuse.errors.UserError: /nowhere: no such folder of recordings.
+    """
+    if "data_folder" in given:
+        raise UserError("--data_folder: the recordings are named once, as the first argument.")
+    if not Path(wav_folder).is_dir():
+        raise UserError(f"{wav_folder}: no such folder of recordings.")
+
+
+def require_positive(hparams: Mapping, keys: Sequence[str]) -> None:
+    """Refuse counts that are none.
+
+    Parameters
+    ----------
+    hparams : mapping
+        The recipe's.
+    keys : sequence of str
+        What must be a whole number of at least 1.
+
+    Raises
+    ------
+    UserError
+        Naming the flag.
+
+    Example
+    -------
+    >>> require_positive({"number_of_steps": 0}, ["number_of_steps"])
+    Traceback (most recent call last):
+    ...
+    speechbrain_mifuse.errors.UserError: --number_of_steps: 0 is no whole number of at least 1.
+    """
+    for key in keys:
+        value = hparams[key]
+        if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+            raise UserError(f"--{key}: {value} is no whole number of at least 1.")
 
 
 def as_yaml(value) -> str:
@@ -410,7 +474,7 @@ def judged(folder: Path, method: str, labels: list) -> dict:
     import torch
 
     from speechbrain_mifuse.corpora.manifest import atomic_write
-    from speechbrain_mifuse.evaluation.verdict import judge, told
+    from speechbrain_mifuse.evaluation.verdict import judge, scored, told
 
     student, source, teacher = (
         json.loads((folder / name / "predictions.json").read_text()) for name in (method, *TEACHERS)
@@ -418,6 +482,10 @@ def judged(folder: Path, method: str, labels: list) -> dict:
     silent = [0.0] * len(labels)
     rows = [[said.get(key, silent) for key in student] for said in (student, source, teacher)]
     verdict = judge(*(torch.tensor(said) for said in rows), labels)
+    records = [folder / name / "results.json" for name in (method, *TEACHERS)]
+    accuracy = [json.loads(path.read_text())["UA"] for path in records if path.exists()]
+    if len(accuracy) == 3 and None not in accuracy:
+        verdict = scored(verdict, dict(zip(("student", "source", "teacher"), accuracy, strict=True)))
     atomic_write(folder / "verdict.json", json.dumps(verdict, indent=1))
     atomic_write(folder / "verdict.md", told(verdict))
     return verdict

@@ -57,3 +57,32 @@ def stopped_by_ctrl_c():
     except KeyboardInterrupt:
         print("stopped; the same command goes on", file=sys.stderr)
         raise SystemExit(130) from None
+
+
+def require_device(name: str) -> None:
+    """Refuse a device that torch cannot use here.
+
+    Parameters
+    ----------
+    name : str
+        As torch calls it.
+
+    Raises
+    ------
+    UserError
+        With torch's reason.
+
+    Example
+    -------
+    >>> require_device("cuda:99")
+    Traceback (most recent call last):
+    ...
+    speechbrain_mifuse.errors.UserError: --device: cuda:99 cannot be used here (...). Leave --device out, or pass cpu.
+    """
+    import torch
+
+    try:
+        torch.zeros(1, device=name)
+    except (RuntimeError, AssertionError) as error:
+        reason = str(error).splitlines()[0]
+        raise UserError(f"--device: {name} cannot be used here ({reason}). Leave --device out, or pass cpu.") from None

@@ -20,7 +20,8 @@ from speechbrain_mifuse.features.extract import FrameReader, fill_store
 from speechbrain_mifuse.features.front import StoredFrames
 from speechbrain_mifuse.features.prosody import ProsodyReader
 from speechbrain_mifuse.features.speakers import chosen_norm
-from speechbrain_mifuse.pipeline import ENCODERS, known_ones, open_front
+from speechbrain_mifuse.model_card import encoder_told
+from speechbrain_mifuse.pipeline import known_ones, open_front
 
 
 def chosen_among(value, known: Sequence, flag: str) -> list:
@@ -138,7 +139,7 @@ def adapter_run(hparams: Mapping, fold: int, seed: int, labels_per_class: int | 
     norm, folds = chosen_norm(hparams), hparams["folds"]
     about = {
         "corpus": hparams["source"],
-        "encoder": f"{ENCODERS.get(hparams['encoder'], hparams['encoder'])}, layer {hparams['layer']}, frozen",
+        "encoder": f"{encoder_told(hparams['encoder'])}, layer {hparams['layer']}, frozen",
         "protocol": f"{len(folds)} folds, {hparams['protocol']}, {len(hparams['labels'])} classes",
         "speaker_norm": "none" if norm is None else norm.told(),
         "pretraining_audio": "the training folds' audio",

@@ -191,7 +191,14 @@ class EmotionRecognizer(Pretrained):
         """
         if not trust_code:
             fetching = {key: kwargs[key] for key in ("savedir", "fetch_config") if key in kwargs}
-            refuse_foreign_code(fetch(kwargs.get("hparams_file", "hyperparams.yaml"), str(source), **fetching))
+            try:
+                yaml = fetch(kwargs.get("hparams_file", "hyperparams.yaml"), str(source), **fetching)
+            except (OSError, ValueError) as error:
+                reason = " ".join(str(error).split())
+                raise RecogniserError(
+                    f"{source}: no folder of a recogniser, and no repository of a hub that can be read ({reason})."
+                ) from error
+            refuse_foreign_code(yaml)
         changes = {"pretrained_path": str(source), **own_encoder(source)}
         recursive_update(changes, overrides or {})
         try:

@@ -15,6 +15,29 @@ from speechbrain_mifuse import corpora
 # What an encoder is called in results, where its flag does not say.
 ENCODERS = {"demo": "Whisper tiny.en (trained for English speech recognition)"}
 
+
+def encoder_told(source: str | Path) -> str:
+    """Name an encoder in results and on cards.
+
+    Parameters
+    ----------
+    source : str or pathlib.Path
+        As `--encoder` takes it.
+
+    Returns
+    -------
+    str
+        Of a folder only its name: where it lies says nothing to others, and may be nobody's business.
+
+    Example
+    -------
+    >>> encoder_told("demo"), encoder_told("facebook/hubert-base-ls960"), encoder_told("/home/anna/hubert")
+    ('Whisper tiny.en (trained for English speech recognition)', 'facebook/hubert-base-ls960', 'hubert')
+    """
+    local = Path(source).is_absolute() or Path(source).is_dir()
+    return ENCODERS.get(str(source), Path(source).name if local else str(source))
+
+
 CARD = """---
 library_name: speechbrain
 pipeline_tag: audio-classification
@@ -159,8 +182,8 @@ def adapted_card(about: Mapping, record: Mapping) -> str:
     if record.get("warnings"):
         scored += f"\n\nSigns without labels that something went wrong:\n\n{bullets(record['warnings'])}"
     fitted = (
-        "fitted without labels, to the mean of what both teachers say of the adaptation recordings: no calibration in "
-        "the strict sense"
+        f"fitted without labels, to {about.get('temperature_fitted_to', 'what both teachers say')} of the adaptation "
+        "recordings: no calibration in the strict sense"
     )
     limits = [
         *LIMITS,
@@ -185,7 +208,7 @@ def scores_told(record: Mapping) -> str:
     Parameters
     ----------
     record : mapping
-        `UA`, `WA` and, if known, `ci95`, in [0, 1].
+        `UA`, `WA` and, if known, `ci95`, in [0, 1], and `test_speakers`, how many it is over.
 
     Returns
     -------
@@ -197,10 +220,12 @@ def scores_told(record: Mapping) -> str:
     >>> scores_told({"UA": 0.5, "WA": 0.6, "ci95": [0.4, 0.65]})
     'UA 50.0 % (95 % interval over speakers 40.0 to 65.0), WA 60.0 %'
     """
-    interval = ""
-    if record.get("ci95"):
+    interval, speakers = "", record.get("test_speakers")
+    if speakers == 1:
+        interval = " (one speaker: no interval)"
+    elif record.get("ci95"):
         low, high = (100 * bound for bound in record["ci95"])
-        interval = f" (95 % interval over speakers {low:.1f} to {high:.1f})"
+        interval = f" (95 % interval over {f'{speakers} ' if speakers else ''}speakers {low:.1f} to {high:.1f})"
     return f"UA {100 * record['UA']:.1f} %{interval}, WA {100 * record['WA']:.1f} %"
 
 

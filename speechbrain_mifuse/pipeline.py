@@ -47,11 +47,11 @@ from speechbrain_mifuse.lalm.profile import Profile
 from speechbrain_mifuse.lalm.prompt import DEFAULT_TEMPLATE, Prompt
 from speechbrain_mifuse.lalm.serve import EmotionServer
 from speechbrain_mifuse.lalm.store import KINDS, LabelStore, Query, Samples
-from speechbrain_mifuse.model_card import ENCODERS
+from speechbrain_mifuse.model_card import encoder_told
 from speechbrain_mifuse.progress import quiet
 from speechbrain_mifuse.recogniser_files import write_card
 from speechbrain_mifuse.zero_shot import ZERO_SHOT
-from speechbrain_mifuse.zero_shot.audio_text import AudioTextModel
+from speechbrain_mifuse.zero_shot.audio_text import AudioTextModel, refuse_known_corpus
 from speechbrain_mifuse.zero_shot.own_dual_encoder import alm_name, open_alm
 from speechbrain_mifuse.zero_shot.prompts import read_prompts
 from speechbrain_mifuse.zero_shot.scorer import embed_manifests
@@ -582,7 +582,7 @@ def zero_shot_teacher(hparams: Mapping, run_opts: Mapping | None = None) -> Audi
     Raises
     ------
     UserError
-        If no model is named, or it cannot be loaded.
+        If no model is named, it cannot be loaded, or it was trained with the target's labels.
 
     Example
     -------
@@ -597,7 +597,9 @@ def zero_shot_teacher(hparams: Mapping, run_opts: Mapping | None = None) -> Audi
             "it, or the folder or hub id of a CLAP-like model."
         )
     options = {"device": device_of(run_opts), "flag": "--teacher_alm"}
-    return open_alm(hparams["teacher_alm"], trust_remote_code=hparams["teacher_alm_trust_remote_code"], **options)
+    model = open_alm(hparams["teacher_alm"], trust_remote_code=hparams["teacher_alm_trust_remote_code"], **options)
+    refuse_known_corpus(model.trained_on, hparams["target"], "--teacher_alm")
+    return model
 
 
 def zero_shot_samples(hparams: Mapping, model: AudioTextModel, keys: Sequence[str]) -> Samples:
@@ -1193,7 +1195,7 @@ def report(
         teacher=teacher_name(hparams),
         teacher_model=teacher_model,
         seed=hparams["seed"],
-        encoder=f"{ENCODERS.get(hparams['encoder'], hparams['encoder'])}, layer {hparams['layer']}, frozen",
+        encoder=f"{encoder_told(hparams['encoder'])}, layer {hparams['layer']}, frozen",
         protocol=protocol(hparams["labels"], target, norm),
         speaker_norm="none" if norm is None else norm.told(),
         selection=known_rule(rule)[1],

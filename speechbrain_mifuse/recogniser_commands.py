@@ -12,7 +12,7 @@ import tempfile
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
-from speechbrain_mifuse.errors import UserError, stopped_by_ctrl_c
+from speechbrain_mifuse.errors import UserError, require_device, stopped_by_ctrl_c
 
 # In place of a label where the answer is below the threshold, or nothing is to be heard.
 UNSURE = "unsure"
@@ -319,35 +319,6 @@ def load(options: argparse.Namespace):
         run_opts["device"] = options.device
         require_device(options.device)
     return EmotionRecognizer.from_hparams(options.source, run_opts=run_opts, abstain_below=abstain_below)
-
-
-def require_device(name: str) -> None:
-    """Refuse a device that torch cannot use here.
-
-    Parameters
-    ----------
-    name : str
-        As torch calls it.
-
-    Raises
-    ------
-    UserError
-        With torch's reason.
-
-    Example
-    -------
-    >>> require_device("cuda:99")
-    Traceback (most recent call last):
-    ...
-    speechbrain_mifuse.errors.UserError: --device: cuda:99 cannot be used here (...). Leave --device out, or pass cpu.
-    """
-    import torch
-
-    try:
-        torch.zeros(1, device=name)
-    except (RuntimeError, AssertionError) as error:
-        reason = str(error).splitlines()[0]
-        raise UserError(f"--device: {name} cannot be used here ({reason}). Leave --device out, or pass cpu.") from None
 
 
 def recordings(paths: Sequence[Path]) -> list[Path]:

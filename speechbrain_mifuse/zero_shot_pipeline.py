@@ -25,13 +25,16 @@ from speechbrain_mifuse.features.extract import FrameReader
 from speechbrain_mifuse.features.front import StoredFrames
 from speechbrain_mifuse.fold_pipeline import adapter_run, fold_front
 from speechbrain_mifuse.pipeline import device_of, known_ones, load_hparams, open_reader, store_frames
-from speechbrain_mifuse.zero_shot.audio_text import AudioTextModel
+from speechbrain_mifuse.zero_shot.audio_text import AudioTextModel, refuse_known_corpus
 from speechbrain_mifuse.zero_shot.own_dual_encoder import load_dual_encoder, open_alm
-from speechbrain_mifuse.zero_shot.prompts import read_prompts
-from speechbrain_mifuse.zero_shot.scorer import amplification_grid, normalise_scores
+from speechbrain_mifuse.zero_shot.prompts import PromptSet, read_prompts
+from speechbrain_mifuse.zero_shot.scorer import amplification_grid, audit_texts, normalise_scores
+from speechbrain_mifuse.zero_shot.window import audit_table, audit_windows, summarise_windows
 
 # The value of --alm that trains our own dual encoder on other corpora than the target.
 OWN = "dual_encoder"
+# What each number of repeats makes the model hear.
+HEARD = "heard.md"
 ALM = ("alm", "alm_window", "alm_trust_remote_code")
 
 
@@ -86,9 +89,16 @@ class Trained:
         flags = {key: hparams[key] for key in ("data_folder", "feature_folder") if hparams[key] is not None}
         # The splits do not depend on the seed.
         flags["manifests"] = Path(hparams["output_folder"]) / "dual_encoder_manifests"
-        flags |= {"seed": seed, "output_folder": folder, **dict(hparams["dual_encoder_flags"])}
+        # Its captions must not be the prompts that it is scored with.
+        flags |= {
+            "prompts": hparams["prompts"],
+            "seed": seed,
+            "output_folder": folder,
+            **dict(hparams["dual_encoder_flags"]),
+        }
         words = [text for key, value in flags.items() for text in (f"--{key}", str(value))]
         self.hparams = load_hparams(hparams["dual_encoder_recipe"], words)[0]
+        refuse_known_corpus(self.hparams["sources"], hparams["source"], "--dual_encoder_recipe")
         self.folder, self.run_opts = folder, run_opts
         self.reader = open_reader(self.hparams, run_opts)
         self.sources: Mapping[str, Source] = self.hparams["sources"]
@@ -205,10 +215,12 @@ def zero_shot_tables(
     'zero_shot_tables'
     """
     given = [hparams[key] for key in ALM]
+    prompts = read_prompts(hparams["prompts"])  # before anything is trained
     model = trained.dual_encoder() if trained else open_alm(*given, device=device_of(run_opts))
-    prompts = read_prompts(hparams["prompts"])
+    refuse_known_corpus(model.trained_on, hparams["source"], "--alm")
     labels = list(model.classes_known or hparams["labels"])
     manifests = [unlabelled(path) for path in target_manifests(hparams)]
+    run_on_main(write_hearing, args=[hparams, model, prompts, labels])
     given = (model, prompts, labels, manifests, hparams["audio_repeats"], hparams["text_repeats"])
     tables = {}
     for part in amplification_grid(*given, hparams["feature_folder"], hparams["source"]):
@@ -216,6 +228,36 @@ def zero_shot_tables(
         about = {"model": model.fingerprint(), "prompts": [list(prompts.forms), dict(prompts.words)], "repeats": pair}
         tables[pair] = ScoreTable(labels, dict(zip(part.keys, part.scores, strict=True)), about)
     return tables
+
+
+def write_hearing(hparams: Mapping, model: AudioTextModel, prompts: PromptSet, labels: Sequence[str]) -> None:
+    """Write what each number of repeats makes a model hear and read, to `heard.md` of the output folder.
+
+    Parameters
+    ----------
+    hparams : mapping
+        The recipe's.
+    model : AudioTextModel
+        The model.
+    prompts : PromptSet
+        What it is asked with.
+    labels : sequence of str
+        Classes.
+
+    Example
+    -------
+    >>> write_hearing.__name__  # runs in `recipes/RAVDESS/zsfuse/train.py`
+    'write_hearing'
+    """
+    lengths = [row["length"] for path in target_manifests(hparams) for row in read_manifest(unlabelled(path)).values()]
+    rate, size = model.sample_rate, model.size
+    given = (None if size is None else size / rate, rate, model.policy)
+    windows = audit_table(summarise_windows(audit_windows(lengths, hparams["audio_repeats"], *given)))
+    texts = audit_table(audit_texts(model, prompts, labels, hparams["text_repeats"]))
+    told = "no window: all of every copy is heard" if size is None else f"a window of {given[0]:g} s, {model.policy}"
+    text = f"What {model.name} hears of {len(lengths)} recordings ({told}), before silence is cut: means and shares."
+    text += f"\n\n```\n{windows}\n```\n\nTokens of the prompts:\n\n```\n{texts}\n```\n"
+    atomic_write(Path(hparams["output_folder"]) / HEARD, text)
 
 
 def classifier_tables(hparams: Mapping, trained: Trained | None) -> dict[Amplification, ScoreTable]:
@@ -384,7 +426,12 @@ def amplification_report(hparams: Mapping, tables: Mapping[int, Mapping[Amplific
     speakers = len({row["speaker"] for row in rows.values()})
     told = f"Mean over {len(tables)} seeds of the model; intervals: bootstrap over {speakers} speakers, paired. N, M: "
     told += "repeats of the audio, of the texts. Standardised: each class's scores over these recordings, no labels."
+    known = next(iter(next(iter(tables.values())).values())).labels
+    if missed := [label for label in classes if label not in known]:
+        told += f" The model does not know {', '.join(missed)}: all of these count as missed."
     text = "\n".join([*lines, "", f"{len(rows)} utterances, {len(hparams['labels'])} classes. {told}", ""])
+    if (folder / HEARD).is_file():
+        text += f"\n{(folder / HEARD).read_text()}"
     atomic_write(folder / "amplification.md", text)
     figures = [
         {"audio_repeats": n, "text_repeats": m, "UA": sides[0][0] / 100, "standardised_UA": sides[1][0] / 100}

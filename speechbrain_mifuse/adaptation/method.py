@@ -187,6 +187,9 @@ class AdaptationMethod:
             Of the adaptation set.
         """
 
+    # What `consensus` is, for the model card.
+    consensus_told = "the mean of what both teachers say"
+
     def consensus(self, survey: Survey, source: torch.Tensor) -> torch.Tensor:
         """Put together what the two teachers say: the exported student's temperature makes it as certain as that.
 

@@ -157,6 +157,8 @@ class MIFusePlus(ProductFusion):
         space, folds = self.state["space"], self.state["folds"]
         self.state["expert"] = cross_fitted_expert(space, labels, folds, self.temperature, self.shrinkage)
 
+    consensus_told = "the product of what both teachers say"
+
     def consensus(self, survey: Survey, source: torch.Tensor) -> torch.Tensor:
         """Multiply them: a student far above both teachers outdoes their mean; see `AdaptationMethod.consensus`."""
         return product_of_experts([self.lalm(survey), source])

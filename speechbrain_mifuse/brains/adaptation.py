@@ -345,7 +345,8 @@ def finish(
     atomic_write(folder / "student.safetensors", weights)
     brain.modules.student.load_state_dict(safetensors.torch.load(weights))
     temperature = label_free_temperature(method, brain.adaptation, source)
-    export_student(folder / "recogniser", recogniser, weights, {"method": name}, temperature)
+    about = {"method": name, "temperature_fitted_to": method.consensus_told}
+    export_student(folder / "recogniser", recogniser, weights, about, temperature)
     embeddings = {"ids": brain.test_keys, **plane(hidden, brain.test.student().hidden)}
     atomic_write(folder / "embeddings.json", json.dumps(embeddings))
     if isinstance(method, MIFuse):

@@ -21,7 +21,7 @@ from speechbrain_mifuse.evaluation.intervals import speaker_bootstrap
 from speechbrain_mifuse.evaluation.metrics import scores
 from speechbrain_mifuse.evaluation.results import counts_by_speaker
 from speechbrain_mifuse.features.dataset import encoded_rows, frame_batches, label_index
-from speechbrain_mifuse.model_card import ENCODERS
+from speechbrain_mifuse.model_card import encoder_told
 from speechbrain_mifuse.nnet.adapter_files import adapter_digest, load_adapter
 from speechbrain_mifuse.nnet.calibration import fit_temperature, mean_nll
 from speechbrain_mifuse.nnet.classifier import EmotionClassifier
@@ -204,7 +204,7 @@ def finish(brain: ClassifierBrain, hparams: Mapping, front, settings: Mapping, t
     about = {
         "corpus": hparams["name"],
         "counts": dict(sorted(counts.items())),
-        "encoder": ENCODERS.get(hparams["encoder"], str(hparams["encoder"])),
+        "encoder": encoder_told(hparams["encoder"]),
     }
     about = {**settings, **about, "validation": validation}
     folder = Path(hparams["output_folder"]) / "recogniser"
@@ -336,7 +336,8 @@ def validate(brain: ClassifierBrain, hparams: Mapping, front) -> dict:
     reference = torch.tensor([valid.data[key]["label"] for key in valid.data_ids])
     found = {**scores(probs.argmax(-1), reference, len(hparams["labels"])), "n": len(reference)}
     rows = encoded_rows(hparams["valid_manifest"], getattr(front, "store", None))
-    found["ci95"] = list(speaker_bootstrap(counts_by_speaker(by_key, rows, hparams["labels"])))
+    counts = counts_by_speaker(by_key, rows, hparams["labels"])
+    found |= {"ci95": list(speaker_bootstrap(counts)), "test_speakers": len(counts)}
     said = F.one_hot(reference, len(hparams["labels"]))
     found["temperature"] = fit_temperature(probs, said)
     found["nll"], found["calibrated_nll"] = mean_nll(probs, said), mean_nll(probs, said, found["temperature"])

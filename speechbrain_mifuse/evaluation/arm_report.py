@@ -195,12 +195,14 @@ def arm_protocol(records: Sequence[Mapping]) -> str:
     tests = {(record.get("corpus"), record["fold"]): record["test_speakers"] for record in records}
     seeds = len({record["seed"] for record in records})
     norm = first["speaker_norm"]
+    unknown = [label for label in first.get("labels", ()) if label not in first.get("score_labels", first["labels"])]
     parts = [
         f"UA over the test speakers of all folds ({_many(len(tests), 'fold')}, "
         f"{_many(sum(tests.values()), 'speaker')}), mean ± standard deviation over {_many(seeds, 'seed')}.",
         f"Protocol: {first['protocol']}.",
         f"Encoder: {first['encoder']}.",
         *(text.format(first[key]) for key, text in SENTENCES.items() if first.get(key)),
+        f"No score for {', '.join(unknown)}: what gives them does not know these classes." if unknown else "",
         f"Speaker normalisation: {norm}." if norm != "none" else "",
         f"Fine-tuning: {told_steps(records)} steps; {first['selection']}.",
         "Intervals and paired differences: bootstrap over test speakers and seeds.",

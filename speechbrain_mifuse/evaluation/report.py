@@ -60,7 +60,7 @@ def write_report(
     Raises
     ------
     UserError
-        If there are no results, or one is damaged; the message names it.
+        If there are no results, or one is damaged, or the page cannot be written; the message names it.
 
     Example
     -------
@@ -73,7 +73,11 @@ def write_report(
     cases = read_cases(folder) if results is None else cases_of(results)
     path = folder / NAME if output is None else Path(output)
     single = len(cases) == 1 and len(cases[0].runs) == 1
-    atomic_write(path, run_page(cases[0]) if single else sweep_page(cases, folder.resolve().name, teacher))
+    text = run_page(cases[0]) if single else sweep_page(cases, folder.resolve().name, teacher)
+    try:
+        atomic_write(path, text)
+    except OSError as error:
+        raise UserError(f"--output: {path} cannot be written ({error.strerror}). Name another file.") from None
     return path
 
 

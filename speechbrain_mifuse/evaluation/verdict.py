@@ -33,6 +33,40 @@ CAVEAT = (
     "To know, label some of the recordings in a labels.csv and run again: those speakers are then scored."
 )
 
+SCORED = "Some recordings have labels, and results.md says how each did on them; what is said without labels is weak."
+# What follows where one is better than the student.
+INSTEAD = {"source": "keep the source", "teacher": "asking the teacher is better"}
+
+
+def scored(verdict: Mapping, accuracy: Mapping[str, float]) -> dict:
+    """Add to a verdict what labels say, where there are some.
+
+    Parameters
+    ----------
+    verdict : mapping
+        As `judge` gives.
+    accuracy : mapping of str to float
+        UA in [0, 1] of `student`, `source` and `teacher` on the same recordings.
+
+    Returns
+    -------
+    dict
+        With a warning for each of both that is better than the student, and another `caveat`.
+
+    Example
+    -------
+    >>> found = scored({"warnings": [], "caveat": ""}, {"student": 0.44, "source": 0.58, "teacher": 0.4})
+    >>> found["warnings"]
+    ['On the labelled recordings the student has UA 44.0 %, the source 58.0 %: keep the source.']
+    """
+    worse = [
+        f"On the labelled recordings the student has UA {100 * accuracy['student']:.1f} %, the {name} "
+        f"{100 * accuracy[name]:.1f} %: {instead}."
+        for name, instead in INSTEAD.items()
+        if accuracy[name] > accuracy["student"]
+    ]
+    return {**verdict, "warnings": [*worse, *verdict["warnings"]], "caveat": SCORED}
+
 
 def judge(student: torch.Tensor, source: torch.Tensor, teacher: torch.Tensor, labels: Sequence[str]) -> dict:
     """Compare a student with both of its teachers on recordings without labels.

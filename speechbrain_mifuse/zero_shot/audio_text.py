@@ -13,7 +13,7 @@ import os
 import re
 from abc import ABC, abstractmethod
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -32,6 +32,34 @@ VOLATILE = ("_name_or_path", "_commit_hash", "architectures", "dtype", "torch_dt
 WINDOW_SIZES = ("nb_max_samples", "n_samples")
 
 
+def refuse_known_corpus(trained_on: Collection[str], corpus: str, flag: str) -> None:
+    """Make sure that a model which is to score a corpus without its labels was not trained with them.
+
+    Parameters
+    ----------
+    trained_on : collection of str
+        Corpora whose labels the model was trained with.
+    corpus : str
+        The one that it is to score.
+    flag : str
+        Where the model comes from, for the message.
+
+    Raises
+    ------
+    UserError
+        If the corpus is among them.
+
+    Example
+    -------
+    >>> refuse_known_corpus(["nemo", "ravdess"], "ravdess", "--alm")
+    Traceback (most recent call last):
+    ...
+    speechbrain_mifuse.errors.UserError: --alm: this model was trained with the labels of ravdess. Give one ...
+    """
+    if corpus in trained_on:
+        raise UserError(f"{flag}: this model was trained with the labels of {corpus}. Give one trained on others.")
+
+
 class AudioTextModel(ABC):
     """What scores audio against text.
 
@@ -45,6 +73,12 @@ class AudioTextModel(ABC):
         Which of a store's layers `audio_vectors` is fed; `None` where the store has but one.
     longest_text : int or None
         Most tokens of a text; `None` without a limit.
+    trained_on : tuple of str
+        Corpora whose labels it was trained with, as far as is known.
+    size : int or None
+        Samples of its input window at `sample_rate`; `None` without one.
+    policy : str
+        How repeats fill the window; see `zero_shot.window`.
 
     Example
     -------
@@ -56,6 +90,10 @@ class AudioTextModel(ABC):
     classes_known: tuple[str, ...] | None = None
     layer: int | None = None
     longest_text: int | None = None
+    trained_on: tuple[str, ...] = ()
+    size: int | None = None
+    sample_rate: int = 16_000
+    policy: str = "native"
 
     def to(self, device: str | torch.device) -> AudioTextModel:
         """Move the weights, if there are any; what is computed comes back to the CPU.

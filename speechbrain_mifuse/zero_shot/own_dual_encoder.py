@@ -107,7 +107,7 @@ class DualEncoderModel(AudioTextModel):
 
     def __init__(self, network: DualEncoder, about: Mapping, text_encoder: FrozenTextEncoder | None = None):
         self.network, self.about, self.device = network.eval(), about, torch.device("cpu")
-        self.classes_known = tuple(about["classes_known"])
+        self.classes_known, self.trained_on = tuple(about["classes_known"]), tuple(about.get("trained_on", ()))
         self.layer, self.longest_text = about["features"]["layer"], about["text_encoder"]["max_tokens"]
         if text_encoder is not None:
             self.text_encoder = text_encoder
@@ -407,16 +407,17 @@ def load_dual_encoder(
     folder = Path(folder)
     try:
         about = json.loads((folder / ABOUT).read_text())
-        sizes, found, texts = about["dual_encoder"], about["features"], about["text_encoder"]
-    except (OSError, ValueError, KeyError) as error:
+        about["encoder"] = encoder or about["encoder"]
+        texts = about["text_encoder"]
+        about["text_encoder"] = {**texts, "source": text_encoder or texts["source"]}
+        network = DualEncoder(**about["dual_encoder"])
+        model, found = DualEncoderModel(network, about), about["features"]
+    except (OSError, ValueError, KeyError, TypeError) as error:
         raise DualEncoderError(f"{folder}: no whole dual encoder there ({error!r}). Train it again.") from None
     if features is not None:
         refuse_other_frames(folder, found, features)
-    network = DualEncoder(**sizes)
     load_dual_encoder_weights(network, folder / WEIGHTS)
-    about["encoder"] = encoder or about["encoder"]
-    about["text_encoder"] = {**texts, "source": text_encoder or texts["source"]}
-    return DualEncoderModel(network, about)
+    return model
 
 
 def is_own(source: str) -> bool:

@@ -98,6 +98,21 @@ def test_the_dual_encoder_never_sees_the_target(compared):
     assert set(about["trained_on"]) == {"ravdess", "nemo"} and about["target"] == "emodb"
 
 
+def test_a_dual_encoder_that_was_trained_on_the_target_is_refused(compared, tree, toy_folder, toy_encoder, tmp_path):
+    given = compared[0] / "dual_encoder_1" / "model"
+    flags = {**open_flags(tree, toy_folder, toy_encoder, "RAVDESS"), "alm": given}
+    status, said, _ = run(tree, "RAVDESS", tmp_path / "given", flags)
+    assert status == 2 and "--alm: this model was trained with the labels of ravdess" in said
+    flags |= {"alm": "dual_encoder", "dual_encoder_recipe": "hparams/dual_encoder_emodb.yaml"}
+    status, said, _ = run(tree, "RAVDESS", tmp_path / "trained", flags)
+    assert status == 2 and "--dual_encoder_recipe: this model was trained with the labels of ravdess" in said
+
+
+def test_the_report_says_what_is_heard_at_each_number_of_repeats(compared):
+    text = (compared[0] / "amplification.md").read_text()
+    assert "What dual_encoder hears of" in text and "Tokens of the prompts" in text and "no window" in text
+
+
 def test_repeats_are_chosen_among_those_tried_and_the_whole_grid_is_reported(compared):
     output, said = compared
     grid = json.loads((output / "amplification.json").read_text())

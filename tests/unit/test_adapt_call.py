@@ -15,7 +15,7 @@ from safetensors.torch import load_file
 from toy_corpora import utterance, write_wav
 
 from speechbrain_mifuse import adapt as adapt_module
-from speechbrain_mifuse.adapt import RECIPE, adapt
+from speechbrain_mifuse.adapt import RECIPE, adapt, judged
 from speechbrain_mifuse.audio import load_audio
 from speechbrain_mifuse.brains import adaptation as brains
 from speechbrain_mifuse.brains.classifier import train_classifier
@@ -199,7 +199,12 @@ def test_the_page_about_use_runs_as_it_stands(source, teacher, recordings, cache
     [
         ({"source_checkpoint": "nowhere"}, "nowhere: no whole recogniser there"),
         ({"teacher": "nowhere"}, "--teacher: nowhere is neither a base URL"),
-        ({"wav_folder": "nowhere"}, "nowhere is no folder. Pass --data_folder"),
+        ({"wav_folder": "nowhere"}, "nowhere: no such folder of recordings"),
+        ({"data_folder": "nowhere"}, "--data_folder: the recordings are named once"),
+        ({"number_of_steps": 0}, "--number_of_steps: 0 is no whole number"),
+        ({"number_of_steps": "abc"}, "--number_of_steps: abc is no whole number"),
+        ({"batch_size": -1}, "--batch_size: -1 is no whole number"),
+        ({"run_opts": {"device": "cuda:99"}}, "--device: cuda:99 cannot be used here"),
         ({"method": "source_only"}, "--method: name one method that trains a student"),
         ({"method": ["mi_fuse", "shot"]}, "--method: name one method"),
         ({"method": "mi_fuze"}, "--method: mi_fuze is none of"),
@@ -210,6 +215,24 @@ def test_what_cannot_be_used_is_one_error_that_names_it(source, teacher, recordi
     given = {"source_checkpoint": source, "wav_folder": recordings, "teacher": teacher, **QUICK, **changed}
     with pytest.raises(UserError, match=named):
         adapt(**given, output_folder=tmp_path / "out")
+
+
+def test_an_output_folder_that_cannot_be_made_is_one_error(source, teacher, recordings, cache, tmp_path):
+    (tmp_path / "file").touch()
+    with pytest.raises(UserError, match=r"--output_folder: .* cannot be made"):
+        adapt(source, recordings, teacher=teacher, output_folder=tmp_path / "file" / "out", **QUICK)
+
+
+def test_where_labels_say_that_the_source_is_better_the_verdict_warns_of_it(tmp_path):
+    for name, accuracy in (("mi_fuse", 0.4), ("source_only", 0.6), ("lalm_zero_shot", 0.3)):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "predictions.json").write_text('{"folder-a": [0.9, 0.1], "folder-b": [0.2, 0.8]}')
+        (tmp_path / name / "results.json").write_text(json.dumps({"UA": accuracy}))
+    verdict = judged(tmp_path, "mi_fuse", ["angry", "sad"])
+    assert verdict["warnings"][0].endswith("student has UA 40.0 %, the source 60.0 %: keep the source.")
+    assert not any("asking the teacher" in line for line in verdict["warnings"])
+    assert "label some of the recordings" not in verdict["caveat"]
+    assert "keep the source" in (tmp_path / "verdict.md").read_text()
 
 
 def test_an_api_elsewhere_is_not_asked_for_a_model_without_a_name(source, recordings, cache, tmp_path):

@@ -28,7 +28,7 @@ from speechbrain_mifuse.features.extract import FrameReader, extract
 from speechbrain_mifuse.features.front import StoredFrames
 from speechbrain_mifuse.inference import EmotionRecognizer, RecogniserError, load_classifier, recogniser_digest
 from speechbrain_mifuse.lalm.serve import EmotionServer
-from speechbrain_mifuse.model_card import licence_told
+from speechbrain_mifuse.model_card import encoder_told, licence_told, scores_told
 from speechbrain_mifuse.nnet.calibration import fit_temperature, mean_nll, tempered
 from speechbrain_mifuse.windows import Windowing, heard_windows, smoothed, stretches
 
@@ -591,10 +591,24 @@ def test_a_folder_of_an_earlier_version_is_loaded_without_a_temperature(copied, 
 def test_the_model_card_says_what_the_result_files_say(folder):
     card, found = (folder / "README.md").read_text(), json.loads((folder.parent / "validation.json").read_text())
     low, high = (f"{100 * bound:.1f}" for bound in found["ci95"])
-    assert f"UA {100 * found['UA']:.1f} % (95 % interval over speakers {low} to {high})" in card
+    assert (
+        f"UA {100 * found['UA']:.1f} % (95 % interval over {found['test_speakers']} speakers {low} to {high})" in card
+    )
     assert "trained on toy" in card and "9 angry" in card and f"temperature {found['temperature']:g}" in card
     for heading in ("Training", "How well it does", "Limits", "Intended use", "Licence of the recordings"):
         assert f"\n## {heading}" in card
+
+
+def test_a_card_names_one_speakers_interval_as_none_and_a_local_encoder_by_its_name():
+    assert scores_told({"UA": 0.5, "WA": 0.6, "ci95": [0.5, 0.5], "test_speakers": 1}) == (
+        "UA 50.0 % (one speaker: no interval), WA 60.0 %"
+    )
+    assert encoder_told("/home/someone/encoders/mine") == "mine"
+
+
+def test_a_folder_that_is_not_there_is_one_error_without_a_word_of_repo_ids_first(tmp_path):
+    with pytest.raises(RecogniserError, match=r"nowhere/at/all: no folder of a recogniser"):
+        EmotionRecognizer.from_hparams(tmp_path / "nowhere" / "at" / "all")
 
 
 @pytest.mark.parametrize("corpus_name", ["ravdess", "nemo", "emodb", "iemocap", "msp_improv", "crema_d", "synthetic_A"])

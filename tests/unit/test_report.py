@@ -359,3 +359,9 @@ def test_moments_are_projected_as_principal_components_are():
     points = torch.tensor(found["before"] + found["after"])
     torch.testing.assert_close(points.norm(dim=0).double(), singular[:2], rtol=1e-3, atol=1e-2)
     assert found["explained"] == pytest.approx((singular**2 / (singular**2).sum())[:2].tolist(), abs=1e-3)
+
+
+def test_a_page_that_cannot_be_written_is_one_error_naming_the_flag(run, tmp_path):
+    (tmp_path / "page.html").mkdir()
+    with pytest.raises(UserError, match=r"--output: .*page\.html cannot be written"):
+        write_report(run, tmp_path / "page.html")

@@ -299,7 +299,8 @@ def test_the_recipe_opens_a_given_model_on_its_device(monkeypatch):
         raise UserError(f"{given} {options}")
 
     monkeypatch.setattr(zero_shot_pipeline, "open_alm", opened)
-    hparams = {"alm": "clap", "alm_window": "pad", "alm_trust_remote_code": False}
+    prompts = repository_root() / "hparams" / "prompts" / "english.yaml"
+    hparams = {"alm": "clap", "alm_window": "pad", "alm_trust_remote_code": False, "prompts": prompts}
     with pytest.raises(UserError, match=r"^\('clap', 'pad', False\) {'device': 'cuda:1'}$"):
         zero_shot_pipeline.score_tables(hparams, ["zero_shot"], 1, {"device": "cuda:1"})
 

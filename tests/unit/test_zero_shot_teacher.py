@@ -97,10 +97,18 @@ def test_there_is_nothing_to_collect_from_it():
 
 def test_the_teacher_loads_on_the_runs_device_and_runs_its_code_only_if_allowed(monkeypatch):
     opened = []
-    monkeypatch.setattr(pipeline, "open_alm", lambda *given, **options: opened.append((given, options)))
-    zero_shot_teacher({"teacher_alm": "clap", "teacher_alm_trust_remote_code": True}, {"device": "cuda:1"})
+
+    def opens(*given, **options):
+        opened.append((given, options))
+        return SimpleNamespace(trained_on=("emodb", "nemo"))
+
+    monkeypatch.setattr(pipeline, "open_alm", opens)
+    hparams = {"teacher_alm": "clap", "teacher_alm_trust_remote_code": True, "target": "ravdess"}
+    assert zero_shot_teacher(hparams, {"device": "cuda:1"}).trained_on
     options = {"trust_remote_code": True, "device": "cuda:1", "flag": "--teacher_alm"}
     assert opened == [(("clap",), options)]
+    with pytest.raises(UserError, match="--teacher_alm: this model was trained with the labels of nemo"):
+        zero_shot_teacher({**hparams, "target": "nemo"}, {"device": "cuda:1"})
 
 
 @pytest.fixture(scope="module")
