@@ -81,7 +81,7 @@ def write_table(name: str, folders: Sequence[Path], seeds: Sequence[int] | None,
 
 def collect_grids(name: str, folders: Sequence[Path], target: Path) -> None:
     """Bring the corpora's grids of repeats together, where the recipe wrote any."""
-    grids = {folder.name: folder / "amplification.md" for folder in folders}
+    grids = {folder.name.removeprefix(f"{name}_"): folder / "amplification.md" for folder in folders}
     found = {corpus: path for corpus, path in grids.items() if path.exists()}
     for corpus, path in found.items():
         atomic_write(target / f"{name}_amplification_{corpus}.png", path.with_suffix(".png").read_bytes())
