@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import re
 import sys
 
 
@@ -13,6 +14,8 @@ class UserError(ValueError):
 @contextlib.contextmanager
 def one_clear_error():
     """Turn a `UserError` inside the block into one line on standard error and exit status 2.
+
+    So are a flag that the recipe's YAML does not have, and a YAML file that is not there.
 
     Raises
     ------
@@ -29,10 +32,22 @@ def one_clear_error():
     """
     try:
         yield
-    except UserError as error:
+    except (UserError, KeyError, FileNotFoundError) as error:
+        told = str(error) if isinstance(error, UserError) else _misread_arguments(error)
+        if told is None:
+            raise
         sys.stdout.flush()
-        print(f"error: {error}", file=sys.stderr)
+        print(f"error: {told}", file=sys.stderr)
         raise SystemExit(2) from None
+
+
+def _misread_arguments(error: Exception) -> str | None:
+    """Tell what SpeechBrain says of a flag that is none, or of a YAML file that is not there; else nothing."""
+    if isinstance(error, FileNotFoundError):
+        named = error.filename in sys.argv[1:]
+        return f"{error.filename}: no such file. The recipe's YAML file comes first." if named else None
+    unknown = re.match(r"Override '(.*?)' not found in: ", str(error.args[0]) if error.args else "")
+    return f"--{unknown[1]}: the recipe has no such key." if unknown else None
 
 
 @contextlib.contextmanager

@@ -29,6 +29,8 @@ class MIFuse(AdaptationMethod):
     ----------
     measure : str
         What the log calls the uncertainty.
+    least_samples : int
+        Answers that it takes; where there are fewer, both teachers count alike.
     statistics : dict of str to float
         Means over the last batch, for the log: weight of the language model and both teachers' uncertainty.
 
@@ -42,6 +44,7 @@ class MIFuse(AdaptationMethod):
     """
 
     measure = "mi"
+    least_samples = 2
 
     def __init__(
         self, diversity_weight: float = 1.0, weight: Callable[[torch.Tensor], torch.Tensor] = exponential_weight
@@ -98,7 +101,9 @@ class MIFuse(AdaptationMethod):
             `[B, C]`.
         """
         classifier = teachers.classifier()
-        unsure = (self.uncertainty(teachers.lalm, teachers.lalm_mask), self.uncertainty(classifier))
+        lalm, other = self.uncertainty(teachers.lalm, teachers.lalm_mask), self.uncertainty(classifier)
+        # One answer cannot disagree with itself: that is no reason to trust it most.
+        unsure = (torch.where(teachers.lalm_mask.sum(1) < self.least_samples, other, lalm), other)
         weights = self.weights(*unsure, teachers.lalm_available)
         self.statistics = {
             "lalm_weight": float(weights[:, 0].mean()),
@@ -126,6 +131,7 @@ class EntropyFusion(MIFuse):
     """
 
     measure = "entropy"
+    least_samples = 1
 
     def uncertainty(self, samples: torch.Tensor, mask: torch.Tensor | None = None) -> torch.Tensor:
         """`H(mean) / log C`; see `MIFuse.uncertainty`."""

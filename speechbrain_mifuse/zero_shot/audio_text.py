@@ -342,6 +342,7 @@ class GenericAudioTextModel(AudioTextModel):
         }
         raw = type(self.model.config).get_config_dict(str(source))[0]
         about = {"audio_text_model": self.model.config.model_type, "weights": weights_digest(self.model, raw)}
+        about["tokenizer"] = tokenizer_digest(self.tokenizer)
         about |= {"input": settings, "window": {"policy": self.policy, "samples": self.size, "crop": "start"}}
         return {**about, "trim_db": self.trim_db, "preprocessing_version": PREPROCESSING_VERSION}
 
@@ -718,6 +719,30 @@ def load_parts(source: str | Path, trust_remote_code: bool):
     extractor = AutoFeatureExtractor.from_pretrained(str(source), **options)
     tokenizer = AutoTokenizer.from_pretrained(str(source), **options)
     return model.float().eval().requires_grad_(False), extractor, tokenizer
+
+
+def tokenizer_digest(tokenizer) -> str:
+    """Identity of what turns texts into tokens.
+
+    Parameters
+    ----------
+    tokenizer : transformers.PreTrainedTokenizerBase
+        The model's.
+
+    Returns
+    -------
+    str
+        First 16 hexadecimal digits of SHA-256.
+
+    Example
+    -------
+    >>> from types import SimpleNamespace
+    >>> tokenizer_digest(SimpleNamespace(get_vocab=lambda: {"a": 0, "b": 1}))
+    '4b4543fe55612726'
+    """
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    text = json.dumps(sorted(tokenizer.get_vocab().items())) if backend is None else backend.to_str()
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
 def window_size(extractor) -> int | None:

@@ -442,6 +442,10 @@ def test_no_data_folder_at_all_is_one_error_that_names_the_flag(recipe, tmp_path
     assert "--data_folder" in recipe(tmp_path, data_folder="null").single_error()
 
 
+def test_a_flag_that_is_none_is_one_error_that_names_it(recipe, tmp_path):
+    assert "--data_fold: the recipe has no such key" in recipe(tmp_path, data_fold="x").single_error()
+
+
 def test_an_unknown_encoder_is_one_error_that_names_the_flag(recipe, tmp_path):
     assert "--encoder" in recipe(tmp_path, encoder=tmp_path / "nowhere").single_error()
 

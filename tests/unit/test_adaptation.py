@@ -112,6 +112,17 @@ def test_the_mean_of_no_sample_is_zero():
 # Weights and the fused label.
 
 
+@pytest.mark.parametrize("method", [MIFuse(), MIFuse(weight=reciprocal_weight)])
+def test_a_single_answer_is_not_trusted_more_for_lack_of_another(method):
+    answers, mask = distributions(2, 5), torch.ones(2, 5, dtype=torch.bool)
+    mask[1, 1:] = False
+    passes = distributions(2, 16)
+    found = method.targets(Teachers(answers, mask, lambda: passes))
+    torch.testing.assert_close(found[1], (answers[1, 0] + passes[1].mean(0)) / 2)
+    alone = Teachers(answers[:, :1], mask[:, :1], lambda: passes)
+    torch.testing.assert_close(method.targets(alone), (answers[:, 0] + passes.mean(1)) / 2)
+
+
 @pytest.mark.parametrize("f", [exponential_weight, reciprocal_weight])
 def test_weights_follow_the_paper_and_add_up_to_one(f):
     mi = torch.rand(100, 2)
