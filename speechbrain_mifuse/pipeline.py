@@ -21,8 +21,10 @@ from speechbrain_mifuse.brains.classifier import train_classifier
 from speechbrain_mifuse.brains.snapshots import Snapshots
 from speechbrain_mifuse.brains.training import one_at_a_time
 from speechbrain_mifuse.corpora.manifest import (
+    ABOUT,
     atomic_write,
     known_speakers,
+    read_about,
     read_manifest,
     recordings_without_speaker,
     unlabelled,
@@ -1197,6 +1199,7 @@ def report(
         seed=hparams["seed"],
         encoder=f"{encoder_told(hparams['encoder'])}, layer {hparams['layer']}, frozen",
         protocol=protocol(hparams["labels"], target, norm),
+        target_copy=copy_told(read_about(target / ABOUT)) or None,
         speaker_norm="none" if norm is None else norm.told(),
         selection=known_rule(rule)[1],
         n_train=n_train if method.trains or "adapt" in method.answers_for else 0,
@@ -1234,6 +1237,33 @@ def teacher_name(hparams: Mapping) -> str:
         # A run of which no method asks the teacher need not say which model it would be.
         return ZERO_SHOT if hparams["teacher_alm"] is None else alm_name(hparams["teacher_alm"])
     return hparams["teacher"] if hparams["lalm_base_url"] is None else hparams["lalm_model"]
+
+
+def copy_told(about: Mapping) -> str:
+    """Say in what a target differs from the whole published corpus, as far as is known.
+
+    Parameters
+    ----------
+    about : mapping
+        Content of its `corpus.json`.
+
+    Returns
+    -------
+    str
+        Empty where nothing is to be said.
+
+    Example
+    -------
+    >>> copy_told({"keep": {"sad": 0.2}, "release_check": {"matches": False, "total_found": 80, "unusable": 2,
+    ...                                                    "total_expected": 5531}})
+    'not the published release (78 of 5531 utterances), of the adaptation set only 20 % of sad kept'
+    """
+    told, check = [], about.get("release_check") or {"matches": True}
+    if not check["matches"]:
+        usable = check["total_found"] - check.get("unusable", 0)
+        told.append(f"not the published release ({usable} of {check['total_expected']} utterances)")
+    kept = ", ".join(f"{100 * share:g} % of {label}" for label, share in (about.get("keep") or {}).items())
+    return ", ".join([*told, *([f"of the adaptation set only {kept} kept"] if kept else [])])
 
 
 def protocol(labels: Sequence[str], manifests: Path, norm=None) -> str:

@@ -20,7 +20,7 @@ COLUMNS = ("source", "target", "teacher", "method", "seed", "UA", "WA", "macro_F
 # Rows that no method without labels is measured against as a rival: where all start, and what labels would give.
 LOWER, UPPER = "source_only", "oracle"
 # What every result of one transfer must agree in, or its numbers do not belong beside each other.
-SHARED = ("encoder", "speaker_norm", "protocol", "labels", "n_test", "diversity_weight", "temperature")
+SHARED = ("encoder", "speaker_norm", "protocol", "target_copy", "labels", "n_test", "diversity_weight", "temperature")
 
 Transfer = tuple[str, str, str]
 
@@ -634,6 +634,7 @@ def protocol(comparison: Comparison, teacher: str = "") -> str:
         + f" and {_many(unknown[t], 'recording')} without a known speaker" * (unknown[t] > 0)
         for t, (a, n, s) in sorted(sizes.items())
     )
+    copies = sorted({f"{r['target']}: {r['target_copy']}" for r in records if r.get("target_copy")})
     norms = _distinct(r.get("speaker_norm", "none") for r in records)
     teachers = "; ".join(f"{name}: {t[2]}" for name, t in zip(comparison.transfers, comparison.counts, strict=True))
     best = comparison.best_baseline
@@ -641,6 +642,7 @@ def protocol(comparison: Comparison, teacher: str = "") -> str:
         f"UA in percent, mean ± standard deviation over {_many(len(comparison.seeds), 'seed')}.",
         f"{_distinct(len(r['labels']) for r in records)} classes, speaker-independent"
         f"{' as far as speakers are known' if any(unknown.values()) else ''}: {told}.",
+        f"{'; '.join(copies)}." if copies else "",
         f"API teacher, one for all seeds ({teachers}){': ' + teacher if teacher else ''}.",
         f"Encoder: {_distinct(r['encoder'] for r in records)}.",
         f"Selection: {_distinct(r['selection'] for r in trained or records)}.",

@@ -105,7 +105,7 @@ def test_a_pair_of_the_paper_runs_from_its_header_to_results(pair, run, request)
         found = results(folder, method)
         assert (found["source"], found["target"], found["teacher"]) == (names[source], names[target], names[third])
         assert found["UA"] > 0.3 and sum(map(sum, found["confusion"])) == found["n_test"]
-        assert found["encoder"] == f"{run.hubert}, layer 2, frozen"
+        assert found["encoder"] == f"{run.hubert.name}, layer 2, frozen"
     adapted, tested = SPEAKERS[target]
     assert f"{adapted} speakers to adapt, {tested} others to test" in results(folder, "mi_fuse")["protocol"]
     assert ("2 of 32 recordings without a known speaker" in results(folder, "mi_fuse")["protocol"]) == (target == "msp")

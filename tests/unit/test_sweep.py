@@ -281,12 +281,20 @@ def test_more_jobs_than_cores_are_warned_of(tree, capsys, monkeypatch):
         assert ("warning: " in capsys.readouterr().err) == warned
 
 
-def test_results_of_other_settings_are_not_put_beside_each_other(tree):
+@pytest.mark.parametrize(("key", "value"), [("encoder", "another"), ("target_copy", "not the published release")])
+def test_results_of_other_settings_are_not_put_beside_each_other(key, value, tree):
     go("a2b", "--seeds", "1", "--", "--takes=0")
     plan = sweep.make_plan(tree, ["a2b"], tree / "results" / "sweep", [1])
     path = tree / "results" / "sweep" / "a2b" / "1" / "shot" / "results.json"
-    path.write_text(json.dumps({**json.loads(path.read_text()), "encoder": "another"}))
-    with pytest.raises(
-        UserError, match=r"a to b: results of .* shot, seed 1 were got under other settings \(encoder\)"
-    ):
+    path.write_text(json.dumps({**json.loads(path.read_text()), key: value}))
+    with pytest.raises(UserError, match=rf"a to b: results of .* shot, seed 1 were got under other settings \({key}\)"):
         sweep.collect(plan, tree, "t")
+
+
+def test_a_table_says_that_a_target_is_not_the_whole_release(tree):
+    go("a2b", "--seeds", "1", "--methods", "source_only,shot", "--", "--takes=0")
+    plan = sweep.make_plan(tree, ["a2b"], tree / "results" / "sweep", [1], ["source_only", "shot"])
+    for path in (tree / "results" / "sweep" / "a2b").rglob("results.json"):
+        told = {"target_copy": "not the published release (78 of 5531 utterances)"}
+        path.write_text(json.dumps({**json.loads(path.read_text()), **told}))
+    assert "b: not the published release (78 of 5531 utterances)." in sweep.collect(plan, tree / "t", "t")
