@@ -13,7 +13,9 @@ HEAD = """# Performance of the recipes
 
 Unweighted accuracy in percent, mean ± standard deviation over seeds, of speakers that were held out; the linked table
 has intervals and protocol. Rows without a figure: classifiers and dual encoders leave theirs in their output folder,
-and the licensed corpora were not at hand. Written by `python benchmarks/update_readme.py`, never by hand.
+the demo's table of synthetic speech is in [docs/results/demo.md](docs/results/demo.md), a folder of one's own has no
+figure, and the licensed corpora and CREMA-D were not at hand. Written by `python benchmarks/update_readme.py`, never by
+hand.
 
 | recipe | settings | UA % | table |
 |---|---|---|---|

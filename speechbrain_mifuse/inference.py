@@ -106,9 +106,10 @@ class EmotionRecognizer(Pretrained):
 
     All `classify_*` methods give probabilities at the folder's `temperature`. A classifier's was fitted on held-out
     speakers of its training corpus when it was exported. An adapted student's was fitted without any label: so that its
-    probabilities on the adaptation recordings come nearest to the mean of what its two teachers, the source classifier
-    and the language model, say of them; without a language model it is 1. Folders of earlier versions have 1. A
-    temperature changes no label. `predict_proba` gives them without it, since the recipes' teachers answer with it.
+    probabilities on the adaptation recordings come nearest to what its two teachers, the source classifier and the
+    language model, say of them (their mean, for `mi_fuse_plus` their product); without a language model it is 1.
+    Folders of earlier versions have 1. A temperature changes no label. `predict_proba` gives them without it, since the
+    recipes' teachers answer with it.
 
     Every clip is encoded at its true length, whatever it is batched with: clips run side by side on the cores instead
     of being padded to one batch. On a GPU they are padded, and the padding is masked out: what a clip gives is the same

@@ -30,6 +30,8 @@ from speechbrain_mifuse.zero_shot.window import HeardWindow, build_window, heard
 VOLATILE = ("_name_or_path", "_commit_hash", "architectures", "dtype", "torch_dtype", "transformers_version")
 # Where a feature extractor says how many samples it makes of any clip.
 WINDOW_SIZES = ("nb_max_samples", "n_samples")
+# What CLAP's extractor calls the ways to fill its window, and what they are called here.
+PADDINGS = {"repeatpad": "native", "repeat": "repeat", "pad": "pad"}
 
 
 def refuse_known_corpus(trained_on: Collection[str], corpus: str, flag: str) -> None:
@@ -318,6 +320,8 @@ class GenericAudioTextModel(AudioTextModel):
             self.model, self.extractor, self.tokenizer = load_parts(source, trust_remote_code)
             self.sample_rate = int(self.extractor.sampling_rate)
             self.size = window_size(self.extractor)
+            if self.policy == "native" and self.size is not None:
+                self.policy = native_policy(self.extractor)
             self.longest_text = self.text_limit()
             self._fingerprint = self._describe(source)
             self.dim = self._try_out()
@@ -766,6 +770,39 @@ def window_size(extractor) -> int | None:
     """
     sizes = [getattr(extractor, name) for name in WINDOW_SIZES if getattr(extractor, name, None)]
     return int(sizes[0]) if sizes else None
+
+
+def native_policy(extractor) -> str:
+    """Tell how a model's own feature extractor fills its window.
+
+    Parameters
+    ----------
+    extractor : transformers.FeatureExtractionMixin
+        The model's.
+
+    Returns
+    -------
+    str
+        One of `zero_shot.window.WINDOWS`.
+
+    Raises
+    ------
+    UserError
+        If it does so in a way that is not known here.
+
+    Example
+    -------
+    >>> from types import SimpleNamespace
+    >>> native_policy(SimpleNamespace(padding="repeatpad")), native_policy(SimpleNamespace(padding="pad"))
+    ('native', 'pad')
+    """
+    padding = getattr(extractor, "padding", "repeatpad")
+    if padding not in PADDINGS:
+        raise UserError(
+            f"--alm_window native: the model's extractor fills its window by {padding!r}, which is not known here. "
+            "Choose repeat or pad."
+        )
+    return PADDINGS[padding]
 
 
 def embedding_of(output) -> torch.Tensor:

@@ -1,6 +1,7 @@
 """Zero-shot scores: what the model hears is what the audit says, nothing is random, and nothing is encoded twice."""
 
 import json
+import shutil
 from types import SimpleNamespace
 
 import numpy as np
@@ -59,6 +60,18 @@ def folders(tmp_path_factory):
     """Tiny CLAPs, without and with fusion."""
     root = tmp_path_factory.mktemp("clap")
     return {fusion: tiny_clap.build(root / f"tiny-clap{'-fused' * fusion}", fusion) for fusion in (False, True)}
+
+
+@pytest.mark.parametrize(("padding", "policy"), [("repeatpad", "native"), ("repeat", "repeat"), ("pad", "pad")])
+def test_the_native_window_is_the_one_of_the_models_own_extractor(padding, policy, folders, tmp_path):
+    folder = shutil.copytree(folders[False], tmp_path / "clap")
+    path = folder / "preprocessor_config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "padding": padding}))
+    assert ClapModel(folder).policy == policy
+    path.write_text(json.dumps({**json.loads(path.read_text()), "padding": "mirror"}))
+    with pytest.raises(UserError, match=r"--alm_window native: .*'mirror'"):
+        ClapModel(folder)
+    assert ClapModel(folder, window="pad").policy == "pad"
 
 
 @pytest.fixture(scope="module")
