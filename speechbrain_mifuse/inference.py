@@ -77,6 +77,9 @@ GROUP, GROUP_S = 16, 0.5
 # takes 16 MB and more for each second that it hears at once.
 LONG, PIECE_S = 60.0, 30.0
 
+# Seconds of which nobody could tell an emotion.
+LEAST_S = 0.1
+
 # Encoders that cut a long recording into pieces themselves.
 CUTTING = {"whisper"}
 
@@ -115,8 +118,8 @@ class EmotionRecognizer(Pretrained):
     of being padded to one batch. On a GPU they are padded, and the padding is masked out: what a clip gives is the same
     up to rounding. Above a minute an encoder hears pieces of at most 30 s, whose frames are put together.
 
-    Digital silence, a recording of nothing but zeros, has no emotion: the label is `None` and all probabilities are
-    zero. Only `predict_proba` answers to it as to any other recording.
+    Digital silence, a recording of nothing but zeros, has no emotion, nor has one shorter than a tenth of a second: the
+    label is `None` and all probabilities are zero. Only `predict_proba` answers to it as to any other recording.
 
     Parameters
     ----------
@@ -259,8 +262,9 @@ class EmotionRecognizer(Pretrained):
         return (logits / self.temperature).softmax(-1).cpu()
 
     def _answers_to(self, waveforms: Sequence[torch.Tensor], frames_of: Callable) -> torch.Tensor:
-        """Answer to recordings, with zeros to digital silence."""
-        sounding = torch.tensor([bool(waveform.any()) for waveform in waveforms], dtype=torch.bool)
+        """Answer to recordings, with zeros to digital silence and to what is too short to be speech."""
+        least = LEAST_S * self.sample_rate
+        sounding = torch.tensor([len(wave) >= least and bool(wave.any()) for wave in waveforms], dtype=torch.bool)
         probs = torch.zeros(len(waveforms), len(self.labels))
         probs[sounding] = self._answers(list(frames_of(list(itertools.compress(waveforms, sounding)))))
         return probs

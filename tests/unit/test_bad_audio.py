@@ -277,8 +277,11 @@ def test_a_folder_is_recognised_around_its_bad_recordings(hostile, clean, recogn
     folder, samples = hostile
     found = {os.path.relpath(one.path, folder): one for one in recogniser.classify_folder(folder, show_progress=False)}
     assert {*found} == readable(samples) | {*GOOD}
-    silent = found.pop("silence.wav")
-    assert silent.label is None and not silent.probs.any()
+    too_little = [name for name, one in found.items() if one.seconds < 0.1]
+    assert too_little
+    for name in ("silence.wav", *too_little):
+        unheard = found.pop(name)
+        assert unheard.label is None and not unheard.probs.any()
     for one in found.values():
         assert one.label in LABELS and torch.isfinite(one.probs).all()
         assert float(one.probs.sum()) == pytest.approx(1, abs=1e-5)

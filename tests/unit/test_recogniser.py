@@ -307,6 +307,12 @@ def test_digital_silence_has_no_emotion_however_it_is_heard(recogniser, corpus, 
     assert float(recogniser.predict_proba(torch.zeros(16000)).sum()) == pytest.approx(1, abs=1e-5)
 
 
+def test_what_is_too_short_to_be_speech_has_no_emotion(recogniser):
+    loud = torch.rand(2, 3200) - 0.5
+    assert recogniser.classify_batch(loud[:, :1599])[3] == [None, None]
+    assert None not in recogniser.classify_batch(loud[:, :1600])[3]
+
+
 @pytest.mark.parametrize("shape", [(16000,), (1, 1, 16000)])
 def test_what_is_no_batch_is_an_error_that_says_what_is(recogniser, shape):
     with pytest.raises(UserError, match=r"no batch \[B, samples\]"):
