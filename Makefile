@@ -5,7 +5,7 @@ RUN = $(VENV)/bin/python
 # Threads that wait for a busy core by sleeping: spinning makes a shared machine many times slower.
 export OMP_WAIT_POLICY = passive
 
-.PHONY: demo test table ablations other_seeds skew norms sensitivity adapter zsfuse bench faults fuzz docs clean
+.PHONY: demo test table ablations weighting other_seeds skew norms sensitivity adapter zsfuse bench faults fuzz docs clean
 
 $(VENV)/.installed: pyproject.toml
 	$(PYTHON) -m venv $(VENV)
@@ -27,6 +27,7 @@ ABLATIONS = lalm_sfuda,mi_fuse,mi_fuse_reciprocal,mi_fuse_tau_1,mi_fuse_product,
 ABLATIONS := $(ABLATIONS),mi_fuse_plus_no_prior,mi_fuse_plus_once,mi_fuse_plus_equal_shares
 ABLATIONS := $(ABLATIONS),mi_fuse_plus_random_folds,mi_fuse_plus_temperature_2
 SKEWED = --seeds 1-2 --methods source_only,lalm_sfuda,mi_fuse,mi_fuse_product_prior,mi_fuse_plus_equal_shares,mi_fuse_plus
+WEIGHTS = source_only,lalm_sfuda,mean_fusion,mi_fuse_permuted,mi_fuse
 OTHERS = source_only,lalm_sfuda,mi_fuse,mi_fuse_reciprocal,mi_fuse_plus,mi_fuse_plus_equal_shares,oracle
 NORMED = --methods source_only,lalm_sfuda,mean_fusion,mi_fuse,mi_fuse_plus,oracle --baselines mi_fuse
 LESS = --prepare_target "{keep: {$(1): 0.2, $(2): 0.2}}"
@@ -37,6 +38,11 @@ table: $(VENV)/.installed
 ablations: $(VENV)/.installed
 	$(SWEEP) --seeds 1-3 --name ablations --output results/open_transfer --methods $(ABLATIONS),mi_fuse_plus \
 		--baselines mi_fuse,mi_fuse_plus
+
+# What the weights by mutual information are worth, against the same weights dealt to other utterances.
+weighting: $(VENV)/.installed
+	$(SWEEP) --seeds 1-5 --name weighting --output results/open_transfer --methods $(WEIGHTS) \
+		--baselines lalm_sfuda,mi_fuse_permuted
 
 # Whether what the ablations suggest holds with seeds that took no part in them.
 other_seeds: $(VENV)/.installed
