@@ -596,11 +596,10 @@ def with_unusable(facts: Mapping, unusable: int) -> dict:
     >>> with_unusable({"release_check": {"total_found": 9, "matches": True}}, 2)["release_check"]
     {'total_found': 9, 'matches': False, 'unusable': 2}
     """
-    check = facts.get("release_check")
-    if check is None:
-        return {**facts, "unusable": unusable}
-    told = {"matches": check["matches"] and not unusable, "unusable": unusable}
-    return {**facts, "unusable": unusable, "release_check": {**check, **told}}
+    told = {**facts, "unusable": unusable}
+    if check := facts.get("release_check"):
+        told["release_check"] = {**check, "matches": check["matches"] and not unusable, "unusable": unusable}
+    return told
 
 
 def warn_of_unusable(corpus: str, about: Mapping, save_folder: str | Path) -> None:
