@@ -4,10 +4,17 @@ VENV ?= .venv
 RUN = $(VENV)/bin/python
 # Threads that wait for a busy core by sleeping: spinning makes a shared machine many times slower.
 export OMP_WAIT_POLICY = passive
+# The versions that the README's numbers were made with, for the project and for building it.
+# `make demo LOCK=` takes the newest that the bounds of pyproject.toml allow instead.
+LOCK ?= constraints.txt
+ifneq ($(LOCK),)
+export PIP_CONSTRAINT = $(LOCK)
+export PIP_BUILD_CONSTRAINT = $(LOCK)
+endif
 
-.PHONY: demo test table ablations weighting other_seeds skew norms sensitivity adapter zsfuse bench faults fuzz docs clean
+.PHONY: demo test lock newest table ablations weighting other_seeds skew norms sensitivity adapter zsfuse bench faults fuzz docs clean
 
-$(VENV)/.installed: pyproject.toml
+$(VENV)/.installed: pyproject.toml $(LOCK)
 	$(PYTHON) -m venv $(VENV)
 	$(RUN) -m pip install --quiet -e ".[demo,test,bench,docs]"
 	touch $@
@@ -19,6 +26,17 @@ test: $(VENV)/.installed
 	$(RUN) -m ruff check .
 	$(RUN) -m ruff format --check .
 	$(RUN) -m pytest -n auto --maxprocesses 4 --dist loadfile
+
+# Write constraints.txt anew: the newest versions within the bounds, for Python 3.10 to 3.12 in one file.
+lock:
+	$(PYTHON) -m venv $(VENV)-lock
+	$(VENV)-lock/bin/python -m pip install --quiet "uv>=0.9,<1"
+	$(VENV)-lock/bin/uv pip compile pyproject.toml --all-extras --universal --python-version 3.10 --upgrade \
+		--no-annotate --custom-compile-command "make lock" --output-file constraints.txt
+
+# The demo without the lock, in a fresh environment: whether the newest versions still work.
+newest:
+	$(MAKE) demo LOCK= VENV=$(VENV)-newest
 
 # The open six transfers: the table, what each part gives, and what happens when classes are not of equal size.
 PAIRS = emodb2rav nemo2rav rav2nemo emodb2nemo rav2emodb nemo2emodb
@@ -90,4 +108,4 @@ docs: $(VENV)/.installed
 	NO_MKDOCS_2_WARNING=1 $(RUN) -m mkdocs build --strict
 
 clean:
-	rm -rf $(VENV) results site
+	rm -rf $(VENV) $(VENV)-lock $(VENV)-newest results site

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import sys
+import warnings
 
 from tqdm import tqdm
 
@@ -35,7 +36,7 @@ def progress(iterable=None, **options) -> tqdm:
 
 @contextlib.contextmanager
 def quiet(*loggers: str):
-    """Pass only warnings of some loggers inside the block: what they tell of every epoch or request buries the rest.
+    """Pass only warnings of some loggers inside the block: what they say of every epoch or request hides the rest.
 
     Parameters
     ----------
@@ -56,3 +57,22 @@ def quiet(*loggers: str):
     finally:
         for name, level in levels.items():
             logging.getLogger(name).setLevel(level)
+
+
+@contextlib.contextmanager
+def quiet_loading():
+    """Hide transformers' bar for copying weights and its notes to SpeechBrain's developers; downloads keep their bar."""
+    from huggingface_hub.utils import are_progress_bars_disabled, enable_progress_bars
+    from transformers.utils import logging as transformers_logging
+
+    shown, downloads_shown = transformers_logging.is_progress_bar_enabled(), not are_progress_bars_disabled()
+    transformers_logging.disable_progress_bar()
+    if downloads_shown:
+        enable_progress_bars()
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", FutureWarning)
+            yield
+    finally:
+        if shown:
+            transformers_logging.enable_progress_bar()

@@ -3,11 +3,18 @@
 from __future__ import annotations
 
 import importlib.util
+import logging
 from collections.abc import Mapping
 from pathlib import Path
 
 from speechbrain.utils.distributed import main_process_only
-from speechbrain.utils.train_logger import FileTrainLogger
+
+# At import it warns that torchvision is missing, which only its loggers of pictures need.
+_noisy = logging.getLogger("speechbrain.utils.train_logger")
+_noisy.disabled = True
+from speechbrain.utils.train_logger import FileTrainLogger  # noqa: E402
+
+_noisy.disabled = False
 
 # The package is an extra.
 TENSORBOARD = importlib.util.find_spec("tensorboard") is not None

@@ -25,6 +25,7 @@ from speechbrain.integrations.huggingface.whisper import Whisper
 from transformers import AutoConfig
 
 from speechbrain_mifuse.features.demo_encoder import demo_encoder
+from speechbrain_mifuse.progress import quiet_loading
 
 # Written by transformers itself: they change with its version or with the folder, never with the features.
 _VOLATILE = ("_name_or_path", "architectures", "dtype", "torch_dtype", "transformers_version")
@@ -283,7 +284,7 @@ def load_wrapper(source, save_path=None, freeze=False):
     if config.model_type not in FAMILIES:
         known = ", ".join(sorted(FAMILIES))
         raise ValueError(f"encoder {source!r}: unknown model_type {config.model_type!r}; known ones: {known}")
-    with contextlib.nullcontext() if is_folder else _hub_errors(source):
+    with quiet_loading(), contextlib.nullcontext() if is_folder else _hub_errors(source):
         wrapper = FAMILIES[config.model_type].wrapper(source, save_path, freeze=freeze)
     return wrapper.float()
 

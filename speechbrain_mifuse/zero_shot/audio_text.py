@@ -24,6 +24,7 @@ from transformers import AutoConfig, AutoFeatureExtractor, AutoModel, AutoTokeni
 from speechbrain_mifuse.audio import trim_silence
 from speechbrain_mifuse.errors import UserError
 from speechbrain_mifuse.features.extract import PREPROCESSING_VERSION
+from speechbrain_mifuse.progress import quiet_loading
 from speechbrain_mifuse.zero_shot.window import HeardWindow, build_window, heard_window, known_repeats, known_window
 
 # Written by transformers itself: they change with its version or with the folder, never with the vectors.
@@ -714,7 +715,8 @@ def load_parts(source: str | Path, trust_remote_code: bool):
     'load_parts'
     """
     options = {"trust_remote_code": trust_remote_code}
-    model, report = AutoModel.from_pretrained(str(source), output_loading_info=True, **options)
+    with quiet_loading():
+        model, report = AutoModel.from_pretrained(str(source), output_loading_info=True, **options)
     lacking = [name for name in ("get_audio_features", "get_text_features") if not hasattr(model, name)]
     if lacking:
         raise UserError(f"a model of type '{model.config.model_type}' has no {' and no '.join(lacking)}")

@@ -48,13 +48,6 @@ def test_every_room_imports_only_from_rooms_before_it():
     assert not wrong
 
 
-def test_torch_and_torchaudio_are_a_matching_pair():
-    import torch
-    import torchaudio
-
-    assert torch.__version__.split(".")[:2] == torchaudio.__version__.split(".")[:2]
-
-
 def text_of(name: str) -> str:
     """A YAML file of `hparams`."""
     return (ROOT / "hparams" / name).read_text(encoding="utf-8")
