@@ -61,7 +61,7 @@ def quiet(*loggers: str):
 
 @contextlib.contextmanager
 def quiet_loading():
-    """Hide transformers' bar for copying weights and its notes to SpeechBrain's developers; downloads keep their bar."""
+    """Hide transformers' bar for copying weights and its notes for developers; downloads keep their bar."""
     from huggingface_hub.utils import are_progress_bars_disabled, enable_progress_bars
     from transformers.utils import logging as transformers_logging
 
