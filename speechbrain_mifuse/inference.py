@@ -6,6 +6,8 @@ import contextlib
 import itertools
 import logging
 import math
+import os
+import re
 import threading
 import time
 from collections import OrderedDict
@@ -17,6 +19,7 @@ from typing import NamedTuple
 import torch
 from hyperpyyaml.core import recursive_update
 from safetensors import SafetensorError
+from speechbrain.dataio.encoder import CategoricalEncoder
 from speechbrain.inference.interfaces import Pretrained
 from speechbrain.utils.autocast import AMPConfig
 from speechbrain.utils.fetching import fetch
@@ -42,6 +45,8 @@ from speechbrain_mifuse.windows import (
     Segment,
     Timeline,
     Windowing,
+    checked_waveform,
+    float_samples,
     heard_windows,
     loud_share,
     piece_powers,
@@ -83,6 +88,9 @@ LEAST_S = 0.1
 # Encoders that cut a long recording into pieces themselves.
 CUTTING = {"whisper"}
 
+# Addresses of web, hub and cloud storage. `Path` makes one slash of two.
+URL = re.compile(r"[A-Za-z][A-Za-z0-9+.-]+:/")
+
 # Held while threads that use one core each are started: meanwhile the process's number of cores is not the true one.
 _starting = threading.Lock()
 
@@ -107,10 +115,13 @@ class EmotionRecognizer(Pretrained):
     Recordings come without a speaker: nothing is subtracted from their frames, also where the classifier was trained
     on speaker-normalised ones, which is said in the log.
 
-    All `classify_*` methods give probabilities at the folder's `temperature`. A classifier's was fitted on held-out
-    speakers of its training corpus when it was exported. An adapted student's was fitted without any label: so that its
-    probabilities on the adaptation recordings come nearest to what its two teachers, the source classifier and the
-    language model, say of them (their mean, for `mi_fuse_plus` their product); without a language model it is 1.
+    `classify_file`, `classify_batch`, `encode_batch` and `load_audio` follow SpeechBrain's classifiers, and
+    `hparams.label_encoder` translates between `labels` and their indices. All probabilities are on the CPU.
+
+    All methods but `predict_proba` give probabilities at the folder's `temperature`. A classifier's was fitted on
+    held-out speakers of its training corpus when it was exported. An adapted student's was fitted without any label: so
+    that its probabilities on the adaptation recordings come nearest to what its two teachers, the source classifier and
+    the language model, say of them (their mean, for `mi_fuse_plus` their product); without a language model it is 1.
     Folders of earlier versions have 1. A temperature changes no label. `predict_proba` gives them without it, since the
     recipes' teachers answer with it.
 
@@ -159,6 +170,9 @@ class EmotionRecognizer(Pretrained):
         self.reader = FrameReader(self.mods.encoder, self.hparams.trim_db, self.hparams.frame_average)
         self._vectors: OrderedDict[str, torch.Tensor] = OrderedDict()
         self._last: tuple[torch.Tensor, str] | None = None
+        self.hparams.label_encoder = CategoricalEncoder()
+        self.hparams.label_encoder.update_from_iterable(self.labels)
+        self.hparams.label_encoder.expect_len(len(self.labels))
         norm = getattr(self.hparams, "speaker_norm", None)
         if norm:
             logger.warning(
@@ -215,6 +229,14 @@ class EmotionRecognizer(Pretrained):
                 "if it had one, or say where the encoder is: overrides={'encoder': {'source': FOLDER_OR_HUB_ID}}."
             ) from error
 
+    def _apply(self, fn, recurse=True):
+        """Follow `.to()`, which leaves SpeechBrain's `device` as it was."""
+        super()._apply(fn, recurse)
+        device = self.mods.encoder.device
+        self.device, self.device_type = str(device), device.type
+        self._vectors.clear()
+        return self
+
     @torch.inference_mode()
     def _frames_of(self, waveforms: Sequence[torch.Tensor]) -> list[torch.Tensor]:
         return [frames[0] if len(frames) == 1 else frames.transpose(0, 1) for frames in self._encoded(waveforms)]
@@ -254,11 +276,15 @@ class EmotionRecognizer(Pretrained):
         return each(self._frames, waveforms)
 
     @torch.inference_mode()
-    def _answers(self, frames: Sequence[torch.Tensor]) -> torch.Tensor:
+    def _embedded(self, frames: Sequence[torch.Tensor]) -> torch.Tensor:
         if not frames:
-            return torch.empty(0, len(self.labels))
+            return torch.empty(0, self.mods.classifier.hidden.in_features, device=self.device)
         data, lengths = (part.to(self.device) for part in pad_frames(frames))
-        logits = self.mods.classifier.head(self.mods.classifier.embed(data, lengths), stochastic=False)
+        return self.mods.classifier.embed(data, lengths)
+
+    @torch.inference_mode()
+    def _answers(self, frames: Sequence[torch.Tensor]) -> torch.Tensor:
+        logits = self.mods.classifier.head(self._embedded(frames), stochastic=False)
         return (logits / self.temperature).softmax(-1).cpu()
 
     def _answers_to(self, waveforms: Sequence[torch.Tensor], frames_of: Callable) -> torch.Tensor:
@@ -298,8 +324,8 @@ class EmotionRecognizer(Pretrained):
 
         Parameters
         ----------
-        waveform : torch.Tensor
-            `[samples]` at `sample_rate`.
+        waveform : torch.Tensor or numpy.ndarray
+            `[samples]` at `sample_rate`; types as for `classify_batch`.
         n : int
             Number of predictions.
         stochastic : bool
@@ -311,8 +337,13 @@ class EmotionRecognizer(Pretrained):
         -------
         torch.Tensor
             `[n, C]`.
+
+        Raises
+        ------
+        UserError
+            If it is not a waveform.
         """
-        vectors = self._vector(waveform).expand(n, -1)
+        vectors = self._vector(_waveform(waveform, "waveform")).expand(n, -1)
         with torch.random.fork_rng(devices=[] if self.device_type == "cpu" else None):
             if seed is not None:
                 torch.manual_seed(seed)
@@ -334,15 +365,40 @@ class EmotionRecognizer(Pretrained):
         sure = bool(probs.any()) and float(probs.max()) >= self.abstain_below
         return self.labels[int(probs.argmax())] if sure else None
 
-    def classify_file(self, path, savedir=None) -> tuple[str | None, torch.Tensor]:
-        """Most likely emotion of one recording, heard as one utterance.
+    def load_audio(self, path, savedir=None) -> torch.Tensor:
+        """Read a recording as the classifier needs it.
 
         Parameters
         ----------
         path : str or pathlib.Path
-            Any file that libsndfile reads, at any rate.
+            Any local file that libsndfile reads, at any rate.
         savedir
-            Part of SpeechBrain's signature, of no meaning here.
+            Part of SpeechBrain's signature, not used: nothing is downloaded.
+
+        Returns
+        -------
+        torch.Tensor
+            `[samples]`, mono, at `sample_rate`, on the recognizer's device.
+
+        Raises
+        ------
+        BadAudio
+            If the recording cannot be read.
+        """
+        return self._read(path).to(self.device)
+
+    def _read(self, path) -> torch.Tensor:
+        if URL.match(str(path)) and not os.path.exists(path):
+            raise BadAudio(f"{path}: is not a local file. Download it first, and pass the path of the copy.")
+        return load_audio(path, self.sample_rate)
+
+    def predict_file(self, path) -> tuple[str | None, torch.Tensor]:
+        """Most likely emotion of one recording and all probabilities, without the batch dimension of `classify_file`.
+
+        Parameters
+        ----------
+        path : str or pathlib.Path
+            Any local file that libsndfile reads, at any rate.
 
         Returns
         -------
@@ -356,48 +412,97 @@ class EmotionRecognizer(Pretrained):
         BadAudio
             If the recording cannot be read.
         """
-        probs = self._answer_to(load_audio(path, self.sample_rate))
+        probs = self._answer_to(self._read(path))
         return self.label_of(probs), probs
+
+    def classify_file(self, path, savedir=None) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, list[str | None]]:
+        """Emotion of one recording, as SpeechBrain's classifiers return it: a batch of one.
+
+        Parameters
+        ----------
+        path, savedir
+            As for `load_audio`.
+
+        Returns
+        -------
+        out_prob, score, index, text_lab
+            As from `classify_batch`, with a batch size of 1.
+
+        Raises
+        ------
+        BadAudio
+            If the recording cannot be read.
+        """
+        return self._decided(self._answer_to(self._read(path))[None])
 
     def classify_batch(
         self, wavs: torch.Tensor, wav_lens: torch.Tensor | None = None
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, list[str | None]]:
-        """Emotions of a padded batch, in SpeechBrain's convention.
+        """Emotions of a padded batch, as SpeechBrain's classifiers return them.
 
         Parameters
         ----------
-        wavs : torch.Tensor
-            `[B, samples]` at `sample_rate`.
+        wavs : torch.Tensor or numpy.ndarray
+            `[B, samples]` at `sample_rate`, or one waveform `[samples]`, on any device. Floating point with full scale
+            1.0, or integers as WAV files hold them (int16, int32, uint8).
         wav_lens : torch.Tensor, optional
-            `[B]`, relative to the longest; all full by default. What lies behind is not heard.
+            `[B]`, relative to the longest, in (0, 1]; all 1 by default. Padding has no influence.
 
         Returns
         -------
         out_prob : torch.Tensor
-            `[B, C]`, each row that of the clip alone.
+            `[B, C]`, probabilities (as in SpeechBrain's emotion recognizers, not logarithms); each row is what the clip
+            gives alone.
         score : torch.Tensor
             `[B]`, probability of the most likely class.
         index : torch.Tensor
-            `[B]`, its place in `labels`.
+            `[B]`, its index in `labels`; of no meaning where `out_prob` is all zero.
         text_lab : list of str or None
             Its name; `None` below `abstain_below`, and where nothing is to be heard.
 
         Raises
         ------
         UserError
-            If it is no batch.
+            If `wavs` or `wav_lens` cannot be used.
         """
-        if wavs.dim() != 2:
-            raise UserError(f"wavs: {list(wavs.shape)} is no batch [B, samples]; one waveform goes as wavs[None].")
-        lens = torch.ones(len(wavs)) if wav_lens is None else wav_lens
-        clips = [wav[: max(1, round(float(part) * len(wav)))] for wav, part in zip(wavs, lens, strict=True)]
-        probs = self._answers_to(clips, lambda heard: self._frames_each(heard, in_order))
-        score, index = probs.max(-1)
-        return probs, score, index, [self.label_of(row) for row in probs]
+        clips = _clips(wavs, wav_lens)
+        return self._decided(self._answers_to(clips, self._batch_frames))
+
+    def encode_batch(
+        self, wavs: torch.Tensor, wav_lens: torch.Tensor | None = None, normalize: bool = False
+    ) -> torch.Tensor:
+        """Embeddings of a padded batch: the pooled and normalized vectors that the classifier's head takes.
+
+        Parameters
+        ----------
+        wavs, wav_lens
+            As for `classify_batch`.
+        normalize : bool
+            Part of SpeechBrain's signature, not used: the embeddings are always normalized.
+
+        Returns
+        -------
+        torch.Tensor
+            `[B, D]`.
+
+        Raises
+        ------
+        UserError
+            If `wavs` or `wav_lens` cannot be used.
+        """
+        return self._embedded(list(self._batch_frames(_clips(wavs, wav_lens)))).cpu()
 
     def forward(self, wavs: torch.Tensor, wav_lens: torch.Tensor | None = None):
         """Classify a batch; see `classify_batch`."""
         return self.classify_batch(wavs, wav_lens)
+
+    def _batch_frames(self, clips: Sequence[torch.Tensor]) -> Iterable[torch.Tensor]:
+        """Encode one clip on all cores, several side by side."""
+        return self._frames_of(clips) if len(clips) == 1 else self._frames_each(clips, in_order)
+
+    def _decided(self, probs: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, list[str | None]]:
+        score, index = probs.max(-1)
+        return probs, score, index, [self.label_of(row) for row in probs]
 
     def classify_files(
         self,
@@ -430,7 +535,7 @@ class EmotionRecognizer(Pretrained):
             If the lengths do not fit together, or `paths` is a single path.
         """
         if isinstance(paths, str | Path):
-            raise UserError(f"paths: {str(paths)!r} is one path; pass a list of them, or call classify_file.")
+            raise UserError(f"paths: {str(paths)!r} is one path; pass a list of them, or call predict_file.")
         windowing = _windowing(window_s, hop_s, smooth_s)
         clip_s = GROUP_S
 
@@ -465,7 +570,7 @@ class EmotionRecognizer(Pretrained):
     def _heard(self, path: Path, windowing: Windowing | None) -> tuple[Recognition, torch.Tensor | None]:
         """Read a recording; what is too long to wait in memory for the others of its group is answered at once."""
         try:
-            wave = load_audio(path, self.sample_rate)
+            wave = self._read(path)
         except BadAudio as error:
             return Recognition(path, None, None, error=str(error)), None
         found = Recognition(path, None, None, len(wave) / self.sample_rate)
@@ -529,8 +634,8 @@ class EmotionRecognizer(Pretrained):
 
         Parameters
         ----------
-        recording : str, pathlib.Path or torch.Tensor
-            A file, or a waveform `[samples]` at `sample_rate`.
+        recording : str, pathlib.Path, torch.Tensor or numpy.ndarray
+            A file, or a waveform `[samples]` at `sample_rate`; types as for `classify_batch`.
         window_s : float
             Seconds of a window; about as long as the utterances of the training corpus.
         hop_s : float, optional
@@ -549,10 +654,11 @@ class EmotionRecognizer(Pretrained):
         BadAudio
             If the file cannot be read.
         UserError
-            If the lengths do not fit together.
+            If the lengths do not fit together, or it is not a waveform.
         """
         windowing = Windowing.of(window_s, hop_s, smooth_s)
-        wave = recording if isinstance(recording, torch.Tensor) else load_audio(recording, self.sample_rate)
+        is_path = isinstance(recording, str | os.PathLike)
+        wave = self._read(recording) if is_path else _waveform(recording, "recording")
         return self._over_time(wave, windowing, in_order)
 
     def _over_time(self, wave: torch.Tensor, windowing: Windowing, each: Callable) -> Timeline:
@@ -586,7 +692,7 @@ class EmotionRecognizer(Pretrained):
         Parameters
         ----------
         chunks : iterable of array or torch.Tensor
-            `[samples]` of any number, floating point, mono.
+            `[samples]` of any number, mono; types as for `classify_batch`.
         sample_rate : int
             Of the chunks, in Hz.
         window_s, hop_s : float
@@ -616,6 +722,39 @@ class EmotionRecognizer(Pretrained):
             total, weight = kept * total + share * self._answer_to(wave), kept * weight + share
             probs = total / weight if share else torch.zeros_like(total)
             yield Segment((end - len(heard)) / sample_rate, end / sample_rate, self.label_of(probs), probs)
+
+
+def _waveform(samples, name: str) -> torch.Tensor:
+    wave = checked_waveform(samples, name)
+    if not len(wave):
+        raise UserError(f"{name}: holds no samples.")
+    return wave
+
+
+def _clips(wavs, wav_lens) -> list[torch.Tensor]:
+    """Cut the padding off a batch in SpeechBrain's form."""
+    wavs = float_samples(wavs, "wavs")
+    wavs = wavs[None] if wavs.dim() == 1 else wavs
+    if wavs.dim() != 2:
+        raise UserError(f"wavs: shape {list(wavs.shape)} is not [batch, samples]. Average the channels first.")
+    lens = _relative_lengths(wav_lens, len(wavs))
+    clips = [wav[: max(1, round(part * len(wav)))] for wav, part in zip(wavs, lens, strict=True)]
+    return [_waveform(clip, f"wavs[{row}]") for row, clip in enumerate(clips)]
+
+
+def _relative_lengths(wav_lens, count: int) -> list[float]:
+    if wav_lens is None:
+        return [1.0] * count
+    try:
+        lens = torch.as_tensor(wav_lens).detach().double().cpu()
+    except (TypeError, ValueError, RuntimeError):
+        raise UserError(f"wav_lens: {type(wav_lens).__name__} is not a tensor of relative lengths.") from None
+    if lens.shape != (count,):
+        raise UserError(f"wav_lens: shape {list(lens.shape)} is not [{count}], one relative length for each waveform.")
+    for row, part in enumerate(lens.tolist()):
+        if not 0 < part <= 1:
+            raise UserError(f"wav_lens[{row}]: {part:g} is not in (0, 1]. Divide lengths in samples by wavs.shape[1].")
+    return lens.tolist()
 
 
 def _windowing(window_s: float | None, hop_s: float | None, smooth_s: float | None) -> Windowing | None:

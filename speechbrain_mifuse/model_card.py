@@ -53,7 +53,7 @@ license: other
 from speechbrain_mifuse.inference import EmotionRecognizer
 
 recogniser = EmotionRecognizer.from_hparams("path/to/this/folder")
-label, probabilities = recogniser.classify_file("recording.wav")
+label, probabilities = recogniser.predict_file("recording.wav")
 ```
 
 `speechbrain-mifuse predict --source path/to/this/folder RECORDINGS` does the same for files and folders.

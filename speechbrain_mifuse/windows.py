@@ -6,9 +6,17 @@ import math
 from collections.abc import Iterable, Iterator, Sequence
 from typing import NamedTuple
 
+import numpy as np
 import torch
 
 from speechbrain_mifuse.errors import UserError
+
+# Value of silence and full scale of integer samples, as in WAV files.
+INTEGER_SCALES = {torch.uint8: (128, 2.0**7), torch.int16: (0, 2.0**15), torch.int32: (0, 2.0**31)}
+SAMPLE_TYPES = "Give floating point with full scale 1.0, int16, int32 or uint8."
+
+# Decoders overshoot full scale a little; floats beyond this hold integer samples that were not scaled.
+MAX_PEAK = 10.0
 
 # Samples of the pieces whose loudness is compared (25 ms at 16 kHz).
 PIECE = 400
@@ -237,7 +245,7 @@ def heard_windows(chunks: Iterable, window: int, hop: int) -> Iterator[tuple[int
     Parameters
     ----------
     chunks : iterable of array or torch.Tensor
-        `[samples]` each, floating point, mono.
+        `[samples]` each, of a type that `float_samples` takes.
     window : int
         Samples to keep.
     hop : int
@@ -253,7 +261,7 @@ def heard_windows(chunks: Iterable, window: int, hop: int) -> Iterator[tuple[int
     Raises
     ------
     UserError
-        If a chunk is no mono waveform in floating point, or not finite.
+        If a chunk is refused by `checked_waveform`.
 
     Example
     -------
@@ -263,7 +271,7 @@ def heard_windows(chunks: Iterable, window: int, hop: int) -> Iterator[tuple[int
     """
     kept, end, due = torch.empty(0), 0, hop
     for number, chunk in enumerate(chunks):
-        rest = checked_chunk(chunk, number)
+        rest = checked_waveform(chunk, f"chunk {number}")
         while len(rest):
             taken, rest = rest[: due - end], rest[due - end :]
             kept = torch.cat([kept, taken])[-window:]
@@ -275,39 +283,80 @@ def heard_windows(chunks: Iterable, window: int, hop: int) -> Iterator[tuple[int
         yield end, kept
 
 
-def checked_chunk(chunk, number: int) -> torch.Tensor:
-    """Take a chunk as a tensor.
+def checked_waveform(samples, name: str) -> torch.Tensor:
+    """Convert one waveform to float32, and check it.
 
     Parameters
     ----------
-    chunk : array or torch.Tensor
-        `[samples]`.
-    number : int
-        For the message.
+    samples : array or torch.Tensor
+        `[samples]`, of a type that `float_samples` takes.
+    name : str
+        What to call it in a message.
 
     Returns
     -------
     torch.Tensor
-        `[samples]`, float32.
+        `[samples]`, float32, on the CPU.
 
     Raises
     ------
     UserError
-        If it cannot be used.
+        If it has another shape, or its values are not finite or far beyond full scale.
 
     Example
     -------
-    >>> checked_chunk(torch.zeros(4, dtype=torch.int16), 3)
+    >>> checked_waveform(torch.zeros(2, 4), "chunk 3")
     Traceback (most recent call last):
     ...
-    speechbrain_mifuse.errors.UserError: chunk 3: torch.int16 [4] is no mono waveform [samples] in floating point ...
+    speechbrain_mifuse.errors.UserError: chunk 3: shape [2, 4] is not [samples]. Average the channels first.
     """
-    wave = torch.as_tensor(chunk)
-    if wave.dim() != 1 or not wave.is_floating_point():
-        raise UserError(
-            f"chunk {number}: {wave.dtype} {list(wave.shape)} is no mono waveform [samples] in floating point with "
-            "full scale 1.0. Average the channels, and divide 16-bit samples by 32768."
-        )
-    if not torch.isfinite(wave).all():
-        raise UserError(f"chunk {number}: holds NaN or infinite samples.")
-    return wave.float()
+    wave = float_samples(samples, name)
+    if wave.dim() != 1:
+        raise UserError(f"{name}: shape {list(wave.shape)} is not [samples]. Average the channels first.")
+    peak = float(wave.abs().max()) if len(wave) else 0.0
+    if not math.isfinite(peak):
+        raise UserError(f"{name}: holds NaN or infinite samples.")
+    if peak > MAX_PEAK:
+        raise UserError(f"{name}: reaches {peak:g}, but full scale is 1.0. Divide 16-bit samples by 32768.")
+    return wave
+
+
+def float_samples(samples, name: str) -> torch.Tensor:
+    """Convert samples of any shape to float32 with full scale 1.0.
+
+    Parameters
+    ----------
+    samples : array or torch.Tensor
+        Floating point, or integers as WAV files hold them: int16, int32, or uint8 with silence at 128.
+    name : str
+        What to call them in a message.
+
+    Returns
+    -------
+    torch.Tensor
+        The same shape, float32, on the CPU.
+
+    Raises
+    ------
+    UserError
+        If they are neither an array nor a tensor, or of another type.
+
+    Example
+    -------
+    >>> float_samples(torch.tensor([-32768, 16384], dtype=torch.int16), "wavs").tolist()
+    [-1.0, 0.5]
+    """
+    if isinstance(samples, np.ndarray):
+        if samples.dtype.kind not in "fiu":
+            raise UserError(f"{name}: {samples.dtype} is not a type of samples. {SAMPLE_TYPES}")
+        # Copied, since torch takes neither foreign byte orders nor negative strides, and warns of read-only memory.
+        samples = torch.from_numpy(samples.astype(samples.dtype.newbyteorder("="), order="C"))
+    if not isinstance(samples, torch.Tensor):
+        raise UserError(f"{name}: {type(samples).__name__} is neither a tensor nor an array of samples.")
+    samples = samples.detach().cpu()
+    if samples.is_floating_point():
+        return samples.float()
+    if samples.dtype not in INTEGER_SCALES:
+        raise UserError(f"{name}: {samples.dtype} is not a type of samples. {SAMPLE_TYPES}")
+    silence, full_scale = INTEGER_SCALES[samples.dtype]
+    return (samples.float() - silence) / full_scale

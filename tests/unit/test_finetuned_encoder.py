@@ -82,24 +82,24 @@ def test_whispers_padding_to_half_a_minute_counts_as_padding(tmp_path, waves):
 
 
 def test_a_recogniser_brings_its_encoder_wherever_it_is_moved(folder, waves, tmp_path):
-    expected = EmotionRecognizer.from_hparams(folder).classify_file(waves[0])[1]
+    expected = EmotionRecognizer.from_hparams(folder).predict_file(waves[0])[1]
     moved = folder.rename(tmp_path / "elsewhere")
-    torch.testing.assert_close(EmotionRecognizer.from_hparams(moved).classify_file(waves[0])[1], expected)
+    torch.testing.assert_close(EmotionRecognizer.from_hparams(moved).predict_file(waves[0])[1], expected)
 
 
 def test_a_copy_hears_with_its_own_encoder_and_not_with_that_of_the_original(folder, waves, tmp_path):
     copy = shutil.copytree(folder, tmp_path / "copy")
-    expected = EmotionRecognizer.from_hparams(copy).classify_file(waves[0])[1]
+    expected = EmotionRecognizer.from_hparams(copy).predict_file(waves[0])[1]
     shutil.rmtree(folder / "encoder")
     shutil.copytree(write_encoder(tmp_path / "other"), folder / "encoder")
-    torch.testing.assert_close(EmotionRecognizer.from_hparams(copy).classify_file(waves[0])[1], expected)
+    torch.testing.assert_close(EmotionRecognizer.from_hparams(copy).predict_file(waves[0])[1], expected)
 
 
 def test_another_encoder_can_be_named_in_place_of_the_folders_own(folder, waves, tmp_path):
     elsewhere = (folder / "encoder").rename(tmp_path / "weights")
     (folder / "encoder").mkdir()
     recogniser = EmotionRecognizer.from_hparams(folder, overrides={"encoder": {"source": str(elsewhere)}})
-    assert recogniser.classify_file(waves[0])[0] in LABELS
+    assert recogniser.predict_file(waves[0])[0] in LABELS
 
 
 def test_other_changes_to_the_encoder_leave_it_the_folders_own(folder, tmp_path):
@@ -133,7 +133,7 @@ def test_of_a_very_long_recording_an_encoder_hears_pieces_of_bounded_length(fold
     expected = torch.cat([recogniser.mods.encoder(piece) for piece in wave.tensor_split(3)])
     torch.testing.assert_close(frames[0], expected, atol=1e-4, rtol=0)
     torch.testing.assert_close(frames[1], recogniser.mods.encoder(short))
-    assert recogniser.classify_file(waves[0])[1].equal(recogniser._answers(frames[:1])[0])
+    assert recogniser.predict_file(waves[0])[1].equal(recogniser._answers(frames[:1])[0])
 
 
 def test_a_very_long_recording_loses_no_pause_where_it_is_cut(folder, monkeypatch):

@@ -25,7 +25,7 @@ try:
     recogniser = EmotionRecognizer.from_hparams("someone/emotions")
 except UserError as error:
     sys.exit(f"refused: {error}")
-print(json.dumps(recogniser.classify_file(sys.argv[1])[1].flatten().tolist()))
+print(json.dumps(recogniser.predict_file(sys.argv[1])[1].flatten().tolist()))
 """
 
 
@@ -101,7 +101,7 @@ def test_a_recogniser_of_a_hub_repository_is_loaded_and_one_with_code_is_refused
     done = ask(address, tmp_path / "a.wav", home)
     assert done.returncode == 0, done.stderr[-3000:]
     assert {"hyperparams.yaml", "classifier.safetensors"} <= set(asked)
-    wanted = EmotionRecognizer.from_hparams(repository).classify_file(tmp_path / "a.wav")[1].flatten().tolist()
+    wanted = EmotionRecognizer.from_hparams(repository).predict_file(tmp_path / "a.wav")[1].flatten().tolist()
     assert json.loads(done.stdout.splitlines()[-1]) == pytest.approx(wanted, abs=1e-5)
     text = (repository / "hyperparams.yaml").read_text()
     (repository / "hyperparams.yaml").write_text(f"{text}extra: !apply:os.mkdir [{tmp_path / 'mark'}]\n")

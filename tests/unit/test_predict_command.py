@@ -62,7 +62,7 @@ def test_a_folder_is_printed_file_by_file_and_what_cannot_be_read_says_why(predi
     assert status == 0 and [row[0] for row in rows] == [str(p) for p in sorted(recordings.rglob("*.wav"))]
     recogniser = EmotionRecognizer.from_hparams(folder)
     for path, label, told in rows[:4]:
-        expected, probs = recogniser.classify_file(path)
+        expected, probs = recogniser.predict_file(path)
         assert label == expected and float(told) == pytest.approx(float(probs.max()), abs=1e-3)
     assert rows[4][1] == "none" and "broken.wav: cannot be read" in rows[4][2]
 

@@ -187,7 +187,7 @@ def test_probabilities_are_distributions_in_the_fixed_label_order(recogniser, co
     torch.testing.assert_close(probs.sum(1), torch.ones(3))
     hits = 0
     for emo in LABELS:
-        label, probs = recogniser.classify_file(corpus.folder / f"{emo}00.wav")
+        label, probs = recogniser.predict_file(corpus.folder / f"{emo}00.wav")
         assert label == LABELS[int(probs.argmax())]
         hits += label == emo
     assert hits >= 3
@@ -243,15 +243,15 @@ def test_memory_of_recordings_is_bounded(folder, monkeypatch):
 def test_a_file_of_any_rate_and_channel_count_is_recognised_alike(recogniser, corpus, tmp_path):
     wave = load_audio(corpus.folder / "angry00.wav").numpy()
     soundfile.write(tmp_path / "a.flac", np.stack([wave, wave], axis=1), 16000, subtype="PCM_16")
-    expected = recogniser.classify_file(corpus.folder / "angry00.wav")
-    found = recogniser.classify_file(tmp_path / "a.flac")
+    expected = recogniser.predict_file(corpus.folder / "angry00.wav")
+    found = recogniser.predict_file(tmp_path / "a.flac")
     assert found[0] == expected[0]
     torch.testing.assert_close(found[1], expected[1], atol=1e-3, rtol=0)
 
 
 def test_an_unreadable_file_is_an_error_naming_it(recogniser, tmp_path):
     with pytest.raises(BadAudio, match=r"missing.wav: cannot be read"):
-        recogniser.classify_file(tmp_path / "missing.wav")
+        recogniser.predict_file(tmp_path / "missing.wav")
 
 
 def test_a_recogniser_may_be_moved(folder, tmp_path, recogniser):
@@ -279,7 +279,7 @@ def test_a_padded_batch_gives_what_each_clip_gives_alone_in_speechbrains_convent
     lens = torch.tensor([len(clip) / longest for clip in clips])
     probs, score, index, labels = recogniser.classify_batch(wavs, lens)
     alone = torch.stack(
-        [recogniser.classify_file(corpus.folder / f"{e}.wav")[1] for e in ("angry00", "sad01", "happy02")]
+        [recogniser.predict_file(corpus.folder / f"{e}.wav")[1] for e in ("angry00", "sad01", "happy02")]
     )
     torch.testing.assert_close(probs, alone, atol=1e-5, rtol=0)
     assert score.equal(probs.max(1).values) and index.equal(probs.argmax(1))
@@ -289,8 +289,8 @@ def test_a_padded_batch_gives_what_each_clip_gives_alone_in_speechbrains_convent
 
 def test_digital_silence_has_no_emotion_however_it_is_heard(recogniser, corpus, tmp_path, monkeypatch):
     silent, spoken = write_wav(tmp_path / "silent.wav", np.zeros(48000)), corpus.folder / "sad00.wav"
-    expected = recogniser.classify_file(spoken)
-    label, probs = recogniser.classify_file(silent)
+    expected = recogniser.predict_file(spoken)
+    label, probs = recogniser.predict_file(silent)
     assert label is None and probs.equal(torch.zeros(4))
     for limits in ({}, {"LONG": 0.0}):
         for name, value in limits.items():
@@ -311,12 +311,6 @@ def test_what_is_too_short_to_be_speech_has_no_emotion(recogniser):
     loud = torch.rand(2, 3200) - 0.5
     assert recogniser.classify_batch(loud[:, :1599])[3] == [None, None]
     assert None not in recogniser.classify_batch(loud[:, :1600])[3]
-
-
-@pytest.mark.parametrize("shape", [(16000,), (1, 1, 16000)])
-def test_what_is_no_batch_is_an_error_that_says_what_is(recogniser, shape):
-    with pytest.raises(UserError, match=r"no batch \[B, samples\]"):
-        recogniser.classify_batch(torch.zeros(shape))
 
 
 @pytest.mark.parametrize("make", [str, Path])
@@ -379,7 +373,7 @@ def test_a_folder_is_gone_through_by_path_and_an_unreadable_file_is_logged_and_l
     assert [one.path for one in found] == [tmp_path / "a.wav", tmp_path / "b" / "sad00.wav"]
     assert caplog.text.count("left out") == 1 and "bad.wav: cannot be read" in caplog.text
     assert "recognise" in capsys.readouterr().err
-    label, probs = recogniser.classify_file(corpus.folder / "sad00.wav")
+    label, probs = recogniser.predict_file(corpus.folder / "sad00.wav")
     for one in found:
         assert one.label == label and one.timeline is None and one.error is None
         torch.testing.assert_close(one.probs, probs, atol=1e-5, rtol=0)
@@ -432,7 +426,7 @@ def test_a_long_recording_gives_stretches_without_gaps_whose_answers_are_those_o
 
 def test_a_recording_no_longer_than_a_window_is_answered_as_a_file_is(recogniser, corpus):
     path = corpus.folder / "angry00.wav"
-    label, probs = recogniser.classify_file(path)
+    label, probs = recogniser.predict_file(path)
     found = recogniser.classify_long(path, window_s=10)
     assert len(found.segments) == 1 and found.label == found.segments[0].label == label
     torch.testing.assert_close(found.probs, probs, atol=1e-5, rtol=0)
@@ -510,7 +504,7 @@ def test_live_audio_keeps_no_more_than_a_window():
     assert max(map(len, parts)) == 300 and len(parts) == 72
 
 
-@pytest.mark.parametrize("chunk", [torch.zeros(2, 8), torch.zeros(8, dtype=torch.int16), torch.tensor([float("nan")])])
+@pytest.mark.parametrize("chunk", [torch.zeros(2, 8), torch.zeros(8, dtype=torch.int64), torch.tensor([float("nan")])])
 def test_a_chunk_that_is_no_waveform_is_an_error_that_numbers_it(recogniser, chunk):
     with pytest.raises(UserError, match="chunk 1: "):
         list(recogniser.stream([torch.zeros(8), chunk], 16000))
@@ -534,7 +528,7 @@ def test_files_are_answered_at_the_exported_temperature_and_teachers_without_it(
     assert recogniser.temperature == about["temperature"] == validation["temperature"] != 1.0
     assert validation["calibrated_nll"] < validation["nll"]
     raw = recogniser.predict_proba(load_audio(corpus.folder / "angry30.wav"))[0]
-    label, probs = recogniser.classify_file(corpus.folder / "angry30.wav")
+    label, probs = recogniser.predict_file(corpus.folder / "angry30.wav")
     torch.testing.assert_close(probs, tempered(raw, recogniser.temperature), atol=1e-5, rtol=0)
     assert label == LABELS[int(raw.argmax())] and (probs - raw).abs().max() > 1e-3
 
@@ -552,13 +546,13 @@ def test_an_answer_below_the_threshold_has_no_label_and_keeps_its_probabilities(
     path = corpus.folder / "sad00.wav"
     sure = EmotionRecognizer.from_hparams(folder)
     unsure = EmotionRecognizer.from_hparams(folder, abstain_below=1.0)
-    assert sure.classify_file(path)[0] in LABELS and unsure.classify_file(path)[0] is None
-    assert unsure.classify_file(path)[1].equal(sure.classify_file(path)[1])
+    assert sure.predict_file(path)[0] in LABELS and unsure.predict_file(path)[0] is None
+    assert unsure.predict_file(path)[1].equal(sure.predict_file(path)[1])
     wavs = load_audio(path)[None]
     assert unsure.classify_batch(wavs)[3] == [None] and sure.classify_batch(wavs)[3] != [None]
     assert unsure.classify_long(path).label is None
     sure.abstain_below = 1.0
-    assert sure.classify_file(path)[0] is None
+    assert sure.predict_file(path)[0] is None
 
 
 def test_the_encoder_computes_in_bfloat16_when_the_run_options_say_so(folder, recogniser):
@@ -591,7 +585,7 @@ def test_a_folder_of_an_earlier_version_is_loaded_without_a_temperature(copied, 
     older = EmotionRecognizer.from_hparams(copied)
     assert older.temperature == 1.0
     raw = recogniser.predict_proba(load_audio(corpus.folder / "sad00.wav"))[0]
-    torch.testing.assert_close(older.classify_file(corpus.folder / "sad00.wav")[1], raw, atol=1e-6, rtol=0)
+    torch.testing.assert_close(older.predict_file(corpus.folder / "sad00.wav")[1], raw, atol=1e-6, rtol=0)
 
 
 def test_the_model_card_says_what_the_result_files_say(folder):
