@@ -6,7 +6,8 @@ from pathlib import Path
 
 import torch
 import yaml
-from transformers import BertConfig, BertModel, BertTokenizerFast
+from tokenizers.implementations import BertWordPieceTokenizer
+from transformers import BertConfig, BertModel, PreTrainedTokenizerFast
 
 TEXTS = Path(__file__).parents[1] / "hparams"
 
@@ -27,7 +28,10 @@ def write_text_encoder(folder: Path, dim: int = 64) -> Path:
     vocabulary = {
         word: place for place, word in enumerate(["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", ".", "-", *known])
     }
-    tokenizer = BertTokenizerFast(vocab=vocabulary)
+    # Both versions of transformers take a tokenizer; how a BERT's vocabulary is given differs.
+    specials = {f"{name}_token": f"[{name.upper()}]" for name in ("pad", "unk", "cls", "sep", "mask")}
+    words = BertWordPieceTokenizer(vocab=vocabulary)
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=words._tokenizer, **specials)
     torch.manual_seed(0)
     config = BertConfig(
         vocab_size=len(vocabulary),
