@@ -24,6 +24,7 @@ from pathlib import Path
 
 from speechbrain_mifuse import __version__
 from speechbrain_mifuse.audio import ENDINGS, BadAudio, duration, shown
+from speechbrain_mifuse.corpora.splits import balanced_groups
 from speechbrain_mifuse.errors import UserError
 from speechbrain_mifuse.progress import progress
 
@@ -318,11 +319,7 @@ def split_groups(groups: Sequence[str], splits: Mapping[str, float], kind: str =
     >>> split_groups(["a", "b", "c", "d", "e"], {"train": 0.6, "test": 0.4})
     {'train': ['a', 'b', 'c'], 'test': ['d', 'e']}
     """
-    if abs(sum(splits.values()) - 1.0) > 1e-6 or len(groups) < len(splits):
-        raise CorpusError(
-            f"Cannot deal {len(groups)} {kind}s to {dict(splits)}: "
-            f"shares must add up to 1, and every split needs a {kind} of its own."
-        )
+    _require_shares(splits, len(groups), kind)
     dealt, start, share = {}, 0, 0.0
     for place, (name, part) in enumerate(splits.items(), start=1):
         share += part
@@ -331,6 +328,15 @@ def split_groups(groups: Sequence[str], splits: Mapping[str, float], kind: str =
         dealt[name] = list(groups[start:stop])
         start = stop
     return dealt
+
+
+def _require_shares(splits: Mapping[str, float], groups: int, kind: str) -> None:
+    """Refuse shares that cannot be given."""
+    if abs(sum(splits.values()) - 1.0) > 1e-6 or groups < len(splits):
+        raise CorpusError(
+            f"Cannot deal {groups} {kind}s to {dict(splits)}: "
+            f"shares must add up to 1, and every split needs a {kind} of its own."
+        )
 
 
 def choose_partitions(
@@ -375,7 +381,11 @@ def choose_partitions(
 
 
 def deal(
-    utterances: Sequence[Utterance], splits: Splits, order: Sequence[str] = (), group: str = "speaker"
+    utterances: Sequence[Utterance],
+    splits: Splits,
+    order: Sequence[str] = (),
+    group: str = "speaker",
+    balanced: bool = False,
 ) -> tuple[str, dict[str, list[str]]]:
     """Decide which speakers, sessions or official partitions each split gets.
 
@@ -391,6 +401,8 @@ def deal(
         a known speaker come evenly between the speakers.
     group : str
         What stays together when dealt by shares: `speaker` or `session`.
+    balanced : bool
+        Whether a share is one of every class's recordings, whatever the order.
 
     Returns
     -------
@@ -414,6 +426,12 @@ def deal(
         kind = "partition" if any(utterance.partition for utterance in utterances) else group
         return kind, choose_partitions({getattr(u, kind) for u in utterances} - {None}, splits, kind)
     present = {getattr(utterance, group) for utterance in utterances}
+    if balanced:
+        _require_shares(splits, len(present), group)
+        counts = {name: Counter() for name in present}
+        for utterance in utterances:
+            counts[getattr(utterance, group)][utterance.emo] += 1
+        return group, balanced_groups(counts, splits, group)
     stand_ins = present & {utterance.speaker for utterance in utterances if not utterance.speaker_known}
     ordered = [name for name in order if name in present - stand_ins]
     named = [*ordered, *sorted(present.difference(stand_ins, ordered))]
@@ -743,6 +761,7 @@ def write_splits(
     group: str = "speaker",
     keep: Mapping[str, float] | None = None,
     facts: Mapping | None = None,
+    balanced: bool = False,
 ) -> dict[str, Path]:
     """Validate a corpus and write one manifest per split, with a twin that has no labels.
 
@@ -770,6 +789,8 @@ def write_splits(
         Share of a class's recordings that stays in the first split (see `thin_out`).
     facts : mapping, optional
         What else `corpus.json` shall say.
+    balanced : bool
+        As for `deal`.
 
     Returns
     -------
@@ -795,7 +816,7 @@ def write_splits(
     utterances = sorted(utterances, key=lambda utterance: utterance.utt_id)
     check_utterances(corpus, utterances)
     if any(utterance.emo for utterance in utterances):
-        kind, dealt = deal(utterances, splits, order, group)
+        kind, dealt = deal(utterances, splits, order, group, balanced)
         where = {name: split for split, names in dealt.items() for name in names}
         placed = {split: [u for u in utterances if where.get(getattr(u, kind)) == split] for split in splits}
         placed, shared = leave_out_shared(placed)
@@ -1270,6 +1291,8 @@ class Corpus:
         What stays together in a split: `speaker`, or `session` where speakers talk to each other.
     facts : callable, optional
         From the corpus's folder and its recordings to what `corpus.json` shall say about this copy.
+    balanced : bool
+        Whether splits balance the classes, for a corpus without an official partition or order.
 
     Example
     -------
@@ -1287,6 +1310,7 @@ class Corpus:
     list_utterances: Callable[[Path], list[Utterance]]
     group: str = "speaker"
     facts: Callable[[Path, list[Utterance]], Mapping] | None = None
+    balanced: bool = False
 
     def prepare(self, data_folder, save_folder, splits, keep=None) -> None:
         """Find the corpus and write speaker-independent manifests, unless they are there already.
@@ -1331,4 +1355,6 @@ class Corpus:
             logger.info("%s: manifests in %s are up to date, preparation skipped.", self.name, save_folder)
             warn_of_unusable(self.name, read_about(Path(save_folder) / ABOUT), save_folder)
             return
-        write_splits(self.name, utterances, folder, save_folder, splits, self.order, self.group, keep, facts)
+        write_splits(
+            *(self.name, utterances, folder, save_folder, splits, self.order, self.group, keep, facts, self.balanced)
+        )
