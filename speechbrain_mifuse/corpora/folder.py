@@ -156,8 +156,8 @@ def list_folder(data_folder: str | Path) -> list[Utterance]:
 def _report(root: Path, listing: Listing, found: int, speakers: Mapping[str, str]) -> None:
     """Log what was understood: labels, speakers, and what takes no part."""
     labels = Counter(emo for _, emo, _ in listing.rows if emo)
-    text = f"{found} recordings, labels from {listing.labels_from}{': ' if labels else ''}{_counts(labels)}"
-    text += f"; speakers from {listing.speakers_from}: {len(set(speakers.values()))}"
+    text = f"{found} recordings, labels from {listing.labels_from}: {_counts(labels) or 'none'}"
+    text += f"; speakers from {listing.speakers_from}: {len(set(speakers.values())) or 'not known'}"
     if listing.outside:
         text += f"; left out: {listing.outside.total()} of other emotions ({_counts(listing.outside)})"
     logger.info("%s: %s", root.resolve().name, text)
@@ -393,7 +393,7 @@ def prepare_folder(
     save_folder : str or pathlib.Path
         Where the manifests go.
     splits : mapping of str to float
-        Share of the recordings of every class for each split, by whole speakers; without labels each split holds everything.
+        Share of every class for each split, by whole speakers; without labels each split holds everything.
     keep : mapping of str to float, optional
         As for `Corpus.prepare`.
 

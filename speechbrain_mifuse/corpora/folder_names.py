@@ -64,13 +64,17 @@ def read_folder_names(root: Path, found: Sequence[Path]) -> Listing:
     speakers = _speaker_levels(levels, at)
     if len(speakers) > 1:
         raise _unclear(root, found, f"{_described(levels, speakers)} could both be speakers")
-    listing = Listing("folders", "folders" if speakers else "nothing")
+    listing = Listing("folders", "folders")
     for path in found:
         emotion = _name(path, at)
         if emotion is None:
             listing.left_out.append(path)
         else:
             listing.add(path, emotions[at][emotion], _speaker(path, speakers))
+    other = next((path for path in listing.left_out if resembling(path.parts[:-1])), None)
+    if other:
+        what = f"{_described(levels, [at])} gives emotions, but {shown(other.as_posix())} has one at another level"
+        raise _unclear(root, found, what)
     return listing
 
 
@@ -102,10 +106,8 @@ def _speaker(path: Path, speakers: Sequence[int]) -> str:
 def _unlabelled(found: Sequence[Path], levels: Sequence[Sequence[str]]) -> Listing:
     """All recordings, without emotions; with speakers where one level could name them."""
     speakers = _speaker_levels(levels, None)
-    evidence = "folders" if len(speakers) == 1 else "nothing"
-    if len(speakers) > 1:
-        evidence += f" ({_described(levels, speakers)} could be speakers)"
-    return Listing("nothing", evidence, [(path, None, _speaker(path, speakers)) for path in found])
+    evidence = f"folders ({_described(levels, speakers)} could be speakers)" if len(speakers) > 1 else "folders"
+    return Listing("folders", evidence, [(path, None, _speaker(path, speakers)) for path in found])
 
 
 def _require_no_resemblance(root: Path, found: Sequence[Path], levels: Sequence[Sequence[str]]) -> None:
