@@ -317,7 +317,7 @@ def _named_file(where: str, name: str, folder: Path, lookup: Mapping[str, Path])
     """Path below the data folder of the file that a row names: as written, or with / for a backslash."""
     slashed = unicodedata.normalize("NFC", name.replace("\\", "/"))
     if not name or "\0" in name or PureWindowsPath(name).drive or name[0] in "/\\" or ".." in slashed.split("/"):
-        raise CorpusError(f"{where}: '{shown(name)}' is no file below the folder. Write its path from the folder on.")
+        raise CorpusError(f"{where}: '{shown(name)}' is empty or lies outside the folder. Write the path below it.")
     for written in (name, unicodedata.normalize("NFC", name), slashed):
         for base in (folder, Path()):
             path = (base / written).as_posix()

@@ -598,19 +598,20 @@ def test_an_unlabelled_folder_is_wholly_adapted_to_and_wholly_predicted(tmp_path
     names = ("a.wav", "b.flac", "monday/a.wav", "monday/deep/down/c.wav")
     assert list(adapt) == [f"folder-mine/{name}" for name in names]
     assert not [row for row in adapt.values() if "emo" in row]
-    assert about(tmp_path / "m")["labelled"] is False and about(tmp_path / "m")["recordings_without_speaker"] == 2
+    assert about(tmp_path / "m")["labelled"] is False and about(tmp_path / "m")["recordings_without_speaker"] == 4
 
 
 def test_folders_named_like_labels_give_emotions_and_the_others_speakers(tmp_path, caplog):
     root = tmp_path / "mine"
-    write_folder(root, "anna/Angry/1.wav", "sad/bert/1.wav", "happiness/1.wav", "anna/neutral/1.wav", "anna/fear/1.wav")
+    write_folder(root, "Angry/anna/1.wav", "sad/bert/1.wav", "happiness/1.wav", "neutral/anna/1.wav", "fear/anna/1.wav")
+    write_folder(root, "loose.wav")
     assert found(list_folder(root)) == {
-        "folder-mine/anna/Angry/1.wav": ("angry", "anna"),
-        "folder-mine/anna/neutral/1.wav": ("neutral", "anna"),
+        "folder-mine/Angry/anna/1.wav": ("angry", "anna"),
+        "folder-mine/neutral/anna/1.wav": ("neutral", "anna"),
         "folder-mine/happiness/1.wav": ("happy", "unknown-84b9837f757c"),
         "folder-mine/sad/bert/1.wav": ("sad", "bert"),
     }
-    assert "1 recordings have no label" in caplog.text
+    assert "1 recordings have no label and take no part (first: loose.wav)" in caplog.text
 
 
 def test_recordings_in_a_format_that_is_not_read_are_warned_of_with_what_to_do(tmp_path, caplog):
@@ -640,14 +641,21 @@ def test_a_table_without_emotions_still_gives_speakers(tmp_path):
 @pytest.mark.parametrize(
     ("table", "says"),
     [
-        ("file,emo\n1.wav,joy\n", "1.wav: unknown label 'joy'"),
-        ("file,emo\n1.wav,sad\n2.wav,\n", "1 of 2 rows have no emo"),
-        ("name,emo\n1.wav,sad\n", "lacks file or emo"),
-        ("file,emo\n../1.wav,sad\n", "lies outside the folder"),
-        ("file,emo\n/1.wav,sad\n", "lies outside the folder"),
+        ("file,emo\n1.wav,purple\n", "line 2: unknown class 'purple'. Known classes: angry, happy, neutral, sad"),
+        ("file,emo\n1.wav,sad\n2.wav,\n", "line 3: 1 of 2 rows have no emo"),
+        ("name,emo\n1.wav,sad\n", "first line lacks one of the columns file, emo: 'name,emo'"),
+        ("file,emo\n1.wav,sad\n../1.wav,sad\n", "line 3: .* lies outside the folder"),
+        ("file,emo\n/1.wav,sad\n", "line 2: .* lies outside the folder"),
+        ("file,emo\nC:\\\\data\\\\1.wav,sad\n", "line 2: .* lies outside the folder"),
+        ("file,emo\n1.wav,sad\n1.wav,happy\n", "line 3: '1.wav' has other values than in line 2"),
+        ("file,emo\n1.wav,sad\n\n2, b.wav,sad\n", "line 4: has 3 values, the header has 2"),
+        ('file,emo\n1.wav,sad\n"2.wav,sad\n', "cannot be read .*quotation mark"),
+        ("file,emo\n1.wav,sad\n8.wav,sad\n9.wav,sad\n", "2 of the 3 files that it names are not there .*8.wav"),
+        ("file,emotion,label\n1.wav,sad,sad\n", "names the column 'emo' twice"),
     ],
 )
 def test_a_strange_table_is_one_error_naming_it(table, says, tmp_path):
+    write_folder(tmp_path, "1.wav", "2.wav")
     write_text(tmp_path / "labels.csv", table)
     with pytest.raises(CorpusError, match=says) as error:
         list_folder(tmp_path)
@@ -657,7 +665,8 @@ def test_a_strange_table_is_one_error_naming_it(table, says, tmp_path):
 def test_a_labelled_folder_is_split_by_speaker(tmp_path):
     root = write_folder(tmp_path / "mine", *(f"{who}/{emo}/1.wav" for who in "abcde" for emo in LABELS))
     prepare_folder(root, tmp_path / "m", SHARES)
-    assert speakers_of(tmp_path / "m", "adapt") == set("abc") and speakers_of(tmp_path / "m", "test") == set("de")
+    adapt, test = (speakers_of(tmp_path / "m", split) for split in SHARES)
+    assert (len(adapt), len(test)) == (3, 2) and adapt | test == set("abcde")
 
 
 def test_class_folders_without_speakers_give_every_split_every_class_and_the_same_one_elsewhere(tmp_path):
@@ -676,8 +685,11 @@ def test_class_folders_without_speakers_give_every_split_every_class_and_the_sam
 
 def test_speakers_and_recordings_without_one_are_in_every_split(tmp_path):
     root = write_folder(tmp_path / "mine", *(f"{who}/{emo}/1.wav" for who in "abcde" for emo in LABELS))
+    rows = [f"{path.relative_to(root)},{path.parts[-2]},{path.parts[-3]}" for path in sorted(root.rglob("*.wav"))]
     for number in range(20):
-        write_wav(root / "sad" / f"{number}.wav", utterance("sad", number, 2))
+        write_wav(root / "loose" / f"{number}.wav", utterance("sad", number, 2))
+        rows.append(f"loose/{number}.wav,sad,")
+    write_text(root / "labels.csv", "\n".join(["file,emo,speaker", *rows]))
     prepare_folder(root, tmp_path / "m", SHARES)
     assert about(tmp_path / "m")["counts"] == {
         "adapt": {"angry": 3, "happy": 3, "neutral": 3, "sad": 15},
