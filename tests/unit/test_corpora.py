@@ -112,7 +112,7 @@ NAMED = [name for name in OWN_FILES if OWN_FILES[name]]
 def test_litter_beside_recordings_is_never_taken_for_one_and_needs_no_word(name, tmp_path, caplog):
     write, listed, _, _ = CORPORA[name]
     expected = listed(write(tmp_path / name))
-    for wav in {utterance.wav for utterance in expected}:
+    for wav in {u.wav for u in expected}:
         for litter in LITTER:
             touch(wav.parent / litter.format(name=wav.name))
         touch(tmp_path / name / "__MACOSX" / wav.parent.name / f"._{wav.name}")
@@ -557,7 +557,10 @@ def test_two_releases_in_one_folder_are_an_error_that_asks_which(tmp_path, no_co
 
 @pytest.mark.parametrize(
     ("header", "row", "says"),
-    [("FileName,EmoClass,SpkrID", "a.wav,A,1", "lacks one of"), (None, "a.wav,Q,1,Train", r"line 2 \(a.wav\): unknown label 'Q'")],
+    [
+        ("FileName,EmoClass,SpkrID", "a.wav,A,1", "lacks one of"),
+        (None, "a.wav,Q,1,Train", r"line 2 \(a.wav\): unknown label 'Q'"),
+    ],
 )
 def test_a_strange_msp_podcast_table_is_one_error_naming_it(header, row, says, tmp_path):
     table = tmp_path / "Labels" / "labels_consensus.csv"
