@@ -117,8 +117,12 @@ def _require_no_resemblance(root: Path, found: Sequence[Path], levels: Sequence[
         if alike:
             counts = Counter(alike.get(_name(path, at), "not understood") for path in found)
             others = [name for name in names if name not in alike]
-            what = f"some folders look like emotions ({_listed(sorted(alike))}) and "
-            what += f"others do not ({_listed(others)})" if others else "that is not enough to go by"
+            if others:
+                what = (
+                    f"some folders look like emotions ({_listed(sorted(alike))}) and others do not ({_listed(others)})"
+                )
+            else:
+                what = f"{_listed(sorted(alike))} may be emotions, but they are not two plain names in one language"
             counted = ", ".join(f"{name} {count}" for name, count in sorted(counts.items()))
             raise _unclear(root, found, f"{what}; recordings: {counted}")
 

@@ -76,7 +76,7 @@ class Layout:
 
     Example
     -------
-    >>> match = LAYOUTS[0].match(Path("OAF_Fear/OAF_back_fear.wav"))
+    >>> match = LAYOUTS[0].match("OAF_Fear/OAF_back_fear")
     >>> match["speaker"], LAYOUTS[0].codes[match["code"]]
     ('OAF', 'fearful')
     """
@@ -86,20 +86,20 @@ class Layout:
     codes: Mapping[str, str]
     speakers: Mapping[str, str] = field(default_factory=dict)
 
-    def match(self, path: Path) -> re.Match | None:
+    def match(self, path: str) -> re.Match | None:
         """Match a recording's path.
 
         Parameters
         ----------
-        path : pathlib.Path
-            Below the folder.
+        path : str
+            Below the folder, without the file's ending.
 
         Returns
         -------
         re.Match or None
             `None` unless the whole name fits.
         """
-        return re.search(rf"(?:^|/)(?:{self.pattern})$", path.with_suffix("").as_posix())
+        return re.search(rf"(?:^|/)(?:{self.pattern})$", path)
 
 
 LAYOUTS = (
@@ -157,8 +157,9 @@ def read_file_names(found: Sequence[Path]) -> Listing | None:
     >>> read_file_names([Path("DC_sa01.wav"), Path("JE_h02.wav"), Path("KL_f03.wav")]).rows
     [(PosixPath('DC_sa01.wav'), 'sad', 'DC'), (PosixPath('JE_h02.wav'), 'happy', 'JE')]
     """
+    names = {path: path.with_suffix("").as_posix() for path in found}
     for layout in LAYOUTS:
-        matches = {path: match for path in found if (match := layout.match(path))}
+        matches = {path: match for path, name in names.items() if (match := layout.match(name))}
         if found and len(matches) >= NEARLY_ALL * len(found):
             return _listed(layout, matches, found)
     return None
