@@ -163,6 +163,19 @@ def write_crema_d(root: Path, actors=range(1001, 1006), takes: int = 3, shift: f
     return root
 
 
+def write_tess(root: Path, takes: int = 2) -> Path:
+    """`OAF_angry/OAF_back_angry.wav`, all seven emotions; takes differ in the word."""
+    folders = ("angry", "disgust", "Fear", "happy", "neutral", "Pleasant_surprise", "sad")
+    for number, speaker in enumerate(("OAF", "YAF")):
+        for place, folder in enumerate(folders):
+            code = {"Fear": "fear", "Pleasant_surprise": "ps"}.get(folder, folder)
+            for take in range(takes):
+                name = f"{speaker}_{('back', 'bar', 'base')[take]}_{code}.wav"
+                emo = code if code in LABELS else LABELS[place % 4]
+                write_wav(root / f"{speaker}_{folder}" / name, utterance(emo, number, take, place / 10))
+    return root
+
+
 def write_corpora(root: Path) -> Path:
     """All three, as `--data_folder` wants them."""
     write_ravdess(root / "ravdess")

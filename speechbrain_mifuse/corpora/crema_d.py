@@ -3,6 +3,7 @@
 7,442 clips of 91 actors (48 men, 43 women), twelve sentences, six emotions. Doi 10.1109/TAFFC.2014.2336244.
 Licence: Open Database License (ODbL).
 Tree: `AudioWAV/1001_DFA_ANG_XX.wav` (any file type that libsndfile reads): actor, sentence, intended emotion, level.
+`AudioMP3` and `VideoFlash` beside it hold the same utterances and are not read.
 
 Four classes, by the intended emotion: ANG, HAP, NEU, SAD; DIS and FEA take no part.
 Split policy: speaker-independent. Actors are dealt to the splits in numerical order.
@@ -10,11 +11,15 @@ Split policy: speaker-independent. Actors are dealt to the splits in numerical o
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
-from speechbrain_mifuse.corpora.manifest import Corpus, CorpusError, Utterance, by_stem, map_label
+from speechbrain_mifuse.corpora.manifest import Corpus, Utterance
+from speechbrain_mifuse.corpora.release_files import own_recordings
 
 LABEL_MAP = {"ANG": "angry", "HAP": "happy", "NEU": "neutral", "SAD": "sad", "DIS": None, "FEA": None}
+EMOTIONS = {**LABEL_MAP, "DIS": "disgust", "FEA": "fearful"}
+NAME = re.compile(r"(?P<speaker>\d{4})_[A-Z]{3}_(?P<code>[A-Z]{3})_[A-Z]{1,2}")
 SPEAKERS = tuple(str(actor) for actor in range(1001, 1092))
 
 
@@ -34,7 +39,7 @@ def list_crema_d(data_folder: str | Path) -> list[Utterance]:
     Raises
     ------
     CorpusError
-        If a file name does not have four fields or names an unknown emotion.
+        If most audio files are not named as the release's.
 
     Example
     -------
@@ -45,15 +50,8 @@ def list_crema_d(data_folder: str | Path) -> list[Utterance]:
     >>> [(u.utt_id, u.emo, u.speaker) for u in list_crema_d(root)]
     [('crema-1001_DFA_ANG_XX', 'angry', '1001')]
     """
-    utterances = []
-    for wav in by_stem((Path(data_folder) / "AudioWAV").iterdir()).values():
-        fields = wav.stem.split("_")
-        if len(fields) != 4:
-            raise CorpusError(f"{wav}: not a CREMA-D name (four fields, as 1001_DFA_ANG_XX). Move the file away.")
-        emo = map_label(LABEL_MAP, fields[2], wav)
-        if emo is not None:
-            utterances.append(Utterance(f"crema-{wav.stem}", wav, emo, fields[0]))
-    return utterances
+    own = own_recordings("crema_d", (Path(data_folder) / "AudioWAV").glob("*"), NAME, LABEL_MAP, EMOTIONS)
+    return [Utterance(f"crema-{wav.stem}", wav, emo, name["speaker"]) for wav, name, emo in own]
 
 
 CREMA_D = Corpus("crema_d", "CREMA-D", "AudioWAV", SPEAKERS, list_crema_d)

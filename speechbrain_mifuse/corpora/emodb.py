@@ -1,7 +1,8 @@
 """EmoDB: the Berlin database of emotional speech (Burkhardt et al. 2005), German.
 
 535 clips of ten actors (five men, five women), ten sentences, seven emotions. Tree: `wav/SSttEv.wav` (any file type
-that libsndfile reads): speaker, text, emotion letter, version.
+that libsndfile reads): speaker, text, emotion letter, version. What lies beside `wav` (`lablaut`, `labsilb`, `silb`,
+`erkennung.txt`, ...) is not read.
 The openly mirrored copy, in a folder called `emodb_2s`, has every clip cut or padded to exactly 2.000 s, and no licence
 is stated with it: figures on it are "EmoDB, 2 s" and are not comparable with published EmoDB figures.
 
@@ -13,14 +14,18 @@ sexes (men 03 10 11 12 15, women 08 09 13 14 16).
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
-from speechbrain_mifuse.corpora.manifest import Corpus, CorpusError, Utterance, map_label
+from speechbrain_mifuse.corpora.manifest import Corpus, Utterance
+from speechbrain_mifuse.corpora.release_files import own_recordings
 
 LABEL_MAP = {"W": "angry", "F": "happy", "N": "neutral", "T": "sad", "L": None, "E": None, "A": None}
 SEVEN_CLASSES = {**LABEL_MAP, "L": "bored", "E": "disgust", "A": "fearful"}
+NAME = re.compile(r"(?P<speaker>\d\d)[a-z]\d\d(?P<code>[A-Z])[a-z]")
 SPEAKERS = ("03", "08", "10", "09", "11", "13", "12", "14", "15", "16")
 MEN = ("03", "10", "11", "12", "15")
 
@@ -43,7 +48,7 @@ def list_emodb(data_folder: str | Path, label_map: Mapping[str, str | None] = LA
     Raises
     ------
     CorpusError
-        If a file name does not have seven characters or names an unknown emotion.
+        If most audio files are not named as the release's.
 
     Example
     -------
@@ -54,14 +59,9 @@ def list_emodb(data_folder: str | Path, label_map: Mapping[str, str | None] = LA
     >>> [(u.utt_id, u.emo, u.speaker) for u in list_emodb(root)]
     [('emodb-03a01Wa', 'angry', '03')]
     """
-    utterances = []
-    for wav in sorted((Path(data_folder) / "wav").glob("[!.]*.*")):
-        if len(wav.stem) != 7:
-            raise CorpusError(f"{wav}: not an EmoDB name (seven characters, as 03a01Wa). Move the file away.")
-        emo = map_label(label_map, wav.stem[5], wav)
-        if emo is not None:
-            utterances.append(Utterance(f"emodb-{wav.stem}", wav, emo, wav.stem[:2]))
-    return utterances
+    paths = (Path(data_folder) / "wav").glob("*")
+    own = own_recordings("emodb", paths, NAME, label_map, SEVEN_CLASSES)
+    return [Utterance(f"emodb-{wav.stem}", wav, emo, name["speaker"]) for wav, name, emo in own]
 
 
 def speaker_gender(speaker: str) -> str | None:
@@ -85,7 +85,7 @@ def speaker_gender(speaker: str) -> str | None:
     return ("male" if speaker in MEN else "female") if speaker in SPEAKERS else None
 
 
-EMODB = Corpus("emodb", "emodb_2s", "wav/[0-9]*", SPEAKERS, list_emodb)
-EMODB_7 = Corpus("emodb", "emodb_2s", "wav/[0-9]*", SPEAKERS, partial(list_emodb, label_map=SEVEN_CLASSES))
+EMODB = Corpus("emodb", "emodb*", "wav/[0-9]*", SPEAKERS, list_emodb)
+EMODB_7 = replace(EMODB, list_utterances=partial(list_emodb, label_map=SEVEN_CLASSES))
 prepare_emodb = EMODB.prepare
 prepare_emodb_7 = EMODB_7.prepare

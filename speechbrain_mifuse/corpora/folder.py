@@ -2,20 +2,29 @@
 
 Recordings: every file below the folder whose ending is one of `ENDINGS`, at any depth; hidden files are passed over,
 those in formats that the audio library does not read (`FOREIGN`) are warned of.
-Labels are optional and come from one of two places:
+Labels are optional. They come from the first of these that is there, and the log says from which:
 
-- `labels.csv` in the folder, columns `file,emo` and, if known, `speaker`; `file` is the path below the folder. `emo` is
-  filled in every row or in none. Recordings that it does not name take no part, and the log says how many.
-- Without it: the folders on the way to a recording. One named like a label (`LABEL_MAP`, in any case) gives its
-  emotion. As soon as one recording has a label, those without take no part, and the log says how many.
+- `labels.csv` (or `labels.tsv`, in any case) in the folder, or in one folder below it: columns `file,emo` and, if
+  known, `speaker`, or other names of `COLUMNS`; separated by comma, semicolon or tab; UTF-8, or UTF-16 with its mark.
+  `file` is the path from the table's folder on. `emo` is filled in every row or in none. Recordings that it does not
+  name take no part.
+- File names of a corpus that `layouts.py` knows, if nearly all recordings have them.
+- The folders on the way to a recording. One level of them gives the emotions if every folder of that level is named by
+  an emotion (`emotion_words.py`) and at least two emotions occur. Where some folders look like emotions and others do
+  not, nothing is guessed: it is an error that asks for `labels.csv`.
 
-Speakers come from the `speaker` column, else from the remaining folders on the way (`anna/angry/1.wav` and
-`angry/anna/1.wav` are of speaker `anna`). A recording for which neither names one counts as a speaker of its own, so
-the splits are speaker-independent only as far as speakers are named; `corpus.json` counts the others under
+Emotions outside the four classes are left out and counted. Without a table, it is an error if more than half of the
+recordings would take no part because nothing is known of them.
+
+Speakers come from the same place: the `speaker` column, the file names, or the one level of folders that remains
+(`anna/angry/1.wav` and `angry/anna/1.wav` are of speaker `anna`). With labels, two such levels are an error that asks
+for `labels.csv`; folders such as `part1` or `2024-05-01` are no speakers. Names that differ in case or Unicode form
+alone are one speaker. A recording whose speaker is not known counts as a speaker of its own, so the splits are
+speaker-independent only as far as speakers are named; `corpus.json` counts the others under
 `recordings_without_speaker`, and results say so wherever they speak of speakers.
 
-Split policy: with labels, by speaker, sorted by name, recordings without one evenly among them by a hash of their path:
-sorted by the path itself, folders named like labels would give each split classes of its own. Without any label nothing
+Split policy: with labels, by speaker, so that each split gets its share of every class (`splits.py`); what cannot be
+divided so is logged. Without any label nothing
 can be scored or trained with labels, so each split holds every recording whatever its share: the folder is what is
 adapted to and what is predicted.
 Ids start with the folder's name and end with the path below it; they stay while that name and path do.
@@ -26,23 +35,30 @@ from __future__ import annotations
 import hashlib
 import logging
 import os
-from collections.abc import Mapping
-from pathlib import Path
+import unicodedata
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path, PureWindowsPath
 
 from speechbrain_mifuse.audio import ENDINGS, shown
-from speechbrain_mifuse.corpora.manifest import Corpus, CorpusError, Splits, Utterance, map_label, table_rows
+from speechbrain_mifuse.corpora.emotion_words import emotion_of, plain
+from speechbrain_mifuse.corpora.folder_names import read_folder_names
+from speechbrain_mifuse.corpora.layouts import Listing, read_file_names
+from speechbrain_mifuse.corpora.manifest import LABELS, Corpus, CorpusError, Splits, Utterance
+from speechbrain_mifuse.corpora.tables import read_table
 
 logger = logging.getLogger(__name__)
 
-LABEL_MAP = {
-    **dict.fromkeys(("angry", "anger", "ang"), "angry"),
-    **dict.fromkeys(("happy", "happiness", "hap"), "happy"),
-    **dict.fromkeys(("neutral", "neu"), "neutral"),
-    **dict.fromkeys(("sad", "sadness"), "sad"),
-}
 # Recordings too, which the audio library cannot read.
 FOREIGN = (".m4a", ".aac", ".mp4", ".wma", ".amr", ".3gp", ".webm", ".mov", ".mkv")
-TABLE = "labels.csv"
+# In any case.
+TABLES = ("labels.csv", "labels.tsv")
+# Columns of the table, and other names that they may have.
+COLUMNS = {
+    "file": ("filename", "file_name", "path", "wav"),
+    "emo": ("emotion", "label", "class"),
+    "speaker": ("speaker_id", "spk", "spk_id"),
+}
 
 
 def recordings_below(root: str | Path) -> list[Path]:
@@ -84,7 +100,7 @@ def recordings_below(root: str | Path) -> list[Path]:
 
 
 def list_folder(data_folder: str | Path) -> list[Utterance]:
-    """List the recordings of a folder.
+    """List the recordings of a folder, and log what was understood of it.
 
     Parameters
     ----------
@@ -99,34 +115,87 @@ def list_folder(data_folder: str | Path) -> list[Utterance]:
     Raises
     ------
     CorpusError
-        If `labels.csv` cannot be read, lacks a column, names an unknown emotion or a file outside the folder, or gives
-        labels to some rows alone.
+        If the table does not fit, if the names of the folders do not say for certain who speaks with which emotion, or
+        if more than half of the recordings would take no part without a table that says so.
 
     Example
     -------
     >>> import tempfile
     >>> root = Path(tempfile.mkdtemp()) / "mine"
-    >>> (root / "anna" / "angry").mkdir(parents=True)
-    >>> (root / "anna" / "angry" / "1.ogg").touch()
+    >>> for name in ("anna/angry/1.ogg", "bert/sad/1.ogg"):
+    ...     (root / name).parent.mkdir(parents=True)
+    ...     (root / name).touch()
     >>> [(u.utt_id, u.emo, u.speaker) for u in list_folder(root)]
-    [('folder-mine/anna/angry/1.ogg', 'angry', 'anna')]
+    [('folder-mine/anna/angry/1.ogg', 'angry', 'anna'), ('folder-mine/bert/sad/1.ogg', 'sad', 'bert')]
     """
     root = Path(data_folder)
     found = [path.relative_to(root) for path in recordings_below(root)]
-    if (root / TABLE).is_file():
-        listed = listed_in_table(root / TABLE)
+    table = find_table(root)
+    if table is not None:
+        listing = read_labels(root, table, found)
     else:
-        listed = [(path, *labelled_by_folders(path)) for path in found]
-        if any(emo for _, emo, _ in listed):
-            listed = [row for row in listed if row[1]]
-    passed_over = len(set(found).difference(path for path, *_ in listed))
-    if passed_over:
-        logger.warning("%s: %d recordings have no label and take no part.", root, passed_over)
+        listing = read_file_names(found) or read_folder_names(root, found)
+        if 2 * len(listing.left_out) > len(found):
+            raise CorpusError(
+                f"{root}: labels from {listing.labels_from} would leave out {len(listing.left_out)} of {len(found)} "
+                f"recordings (first: {shown(listing.left_out[0])}). Write a {TABLES[0]} that names all that shall take "
+                "part: the line file,emo,speaker and one line for each."
+            )
+    speakers = one_spelling(who for _, _, who in listing.rows if who)
+    _report(root, listing, len(found), speakers)
     prefix = f"folder-{root.resolve().name}"
     return [
-        Utterance(f"{prefix}/{path.as_posix()}", root / path, emo, who or stand_in(path), speaker_known=bool(who))
-        for path, emo, who in listed
+        Utterance(
+            *(f"{prefix}/{path.as_posix()}", root / path, emo, speakers.get(who) or stand_in(path)),
+            speaker_known=bool(who),
+        )
+        for path, emo, who in listing.rows
     ]
+
+
+def _report(root: Path, listing: Listing, found: int, speakers: Mapping[str, str]) -> None:
+    """Log what was understood: labels, speakers, and what takes no part."""
+    labels = Counter(emo for _, emo, _ in listing.rows if emo)
+    text = f"{found} recordings, labels from {listing.labels_from}: {_counts(labels) or 'none'}"
+    text += f"; speakers from {listing.speakers_from}: {len(set(speakers.values())) or 'not known'}"
+    if listing.outside:
+        text += f"; left out: {listing.outside.total()} of other emotions ({_counts(listing.outside)})"
+    logger.info("%s: %s", root.resolve().name, text)
+    if len(set(speakers.values())) < len(speakers):
+        twice = sorted(name for name, kept in speakers.items() if name != kept)
+        logger.warning("%s: speakers that differ in spelling alone are one: %s.", root, shown(", ".join(twice)))
+    if listing.left_out:
+        first = shown(listing.left_out[0].as_posix())
+        logger.warning(
+            "%s: %d recordings have no label and take no part (first: %s).", root, len(listing.left_out), first
+        )
+
+
+def _counts(counted: Counter) -> str:
+    """Names with their counts, for the log."""
+    return ", ".join(f"{name} {count}" for name, count in sorted(counted.items()))
+
+
+def one_spelling(names: Iterable[str]) -> dict[str, str]:
+    """Join names that differ in case, Unicode form or spaces alone, so that one speaker is never in two splits.
+
+    Parameters
+    ----------
+    names : iterable of str
+        Speakers, as folders or tables write them.
+
+    Returns
+    -------
+    dict of str to str
+        For each name the one that stands for it.
+
+    Example
+    -------
+    >>> one_spelling(["anna", "Anna", "bert"])
+    {'Anna': 'Anna', 'anna': 'Anna', 'bert': 'bert'}
+    """
+    kept = {}
+    return {name: kept.setdefault(plain(name), unicodedata.normalize("NFC", name)) for name in sorted(set(names))}
 
 
 def stand_in(path: Path) -> str:
@@ -151,70 +220,142 @@ def stand_in(path: Path) -> str:
     return f"unknown-{hashlib.sha256(os.fsencode(path.as_posix())).hexdigest()[:12]}"
 
 
-def labelled_by_folders(path: Path) -> tuple[str | None, str]:
-    """Tell emotion and speaker from the folders on the way to a recording.
+def find_table(root: Path) -> Path | None:
+    """Find the table of labels: in the folder itself, else in one folder below it.
 
     Parameters
     ----------
-    path : pathlib.Path
-        Below the corpus's folder.
+    root : pathlib.Path
+        The folder.
 
     Returns
     -------
-    emo : str or None
-        Of the innermost folder that is named like a label.
-    speaker : str
-        The other folders; empty when there is none.
-
-    Example
-    -------
-    >>> labelled_by_folders(Path("anna/monday/Anger/1.wav"))
-    ('angry', 'anna/monday')
-    """
-    labels = [LABEL_MAP[part.lower()] for part in path.parts[:-1] if part.lower() in LABEL_MAP]
-    return (labels[-1] if labels else None), "/".join(p for p in path.parts[:-1] if p.lower() not in LABEL_MAP)
-
-
-def listed_in_table(table: Path) -> list[tuple[Path, str | None, str]]:
-    r"""Read a table of recordings.
-
-    Parameters
-    ----------
-    table : pathlib.Path
-        `labels.csv`.
-
-    Returns
-    -------
-    list of tuple
-        Path below the folder, emotion or `None`, speaker or an empty string.
+    pathlib.Path or None
+        `None` if there is none.
 
     Raises
     ------
     CorpusError
-        As `list_folder`.
+        If there are several.
+
+    Example
+    -------
+    >>> find_table(Path("/nowhere")) is None
+    True
+    """
+    tables = sorted(path for path in root.rglob("[lL]*") if path.name.lower() in TABLES and path.is_file())
+    tables = [path for path in tables if not any(part[:1] == "." for part in path.relative_to(root).parts)]
+    own = [path for path in tables if path.parent == root] or tables
+    if len(own) > 1:
+        names = ", ".join(shown(path.relative_to(root)) for path in own)
+        raise CorpusError(f"{root}: holds {len(own)} tables of labels ({names}). Join them into one {TABLES[0]} there.")
+    return own[0] if own else None
+
+
+def read_labels(root: Path, table: Path, found: Sequence[Path]) -> Listing:
+    r"""Read a table of labels.
+
+    Parameters
+    ----------
+    root : pathlib.Path
+        The folder.
+    table : pathlib.Path
+        In it, or in a folder below.
+    found : sequence of pathlib.Path
+        Recordings, below the folder.
+
+    Returns
+    -------
+    Listing
+        A file that the table names and that is not there is in it too, and is reported when it is read.
+
+    Raises
+    ------
+    CorpusError
+        If a row cannot be right, naming its line, or if most rows do not fit.
 
     Example
     -------
     >>> import tempfile
-    >>> table = Path(tempfile.mkdtemp()) / "labels.csv"
-    >>> _ = table.write_text("file,emo,speaker\n1.wav,anger,anna\n")
-    >>> [(path.name, emo, speaker) for path, emo, speaker in listed_in_table(table)]
-    [('1.wav', 'angry', 'anna')]
+    >>> root = Path(tempfile.mkdtemp())
+    >>> _ = (root / "Labels.csv").write_text("Filename;Emotion\n1.wav;anger\n2.wav;fear\n")
+    >>> listing = read_labels(root, root / "Labels.csv", [Path("1.wav"), Path("2.wav")])
+    >>> listing.rows, listing.outside
+    ([(PosixPath('1.wav'), 'angry', '')], Counter({'fearful': 1}))
     """
-    listed = []
-    for row in table_rows(table):
-        name, code = ((row.get(column) or "").strip() for column in ("file", "emo"))
-        if not name or row.get("emo") is None or Path(name).is_absolute() or ".." in Path(name).parts or "\0" in name:
-            raise CorpusError(f"{table}: lacks file or emo, or the file lies outside the folder, in row {row}.")
-        emo = map_label(LABEL_MAP, code.lower(), f"{table}, {shown(name)}") if code else None
-        listed.append((Path(name), emo, (row.get("speaker") or "").strip()))
-    without = [path for path, emo, _ in listed if emo is None]
-    if 0 < len(without) < len(listed):
+    rows = read_table(table, COLUMNS, optional=["speaker"])
+    # Names from another system may be in another Unicode form; of two files that differ in it alone, each is found.
+    lookup = {unicodedata.normalize("NFC", path.as_posix()): path for path in found}
+    lookup |= {path.as_posix(): path for path in found}
+    where, seen, missing = table.parent.relative_to(root), {}, []
+    for line, row in rows:
+        path = _named_file(f"{table}, line {line}", row["file"], where, lookup)
+        if path.as_posix() not in lookup and not (root / path).exists():
+            missing.append(path)
+        first, before = seen.setdefault(path, (line, row))
+        if any(plain(before[column]) != plain(row[column]) for column in ("emo", "speaker")):
+            raise CorpusError(
+                f"{table}, line {line}: '{shown(row['file'])}' has other values than in line {first}. Keep one line."
+            )
+    _require_most_files(table, rows, missing, found)
+    unlabelled = [(line, row) for line, row in seen.values() if not row["emo"]]
+    if 0 < len(unlabelled) < len(seen):
         raise CorpusError(
-            f"{table}: {len(without)} of {len(listed)} rows have no emo (first: {without[0]}). "
+            f"{table}, line {unlabelled[0][0]}: {len(unlabelled)} of {len(seen)} rows have no emo. "
             "Fill it in every row or in none, or take these rows away."
         )
-    return listed
+    listing = Listing(shown(table.relative_to(root)), table.name)
+    if unlabelled:
+        listing.rows = [(path, None, row["speaker"]) for path, (_, row) in seen.items()]
+    else:
+        _add_labelled(listing, table, seen)
+    listing.left_out = sorted(set(found).difference(seen))
+    return listing
+
+
+def _named_file(where: str, name: str, folder: Path, lookup: Mapping[str, Path]) -> Path:
+    """Path below the data folder of the file that a row names: as written, or with / for a backslash."""
+    slashed = unicodedata.normalize("NFC", name.replace("\\", "/"))
+    if not name or "\0" in name or PureWindowsPath(name).drive or name[0] in "/\\" or ".." in slashed.split("/"):
+        raise CorpusError(f"{where}: '{shown(name)}' is empty or lies outside the folder. Write the path below it.")
+    for written in (name, unicodedata.normalize("NFC", name), slashed):
+        for base in (folder, Path()):
+            path = (base / written).as_posix()
+            if path in lookup:
+                return lookup[path]
+    return folder / slashed
+
+
+def _require_most_files(table: Path, rows: Sequence, missing: Sequence[Path], found: Sequence[Path]) -> None:
+    """Refuse a table that is not of this folder."""
+    if missing and 2 * len(missing) > len(rows):
+        same = next((path for path in found if path.name == missing[0].name), None)
+        hint = f" There is {shown(same.as_posix())}: is it that one?" if same else ""
+        raise CorpusError(
+            f"{table}: {len(missing)} of the {len(rows)} files that it names are not there (first: "
+            f"{shown(missing[0].as_posix())}).{hint} Write paths from the folder of the table on, with their endings."
+        )
+
+
+def _add_labelled(listing: Listing, table: Path, rows: Mapping[Path, tuple[int, Mapping[str, str]]]) -> None:
+    """Add the rows of known emotions; a few of unknown ones are left out by name, most are an error."""
+    unknown = {}
+    for path, (line, row) in rows.items():
+        emotion = emotion_of(row["emo"])
+        if emotion is None:
+            unknown.setdefault(row["emo"], []).append(line)
+        else:
+            listing.add(path, emotion, row["speaker"])
+    for word, lines in unknown.items():
+        if 2 * sum(map(len, unknown.values())) > len(rows):
+            raise CorpusError(
+                f"{table}, line {lines[0]}: unknown class '{shown(word)}'. Known classes: {', '.join(LABELS)}. "
+                "Translate the names, or take the rows away."
+            )
+        logger.warning(
+            "%s, line %d: unknown class '%s'; %d rows of it take no part. Known classes: %s.",
+            *(table, lines[0], shown(word), len(lines), ", ".join(LABELS)),
+        )
 
 
 def facts(data_folder: Path, utterances: list[Utterance]) -> Mapping:
@@ -252,7 +393,7 @@ def prepare_folder(
     save_folder : str or pathlib.Path
         Where the manifests go.
     splits : mapping of str to float
-        Share of the speakers for each split; without labels each split holds everything.
+        Share of every class for each split, by whole speakers; without labels each split holds everything.
     keep : mapping of str to float, optional
         As for `Corpus.prepare`.
 
@@ -274,4 +415,4 @@ def prepare_folder(
 
 
 # Neither a usual name nor a marker: the folder is the one that the user names.
-FOLDER = Corpus("folder", "", "", (), list_folder, facts=facts)
+FOLDER = Corpus("folder", "", "", (), list_folder, facts=facts, balanced=True)

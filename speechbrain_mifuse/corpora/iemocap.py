@@ -23,6 +23,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from speechbrain_mifuse.corpora.manifest import Corpus, CorpusError, Utterance, by_stem, check_release, map_label
+from speechbrain_mifuse.corpora.release_files import report_other_classes
 
 LABEL_MAP = {
     "ang": "angry",
@@ -65,7 +66,7 @@ def list_iemocap(data_folder: str | Path) -> list[Utterance]:
     >>> [(u.utt_id, u.emo, u.speaker, u.session) for u in list_iemocap(root)]
     [('iem-Ses01F_impro01_M000', 'happy', 'Ses01M', 'Ses01')]
     """
-    utterances = []
+    utterances, left_out = [], []
     for table in sorted(Path(data_folder).glob("Session[1-5]/dialog/EmoEvaluation/[!.]*.txt")):
         wavs = table.parents[2] / "sentences" / "wav"
         lines = table.read_text(encoding="utf-8", errors="replace").splitlines()
@@ -77,9 +78,12 @@ def list_iemocap(data_folder: str | Path) -> list[Utterance]:
                 raise CorpusError(f"{table}, line {number}: not a turn of IEMOCAP: {line!r}. Restore the file.")
             dialogue, session, sex, rest, code = turn.groups()
             emo, name = map_label(LABEL_MAP, code, f"{table}, line {number}"), f"{dialogue}_{sex}{rest}"
-            if emo is not None:
+            if emo is None:
+                left_out.append(code)
+            else:
                 wav = recording(wavs / dialogue, name)
                 utterances.append(Utterance(f"iem-{name}", wav, emo, session + sex, session))
+    report_other_classes("iemocap", left_out)
     return utterances
 
 

@@ -9,7 +9,7 @@ them. `corpus.json` beside them says what they were made from.
 from __future__ import annotations
 
 import contextlib
-import csv
+import fnmatch
 import gc
 import hashlib
 import json
@@ -24,6 +24,7 @@ from pathlib import Path
 
 from speechbrain_mifuse import __version__
 from speechbrain_mifuse.audio import ENDINGS, BadAudio, duration, shown
+from speechbrain_mifuse.corpora.splits import balanced_groups
 from speechbrain_mifuse.errors import UserError
 from speechbrain_mifuse.progress import progress
 
@@ -169,20 +170,20 @@ def file_digest(path: str | Path) -> str:
     return hashlib.sha256(Path(path).read_bytes()).hexdigest()
 
 
-def find_corpus(folder_name: str, marker: str, *candidates: str | Path | None) -> Path:
-    """Find a corpus's own folder among the places a user may have named.
+def find_corpus(folder_name: str, marker: str | Sequence[str], data_folder: str | Path | None = None) -> Path:
+    """Find a corpus's own folder from the folder that a user named.
 
-    Each candidate may be the corpus's folder, or one that holds it under `folder_name`. After the candidates and their
-    parents (a second corpus often lies beside the first) comes the folder in the environment variable `MIFUSE_CORPORA`.
+    That may be the corpus's folder, the folder that holds it under `folder_name`, or another corpus's folder beside it.
+    Only where none was named is the folder in the environment variable `MIFUSE_CORPORA` searched.
 
     Parameters
     ----------
     folder_name : str
-        Usual name of the corpus's folder, as `ravdess`, or a glob pattern of it.
-    marker : str
-        Glob pattern that exists in every copy of the corpus, as `Actor_*`.
-    *candidates : str or pathlib.Path or None
-        Places to look at, first match wins; `None` is passed over.
+        Usual name of the corpus's folder, as `ravdess`, in any case, or a glob pattern of it.
+    marker : str or sequence of str
+        Glob pattern that exists in every copy of the corpus, as `Actor_*`; one of them, if there are several.
+    data_folder : str or pathlib.Path, optional
+        What the user named.
 
     Returns
     -------
@@ -192,7 +193,7 @@ def find_corpus(folder_name: str, marker: str, *candidates: str | Path | None) -
     Raises
     ------
     CorpusError
-        If it is in none of the places, or twice in one; the message lists them and names `--data_folder`.
+        If it is not there, or twice; the message names the folder and `--data_folder`.
 
     Example
     -------
@@ -201,30 +202,41 @@ def find_corpus(folder_name: str, marker: str, *candidates: str | Path | None) -
     >>> find_corpus("ravdess", "Actor_*", root).name
     'ravdess'
     """
-    given = [Path(c) for c in candidates if c]
-    # A mistyped folder must not end in another corpus that the environment happens to name.
-    for folder in given:
-        if not folder.is_dir():
-            raise CorpusError(
-                f"Corpus '{folder_name}' not found: {folder} is no folder. "
-                f"Pass {FLAGS} with the corpus's folder or the folder above it."
-            )
-    places = [*given, *(p.resolve().parent for p in given)]
-    if os.environ.get("MIFUSE_CORPORA"):
-        places.append(Path(os.environ["MIFUSE_CORPORA"]))
-    for place in places:
-        named = sorted(place.glob(folder_name))
-        found = [f for f in (place, *named) if f.is_dir() and next(f.glob(marker), None) is not None]
-        if len(found) > 1 and found[0] != place:
-            copies = ", ".join(folder.name for folder in found)
-            raise CorpusError(f"{place} holds '{folder_name}' more than once ({copies}). Name one as --data_folder.")
+    markers = [marker] if isinstance(marker, str) else list(marker)
+    given = data_folder or os.environ.get("MIFUSE_CORPORA")
+    remedy = f"Pass {FLAGS} with the corpus's folder or the folder above it"
+    if not given:
+        raise CorpusError(f"Corpus '{folder_name}' not found: no folder was given. {remedy}, or set MIFUSE_CORPORA.")
+    place = Path(given)
+    # A mistyped folder must not end in another corpus.
+    if not place.is_dir():
+        raise CorpusError(f"Corpus '{folder_name}' not found: {place} is no folder. {remedy}.")
+    for folder in (place, place.resolve().parent) if data_folder else (place,):
+        found = _corpora_in(folder, folder_name, markers)
+        if len(found) > 1:
+            copies = ", ".join(copy.name for copy in found)
+            raise CorpusError(f"{folder} holds '{folder_name}' more than once ({copies}). Name one as --data_folder.")
         if found:
+            if folder != place:
+                logger.warning("'%s' is not in %s; the folder beside it is taken: %s.", folder_name, place, found[0])
             return found[0]
-    looked = ", ".join(str(p) for p in places) or "nowhere, no folder was given"
     raise CorpusError(
-        f"Corpus '{folder_name}' not found (a folder that holds '{marker}'; looked in: {looked}). "
-        f"Pass {FLAGS} with the corpus's folder or the folder above it, or set MIFUSE_CORPORA."
+        f"Corpus '{folder_name}' not found (a folder that holds '{markers[0]}'): it is neither {place} nor in it"
+        f"{' nor beside it' if data_folder else ', which MIFUSE_CORPORA names'}. {remedy}."
     )
+
+
+def _corpora_in(place: Path, folder_name: str, markers: Sequence[str]) -> list[Path]:
+    """Find a corpus at a place: the place itself, or else the folders in it that have its name in any case."""
+
+    def is_corpus(folder: Path) -> bool:
+        return folder.is_dir() and any(next(folder.glob(marker), None) is not None for marker in markers)
+
+    if is_corpus(place):
+        return [place]
+    # Unlike iterdir, glob passes over what may not be read.
+    named = (folder for folder in place.glob("*") if fnmatch.fnmatch(folder.name.lower(), folder_name.lower()))
+    return sorted(folder for folder in named if is_corpus(folder))
 
 
 def by_stem(paths: Iterable[Path]) -> dict[str, Path]:
@@ -238,7 +250,7 @@ def by_stem(paths: Iterable[Path]) -> dict[str, Path]:
     Returns
     -------
     dict of str to pathlib.Path
-        By name, sorted; `.wav` goes before other formats.
+        By name, sorted; `.wav` goes before other formats, and the folder above before one below.
 
     Example
     -------
@@ -246,47 +258,10 @@ def by_stem(paths: Iterable[Path]) -> dict[str, Path]:
     {'a': PosixPath('a.wav')}
     """
     audio = [path for path in paths if path.suffix.lower() in ENDINGS and not path.name.startswith(".")]
-    best_last = sorted(audio, key=lambda path: (path.suffix.lower() == ".wav", path))
-    found = {path.stem: path for path in best_last}
+    found = {}
+    for path in sorted(audio, key=lambda path: (path.suffix.lower() != ".wav", len(path.parts), path)):
+        found.setdefault(path.stem, path)
     return {stem: found[stem] for stem in sorted(found)}
-
-
-def table_rows(table: Path, delimiter: str = ",") -> list[dict]:
-    r"""Read the rows of a CSV file.
-
-    Parameters
-    ----------
-    table : pathlib.Path
-        With a header.
-    delimiter : str
-        Between two columns.
-
-    Returns
-    -------
-    list of dict
-        Values by column.
-
-    Raises
-    ------
-    CorpusError
-        If it cannot be read or is no table in UTF-8.
-
-    Example
-    -------
-    >>> import tempfile
-    >>> table = Path(tempfile.mkdtemp()) / "labels.csv"
-    >>> _ = table.write_bytes(b"file,emo\n\xff.wav,sad\n")
-    >>> table_rows(table)
-    Traceback (most recent call last):
-    ...
-    speechbrain_mifuse.corpora.manifest.CorpusError: .../labels.csv: cannot be read (...). Save or restore ...
-    """
-    try:
-        with table.open(encoding="utf-8-sig", newline="") as file:
-            return list(csv.DictReader(file, delimiter=delimiter))
-    except (OSError, UnicodeDecodeError, csv.Error) as error:
-        reason = getattr(error, "strerror", None) or error
-        raise CorpusError(f"{table}: cannot be read ({reason}). Save or restore it as a table in UTF-8.") from None
 
 
 def split_groups(groups: Sequence[str], splits: Mapping[str, float], kind: str = "speaker") -> dict[str, list[str]]:
@@ -318,11 +293,7 @@ def split_groups(groups: Sequence[str], splits: Mapping[str, float], kind: str =
     >>> split_groups(["a", "b", "c", "d", "e"], {"train": 0.6, "test": 0.4})
     {'train': ['a', 'b', 'c'], 'test': ['d', 'e']}
     """
-    if abs(sum(splits.values()) - 1.0) > 1e-6 or len(groups) < len(splits):
-        raise CorpusError(
-            f"Cannot deal {len(groups)} {kind}s to {dict(splits)}: "
-            f"shares must add up to 1, and every split needs a {kind} of its own."
-        )
+    _require_shares(splits, len(groups), kind)
     dealt, start, share = {}, 0, 0.0
     for place, (name, part) in enumerate(splits.items(), start=1):
         share += part
@@ -331,6 +302,15 @@ def split_groups(groups: Sequence[str], splits: Mapping[str, float], kind: str =
         dealt[name] = list(groups[start:stop])
         start = stop
     return dealt
+
+
+def _require_shares(splits: Mapping[str, float], groups: int, kind: str) -> None:
+    """Refuse shares that cannot be given."""
+    if abs(sum(splits.values()) - 1.0) > 1e-6 or groups < len(splits):
+        raise CorpusError(
+            f"Cannot deal {groups} {kind}s to {dict(splits)}: "
+            f"shares must add up to 1, and every split needs a {kind} of its own."
+        )
 
 
 def choose_partitions(
@@ -375,7 +355,11 @@ def choose_partitions(
 
 
 def deal(
-    utterances: Sequence[Utterance], splits: Splits, order: Sequence[str] = (), group: str = "speaker"
+    utterances: Sequence[Utterance],
+    splits: Splits,
+    order: Sequence[str] = (),
+    group: str = "speaker",
+    balanced: bool = False,
 ) -> tuple[str, dict[str, list[str]]]:
     """Decide which speakers, sessions or official partitions each split gets.
 
@@ -391,6 +375,8 @@ def deal(
         a known speaker come evenly between the speakers.
     group : str
         What stays together when dealt by shares: `speaker` or `session`.
+    balanced : bool
+        Whether a share is one of every class's recordings, whatever the order.
 
     Returns
     -------
@@ -414,6 +400,12 @@ def deal(
         kind = "partition" if any(utterance.partition for utterance in utterances) else group
         return kind, choose_partitions({getattr(u, kind) for u in utterances} - {None}, splits, kind)
     present = {getattr(utterance, group) for utterance in utterances}
+    if balanced:
+        _require_shares(splits, len(present), group)
+        counts = {name: Counter() for name in present}
+        for utterance in utterances:
+            counts[getattr(utterance, group)][utterance.emo] += 1
+        return group, balanced_groups(counts, splits, group)
     stand_ins = present & {utterance.speaker for utterance in utterances if not utterance.speaker_known}
     ordered = [name for name in order if name in present - stand_ins]
     named = [*ordered, *sorted(present.difference(stand_ins, ordered))]
@@ -743,6 +735,7 @@ def write_splits(
     group: str = "speaker",
     keep: Mapping[str, float] | None = None,
     facts: Mapping | None = None,
+    balanced: bool = False,
 ) -> dict[str, Path]:
     """Validate a corpus and write one manifest per split, with a twin that has no labels.
 
@@ -770,6 +763,8 @@ def write_splits(
         Share of a class's recordings that stays in the first split (see `thin_out`).
     facts : mapping, optional
         What else `corpus.json` shall say.
+    balanced : bool
+        As for `deal`.
 
     Returns
     -------
@@ -795,7 +790,7 @@ def write_splits(
     utterances = sorted(utterances, key=lambda utterance: utterance.utt_id)
     check_utterances(corpus, utterances)
     if any(utterance.emo for utterance in utterances):
-        kind, dealt = deal(utterances, splits, order, group)
+        kind, dealt = deal(utterances, splits, order, group, balanced)
         where = {name: split for split, names in dealt.items() for name in names}
         placed = {split: [u for u in utterances if where.get(getattr(u, kind)) == split] for split in splits}
         placed, shared = leave_out_shared(placed)
@@ -1260,8 +1255,8 @@ class Corpus:
         Name in messages, tables and results.
     folder_name : str
         Usual name of its folder, or a glob pattern of it.
-    marker : str
-        Glob pattern that exists in every copy of it.
+    marker : str or tuple of str
+        Glob pattern that exists in every copy of it; one of them, if there are several.
     order : tuple of str
         Speakers, or sessions, in the fixed order in which they are dealt to splits; others follow, sorted by name.
     list_utterances : callable
@@ -1270,6 +1265,8 @@ class Corpus:
         What stays together in a split: `speaker`, or `session` where speakers talk to each other.
     facts : callable, optional
         From the corpus's folder and its recordings to what `corpus.json` shall say about this copy.
+    balanced : bool
+        Whether splits balance the classes, for a corpus without an official partition or order.
 
     Example
     -------
@@ -1282,11 +1279,12 @@ class Corpus:
 
     name: str
     folder_name: str
-    marker: str
+    marker: str | tuple[str, ...]
     order: tuple[str, ...]
     list_utterances: Callable[[Path], list[Utterance]]
     group: str = "speaker"
     facts: Callable[[Path, list[Utterance]], Mapping] | None = None
+    balanced: bool = False
 
     def prepare(self, data_folder, save_folder, splits, keep=None) -> None:
         """Find the corpus and write speaker-independent manifests, unless they are there already.
@@ -1331,4 +1329,6 @@ class Corpus:
             logger.info("%s: manifests in %s are up to date, preparation skipped.", self.name, save_folder)
             warn_of_unusable(self.name, read_about(Path(save_folder) / ABOUT), save_folder)
             return
-        write_splits(self.name, utterances, folder, save_folder, splits, self.order, self.group, keep, facts)
+        write_splits(
+            *(self.name, utterances, folder, save_folder, splits, self.order, self.group, keep, facts, self.balanced)
+        )

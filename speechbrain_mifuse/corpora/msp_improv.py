@@ -22,6 +22,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from speechbrain_mifuse.corpora.manifest import Corpus, CorpusError, Utterance, by_stem, check_release, map_label
+from speechbrain_mifuse.corpora.release_files import report_other_classes
 
 LABEL_MAP = {"A": "angry", "H": "happy", "N": "neutral", "S": "sad", "O": None, "X": None}
 COUNTS = {"angry": 792, "happy": 2644, "neutral": 3477, "sad": 885}
@@ -62,7 +63,7 @@ def list_msp_improv(data_folder: str | Path) -> list[Utterance]:
     found = by_stem(
         path for below in ("", "Audio/") for path in root.glob(f"{below}[Ss]ession[1-6]/*/*/MSP-IMPROV-*.*")
     )
-    utterances = []
+    utterances, left_out = [], []
     for number, line in enumerate(tables[0].read_text(encoding="utf-8-sig", errors="replace").splitlines(), start=1):
         if not line.startswith("UTD-IMPROV-"):
             continue
@@ -71,10 +72,13 @@ def list_msp_improv(data_folder: str | Path) -> list[Utterance]:
             raise CorpusError(f"{tables[0]}, line {number}: not a turn of MSP-IMPROV: {line!r}. Restore the file.")
         name, sex, session, scenario, code = turn.groups()
         emo = map_label(LABEL_MAP, code, f"{tables[0]}, line {number}")
-        if emo is not None:
+        if emo is None:
+            left_out.append({"O": "other", "X": "no agreement"}[code])
+        else:
             stem, sentence = f"MSP-IMPROV-{name}", name.split("-")[0]
             wav = found.get(stem, root / f"session{session}" / sentence / scenario / f"{stem}.wav")
             utterances.append(Utterance(f"imp-{name}", wav, emo, f"{sex}0{session}", f"session{session}"))
+    report_other_classes("msp_improv", left_out)
     return utterances
 
 

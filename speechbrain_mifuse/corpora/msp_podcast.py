@@ -26,7 +26,9 @@ from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
-from speechbrain_mifuse.corpora.manifest import Corpus, CorpusError, Utterance, by_stem, map_label, table_rows
+from speechbrain_mifuse.corpora.manifest import Corpus, CorpusError, Utterance, by_stem, map_label
+from speechbrain_mifuse.corpora.release_files import report_other_classes
+from speechbrain_mifuse.corpora.tables import read_table
 
 LABEL_MAP = {
     "A": "angry",
@@ -73,19 +75,23 @@ def list_msp_podcast(data_folder: str | Path, label_map: Mapping[str, str | None
     root = Path(data_folder)
     table = root / "Labels" / "labels_consensus.csv"
     found = by_stem(path for folder in ("Audio", "Audios") for path in (root / folder).glob("*.*"))
-    utterances = []
-    for row in table_rows(table):
-        try:
-            name, code, speaker, partition = (row[column].strip() for column in COLUMNS)
-        except (KeyError, AttributeError):
-            raise CorpusError(f"{table}: lacks one of {', '.join(COLUMNS)} in row {row}.") from None
-        emo = None if partition == UNLABELLED else map_label(label_map, code, f"{table}, {name}")
-        if emo is not None:
+    utterances, left_out = [], []
+    for line, row in read_table(table, dict.fromkeys(COLUMNS, ())):
+        name, code, speaker, partition = row.values()
+        if not (name and partition):
+            raise CorpusError(f"{table}, line {line}: lacks FileName or Split_Set. Restore the table.")
+        if partition == UNLABELLED:
+            continue
+        emo = map_label(label_map, code, f"{table}, line {line} ({name})")
+        if emo is None:
+            left_out.append(EIGHT_CLASSES[code] or {"O": "other", "X": "no agreement"}[code])
+        else:
             stem = Path(name).stem
             known = speaker.lower() not in ("", "unknown")
             who = speaker if known else f"unknown-{stem}"
             wav = found.get(stem, root / "Audios" / Path(name).name)
             utterances.append(Utterance(f"msp-{stem}", wav, emo, who, partition=partition, speaker_known=known))
+    report_other_classes("msp_podcast", left_out)
     return utterances
 
 

@@ -12,11 +12,14 @@ woman stand at each end; it names the five speakers of the openly mirrored part 
 
 from __future__ import annotations
 
+import csv
 from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
 
-from speechbrain_mifuse.corpora.manifest import Corpus, CorpusError, Utterance, by_stem, map_label, table_rows
+from speechbrain_mifuse.corpora.manifest import Corpus, CorpusError, Utterance, by_stem, map_label
+from speechbrain_mifuse.corpora.release_files import report_other_classes
+from speechbrain_mifuse.corpora.tables import read_table
 
 LABEL_MAP = {
     "anger": "angry",
@@ -24,9 +27,11 @@ LABEL_MAP = {
     "neutral": "neutral",
     "sadness": "sad",
     "fear": None,
-    "surprise": None,
+    # As the release's table has it, and as its paper does.
+    **dict.fromkeys(("surprised", "surprise")),
 }
-SIX_CLASSES = {**LABEL_MAP, "fear": "fearful", "surprise": "surprised"}
+SIX_CLASSES = {**LABEL_MAP, "fear": "fearful", "surprised": "surprised", "surprise": "surprised"}
+COLUMNS = dict.fromkeys(("file_id", "emotion", "speaker_id"), ())
 SPEAKERS = ("SM0", "IC0", "KD0", "TP0", "MK0")
 MEN = ("SM0", "TP0")
 
@@ -63,17 +68,20 @@ def list_nemo(data_folder: str | Path, label_map: Mapping[str, str | None] = LAB
     table = Path(data_folder) / "data.tsv"
     # Copies convert the audio to other formats and leave the names in the table as they were.
     found = by_stem((Path(data_folder) / "samples").glob("*.*"))
-    utterances = []
-    for row in table_rows(table, delimiter="\t"):
-        try:
-            name, emotion, speaker = (row[key].strip() for key in ("file_id", "emotion", "speaker_id"))
-        except (KeyError, AttributeError):
-            raise CorpusError(f"{table}: lacks file_id, emotion or speaker_id in row {row}.") from None
-        emo = map_label(label_map, emotion, f"{table}, {name}")
-        if emo is not None:
+    utterances, left_out = [], []
+    # The sentences may hold quotation marks of their own.
+    for line, row in read_table(table, COLUMNS, quoting=csv.QUOTE_NONE):
+        name, emotion, speaker = row.values()
+        if not (name and emotion and speaker):
+            raise CorpusError(f"{table}, line {line}: lacks file_id, emotion or speaker_id. Restore the table.")
+        emo = map_label(label_map, emotion, f"{table}, line {line} ({name})")
+        if emo is None:
+            left_out.append(SIX_CLASSES[emotion])
+        else:
             stem = Path(name).stem
             wav = found.get(stem, Path(data_folder) / "samples" / Path(name).name)
             utterances.append(Utterance(f"nemo-{stem}", wav, emo, speaker))
+    report_other_classes("nemo", left_out)
     return utterances
 
 

@@ -2,7 +2,9 @@
 
 Speech part, audio only: 1,440 clips of 24 professional actors (odd numbers male, even female), North American English,
 two sentences, eight emotions, two intensities (neutral has one). Doi 10.1371/journal.pone.0196391.
-Licence: CC BY-NC-SA 4.0. Tree: `Actor_NN/MM-VV-EE-II-SS-RR-AA.wav` (any file type that libsndfile reads).
+Licence: CC BY-NC-SA 4.0. Tree: `Actor_NN/MM-VV-EE-II-SS-RR-AA.wav` (any file type that libsndfile reads), in some
+copies below a folder such as `audio_speech_actors_01-24`, or both there and above it: each clip counts once. Only
+`03-01-...` is speech without video: song (`VV` 02) and the sound of videos (`MM` 01) are other parts of the release.
 
 Four classes: neutral 96, happy 192, sad 192, angry 192 = 672 clips; calm, fearful, disgust and surprised take no part.
 Two clips of actor 07 (happy, normal intensity, second sentence, both repetitions) are one recording; preparation keeps
@@ -12,11 +14,14 @@ Split policy: speaker-independent. Actors are dealt to the splits in numerical o
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
-from speechbrain_mifuse.corpora.manifest import Corpus, CorpusError, Utterance, map_label
+from speechbrain_mifuse.corpora.manifest import Corpus, Utterance
+from speechbrain_mifuse.corpora.release_files import own_recordings
 
 LABEL_MAP = {
     "01": "neutral",
@@ -29,6 +34,8 @@ LABEL_MAP = {
     "08": None,
 }
 EIGHT_CLASSES = {**LABEL_MAP, "02": "calm", "06": "fearful", "07": "disgust", "08": "surprised"}
+NAME = re.compile(r"03-01-(?P<code>\d\d)-\d\d-\d\d-\d\d-(?P<speaker>\d\d)")
+OTHER_PARTS = re.compile(r"(?!03-01)0[1-3]-0[12](-\d\d){5}")
 SPEAKERS = tuple(f"{actor:02d}" for actor in range(1, 25))
 
 
@@ -50,7 +57,7 @@ def list_ravdess(data_folder: str | Path, label_map: Mapping[str, str | None] = 
     Raises
     ------
     CorpusError
-        If a file name does not have seven fields or names an unknown emotion.
+        If most audio files are not named as the release's.
 
     Example
     -------
@@ -61,15 +68,9 @@ def list_ravdess(data_folder: str | Path, label_map: Mapping[str, str | None] = 
     >>> [(u.utt_id, u.emo, u.speaker) for u in list_ravdess(root)]
     [('rav-03-01-05-01-01-01-01', 'angry', '01')]
     """
-    utterances = []
-    for wav in sorted(Path(data_folder).glob("Actor_*/[!.]*.*")):
-        fields = wav.stem.split("-")
-        if len(fields) != 7:
-            raise CorpusError(f"{wav}: not a RAVDESS name (seven two-digit fields). Move the file away.")
-        emo = map_label(label_map, fields[2], wav)
-        if emo is not None:
-            utterances.append(Utterance(f"rav-{wav.stem}", wav, emo, fields[6]))
-    return utterances
+    paths = [path for below in ("", "*/") for path in Path(data_folder).glob(f"{below}Actor_*/*")]
+    own = own_recordings("ravdess", paths, NAME, label_map, EIGHT_CLASSES, other_parts=OTHER_PARTS)
+    return [Utterance(f"rav-{wav.stem}", wav, emo, name["speaker"]) for wav, name, emo in own]
 
 
 def speaker_gender(speaker: str) -> str | None:
@@ -93,7 +94,7 @@ def speaker_gender(speaker: str) -> str | None:
     return ("female", "male")[int(speaker) % 2] if speaker in SPEAKERS else None
 
 
-RAVDESS = Corpus("ravdess", "ravdess", "Actor_*", SPEAKERS, list_ravdess)
-RAVDESS_8 = Corpus("ravdess", "ravdess", "Actor_*", SPEAKERS, partial(list_ravdess, label_map=EIGHT_CLASSES))
+RAVDESS = Corpus("ravdess", "ravdess", ("Actor_*", "[Aa]udio_[Ss]peech*/Actor_*"), SPEAKERS, list_ravdess)
+RAVDESS_8 = replace(RAVDESS, list_utterances=partial(list_ravdess, label_map=EIGHT_CLASSES))
 prepare_ravdess = RAVDESS.prepare
 prepare_ravdess_8 = RAVDESS_8.prepare

@@ -258,14 +258,15 @@ def test_a_folder_whose_preparation_let_a_bad_header_pass_is_encoded_without_it(
         (b"file,emo\n ../../a.wav,sad\n", "outside the folder"),
         (b"file,emo\na/../../b.wav,sad\n", "outside the folder"),
         (b"file,emo\na\0b.wav,sad\n", "outside the folder|cannot be read"),
-        (b"file\na.wav\n", "lacks file or emo"),
-        (b"name;label\na.wav;sad\n", "lacks file or emo"),
-        (b"file,emo\na.wav,furious\n", "unknown label 'furious'"),
+        (b"file\na.wav\n", "lacks one of the columns file, emo"),
+        (b"name;label\na.wav;sad\n", "lacks one of the columns file, emo"),
+        (b"file,emo\na.wav,furious\n", "unknown class 'furious'"),
         (b"file,emo\na.wav,sad\nb.wav,\n", "1 of 2 rows have no emo"),
     ],
 )
 def test_a_table_that_does_not_fit_is_one_error_that_names_it(tmp_path, content, says):
     (tmp_path / "labels.csv").write_bytes(content)
+    (tmp_path / "a.wav").touch()
     with pytest.raises(CorpusError, match=rf"labels.csv.*({says})"):
         list_folder(tmp_path)
 

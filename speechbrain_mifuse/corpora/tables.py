@@ -1,0 +1,118 @@
+"""Tables of labels, as spreadsheets and people write them: separators, encodings, column names, empty rows."""
+
+from __future__ import annotations
+
+import codecs
+import csv
+import io
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from speechbrain_mifuse.audio import shown
+from speechbrain_mifuse.corpora.manifest import CorpusError
+
+SEPARATORS = (",", ";", "\t")
+
+
+def read_table(
+    table: Path, columns: Mapping[str, Sequence[str]], optional: Sequence[str] = (), quoting: int = csv.QUOTE_MINIMAL
+) -> list[tuple[int, dict[str, str]]]:
+    r"""Read the rows of a table with a header.
+
+    The separator is the comma, semicolon or tab that makes the header hold the columns. UTF-8 is read with or without a
+    byte order mark, UTF-16 with one. Rows without any content are passed over.
+
+    Parameters
+    ----------
+    table : pathlib.Path
+        The file.
+    columns : mapping of str to sequence of str
+        Name of each column that is wanted, and other names that it may have in the file, in any case.
+    optional : sequence of str
+        Those that may be missing; they are then empty.
+    quoting : int
+        `csv.QUOTE_NONE` where quotation marks are part of the text.
+
+    Returns
+    -------
+    list of tuple
+        Line number, and the wanted values by column, without spaces around them.
+
+    Raises
+    ------
+    CorpusError
+        If the file cannot be read, lacks a column, or a row has more values than the header.
+
+    Example
+    -------
+    >>> import tempfile
+    >>> table = Path(tempfile.mkdtemp()) / "labels.csv"
+    >>> _ = table.write_bytes(b"\xef\xbb\xbfFilename;Emotion;Note\r\na.wav; sad;x\r\n;;\r\n")
+    >>> read_table(table, {"file": ["filename"], "emo": ["emotion"], "speaker": []}, optional=["speaker"])
+    [(2, {'file': 'a.wav', 'emo': 'sad', 'speaker': ''})]
+    """
+    text = _decoded(table)
+    # A line by which Excel is told the separator.
+    skipped = 1 if re.match(r"sep=.\r?\n", text, re.IGNORECASE) else 0
+    text = text.split("\n", 1)[1] if skipped else text
+    positions, separator = _layout(table, text, columns, optional)
+    reader = csv.reader(io.StringIO(text, newline=""), delimiter=separator, quoting=quoting, strict=True)
+    rows = []
+    try:
+        width = len(next(reader))
+        for cells in reader:
+            line = reader.line_num + skipped
+            if any(cell.strip() for cell in cells[width:]):
+                raise CorpusError(
+                    f"{table}, line {line}: has {len(cells)} values, the header has {width}. "
+                    f"Put a value that contains '{separator}' in double quotes."
+                )
+            if any(cell.strip() for cell in cells):
+                values = {name: cells[at].strip() if at < len(cells) else "" for name, at in positions.items()}
+                rows.append((line, {name: values.get(name, "") for name in columns}))
+    except csv.Error as error:
+        raise CorpusError(
+            f"{table}, line {reader.line_num + skipped}: cannot be read ({error}). Look for an unpaired quotation mark."
+        ) from None
+    return rows
+
+
+def _decoded(table: Path) -> str:
+    """Text of a table: UTF-8, or UTF-16 where a byte order mark says so."""
+    try:
+        data = table.read_bytes()
+        utf16 = data.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE))
+        return data.decode("utf-16" if utf16 else "utf-8-sig")
+    except (OSError, UnicodeDecodeError) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise CorpusError(
+            f"{table}: cannot be read ({reason}). Save it in UTF-8 (in Excel: 'CSV UTF-8'), or restore it."
+        ) from None
+
+
+def _layout(table: Path, text: str, columns: Mapping[str, Sequence[str]], optional: Sequence[str]):
+    """Position of each column, and the separator under which the header holds all that are needed."""
+    header = text.split("\n", 1)[0].rstrip("\r")
+    for separator in SEPARATORS:
+        names = [_plain(cell) for cell in next(csv.reader([header], delimiter=separator), [])]
+        positions = {}
+        for column, others in columns.items():
+            held = [at for at, name in enumerate(names) if name in {_plain(other) for other in (column, *others)}]
+            exact = [at for at in held if names[at] == _plain(column)]
+            if len(exact or held) > 1:
+                raise CorpusError(f"{table}: its header names the column '{column}' twice ({shown(header)}). Keep one.")
+            positions |= dict.fromkeys([column], *(exact or held)) if held else {}
+        if set(columns).difference(optional) <= set(positions):
+            return positions, separator
+    lacking = [name for name in columns if name not in optional]
+    accepted = "; ".join(f"{name}: {', '.join(others)}" for name, others in columns.items() if others)
+    raise CorpusError(
+        f"{table}: its first line lacks one of the columns {', '.join(lacking)}: '{shown(header[:200])}'. Separate "
+        f"columns by comma, semicolon or tab.{f' Other names that are accepted: {accepted}.' if accepted else ''}"
+    )
+
+
+def _plain(name: str) -> str:
+    """Name of a column without differences of case and separators."""
+    return re.sub(r"[\s_-]+", "_", name.strip()).casefold()
