@@ -8,6 +8,7 @@ from typing import NamedTuple
 
 import torch
 
+from speechbrain_mifuse.audio import nothing_varies
 from speechbrain_mifuse.errors import UserError
 
 # Samples of the pieces whose loudness is compared (25 ms at 16 kHz).
@@ -105,7 +106,7 @@ def window_starts(samples: int, window: int, hop: int) -> list[int]:
 
 
 def loud_share(wave: torch.Tensor, loudest: float, threshold_db: float | None) -> float:
-    """Share of a window that is not silence.
+    """Share of a window that is not silence; none where nothing varies.
 
     Parameters
     ----------
@@ -123,9 +124,11 @@ def loud_share(wave: torch.Tensor, loudest: float, threshold_db: float | None) -
 
     Example
     -------
-    >>> loud_share(torch.cat([torch.zeros(800), torch.ones(800)]), 1.0, 40.0)
-    0.5
+    >>> loud_share(torch.cat([torch.zeros(800), torch.ones(800)]), 1.0, 40.0), loud_share(torch.ones(800), 1.0, None)
+    (0.5, 0.0)
     """
+    if nothing_varies(wave):
+        return 0.0
     if threshold_db is None:
         return 1.0
     return float((piece_powers(wave) > loudest * 10 ** (-threshold_db / 10)).float().mean())

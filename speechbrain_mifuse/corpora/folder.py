@@ -1,7 +1,6 @@
 """Any folder of recordings: what a user brings along, with labels or without.
 
-Recordings: every file below the folder whose ending is one of `ENDINGS`, at any depth; hidden files are passed over,
-those in formats that the audio library does not read (`FOREIGN`) are warned of.
+Recordings: see `recordings_below`.
 Labels are optional and come from one of two places:
 
 - `labels.csv` in the folder, columns `file,emo` and, if known, `speaker`; `file` is the path below the folder. `emo` is
@@ -29,8 +28,9 @@ import os
 from collections.abc import Mapping
 from pathlib import Path
 
-from speechbrain_mifuse.audio import ENDINGS, shown
+from speechbrain_mifuse.audio import shown
 from speechbrain_mifuse.corpora.manifest import Corpus, CorpusError, Splits, Utterance, map_label, table_rows
+from speechbrain_mifuse.corpora.recordings import recordings_below
 
 logger = logging.getLogger(__name__)
 
@@ -40,47 +40,7 @@ LABEL_MAP = {
     **dict.fromkeys(("neutral", "neu"), "neutral"),
     **dict.fromkeys(("sad", "sadness"), "sad"),
 }
-# Recordings too, which the audio library cannot read.
-FOREIGN = (".m4a", ".aac", ".mp4", ".wma", ".amr", ".3gp", ".webm", ".mov", ".mkv")
 TABLE = "labels.csv"
-
-
-def recordings_below(root: str | Path) -> list[Path]:
-    """Find the recordings of a folder; one in a format that cannot be read is warned of.
-
-    Parameters
-    ----------
-    root : str or pathlib.Path
-        The folder.
-
-    Returns
-    -------
-    list of pathlib.Path
-        By path; without hidden files and what lies in hidden folders.
-
-    Example
-    -------
-    >>> import tempfile
-    >>> root = Path(tempfile.mkdtemp())
-    >>> for name in ("b.wav", "a.FLAC", ".c.wav", "notes.txt"):
-    ...     (root / name).touch()
-    >>> [path.name for path in recordings_below(root)]
-    ['a.FLAC', 'b.wav']
-    """
-    root = Path(root)
-    # Whatever has such a name: what is no file is said when it is read, and not passed over in silence.
-    found = [path for path in sorted(root.rglob("*")) if path.suffix.lower() in ENDINGS + FOREIGN]
-    found = [path for path in found if not any(part.startswith(".") for part in path.relative_to(root).parts)]
-    foreign = [path for path in found if path.suffix.lower() in FOREIGN]
-    if foreign:
-        logger.warning(
-            "%s: %d files take no part, for their format is not read. Convert them first: ffmpeg -i %s %s",
-            root,
-            len(foreign),
-            shown(foreign[0].name),
-            shown(foreign[0].with_suffix(".wav").name),
-        )
-    return [path for path in found if path.suffix.lower() in ENDINGS]
 
 
 def list_folder(data_folder: str | Path) -> list[Utterance]:

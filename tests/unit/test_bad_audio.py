@@ -40,6 +40,14 @@ HANG = 900
 
 
 @pytest.fixture(autouse=True, scope="module")
+def no_ffmpeg():
+    """Hides one that may be installed: what it can read would depend on its version."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("PATH", "")
+        yield
+
+
+@pytest.fixture(autouse=True, scope="module")
 def nothing_hangs():
     faulthandler.dump_traceback_later(HANG, exit=True)
     yield
