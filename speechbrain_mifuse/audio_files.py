@@ -174,7 +174,7 @@ def _by_libsndfile(path: str) -> soundfile.SoundFile:
         raw = path.lower().endswith(".raw")
         file = soundfile.SoundFile(os.open(path, os.O_RDONLY) if raw else path)
     except soundfile.LibsndfileError:
-        corrected = _with_true_length(path)
+        corrected = _corrected(path)
         if corrected is None:
             raise
         return corrected
@@ -184,7 +184,13 @@ def _by_libsndfile(path: str) -> soundfile.SoundFile:
     if file.subtype.startswith("DWVW") or length_is_unknown(file):
         file.close()
         return _Sequential(path)
-    return file if file.frames else _with_true_length(path) or file
+    if file.frames and file.format != "W64":
+        return file
+    corrected = _corrected(path)
+    if corrected is None:
+        return file
+    file.close()
+    return corrected
 
 
 def _without_header(path: str) -> Unreadable:
@@ -234,10 +240,10 @@ class _Patched(io.FileIO):
         return super().seek(offset, whence)
 
 
-def _with_true_length(path: str) -> soundfile.SoundFile | None:
-    """Open a recording whose header lies about the length of its data; `None` if it does not."""
+def _corrected(path: str) -> soundfile.SoundFile | None:
+    """Open a recording with another header in place of one that lies or is misunderstood; `None` if neither is so."""
     with open(path, "rb") as file:
-        patches = _length_patches(file, os.path.getsize(path))
+        patches = _patches(file, os.path.getsize(path))
     if not patches:
         return None
     patched = _Patched(path, patches)
@@ -248,19 +254,25 @@ def _with_true_length(path: str) -> soundfile.SoundFile | None:
         return None
 
 
-def _length_patches(file: BinaryIO, size: int) -> dict[int, bytes]:
-    """Find the length of the data in a header, and the true one to be read in its place."""
+def _patches(file: BinaryIO, size: int) -> dict[int, bytes]:
+    """Find what is wrong in a header, by position, and the bytes to be read in its place."""
     kind = file.read(4)
+    if kind == b"riff":
+        # W64. libsndfile takes floating point in the extensible format, as ffmpeg writes it, for integers.
+        file.seek(64)
+        format_chunk = file.read(26)
+        extensible = format_chunk[:2] == b"\xfe\xff" and format_chunk[24:] == b"\3\0"
+        return {64: b"\3\0"} if extensible else {}
     if kind in (b"RIFF", b"RIFX", b"RF64"):
         order = "big" if kind == b"RIFX" else "little"
         chunks = _chunks(file, 12, size, 4, order)
         if "data" not in chunks:
             return {}
         data, length = chunks["data"]
-        if length == 0 and _ends_with_chunks(file, data, size, order):
-            return {}
         if kind == b"RF64" and "ds64" in chunks:
             return {chunks["ds64"][0] + 8: (size - data).to_bytes(8, "little")}
+        if length or _ends_with_chunks(file, data, size, order):
+            return {}
         return {data - 4: min(size - data, 0xFFFFFFFF).to_bytes(4, order)}
     if kind == b"caff":
         data, _ = _chunks(file, 8, size, 8, "big").get("data", (size, 0))
@@ -300,12 +312,12 @@ def _by_ffmpeg(path: str, reason: str, longest: float) -> Iterator[soundfile.Sou
             raise Unreadable(reason, "Install ffmpeg, through which such files are read, or convert it to WAV.")
         raise Unreadable(reason, "Remove or replace the file, or install ffmpeg, which may read it.")
     with tempfile.TemporaryDirectory(prefix="mifuse-") as folder:
-        target = os.path.join(os.path.abspath(folder), "decoded.w64")
+        target = os.path.join(os.path.abspath(folder), "decoded.wav")
         # `file:` and an absolute path: no name can be taken for a flag or an address.
         source = f"file:{os.path.abspath(path)}"
         read = ["-protocol_whitelist", "file,pipe", "-format_whitelist", _DEMUXERS, "-i", source]
         bounds = ["-t", str(longest + 1), "-fs", str(_DECODED_BYTES)]
-        write = ["-map", "0:a:0", *bounds, "-c:a", "pcm_f32le", "-f", "w64", f"file:{target}"]
+        write = ["-map", "0:a:0", *bounds, "-c:a", "pcm_f32le", "-f", "wav", "-rf64", "auto", f"file:{target}"]
         command = [program, "-nostdin", "-v", "error", "-threads", "1", *read, *write]
         try:
             done = subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True, timeout=_DECODING_S)

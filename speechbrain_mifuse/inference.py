@@ -140,6 +140,8 @@ class EmotionRecognizer(Pretrained):
         Of the waveforms that it takes, in Hz.
     temperature : float
         Of the probabilities.
+    channel : int or None
+        Channel of files that is used, from 1; by default `None`, the average of all. May be changed at any time.
 
     Example
     -------
@@ -157,6 +159,7 @@ class EmotionRecognizer(Pretrained):
         self.temperature = float(getattr(self.hparams, "temperature", 1.0))
         default = getattr(self.hparams, "abstain_below", 0.0)
         self.abstain_below = default if abstain_below is None else abstain_below
+        self.channel: int | None = None
         self.mods.encoder.compute_dtype = AMPConfig.from_name(self.precision).dtype
         self.reader = FrameReader(self.mods.encoder, self.hparams.trim_db, self.hparams.frame_average)
         self._vectors: OrderedDict[str, torch.Tensor] = OrderedDict()
@@ -358,7 +361,7 @@ class EmotionRecognizer(Pretrained):
         BadAudio
             If the recording cannot be read.
         """
-        probs = self._answer_to(load_audio(path, self.sample_rate))
+        probs = self._answer_to(load_audio(path, self.sample_rate, channel=self.channel))
         return self.label_of(probs), probs
 
     def classify_batch(
@@ -467,7 +470,7 @@ class EmotionRecognizer(Pretrained):
     def _heard(self, path: Path, windowing: Windowing | None) -> tuple[Recognition, torch.Tensor | None]:
         """Read a recording; what is too long to wait in memory for the others of its group is answered at once."""
         try:
-            wave = load_audio(path, self.sample_rate)
+            wave = load_audio(path, self.sample_rate, channel=self.channel)
         except BadAudio as error:
             return Recognition(path, None, None, error=str(error)), None
         found = Recognition(path, None, None, len(wave) / self.sample_rate)
@@ -554,8 +557,9 @@ class EmotionRecognizer(Pretrained):
             If the lengths do not fit together.
         """
         windowing = Windowing.of(window_s, hop_s, smooth_s)
-        wave = recording if isinstance(recording, torch.Tensor) else load_audio(recording, self.sample_rate)
-        return self._over_time(wave, windowing, in_order)
+        if not isinstance(recording, torch.Tensor):
+            recording = load_audio(recording, self.sample_rate, channel=self.channel)
+        return self._over_time(recording, windowing, in_order)
 
     def _over_time(self, wave: torch.Tensor, windowing: Windowing, each: Callable) -> Timeline:
         window, hop = (round(part * self.sample_rate) for part in windowing[:2])
