@@ -283,7 +283,7 @@ def nothing_varies(wave: torch.Tensor, channels: int = 1) -> bool:
     if not len(wave):
         return True
     # Unlike torch, numpy starts no threads for so little.
-    samples = wave.detach().cpu().numpy()
+    samples = wave.detach().cpu().float().numpy()
     span = float(samples.max()) - float(samples.min())
     return span <= 2.01 / 2**15 or (span <= 2.01 / 2**7 and len(np.unique(samples)) <= 2 * channels + 1)
 
