@@ -9,7 +9,6 @@ import contextlib
 import hashlib
 import math
 import os
-import stat
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -18,10 +17,9 @@ import soundfile
 import torch
 from torchaudio.functional import resample
 
+from speechbrain_mifuse.audio_files import Unreadable, length_is_estimated, length_is_unknown, open_recording
+from speechbrain_mifuse.audio_warnings import warn_of
 from speechbrain_mifuse.errors import UserError
-
-# Of files that are looked for in folders.
-ENDINGS = (".wav", ".flac", ".mp3", ".ogg", ".oga", ".opus", ".aif", ".aiff", ".au", ".caf", ".sph", ".w64")
 
 # Hz. Speech is not heard below; above are no recordings but headers that make a second of anything.
 LOWEST_RATE, HIGHEST_RATE = 1_000, 1_000_000
@@ -31,6 +29,13 @@ LONGEST = 24 * 3600.0
 
 # Full scale of 32-bit integers, which some programs write as floating point; above, squares begin to overflow.
 LOUDEST = 2.0**31
+
+# Peaks of recordings in floating point, 18 dB above full scale; what is louder has the scale of integers. At theirs, a
+# recording with so low a peak would be inaudible.
+LOUDEST_FLOAT = 8.0
+
+# Share of the energy of unrelated channels, 10 dB below, under which their average counts as cancelled.
+CANCELLED = 0.1
 
 # Values that are decoded at a time: a header's count is no reason to set memory aside. Few recordings are longer, and
 # compressed ones are best read in one go.
@@ -69,17 +74,24 @@ def shown(path: str | Path) -> str:
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in str(path))
 
 
-def load_audio(path, sample_rate: int = 16000, start: float | None = None, stop: float | None = None):
+def load_audio(
+    path, sample_rate: int = 16000, start: float | None = None, stop: float | None = None, channel: int | None = None
+):
     """Read one recording, or a segment of it, as a mono waveform.
+
+    Floating-point samples at the scale of integers are brought to full scale 1.0 with a warning. A recording in which
+    nothing varies (see `nothing_varies`) is read as zeros. A log line says where channels are averaged.
 
     Parameters
     ----------
     path : str or pathlib.Path
-        Any file that libsndfile reads (WAV, FLAC, OGG, MP3, ...). Channels are averaged.
+        Any file that libsndfile reads (WAV, FLAC, OGG, MP3, ...) or, where it is installed, ffmpeg (M4A, AMR, ...).
     sample_rate : int
         Rate in Hz that the waveform is resampled to.
     start, stop : float, optional
         Segment in seconds; the whole file by default.
+    channel : int, optional
+        Take this channel, from 1 (of a stereo file, the left one); by default, average all.
 
     Returns
     -------
@@ -89,34 +101,37 @@ def load_audio(path, sample_rate: int = 16000, start: float | None = None, stop:
     Raises
     ------
     BadAudio
-        If the file is missing, no regular file, unreadable, empty, of a sample rate that is none, longer than a day, or
-        holds samples that are NaN, infinite or beyond any scale. The message names the file.
+        If the file is missing, no regular file, unreadable, empty, of a sample rate that is none, longer than a day,
+        lacks the channel, or holds samples that are NaN, infinite or beyond any scale. The message names the file.
 
     Example
     -------
     >>> import tempfile, soundfile, numpy
     >>> path = tempfile.mkdtemp() + "/stereo.wav"
     >>> soundfile.write(path, numpy.zeros((8000, 2)), 8000)
-    >>> load_audio(path).shape
+    >>> load_audio(path, channel=2).shape
     torch.Size([16000])
     """
     with opened(path) as file:
         rate = file.samplerate
+        if channel is not None and not 1 <= channel <= file.channels:
+            raise BadAudio(f"{shown(path)}: has no channel {channel}. Its channels are 1 to {file.channels}.")
         first = int((start or 0.0) * rate)
-        file.seek(min(first, file.frames))
-        count = file.frames if stop is None else max(int(stop * rate) - first, 0)
-        wave = torch.from_numpy(read_mono(file, count, path))
+        last = None if stop is None else max(int(stop * rate), first)
+        wave, channels = _read(file, first, last, channel, path)
+    if nothing_varies(wave, channels):
+        wave = torch.zeros_like(wave)
     return resampled(wave, rate, sample_rate)
 
 
 @contextlib.contextmanager
 def opened(path: str | Path) -> Iterator[soundfile.SoundFile]:
-    """Open a recording; what libsndfile says against it becomes an error that names it.
+    """Open a recording; what a decoder says against it becomes an error that names it.
 
     Parameters
     ----------
     path : str or pathlib.Path
-        Any file that libsndfile reads.
+        Any file that libsndfile or ffmpeg reads.
 
     Yields
     ------
@@ -136,78 +151,141 @@ def opened(path: str | Path) -> Iterator[soundfile.SoundFile]:
     ...
     speechbrain_mifuse.audio.BadAudio: /tmp: cannot be read as audio (no regular file). Remove or replace the file.
     """
+    remedy = "Remove or replace the file."
     try:
-        # Opening a named pipe would wait for ever.
-        if not stat.S_ISREG(os.stat(path).st_mode):
-            raise ValueError("no regular file")
         # Stores and tables hold text.
         os.fspath(path).encode()
-        with soundfile.SoundFile(str(path)) as file:
-            seconds = file.frames / file.samplerate
+        with open_recording(str(path), LONGEST) as file:
             if not LOWEST_RATE <= file.samplerate <= HIGHEST_RATE:
                 raise BadAudio(f"{shown(path)}: its header says {file.samplerate} Hz. Remove or replace the file.")
-            if seconds > LONGEST:
-                raise BadAudio(f"{shown(path)}: its header says {seconds / 3600:.3g} hours. Cut, or write it again.")
+            if not length_is_unknown(file):
+                _require_length(file.frames, file.samplerate, path)
             yield file
     except UnicodeEncodeError:
         raise BadAudio(f"{shown(path)}: its name is no text. Rename the file.") from None
     except BadAudio:
         raise
-    # A name that ends in .raw is a TypeError, one with a zero byte a ValueError.
+    except Unreadable as error:
+        reason, remedy = str(error), error.remedy
+    # A name with a zero byte is a ValueError.
     except (OSError, RuntimeError, TypeError, ValueError) as error:
-        reason = shown(getattr(error, "strerror", None) or str(error))
-        raise BadAudio(f"{shown(path)}: cannot be read as audio ({reason}). Remove or replace the file.") from None
+        reason = getattr(error, "strerror", None) or str(error)
+    else:
+        return
+    raise BadAudio(f"{shown(path)}: cannot be read as audio ({shown(reason)}). {shown(remedy)}")
 
 
-def read_mono(file: soundfile.SoundFile, count: int, path: str | Path) -> np.ndarray:
-    """Read frames from where a file stands, and average their channels.
+def _require_length(frames: int, rate: int, path: str | Path) -> None:
+    if frames > LONGEST * rate:
+        hours = frames / rate / 3600
+        raise BadAudio(f"{shown(path)}: {hours:.3g} hours long, and at most 24 are read. Cut, or write it again.")
+
+
+def _read(
+    file: soundfile.SoundFile, first: int, last: int | None, channel: int | None, path: str | Path
+) -> tuple[torch.Tensor, int]:
+    """Read frames as a mono waveform at its own rate and full scale 1.0; also, how many channels it was made of."""
+    # The scale is that of the whole recording; some formats cannot seek.
+    whole = file.subtype in ("FLOAT", "DOUBLE") or not file.seekable()
+    if first and not whole:
+        file.seek(min(first, file.frames))
+    parts, peak = [], 0.0
+    mixed, separate = 0.0, 0.0
+    chosen = file.channels if channel is None else 1
+    for samples in _blocks(file, None if whole or last is None else last - first, path):
+        peak = max(_peak(samples, path), peak)
+        if chosen == 1:
+            parts.append(samples[:, (channel or 1) - 1])
+            continue
+        parts.append(samples.mean(axis=1))
+        mixed += float(np.vdot(parts[-1], parts[-1]))
+        separate += float(np.vdot(samples, samples)) / chosen
+    wave = parts[0] if len(parts) == 1 else np.concatenate(parts or [np.empty(0, np.float32)])
+    wave = wave[first:last] if whole else wave
+    if not len(wave):
+        raise BadAudio(f"{shown(path)}: holds no samples. Remove or replace the file.")
+    if chosen > 1:
+        _warn_of_channels(path, chosen, mixed, separate)
+    return torch.from_numpy(_at_full_scale(np.ascontiguousarray(wave), peak, path)), chosen
+
+
+def _peak(samples: np.ndarray, path: str | Path) -> float:
+    peak = float(max(samples.max(), -samples.min()))
+    if not peak <= LOUDEST:
+        what = "samples beyond any scale" if math.isfinite(peak) else "NaN or infinite samples"
+        raise BadAudio(f"{shown(path)}: holds {what}. Remove or replace the file.")
+    return peak
+
+
+def _blocks(file: soundfile.SoundFile, count: int | None, path: str | Path) -> Iterator[np.ndarray]:
+    """Read `[frames, channels]`, float32, from where a file stands up to a number of frames or to the end."""
+    # libsndfile takes twice as long to make the very same floats of 16-bit integers.
+    integers = file.subtype == "PCM_16"
+    # One more than there may be, so that what is too long is noticed.
+    most = int(LONGEST * file.samplerate) + 1 if length_is_unknown(file) else file.frames
+    wanted, read = most if count is None else min(count, most), 0
+    while read < wanted:
+        some = min(wanted - read, max(BLOCK // file.channels, 1))
+        samples = file.read(some, dtype="int16" if integers else "float32", always_2d=True)
+        if len(samples) == 0:
+            return
+        read += len(samples)
+        _require_length(read, file.samplerate, path)
+        yield np.multiply(samples, np.float32(1 / 32768), dtype=np.float32) if integers else samples
+
+
+def _warn_of_channels(path: str | Path, channels: int, mixed: float, separate: float) -> None:
+    """Say that channels were averaged, or that what is left is far less than what was in each."""
+    if mixed * channels < CANCELLED * separate:
+        what = "the channels cancel when they are averaged, and little or nothing is left. Choose one: --channel 1."
+    else:
+        what = f"{channels} channels, averaged. To take one of them: --channel 1."
+    warn_of(shown(path), what)
+
+
+def _at_full_scale(wave: np.ndarray, peak: float, path: str | Path) -> np.ndarray:
+    """Divide samples that were written as floating point at the scale of integers."""
+    if peak <= LOUDEST_FLOAT:
+        return wave
+    # Resampling and filters overshoot the largest integer a little.
+    bits = next((bits for bits in (16, 24) if peak <= 2.0**bits), 32)
+    warn_of(
+        shown(path),
+        f"floating-point samples far outside [-1, 1], at the scale of {bits}-bit integers; divided by 2**{bits - 1}. "
+        "To be sure, write them as integers or in [-1, 1].",
+    )
+    return wave / np.float32(2.0 ** (bits - 1))
+
+
+def nothing_varies(wave: torch.Tensor, channels: int = 1) -> bool:
+    """Whether a waveform holds nothing to be heard: digital silence, a constant offset, or one bit of noise.
+
+    That is so if it stays within one step of 16-bit samples to each side, or takes on three values close together, as
+    silence in 8-bit, A-law and mu-law samples does.
 
     Parameters
     ----------
-    file : soundfile.SoundFile
-        Open.
-    count : int
-        Frames that are wanted; there may be fewer.
-    path : str or pathlib.Path
-        For the message.
+    wave : torch.Tensor
+        `[samples]`, full scale 1.0, as it was recorded: resampling makes more values of few.
+    channels : int
+        How many it is the average of: more values come of them.
 
     Returns
     -------
-    numpy.ndarray
-        `[samples]`, float32.
-
-    Raises
-    ------
-    BadAudio
-        If there is no frame, or a sample is none.
+    bool
 
     Example
     -------
-    >>> import io
-    >>> buffer = io.BytesIO()
-    >>> soundfile.write(buffer, np.ones((5, 2)), 8000, format="WAV", subtype="FLOAT")
-    >>> read_mono(soundfile.SoundFile(io.BytesIO(buffer.getvalue())), 3, "a.wav").tolist()
-    [1.0, 1.0, 1.0]
+    >>> toggling = torch.tensor([8.0, -8.0]).repeat(100) / 32768
+    >>> nothing_varies(torch.full((100,), 0.5)), nothing_varies(toggling), nothing_varies(torch.linspace(-1, 1, 100))
+    (True, True, False)
     """
-    parts: list[np.ndarray] = []
-    # libsndfile takes twice as long to make the very same floats of 16-bit integers.
-    whole = file.subtype == "PCM_16"
-    while count > 0:
-        some = min(count, max(BLOCK // file.channels, 1))
-        samples = file.read(some, dtype="int16" if whole else "float32", always_2d=True)
-        if len(samples) == 0:
-            break
-        if whole:
-            samples = np.multiply(samples, np.float32(1 / 32768), dtype=np.float32)
-        peak = max(samples.max(), -samples.min())
-        if not peak <= LOUDEST:
-            what = "samples beyond any scale" if np.isfinite(peak) else "NaN or infinite samples"
-            raise BadAudio(f"{shown(path)}: holds {what}. Remove or replace the file.")
-        parts.append(samples[:, 0] if file.channels == 1 else samples.mean(axis=1))
-        count -= len(samples)
-    if not parts:
-        raise BadAudio(f"{shown(path)}: holds no samples. Remove or replace the file.")
-    return parts[0] if len(parts) == 1 else np.concatenate(parts)
+    if not len(wave):
+        return True
+    # Unlike torch, numpy starts no threads for so little.
+    samples = wave.detach().cpu().float().numpy()
+    span = float(samples.max()) - float(samples.min())
+    return span <= 2.01 / 2**15 or (span <= 2.01 / 2**7 and len(np.unique(samples)) <= 2 * channels + 1)
 
 
 def resampled(wave: torch.Tensor, rate: int, new_rate: int) -> torch.Tensor:
@@ -257,12 +335,12 @@ def _filtered(padded: torch.Tensor, places: torch.Tensor, rate: int, new_rate: i
 
 
 def duration(path: str | Path) -> float:
-    """Length of a recording in seconds, from its header alone.
+    """Length of a recording in seconds: from its header, or by reading it where the header only estimates.
 
     Parameters
     ----------
     path : str or pathlib.Path
-        Any file that libsndfile reads.
+        Any file that libsndfile or ffmpeg reads.
 
     Returns
     -------
@@ -283,9 +361,10 @@ def duration(path: str | Path) -> float:
     1.0
     """
     with opened(path) as file:
-        if file.frames == 0:
+        frames = sum(map(len, _blocks(file, None, path))) if length_is_estimated(file) else file.frames
+        if frames == 0:
             raise BadAudio(f"{shown(path)}: holds no samples. Remove or replace the file.")
-        return file.frames / file.samplerate
+        return frames / file.samplerate
 
 
 def trim_silence(wave: torch.Tensor, threshold_db: float | None = 40.0, frame: int = 400) -> torch.Tensor:

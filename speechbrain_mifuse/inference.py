@@ -25,8 +25,9 @@ from speechbrain.utils.autocast import AMPConfig
 from speechbrain.utils.fetching import fetch
 from torchaudio.functional import resample
 
-from speechbrain_mifuse.audio import ENDINGS, BadAudio, content_hash, load_audio
-from speechbrain_mifuse.corpora.folder import recordings_below
+from speechbrain_mifuse.audio import BadAudio, content_hash, load_audio, nothing_varies
+from speechbrain_mifuse.audio_warnings import summarized
+from speechbrain_mifuse.corpora.recordings import recordings_below
 from speechbrain_mifuse.errors import UserError
 from speechbrain_mifuse.features.dataset import pad_frames
 from speechbrain_mifuse.features.encode_files import BATCH_S, ahead, similar
@@ -129,8 +130,9 @@ class EmotionRecognizer(Pretrained):
     of being padded to one batch. On a GPU they are padded, and the padding is masked out: what a clip gives is the same
     up to rounding. Above a minute an encoder hears pieces of at most 30 s, whose frames are put together.
 
-    Digital silence, a recording of nothing but zeros, has no emotion, nor has one shorter than a tenth of a second: the
-    label is `None` and all probabilities are zero. Only `predict_proba` answers to it as to any other recording.
+    A recording in which nothing varies (digital silence, a constant offset, one bit of noise; see `nothing_varies`) has
+    no emotion, nor has one shorter than a tenth of a second: the label is `None` and all probabilities are zero. Only
+    `predict_proba` answers to it as to any other recording.
 
     Parameters
     ----------
@@ -149,6 +151,8 @@ class EmotionRecognizer(Pretrained):
         Of the waveforms that it takes, in Hz.
     temperature : float
         Of the probabilities.
+    channel : int or None
+        Channel of files that is used, from 1; by default `None`, the average of all. May be changed at any time.
 
     Example
     -------
@@ -166,6 +170,7 @@ class EmotionRecognizer(Pretrained):
         self.temperature = float(getattr(self.hparams, "temperature", 1.0))
         default = getattr(self.hparams, "abstain_below", 0.0)
         self.abstain_below = default if abstain_below is None else abstain_below
+        self.channel: int | None = None
         self.mods.encoder.compute_dtype = AMPConfig.from_name(self.precision).dtype
         self.reader = FrameReader(self.mods.encoder, self.hparams.trim_db, self.hparams.frame_average)
         self._vectors: OrderedDict[str, torch.Tensor] = OrderedDict()
@@ -288,9 +293,9 @@ class EmotionRecognizer(Pretrained):
         return (logits / self.temperature).softmax(-1).cpu()
 
     def _answers_to(self, waveforms: Sequence[torch.Tensor], frames_of: Callable) -> torch.Tensor:
-        """Answer to recordings, with zeros to digital silence and to what is too short to be speech."""
+        """Answer to recordings, with zeros to those in which nothing varies or that are too short to be speech."""
         least = LEAST_S * self.sample_rate
-        sounding = torch.tensor([len(wave) >= least and bool(wave.any()) for wave in waveforms], dtype=torch.bool)
+        sounding = torch.tensor([len(wave) >= least and not nothing_varies(wave) for wave in waveforms]).bool()
         probs = torch.zeros(len(waveforms), len(self.labels))
         probs[sounding] = self._answers(list(frames_of(list(itertools.compress(waveforms, sounding)))))
         return probs
@@ -390,7 +395,7 @@ class EmotionRecognizer(Pretrained):
     def _read(self, path) -> torch.Tensor:
         if URL.match(str(path)) and not os.path.exists(path):
             raise BadAudio(f"{path}: is not a local file. Download it first, and pass the path of the copy.")
-        return load_audio(path, self.sample_rate)
+        return load_audio(path, self.sample_rate, channel=self.channel)
 
     def predict_file(self, path) -> tuple[str | None, torch.Tensor]:
         """Most likely emotion of one recording and all probabilities, without the batch dimension of `classify_file`.
@@ -552,7 +557,7 @@ class EmotionRecognizer(Pretrained):
 
         paths = [Path(path) for path in paths]
         bar = progress(total=len(paths), desc="recognise", unit="file", disable=not show_progress)
-        with bar, one_core_threads() as pool:
+        with bar, summarized(), one_core_threads() as pool:
             long = 0
             groups = shrinking_groups(paths, lambda: min(GROUP, int(GROUP_S / clip_s)), ENCODING_THREADS)
             for found in itertools.chain.from_iterable(ahead(pool, answer, groups, AHEAD)):
@@ -796,7 +801,7 @@ def recordings_in(folder: str | Path) -> list[Path]:
         raise UserError(f"{folder}: no such folder.")
     found = recordings_below(root)
     if not found:
-        raise UserError(f"{folder}: holds no recording ({', '.join(ENDINGS)}).")
+        raise UserError(f"{folder}: holds no recording in a format that can be read.")
     return found
 
 

@@ -51,6 +51,9 @@ def add_predict(commands) -> None:
     predict.add_argument(
         "--abstain_below", type=float, metavar="P", help=f"answers of a smaller probability are called '{UNSURE}'"
     )
+    predict.add_argument(
+        "--channel", type=int, metavar="N", help="use channel N of each recording; 1 is the left (default: average all)"
+    )
     predict.set_defaults(run=run_predict)
 
 
@@ -293,7 +296,7 @@ def load(options: argparse.Namespace):
     Parameters
     ----------
     options : argparse.Namespace
-        `source`, `device`, `precision` and, where the command has it, `abstain_below`.
+        `source`, `device`, `precision` and, where the command has them, `abstain_below` and `channel`.
 
     Returns
     -------
@@ -314,11 +317,16 @@ def load(options: argparse.Namespace):
     abstain_below = getattr(options, "abstain_below", None)
     if abstain_below is not None and not 0 <= abstain_below <= 1:
         raise UserError(f"--abstain_below: {abstain_below} is no probability from 0 to 1.")
+    channel = getattr(options, "channel", None)
+    if channel is not None and channel < 1:
+        raise UserError(f"--channel: {channel} must be 1 or more; 1 is the left channel of a stereo recording.")
     run_opts = {"precision": options.precision}
     if options.device is not None:
         run_opts["device"] = options.device
         require_device(options.device)
-    return EmotionRecognizer.from_hparams(options.source, run_opts=run_opts, abstain_below=abstain_below)
+    recogniser = EmotionRecognizer.from_hparams(options.source, run_opts=run_opts, abstain_below=abstain_below)
+    recogniser.channel = channel
+    return recogniser
 
 
 def recordings(paths: Sequence[Path]) -> list[Path]:

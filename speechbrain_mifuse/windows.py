@@ -9,6 +9,7 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
+from speechbrain_mifuse.audio import nothing_varies
 from speechbrain_mifuse.errors import UserError
 
 # Value of silence and full scale of integer samples, as in WAV files.
@@ -113,7 +114,7 @@ def window_starts(samples: int, window: int, hop: int) -> list[int]:
 
 
 def loud_share(wave: torch.Tensor, loudest: float, threshold_db: float | None) -> float:
-    """Share of a window that is not silence.
+    """Share of a window that is not silence; none where nothing varies.
 
     Parameters
     ----------
@@ -131,9 +132,11 @@ def loud_share(wave: torch.Tensor, loudest: float, threshold_db: float | None) -
 
     Example
     -------
-    >>> loud_share(torch.cat([torch.zeros(800), torch.ones(800)]), 1.0, 40.0)
-    0.5
+    >>> loud_share(torch.cat([torch.zeros(800), torch.ones(800)]), 1.0, 40.0), loud_share(torch.ones(800), 1.0, None)
+    (0.5, 0.0)
     """
+    if nothing_varies(wave):
+        return 0.0
     if threshold_db is None:
         return 1.0
     return float((piece_powers(wave) > loudest * 10 ** (-threshold_db / 10)).float().mean())

@@ -20,6 +20,8 @@ RATE = 16000
 SECONDS = 0.3
 TEN_MINUTES = 600.0
 LONG_NAME = "n" * 251 + ".wav"
+# Where lengths stand in files of one channel and 16 bits.
+CAF_DATA, W64_DATA, AIFF_FRAMES = 4084, 96, 22
 
 
 class Sample(NamedTuple):
@@ -131,14 +133,15 @@ def chunks(order: str, seconds: float | None) -> Callable[[Path], float | None]:
     return write
 
 
-def flac_frames(count: int) -> Callable[[Path], None]:
-    """A FLAC file whose header lies about its length."""
+def flac_frames(count: int, seconds: float | None = None) -> Callable[[Path], float | None]:
+    """A FLAC file whose header says this length; 0 stands for an unknown one."""
 
-    def write(path: Path) -> None:
+    def write(path: Path) -> float | None:
         old = bytearray(whole(path, format="FLAC"))
         old[21] = (old[21] & 0xF0) | (count >> 32)
         old[22:26] = struct.pack(">I", count & 0xFFFFFFFF)
         path.write_bytes(old)
+        return seconds
 
     return write
 
@@ -165,7 +168,8 @@ def link(target: str) -> Callable[[Path], None]:
 MADE: dict[str, Callable[[Path], float | None]] = {
     # Damaged.
     "empty.wav": content(b""),
-    "header_only.wav": patched(40, b"\0\0\0\0", None),
+    "header_only.wav": lambda path: path.write_bytes(whole(path)[:40] + b"\0\0\0\0") and None,
+    "title_only.wav": lambda path: path.write_bytes(whole(path)[:40] + b"\0\0\0\0LIST\4\0\0\0INFO") and None,
     "cut_in_the_header.wav": lambda path: path.write_bytes(whole(path)[:20]) and None,
     "cut.wav": cut(0.3),
     "cut.flac": cut(0.5, format="FLAC"),
@@ -202,7 +206,16 @@ MADE: dict[str, Callable[[Path], float | None]] = {
     "data_first.wav": chunks("df", None),
     "no_format.wav": chunks("d", None),
     "format_only.wav": chunks("f", None),
-    "data_of_no_length.wav": patched(40, b"\0\0\0\0", None),
+    "data_of_no_length.wav": patched(40, b"\0\0\0\0", SECONDS),
+    "data_of_no_length.au": patched(8, b"\0\0\0\0", SECONDS, format="AU"),
+    "data_of_two_gigabytes.au": patched(8, b"\x7f\xff\xff\xff", SECONDS, format="AU"),
+    "data_without_end.au": patched(8, b"\xff\xff\xff\xff", SECONDS, format="AU"),
+    "data_of_no_length.rf64": patched(28, bytes(8), SECONDS, format="RF64"),
+    "data_without_end.rf64": patched(28, b"\xff" * 8, SECONDS, format="RF64"),
+    "data_of_no_length.caf": patched(CAF_DATA, bytes(8), SECONDS, format="CAF"),
+    "data_without_end.caf": patched(CAF_DATA, b"\xff" * 8, SECONDS, format="CAF"),
+    "data_of_no_length.w64": patched(W64_DATA, bytes(8), SECONDS, format="W64"),
+    "data_of_no_length.aiff": patched(AIFF_FRAMES, bytes(4), SECONDS, format="AIFF"),
     "data_without_end.wav": patched(40, b"\xff\xff\xff\xff", SECONDS),
     "data_of_two_gigabytes.wav": patched(40, b"\xff\xff\xff\x7f", SECONDS),
     "riff_of_no_length.wav": patched(4, b"\0\0\0\0", SECONDS),
@@ -211,7 +224,7 @@ MADE: dict[str, Callable[[Path], float | None]] = {
     "2_GHz.wav": patched(24, struct.pack("<I", 0x7FFFFFFF), None),
     "no_channel.wav": patched(22, b"\0\0", None),
     "65535_channels.wav": patched(22, b"\xff\xff", None),
-    "flac_of_unknown_length.flac": flac_frames(0),
+    "flac_of_unknown_length.flac": flac_frames(0, SECONDS),
     "flac_of_sixty_billion_frames.flac": flac_frames(2**36 - 1),
     # No files, or hard to get at.
     "folder.wav": lambda path: path.mkdir(),

@@ -1,7 +1,6 @@
 """Any folder of recordings: what a user brings along, with labels or without.
 
-Recordings: every file below the folder whose ending is one of `ENDINGS`, at any depth; hidden files are passed over,
-those in formats that the audio library does not read (`FOREIGN`) are warned of.
+Recordings: see `recordings_below`.
 Labels are optional. They come from the first of these that is there, and the log says from which:
 
 - `labels.csv` (or `labels.tsv`, in any case) in the folder, or in one folder below it: columns `file,emo` and, if
@@ -40,17 +39,16 @@ from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path, PureWindowsPath
 
-from speechbrain_mifuse.audio import ENDINGS, shown
+from speechbrain_mifuse.audio import shown
 from speechbrain_mifuse.corpora.emotion_words import emotion_of, plain
 from speechbrain_mifuse.corpora.folder_names import read_folder_names
 from speechbrain_mifuse.corpora.layouts import Listing, read_file_names
 from speechbrain_mifuse.corpora.manifest import LABELS, Corpus, CorpusError, Splits, Utterance
+from speechbrain_mifuse.corpora.recordings import recordings_below
 from speechbrain_mifuse.corpora.tables import read_table
 
 logger = logging.getLogger(__name__)
 
-# Recordings too, which the audio library cannot read.
-FOREIGN = (".m4a", ".aac", ".mp4", ".wma", ".amr", ".3gp", ".webm", ".mov", ".mkv")
 # In any case.
 TABLES = ("labels.csv", "labels.tsv")
 # Columns of the table, and other names that they may have.
@@ -59,44 +57,6 @@ COLUMNS = {
     "emo": ("emotion", "label", "class"),
     "speaker": ("speaker_id", "spk", "spk_id"),
 }
-
-
-def recordings_below(root: str | Path) -> list[Path]:
-    """Find the recordings of a folder; one in a format that cannot be read is warned of.
-
-    Parameters
-    ----------
-    root : str or pathlib.Path
-        The folder.
-
-    Returns
-    -------
-    list of pathlib.Path
-        By path; without hidden files and what lies in hidden folders.
-
-    Example
-    -------
-    >>> import tempfile
-    >>> root = Path(tempfile.mkdtemp())
-    >>> for name in ("b.wav", "a.FLAC", ".c.wav", "notes.txt"):
-    ...     (root / name).touch()
-    >>> [path.name for path in recordings_below(root)]
-    ['a.FLAC', 'b.wav']
-    """
-    root = Path(root)
-    # Whatever has such a name: what is no file is said when it is read, and not passed over in silence.
-    found = [path for path in sorted(root.rglob("*")) if path.suffix.lower() in ENDINGS + FOREIGN]
-    found = [path for path in found if not any(part.startswith(".") for part in path.relative_to(root).parts)]
-    foreign = [path for path in found if path.suffix.lower() in FOREIGN]
-    if foreign:
-        logger.warning(
-            "%s: %d files take no part, for their format is not read. Convert them first: ffmpeg -i %s %s",
-            root,
-            len(foreign),
-            shown(foreign[0].name),
-            shown(foreign[0].with_suffix(".wav").name),
-        )
-    return [path for path in found if path.suffix.lower() in ENDINGS]
 
 
 def list_folder(data_folder: str | Path) -> list[Utterance]:

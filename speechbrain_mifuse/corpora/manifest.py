@@ -23,7 +23,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from speechbrain_mifuse import __version__
-from speechbrain_mifuse.audio import ENDINGS, BadAudio, duration, shown
+from speechbrain_mifuse.audio import BadAudio, duration, shown
+from speechbrain_mifuse.audio_files import ENDINGS
 from speechbrain_mifuse.corpora.splits import balanced_groups
 from speechbrain_mifuse.errors import UserError
 from speechbrain_mifuse.progress import progress

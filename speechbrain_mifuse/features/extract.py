@@ -17,6 +17,7 @@ from filelock import FileLock
 from speechbrain.utils.distributed import ddp_barrier, ddp_prevent_block, get_rank, if_main_process
 
 from speechbrain_mifuse.audio import trim_silence
+from speechbrain_mifuse.audio_warnings import summarized
 from speechbrain_mifuse.corpora.manifest import read_manifest
 from speechbrain_mifuse.features import cache_folder
 from speechbrain_mifuse.features.encode_files import Recording, in_batches, side_by_side
@@ -441,7 +442,8 @@ def encode_into(store: FeatureStore, todo: Mapping[str, Recording], reader: Fram
         return skipped
     writer, way = store.writer(), in_batches if getattr(reader, "batches", False) else side_by_side
     bar = progress(total=len(todo), desc=f"encode {store.folder.name}", unit="clip")
-    with writer as add, bar, ThreadPoolExecutor(ENCODING_THREADS) as pool, one_thread_per_operation():
+    threads = ThreadPoolExecutor(ENCODING_THREADS)
+    with writer as add, bar, summarized(), threads as pool, one_thread_per_operation():
         for utt_id, recording, audio, frames, problem in way(todo, reader, pool):
             if problem is not None:
                 skipped[utt_id] = str(problem)

@@ -29,6 +29,7 @@ import openai
 from filelock import FileLock, Timeout
 
 from speechbrain_mifuse.audio import BadAudio
+from speechbrain_mifuse.audio_warnings import summarized
 from speechbrain_mifuse.errors import UserError
 from speechbrain_mifuse.lalm.answer import Response
 from speechbrain_mifuse.lalm.client import BLOCKED, Clip, LalmClient
@@ -238,6 +239,7 @@ class BatchJob:
         """Let other processes work on the job."""
         self._lock.release()
 
+    @summarized()
     def make(
         self,
         utterances: Sequence[Utterance],

@@ -21,6 +21,7 @@ import torch
 from tqdm import tqdm
 
 from speechbrain_mifuse.audio import BadAudio, content_hash, load_audio, pcm16
+from speechbrain_mifuse.audio_warnings import summarized
 from speechbrain_mifuse.errors import UserError
 from speechbrain_mifuse.lalm.client import Clip, LalmClient
 from speechbrain_mifuse.lalm.hashes import HashCache, Known, file_stamp
@@ -109,6 +110,7 @@ class CollectReport:
         return "\n".join(lines)
 
 
+@summarized()
 def collect(
     utterances: Sequence[Utterance],
     prompt: Prompt,

@@ -10,6 +10,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from speechbrain_mifuse.audio import BadAudio, content_hash, load_audio
+from speechbrain_mifuse.audio_warnings import summarized
 from speechbrain_mifuse.lalm.batch import BATCH_SHARE
 from speechbrain_mifuse.lalm.client import LalmClient
 from speechbrain_mifuse.lalm.collect import SAMPLE_RATE, Wanted
@@ -241,6 +242,7 @@ def spent_before(store: LabelStore, query: Query, price: Price | None) -> float:
     return sum((price.cost(live) + BATCH_SHARE * price.cost(batch) for live, batch in bills), 0.0)
 
 
+@summarized()
 def known_recordings(wavs: Mapping[str, str | Path], hashes: HashCache, show_progress: bool = True) -> dict[str, Known]:
     """Find content hash and length of recordings, reading only those that are new or have changed.
 

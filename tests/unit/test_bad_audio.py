@@ -25,7 +25,7 @@ from speechbrain_mifuse.features.encoder import FrozenEncoder
 from speechbrain_mifuse.features.extract import FrameReader, extract
 from speechbrain_mifuse.inference import EmotionRecognizer, Recognition
 from speechbrain_mifuse.lalm.client import LalmClient
-from speechbrain_mifuse.lalm.collect import collect
+from speechbrain_mifuse.lalm.collect import collect, read_recording
 from speechbrain_mifuse.lalm.profile import Profile
 from speechbrain_mifuse.lalm.prompt import Prompt
 from speechbrain_mifuse.lalm.store import LabelStore, Query
@@ -37,6 +37,14 @@ GOOD = ("good_a.wav", "good_b.wav", "z/good_c.flac")
 RATE = 16000
 # Well above what all of this file takes on a slow machine: a hang ends here, with the place where it hangs.
 HANG = 900
+
+
+@pytest.fixture(autouse=True, scope="module")
+def no_ffmpeg():
+    """Hides one that may be installed: what it can read would depend on its version."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("PATH", "")
+        yield
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -301,6 +309,56 @@ def test_over_time_nothing_is_heard_in_silence_and_one_sample_is_a_stretch(hosti
     assert torch.isfinite(only.probs).all() and only.end == pytest.approx(1 / RATE)
 
 
+def test_a_recording_in_which_nothing_varies_has_no_emotion_however_it_is_loaded(recogniser, tmp_path):
+    rng = np.random.default_rng(0)
+    makers = {
+        "offset": np.full(3 * RATE, 0.3),
+        "noise": rng.integers(-1, 2, 3 * RATE) / 2**15,
+        "a_law": rng.choice([-8, 8], 3 * RATE) / 2**15,
+    }
+    for name, wave in makers.items():
+        bad_audio.whole(tmp_path / f"{name}.wav", wave)
+    found = [*recogniser.classify_folder(tmp_path, show_progress=False)]
+    found += recogniser.classify_folder(tmp_path, window_s=1.0, show_progress=False)
+    assert len(found) == 6
+    waves = [torch.tensor(wave, dtype=torch.float32) for wave in makers.values()]
+    *_, labels = recogniser.classify_batch(torch.stack(waves))
+    labels += [one.label for one in found]
+    labels += [recogniser.classify_long(wave, window_s=1.0).label for wave in waves]
+    labels += [part.label for wave in waves for part in recogniser.stream(wave.split(RATE), RATE)]
+    assert set(labels) == {None}
+    assert not any(one.probs.any() for one in found)
+
+
+def test_quiet_speech_has_an_emotion(recogniser, real_corpora, tmp_path):
+    wave = 0.002 * load_audio(sorted((real_corpora / "ravdess").rglob("03-01-05-02-*.*"))[0])
+    bad_audio.whole(tmp_path / "a.wav", wave.numpy())
+    (one,) = recogniser.classify_files([tmp_path / "a.wav"], show_progress=False)
+    assert one.label in LABELS
+
+
+def test_a_recogniser_uses_the_channel_that_is_chosen(recogniser, tmp_path, monkeypatch):
+    path = tmp_path / "a.wav"
+    left, right = bad_audio.sound("left"), 0.5 * bad_audio.sound("right").cumsum() / 10
+    bad_audio.whole(path, np.stack([left, right], axis=1), subtype="FLOAT")
+    bad_audio.whole(tmp_path / "mono.wav", right, subtype="FLOAT")
+    monkeypatch.setattr(recogniser, "channel", 2)
+    chosen, alone = recogniser.classify_files([path, tmp_path / "mono.wav"], show_progress=False)
+    assert "mono.wav: has no channel 2" in alone.error
+    monkeypatch.setattr(recogniser, "channel", None)
+    averaged, alone = recogniser.classify_files([path, tmp_path / "mono.wav"], show_progress=False)
+    torch.testing.assert_close(chosen.probs, alone.probs)
+    assert not torch.allclose(averaged.probs, alone.probs)
+
+
+def test_the_channels_of_many_recordings_are_reported_in_one_line(recogniser, tmp_path, caplog):
+    for n in range(4):
+        bad_audio.whole(tmp_path / f"{n}.wav", np.stack([bad_audio.sound(f"{n}")] * 2, axis=1))
+    list(recogniser.classify_folder(tmp_path, show_progress=False))
+    told = [record.getMessage() for record in caplog.records]
+    assert len(told) == 1 and told[0].startswith("4 recordings (") and "2 channels, averaged" in told[0]
+
+
 def test_predict_prints_one_line_for_each_file_whatever_its_name(hostile, capsys):
     folder, samples = hostile
     paths = [samples[name].path for name in ("line\nbreak\t.wav", "no_text_\udcff.wav", "--help.wav")]
@@ -321,6 +379,15 @@ def test_predict_prints_one_line_for_each_file_whatever_its_name(hostile, capsys
 @pytest.fixture
 def no_key(monkeypatch):
     monkeypatch.delenv("OPENAI_API_KEY", raising=False)
+
+
+def test_the_same_sound_is_encoded_hashed_and_sent(tmp_path, no_key):
+    """Of floating point at the scale of integers, most was clipped in what was sent."""
+    wave = bad_audio.sound("scaled")
+    bad_audio.whole(tmp_path / "scaled.wav", wave * 32768, subtype="FLOAT")
+    bad_audio.whole(tmp_path / "right.wav", wave, subtype="FLOAT")
+    scaled, right = (read_recording(tmp_path / f"{name}.wav") for name in ("scaled", "right"))
+    assert scaled.known == right.known and scaled.clip == right.clip
 
 
 def collected(paths, store_path):

@@ -617,13 +617,6 @@ def test_folders_named_like_labels_give_emotions_and_the_others_speakers(tmp_pat
     assert "1 recordings have no label and take no part (first: loose.wav)" in caplog.text
 
 
-def test_recordings_in_a_format_that_is_not_read_are_warned_of_with_what_to_do(tmp_path, caplog):
-    for name in ("a.wav", "b.M4A", "c.webm", ".d.m4a", "notes.txt"):
-        (tmp_path / name).touch()
-    assert [row.wav.name for row in list_folder(tmp_path)] == ["a.wav"]
-    assert "2 files take no part" in caplog.text and "ffmpeg -i b.M4A b.wav" in caplog.text
-
-
 def test_a_table_gives_emotions_and_speakers(tmp_path, caplog):
     root = write_folder(tmp_path / "mine", "1.wav", "x/2.wav", "3.wav")
     write_text(root / "labels.csv", "file,emo,speaker\n1.wav,Anger,anna\nx/2.wav,sad,\n")

@@ -7,7 +7,9 @@ import subprocess
 import sys
 import types
 
+import numpy as np
 import pytest
+import soundfile
 import torch
 from toy_corpora import LABELS, utterance, write_wav
 
@@ -202,6 +204,18 @@ def test_an_answer_below_the_threshold_is_printed_as_unsure(predict, recordings)
     assert {line.split("\t")[1] for line in lines} == {"unsure"}
 
 
+def test_one_channel_is_used_where_it_is_named_and_recordings_without_it_are_left_out(predict, recordings, tmp_path):
+    left, right = (load_audio(recordings / "below" / "sad.wav").numpy(), np.zeros(100))
+    both = np.stack([left, np.resize(right, len(left))], axis=1)
+    soundfile.write(tmp_path / "stereo.wav", both, 16000)
+    soundfile.write(tmp_path / "mono.wav", left, 16000)
+    status, lines, _ = predict(tmp_path / "mono.wav", tmp_path / "stereo.wav", "--channel", "1")
+    answers = [line.split("\t", 1)[1] for line in lines]
+    assert status == 0 and answers[0] == answers[1] and not answers[0].startswith("unsure")
+    status, lines, _ = predict(tmp_path / "mono.wav", tmp_path / "stereo.wav", "--channel", "2")
+    assert status == 0 and "has no channel 2" in lines[0] and lines[1].endswith("unsure\t0.000")
+
+
 def test_windows_give_a_line_for_each_stretch_of_time(predict, recordings, tmp_path):
     long = write_wav(tmp_path / "long.wav", torch.cat([load_audio(recordings / "below" / "sad.wav")] * 6).numpy())
     _, lines, _ = predict(long, "--window_s", "0.5", "--hop_s", "0.25")
@@ -224,6 +238,7 @@ def test_the_status_is_1_when_nothing_could_be_read(predict, recordings, tmp_pat
     [
         (["--device", "cuda:99"], "--device: cuda:99 cannot be used here"),
         (["--abstain_below", "2"], "--abstain_below: 2.0 is no probability"),
+        (["--channel", "0"], "--channel: 0 must be 1 or more"),
         (["--window_s", "-1"], "window_s: -1.0 is no length"),
         (["--window_s", "1", "--hop_s", "2"], "hop_s: 2.0 must be"),
     ],
