@@ -642,16 +642,30 @@ def reply_of(choice) -> Reply:
     Example
     -------
     >>> reply_of({"message": {"content": "angry"}, "finish_reason": "stop"})
-    Reply(text='angry', finish_reason='stop', refusal=None, top_logprobs=None)
+    Reply(text='angry', finish_reason='stop', refusal=None, top_logprobs=None, reasoning=None)
     """
     message = _get(choice, "message")
     ended, refusal = _get(choice, "finish_reason"), _get(message, "refusal")
+    # An answer may come as the arguments of a function call; beside content, both must agree.
+    text = "\n".join(part for part in (_text(_get(message, "content")), *_arguments(message)) if part.strip())
     return Reply(
-        text=_text(_get(message, "content")),
+        text=text,
         finish_reason=None if ended is None else str(ended),
         refusal=str(refusal) if refusal else None,
         top_logprobs=_first_token(_get(choice, "logprobs")),
+        reasoning=None if text else _reasoning(message),
     )
+
+
+def _arguments(message) -> list[str]:
+    calls = [_get(call, "function") for call in _items(_get(message, "tool_calls"))] + [_get(message, "function_call")]
+    found = [_get(call, "arguments") for call in calls]
+    return [item if isinstance(item, str) else json.dumps(item) for item in found if isinstance(item, (str, dict))]
+
+
+def _reasoning(message) -> str | None:
+    found = (_get(message, name) for name in ("reasoning_content", "reasoning", "thinking"))
+    return next((text for text in found if isinstance(text, str) and text.strip()), None)
 
 
 def _get(thing, name: str):
@@ -702,7 +716,8 @@ def is_loopback(base_url: str) -> bool:
 def _text(content) -> str:
     if isinstance(content, str):
         return content
-    texts = [part.get("text") for part in _items(content) if isinstance(part, dict)]
+    parts = [part for part in _items(content) if isinstance(part, dict)]
+    texts = [part.get("text") for part in parts if part.get("type") not in ("thinking", "reasoning")]
     return "".join(text for text in texts if isinstance(text, str))
 
 
