@@ -429,6 +429,31 @@ class LalmClient:
         raw = Reply("", "content_filter", self.redacted(message)).to_json()
         return Response(Answer("refusal", reason="the server's content filter rejected the request"), raw, seed)
 
+    def error_in(self, body: object) -> tuple[str, str]:
+        """Read the body of an error.
+
+        Parameters
+        ----------
+        body : object
+            Decoded JSON, in any provider's dialect.
+
+        Returns
+        -------
+        code : str
+            Empty if there is none.
+        message : str
+            In one line, without the key.
+
+        Example
+        -------
+        >>> LalmClient("http://127.0.0.1:8000/v1", "m").error_in({"error": {"code": 400, "message": "no audio"}})
+        ('400', 'no audio')
+        """
+        inner = body["error"] if isinstance(body, dict) and isinstance(body.get("error"), dict) else body
+        code = inner.get("code") if isinstance(inner, dict) else None
+        message = self.redacted(" ".join(_message_in(body).split()))[:_LONGEST_MESSAGE]
+        return self.redacted(str(code or ""))[:_LONGEST_MESSAGE], message
+
     def redacted(self, text: str) -> str:
         """Remove the key, which a careless server may echo, and what no file can hold, from a text."""
         key = os.environ.get("OPENAI_API_KEY")
