@@ -191,7 +191,7 @@ def run_show(options: argparse.Namespace) -> None:
     """
     from speechbrain_mifuse.lalm.store import LabelStore
 
-    with LabelStore.existing(options.store) as store:
+    with LabelStore.existing(options.store, read_only=True) as store:
         print("\n\n".join(map(described, store.queries())) or f"{options.store}: nothing was asked yet")
 
 
@@ -218,7 +218,7 @@ def run_check(options: argparse.Namespace) -> None:
     from speechbrain_mifuse.lalm.integrity import check
     from speechbrain_mifuse.lalm.store import LabelStore
 
-    with LabelStore.existing(options.store) as store:
+    with LabelStore.existing(options.store, read_only=True) as store:
         found = check(store)
     print(found.summary())
     if found.problems:
@@ -243,7 +243,7 @@ def run_export(options: argparse.Namespace) -> None:
     from speechbrain_mifuse.lalm.exchange import export
     from speechbrain_mifuse.lalm.store import LabelStore
 
-    with LabelStore.existing(options.store) as store:
+    with LabelStore.existing(options.store, read_only=True) as store:
         queries = [chosen(store, options.query).query] if options.query else None
         written = export(store, options.file, queries, not options.no_ids)
     print(f"{written} answers written to {options.file}")
@@ -331,7 +331,7 @@ def run_report(options: argparse.Namespace) -> None:
     from speechbrain_mifuse.lalm.store import LabelStore
 
     price = None if options.profile is None else read_profile(options.profile).price
-    with LabelStore.existing(options.store) as store:
+    with LabelStore.existing(options.store, read_only=True) as store:
         summary = chosen(store, options.query)
         print(report_store(store, summary, options.manifest, options.output, options.source, price))
 

@@ -118,6 +118,14 @@ ARGUED = "{} because of the loud voice and the tense manner of speaking in this 
 BLANKS = (" ", "\n", "\t", "\u00a0", "\u2003", "\r\n", "")
 UNSEEN = "\u200b\u00ad\u2060\ufeff\0\x1c"
 MARKS = ("", ".", "!", "**", "`", '"', "'", "_", "...", ",", ":", "“", "”", "«", "»", "*", "。", "！")
+THOUGHTS = (
+    ("<think>", "</think>"),
+    ("<thought>", "</thought>"),
+    ("[THINK]", "[/THINK]"),
+    ("◁think▷", "◁/think▷"),
+    ("<|channel|>analysis<|message|>", "<|end|><|start|>assistant<|channel|>final<|message|>"),
+)
+UNFINISHED = ("length", "content_filter", "MAX_TOKENS", "SAFETY", "model_length", "max_tokens", "RECITATION")
 PARTS = (
     "{",
     "}",
@@ -192,7 +200,24 @@ def told_distribution(rng: random.Random) -> Case:
     content = dict(rng.sample(list(scores.items()), len(scores))) | others(rng)
     content = {rng.choice(("scores", "probabilities")): content} if rng.random() < 0.2 else content
     text = json.dumps(content, indent=rng.choice((None, 1, "\t")), ensure_ascii=rng.random() < 0.5)
+    if rng.random() < 0.4:
+        text = rng.choice(SHAPES)(scores)
     return Case("told", "distribution", labels, Reply(wrapped(text, labels, rng), "stop"), tuple(truth))
+
+
+# Other ways to write what labels are given.
+SHAPES: tuple[Callable[[dict], str], ...] = (
+    lambda scores: json.dumps({"labels": list(scores), "scores": list(scores.values())}),
+    lambda scores: json.dumps([{"label": word, "score": score} for word, score in scores.items()]),
+    lambda scores: json.dumps(json.dumps(scores)),
+    lambda scores: json.dumps({f"p_{word}": score for word, score in scores.items()}),
+    lambda scores: json.dumps({f"{word} 😠": score for word, score in scores.items()}, ensure_ascii=False),
+    lambda scores: json.dumps(scores).replace('"', "'"),
+    lambda scores: json.dumps(scores).replace("}", ",}"),
+    lambda scores: json.dumps({word: str(score).replace(".", ",") for word, score in scores.items()}),
+    lambda scores: "\n".join(f"- {word}: {score}" for word, score in scores.items()),
+    lambda scores: "\n".join(f"| {word} | {score} |" for word, score in scores.items()),
+)
 
 
 def told_logprobs(rng: random.Random) -> Case:
@@ -247,7 +272,8 @@ def wrapped(text: str, labels: Sequence[str], rng: random.Random) -> str:
     if rng.random() < 0.15:
         text = f"```{rng.choice(('', 'json'))}\n{text}\n```"
     if rng.random() < 0.15:
-        text = f"<think>{rng.choice(labels)}? {json.dumps({rng.choice(labels): 1})} no</think>{text}"
+        begin, end = rng.choice(THOUGHTS)
+        text = f"{begin}{rng.choice(labels)}? {json.dumps({rng.choice(labels): 1})} no{end}{text}"
     return text
 
 
@@ -258,7 +284,9 @@ def unclear(rng: random.Random) -> Case:
     text = rng.choice(UNCLEAR)(labels, rng)
     tokens = tuple((label, math.log(0.9 / len(labels))) for label in labels) if form == "logprobs" else None
     if rng.random() < 0.05:
-        return Case("unclear", form, labels, Reply(rng.choice(labels), rng.choice(("length", "content_filter"))))
+        return Case("unclear", form, labels, Reply(rng.choice(labels), rng.choice(UNFINISHED)))
+    if rng.random() < 0.05:
+        return Case("unclear", form, labels, Reply(rng.choice(THOUGHTS)[0] + rng.choice(labels), "stop"))
     return Case("unclear", form, labels, Reply(wrapped(text, labels, rng), "stop", None, tokens))
 
 
@@ -302,6 +330,13 @@ def contradicting(labels: Sequence[str], rng: random.Random) -> str:
             f'{{"{a}": 1e999, "{b}": 1}}',
             f'{{"{a}": 0, "{b}": 0}}',
             f'{{"{a}": true}}',
+            f'{{"{a}": 0.05, "puzzled": 0.95}}',
+            f'[{{"label": "{a}", "score": 0.05}}, {{"label": "puzzled", "score": 0.95}}]',
+            f'[{{"label": "{a}", "score": 0.5}}, {{"label": "{b}", "sc',
+            f'{{"first": {{"{a}": 1}}, "final": {{"{b}": 1',
+            f"{{'{a}': 1}} or rather {{\"{b}\": 1}}",
+            f'{{"labels": ["{a}", "{b}"], "scores": [0.7]}}',
+            f"{a}: 0.05\npuzzled: 0.95",
             f'{{"{a}": "high"}}',
             f'{{"bored": 0.9, "{b}": 0.1}}',
             f'{{"{a}": 0.7, "{b}',

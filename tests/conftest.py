@@ -3,6 +3,7 @@
 import hashlib
 import logging
 import os
+import subprocess
 from pathlib import Path
 
 # Before torch is imported: the tests' tensors are small, and threads that wait for a busy core cost ten times the work.
@@ -58,6 +59,30 @@ def filled_store(tmp_path):
         return store
 
     return fill
+
+
+@pytest.fixture
+def read_only():
+    """Give a function that makes a folder read-only, also for root where a mount is allowed."""
+    mounted = []
+
+    def protect(folder):
+        if os.geteuid() != 0:
+            folder.chmod(0o555)
+            return
+        for command in (["mount", "--bind", folder, folder], ["mount", "-o", "remount,bind,ro", folder, folder]):
+            try:
+                done = subprocess.run([str(word) for word in command], capture_output=True, check=False).returncode == 0
+            except OSError:
+                done = False
+            if not done:
+                pytest.skip("as root, and no file system can be mounted read-only here")
+            if folder not in mounted:
+                mounted.append(folder)
+
+    yield protect
+    for folder in mounted:
+        subprocess.run(["umount", str(folder)], check=True)
 
 
 @pytest.fixture(autouse=True, scope="module")

@@ -13,8 +13,10 @@ import json
 import math
 import re
 import unicodedata
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import NamedTuple
+
+from speechbrain_mifuse.lalm.loose_json import distinct, json_values, number_lines, unquoted, walk
 
 SAMPLE_KINDS = ("distribution", "logprobs", "label")
 KINDS = (*SAMPLE_KINDS, "refusal", "invalid")
@@ -49,6 +51,22 @@ _CHOICE_KEYS = {
     for what in ("emotion", "label", "answer", "class", "category", "prediction", "choice", "result", "word")
 }
 
+# Keys of a list or an object whose text is a label, and whose number is its probability.
+_NAME_KEYS = _CHOICE_KEYS | {"name"}
+_SCORE_KEYS = {"score", "probability", "prob", "p", "confidence", "likelihood", "value", "percentage", "percent"}
+_NAME_LISTS = {"labels", "emotions", "classes", "categories", "names"}
+_SCORE_LISTS = {"scores", "probabilities", "probs", "confidences", "likelihoods", "values", "percentages"}
+
+# Words of a key that change nothing about the label beside them.
+_DECORATION = {*_SCORE_KEYS, "pr", "probs", "pct", "emotion", "label", "class", "of", "the", "is", "being"}
+
+# Words of keys whose number describes the answer and is no share of it.
+_MEASURES = {
+    *("confidence", "certainty", "uncertainty", "entropy", "valence", "arousal", "dominance", "intensity", "strength"),
+    *("energy", "duration", "seconds", "time", "timestamp", "start", "end", "id", "index", "age", "total", "sum"),
+    *("count", "n", "temperature", "version"),
+}
+
 # Below this share of probability on the labels, the first token was about something else ("I", "<think>", "The").
 MIN_LABEL_MASS = 0.01
 
@@ -58,10 +76,11 @@ MAX_LABEL_WORDS = 12
 # Characters beyond which a reply to a question of one word or one object is a runaway, and not worth its time.
 MAX_CHARACTERS = 20_000
 
-# Braces that may begin no JSON object; more are tried in vain only in a text made to take long.
-MAX_FALSE_BRACES = 100
-
 _LONGEST_REASON = 300
+_ONLY_REASONING = (
+    "the content is empty and all text is in reasoning_content: switch thinking off (sampling: {chat_template_kwargs: "
+    "{enable_thinking: false}} or reasoning_effort in the profile), or start the server without its reasoning parser"
+)
 
 # Articles are prefixes of "angry" and yet open any sentence.
 _ARTICLES = {"a", "an"}
@@ -96,7 +115,31 @@ _NEGATION = re.compile(
 )
 # "happy: 0 %" chooses anything but happy.
 _ZERO = re.compile(r"(?<![\w.,])0+(?:[.,]0+)?(?![\w.,]*\d)")
-_THINKING = re.compile(r"\A.*</think(?:ing)?>|<think(?:ing)?>.*\Z", re.DOTALL | re.IGNORECASE)
+# Marks with which models begin and end their thoughts, and others that surround an answer.
+_TAG = r"think(?:ing)?|thoughts?|reason(?:ing)?|analysis|reflection|scratchpad|seed:think"
+_THOUGHTS_BEGIN = re.compile(
+    rf"<(?:{_TAG})(?:\s[^<>]{{0,60}})?>|\[think(?:ing)?\]|◁think▷|<\|begin_of_thought\|>|<\|think(?:ing)?\|>"
+    r"|<\|?channel\|?>\s?(?:analysis|commentary|thought)|<unused94>|\Aanalysis(?=[A-Z])",
+    re.IGNORECASE,
+)
+_THOUGHTS_END = re.compile(
+    rf"</(?:{_TAG})>|\[/think(?:ing)?\]|◁/think▷|<\|end_of_thought\|>|<\|/think(?:ing)?\|>"
+    r"|<\|channel\|>\s?final\s?(?:<\|constrain\|>\w{1,20})?<\|message\|>|assistantfinal|<channel\|>|<unused95>",
+    re.IGNORECASE,
+)
+_AROUND_ANSWER = re.compile(
+    r"<\|[a-z_]{1,40}\|>|</?s>|<eos>|<(?:start|end)_of_turn>|</?(?:final_)?(?:answer|response|output|result)>",
+    re.IGNORECASE,
+)
+# Parts of the names that servers have for the end of a reply. Other names ("stop", "end_turn", "tool_calls") are of a
+# reply that ended by itself.
+_ENDED_AS_REFUSAL = re.compile(
+    r"filter|safety|prohibit|recit|block|spii|refus|guardrail|sensitiv|toxic|moderat|violat|policy|armor"
+)
+_ENDED_EARLY = re.compile(
+    r"length|max|limit|exceed|trunc|incomplete|abort|cancel|error|time|interrupt|malformed|unexpected|resource|pause"
+    r"|other|language|overload"
+)
 _WORD = re.compile(r"[^\W\d_]+(?:['-][^\W\d_]+)*")
 
 
@@ -114,6 +157,8 @@ class Reply:
         The message's refusal field.
     top_logprobs : tuple of (str, float), optional
         Alternatives for the first token that is not blank, with natural-log probabilities.
+    reasoning : str, optional
+        The reasoning that the server split off, kept only where it left no content.
 
     Example
     -------
@@ -125,10 +170,13 @@ class Reply:
     finish_reason: str | None = None
     refusal: str | None = None
     top_logprobs: tuple[tuple[str, float], ...] | None = None
+    reasoning: str | None = None
 
     def to_json(self) -> str:
         """Serialise without loss, so that a stored reply can be parsed again by a better parser."""
         fields = dataclasses.asdict(self)
+        if self.reasoning is None:  # most replies are written as every version writes and reads them
+            del fields["reasoning"]
         text = json.dumps(fields, ensure_ascii=False)
         # Half a surrogate pair, which JSON's escapes can bring, cannot be encoded, hence neither stored nor sent.
         return text if text.isascii() or _encodable(text) else json.dumps(fields)
@@ -233,15 +281,20 @@ def parse_answer(reply: Reply, labels: Sequence[str], parsers: Sequence[Parser])
     >>> parse_answer(Reply("I'm sorry, I can't judge anger.", "stop"), ("angry", "sad"), [parse_label]).kind
     'refusal'
     """
-    if reply.finish_reason == "content_filter" or reply.refusal:
-        return Answer("refusal", reason=_printable(reply.refusal or "stopped by the server's content filter"))
-    if reply.finish_reason == "length":
-        return Answer("invalid", reason="cut off: the server's token limit was reached")
-    reply = dataclasses.replace(reply, text=_THINKING.sub("", reply.text).strip())
-    if not reply.text:
-        return Answer("invalid", reason="empty reply")
-    if len(reply.text) > MAX_CHARACTERS:
+    ended = str(reply.finish_reason or "").casefold()
+    if reply.refusal or _ENDED_AS_REFUSAL.search(ended):
+        return Answer("refusal", reason=_printable(reply.refusal or f"the server stopped the reply ({ended})"))
+    if _ENDED_EARLY.search(ended):
+        # No sample even where an object is complete: it may be an example, or the first of several thoughts.
+        return Answer("invalid", reason=_printable(f"truncated ({ended}): at a token limit, raise max_tokens"))
+    text = _without_thoughts(reply.text)
+    if text is None:
+        return Answer("invalid", reason="truncated: the reply ends among its thoughts. Raise max_tokens")
+    if not text:
+        return Answer("invalid", reason=_ONLY_REASONING if reply.reasoning else "empty reply")
+    if len(text) > MAX_CHARACTERS:
         return Answer("invalid", reason=f"a reply of more than {MAX_CHARACTERS} characters is not an answer")
+    reply = dataclasses.replace(reply, text=unquoted(text))
     answers = []
     for parse in parsers:
         answers.append(parse(reply, tuple(labels)))
@@ -253,13 +306,17 @@ def parse_answer(reply: Reply, labels: Sequence[str], parsers: Sequence[Parser])
 
 
 def parse_distribution(reply: Reply, labels: tuple[str, ...]) -> Answer:
-    """Read a JSON object `{label: probability}`, also inside prose, code fences or one more object.
+    """Read probabilities of labels in JSON, among prose or not.
 
-    Labels that are missing count as 0; keys that name no label are ignored; percentages and numbers in quotes are
-    understood; the values are normalised to sum 1. Negative, infinite or all-zero values, a label given twice, two
-    contradicting objects (one inside the other, too), percentages beside numbers above 1, a number under a key that
-    holds a label among other words, more for an emotion outside the set than for any label, and words beside the object
-    that decline are invalid.
+    An object `{label: probability}`, a list of objects with a label and a score, two lists of labels and scores, or one
+    line for each label. Percentages, numbers in quotes and decimal commas are understood; the values are normalised to
+    sum 1. Labels that are missing count as 0 where the others hold most of what was given; keys that name no label are
+    ignored if all labels are named. A key may hold one label among words that change nothing about it
+    ("p_angry"), or among others if all labels are named.
+
+    Negative, infinite or all-zero values, a label given twice, tables that contradict each other, percentages beside
+    numbers above 1, more for an emotion outside the set than for any label, JSON that is incomplete, and words beside
+    it that decline are invalid.
 
     Parameters
     ----------
@@ -280,20 +337,24 @@ def parse_distribution(reply: Reply, labels: tuple[str, ...]) -> Answer:
     """
     words = _vocabulary(tuple(labels))
     try:
-        objects, beside = _json_objects(reply.text)
-        inside = [item for whole in objects for item in _with_inner(whole)]
-        found = [scores for item in inside if (scores := _scores(item, words))]
-        vectors = {_normalised([scores.get(label, 0.0) for label in labels]) for scores in found}
+        values, beside = json_values(reply.text)
+        nodes = list(walk(values))
+        tables = [scores for node in nodes if (scores := _scores(_table(node), words))]
+        tables = tables or _table_of_lines(beside, words)
+        # Rounded, so that percentages contradict no fractions.
+        vectors = {
+            _rounded(p): p for p in (_normalised([table.get(label, 0.0) for label in labels]) for table in tables)
+        }
     except (ValueError, OverflowError) as error:
         return Answer("invalid", reason=_printable(error))
     if not vectors:
         return Answer("invalid", reason="no JSON object with a label of the set")
     if len(vectors) > 1:
-        return Answer("invalid", reason="several JSON objects that contradict each other")
-    notes = _plain(" ".join(value for item in inside for value in item.values() if isinstance(value, str)))
+        return Answer("invalid", reason="several distributions that contradict each other")
+    notes = _plain(" ".join(node for node in nodes if isinstance(node, str)))
     if _REFUSAL.search(_plain(beside)) or _DEAF.search(notes):
-        return Answer("invalid", reason="a JSON object beside words that decline")
-    return Answer("distribution", probs=vectors.pop())
+        return Answer("invalid", reason="a distribution beside words that decline")
+    return Answer("distribution", probs=vectors.popitem()[1])
 
 
 def parse_logprobs(reply: Reply, labels: tuple[str, ...]) -> Answer:
@@ -368,9 +429,11 @@ def parse_label(reply: Reply, labels: tuple[str, ...]) -> Answer:
     text, beside = _plain(reply.text), ""
     if "{" in reply.text:
         try:
-            text, beside = (_plain(part) for part in _choice_in_json(reply.text))
+            text, beside = (_plain(part) for part in _choice_in_json(reply.text, words))
         except ValueError as error:
             return Answer("invalid", reason=_printable(error))
+    elif len([name for name, _ in number_lines(reply.text)[0] if not _is_measure(name)]) > 1:
+        return Answer("invalid", reason="a table and not a choice")
     named = words.named(text)
     if len(named) != 1:
         return Answer("invalid", reason=f"names {len(named)} labels of the set: {', '.join(named) or 'none'}")
@@ -536,16 +599,25 @@ def _one_hot(label: str, labels: Sequence[str]) -> Answer:
     return Answer("label", probs=tuple(float(other == label) for other in labels))
 
 
-def _choice_in_json(text: str) -> tuple[str, str]:
+def _choice_in_json(text: str, words: _Vocabulary) -> tuple[str, str]:
     """Texts that the JSON objects of a text hold under keys of a choice, and what stands beside the objects."""
-    objects, beside = _json_objects(text)
-    pairs = [pair for item in objects for pair in item.items()]
-    said = [value for key, value in pairs if isinstance(value, str) and _key(key) in _CHOICE_KEYS]
-    return " ; ".join(said), beside
+    values, beside = json_values(text)
+    if not values:
+        return text, ""
+    objects = [item for value in values for item in (value if isinstance(value, list) else [value])]
+    choices = [" ; ".join(_choices(item)) for item in objects if isinstance(item, dict) and _choices(item)]
+    if len(choices) > 1 and not all(words.named(_plain(choice)) for choice in choices):
+        raise ValueError("several objects, and not all choose a label")
+    return " ; ".join(choices), beside
+
+
+def _choices(item: Mapping) -> list[str]:
+    return [value for value in _under(item, _CHOICE_KEYS) if isinstance(value, str)]
 
 
 def _key(key: str) -> str:
-    return _plain(key).replace("_", " ").replace("-", " ").strip(_ENDS)
+    words = re.sub(r"(?<=[a-z])(?=[A-Z])", " ", key)
+    return _plain(words).replace("_", " ").replace("-", " ").strip(_ENDS)
 
 
 def _label_of_token(token: str, labels: Sequence[str], words: Mapping[str, str]) -> str | None:
@@ -559,62 +631,104 @@ def _label_of_token(token: str, labels: Sequence[str], words: Mapping[str, str])
     return owners[0] if len(owners) == 1 else None
 
 
-def _json_objects(text: str) -> tuple[list[dict], str]:
-    """All outermost JSON objects of a text, in order, and the text without them."""
-    decoder = json.JSONDecoder(object_pairs_hook=_distinct)
-    objects, beside, end, start, false = [], [], 0, text.find("{"), 0
-    while start >= 0:
-        try:
-            value, stop = decoder.raw_decode(text, start)
-        except (json.JSONDecodeError, RecursionError):
-            stop, false = start, false + 1
-            if false > MAX_FALSE_BRACES:
-                raise ValueError(f"more than {MAX_FALSE_BRACES} braces that begin no JSON object") from None
-        else:
-            objects.append(value)
-            beside.append(text[end:start])
-            end = stop
-        start = text.find("{", max(stop, start + 1))
-    return objects, " ".join([*beside, text[end:]])
+def _without_thoughts(text: str) -> str | None:
+    """Give what stands behind a train of thought; `None` if it does not end."""
+    ends = [match.end() for match in _THOUGHTS_END.finditer(text)]
+    text = text[ends[-1] :] if ends else text
+    return None if _THOUGHTS_BEGIN.search(text) else _AROUND_ANSWER.sub(" ", text).strip()
 
 
-def _distinct(pairs: list[tuple[str, object]]) -> dict:
-    if len({key for key, _ in pairs}) < len(pairs):
-        raise ValueError("the JSON object repeats a key")
-    return dict(pairs)
+def _table(value: object) -> dict[str, object]:
+    """Give what a decoded value assigns to names; empty if nothing."""
+    if isinstance(value, dict):
+        return _parallel(value) or value
+    entries = [_entry(item) for item in value] if isinstance(value, list) else []
+    return distinct(entry for entry in entries if entry) if all(entries) else {}
 
 
-def _with_inner(value: dict) -> Iterator[dict]:
-    """Give an object and all objects inside it, however deep."""
-    waiting: list[object] = [value]
-    while waiting:
-        value = waiting.pop()
-        if isinstance(value, dict):
-            yield value
-        waiting += value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
+def _entry(item: object) -> tuple[str, object] | None:
+    """Name and number of an item such as `{"label": "angry", "score": 0.7}` or `["angry", 0.7]`."""
+    if isinstance(item, dict):
+        names, scores = (_under(item, keys) for keys in (_NAME_KEYS, _SCORE_KEYS))
+        item = [*names, *scores] if len(names) == len(scores) == 1 else ()
+    pair = tuple(item) if isinstance(item, (list, tuple)) and len(item) == 2 else (None, None)
+    return pair if isinstance(pair[0], str) and _is_number(pair[1]) else None
 
 
-def _scores(value: dict, words: _Vocabulary) -> dict[str, float]:
-    """Numbers given to labels in an object; empty if it names none."""
-    given, others = {}, [0.0]
-    for key, number in value.items():
-        label = _bare_label(key, words)
+def _parallel(value: dict) -> dict[str, object]:
+    """Join a list of names and a list of as many numbers."""
+    lists = [[item for item in _under(value, keys) if isinstance(item, list)] for keys in (_NAME_LISTS, _SCORE_LISTS)]
+    if [len(found) for found in lists] != [1, 1]:
+        return {}
+    (names,), (scores,) = lists
+    if not all(isinstance(name, str) for name in names) or not all(map(_is_number, scores)):
+        return {}
+    if len(names) != len(scores):
+        raise ValueError(f"{len(names)} labels and {len(scores)} scores")
+    return distinct(zip(names, scores, strict=True))
+
+
+def _under(item: Mapping, keys: set[str]) -> list:
+    return [value for key, value in item.items() if _key(key) in keys]
+
+
+def _table_of_lines(text: str, words: _Vocabulary) -> list[dict[str, float]]:
+    """Probabilities in lines of a text, if all labels have one: a line with one more word is prose."""
+    pairs, _ = number_lines(text)
+    scores = _scores(distinct(pairs), words)
+    return [scores] if len(scores) == len(words.labels) else []
+
+
+def _scores(table: Mapping[str, object], words: _Vocabulary) -> dict[str, float]:
+    """Numbers given to labels in a table; empty if it names none."""
+    given: dict[str, object] = {}
+    outside, other_emotions, unclear = 0.0, 0.0, []
+    for key, value in table.items():
+        number = _score_in(value)
+        label, plain = _bare_label(key, words), _key(key)
+        if label is None and _is_number(number):
+            label, certain = _label_in_key(key, plain, words)
+            unclear += [key] * (not certain)
         if label in given:
-            raise ValueError(f"the JSON object names {label!r} twice")
+            raise ValueError(f"the label {label!r} is named twice")
         if label is not None:
             given[label] = number
-        elif _is_number(number):
-            # "not angry": 0.9, or "angry (of 1)": 0.9, must not be passed over beside a number for another label.
-            if words.named(_key(key)):
-                raise ValueError(f"the key {key!r} holds a label and more")
-            others += [_number(number)] if words.other_emotions.search(_key(key)) else []
-    above = any(not _is_percentage(number) and _number(number) > 1 for number in given.values())
-    if above and any(map(_is_percentage, given.values())):
-        raise ValueError("the JSON object mixes percentages with numbers above 1")
+        elif _is_number(number) and not _is_measure(key):
+            outside += max(_number(number), 0.0)
+            other_emotions = max(other_emotions, _number(number) if words.other_emotions.search(plain) else 0.0)
+    complete = len(given) == len(words.labels)
+    if unclear and not complete:
+        # "angry (of 1)": 0.9 must not be passed over beside a number for another label.
+        raise ValueError(f"the key {unclear[0]!r} holds a label and more")
+    if any(map(_is_percentage, given.values())) and any(
+        not _is_percentage(number) and _number(number) > 1 for number in given.values()
+    ):
+        raise ValueError("percentages beside numbers above 1")
     scores = {label: _number(number) for label, number in given.items()}
-    if scores and max(others) > max(scores.values()):
-        raise ValueError("the JSON object gives most to an emotion that is no label of the set")
+    if scores and (other_emotions > max(scores.values()) or not (complete or sum(scores.values()) > outside)):
+        raise ValueError("most of what was given is outside the label set")
     return scores
+
+
+def _label_in_key(key: str, plain: str, words: _Vocabulary) -> tuple[str | None, bool]:
+    """Label that a key holds as a word among others, and whether these certainly change nothing about it."""
+    named = words.named(plain)
+    if not named:
+        return None, True
+    if len(named) > 1 or _NEGATION.search(plain) or words.other_emotions.search(plain):
+        raise ValueError(f"the key {key!r} holds a label and more")
+    rest = words.in_a_sentence.sub(" ", plain)
+    return named[0], not re.search(r"\d", rest) and set(_WORD.findall(rest)) <= _DECORATION
+
+
+def _is_measure(key: str) -> bool:
+    return not _MEASURES.isdisjoint(_WORD.findall(_key(key)))
+
+
+def _score_in(value: object) -> object:
+    """Give the number of `{"score": 0.7, ...}`, and anything else as it is."""
+    scores = _under(value, _SCORE_KEYS) if isinstance(value, dict) else ()
+    return scores[0] if len(scores) == 1 else value
 
 
 def _is_percentage(value: object) -> bool:
@@ -631,11 +745,18 @@ def _is_number(value: object) -> bool:
 
 def _number(value: object) -> float:
     if isinstance(value, str) and "_" not in value:
-        value = float(value.strip().rstrip("% ")) / (100.0 if _is_percentage(value) else 1.0)
+        digits = value.strip().rstrip("% ")
+        if re.fullmatch(r"[1-9]\d{0,2},\d{3}", digits):
+            raise ValueError(f"{digits} may be a thousand or a fraction")
+        value = float(digits.replace(",", ".", 1)) / (100.0 if _is_percentage(value) else 1.0)
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         # Not the value itself: it may be an object of any depth.
         raise ValueError(f"{type(value).__name__} is not a probability")
     return float(value)
+
+
+def _rounded(probs: Sequence[float]) -> tuple[float, ...]:
+    return tuple(round(p, 6) for p in probs)
 
 
 def _normalised(values: Sequence[float]) -> tuple[float, ...]:

@@ -33,7 +33,7 @@ from speechbrain_mifuse.audio_warnings import summarized
 from speechbrain_mifuse.errors import UserError
 from speechbrain_mifuse.lalm.answer import Response
 from speechbrain_mifuse.lalm.client import BLOCKED, Clip, LalmClient
-from speechbrain_mifuse.lalm.collect import Ask, Utterance, Wanted, read_recording, run_to_end
+from speechbrain_mifuse.lalm.collect import Ask, Utterance, Wanted, check_usable, read_recording, run_to_end
 from speechbrain_mifuse.lalm.hashes import HashCache
 from speechbrain_mifuse.lalm.limits import LalmError, expected_tokens, most_tokens
 from speechbrain_mifuse.lalm.prompt import Prompt
@@ -215,6 +215,7 @@ class BatchJob:
     ):
         self.prompt, self.client, self.store, self.query = prompt, client, store, query
         self.folder = Path(folder or f"{store.path}.batch-{query.digest[:8]}")
+        self._explained: set[str] = set()
         self.folder.mkdir(parents=True, exist_ok=True)
         self._lock = FileLock(self.folder / "lock")
         try:
@@ -334,7 +335,7 @@ class BatchJob:
         Raises
         ------
         LalmError
-            If the server is down.
+            If the server is down, or no answer to the query can be used.
         StoreError
             If the store cannot be written.
         """
@@ -347,6 +348,8 @@ class BatchJob:
             self._save()
             for kind in ("requests", "index"):  # they hold all the audio; the answers' files stay
                 self._path(part, kind).unlink(missing_ok=True)
+        if found.answers and not found.stored and not self.store.have(self.query):
+            check_usable(self.store, self.query)
         return found
 
     def run(
@@ -586,12 +589,15 @@ class BatchJob:
             responses = self.client.responses(prompt, body, request.n, request.seed)
             usage = {**(responses[0].usage or {}), "batch": batch_id}
             return [dataclasses.replace(responses[0], usage=usage), *responses[1:]], ""
-        error = line.get("error") or (body.get("error") if isinstance(body, dict) else None) or {}
-        code, message = str(error.get("code") or ""), str(error.get("message") or "")
+        code, message = self.client.error_in(line.get("error") or body)
         if code in BLOCKED:
             seeds = (None if request.seed is None else request.seed + i for i in range(request.n))
             return [self.client.blocked(message, seed) for seed in seeds], ""
-        return [], code or f"status {response.get('status_code')}"
+        reason = code or f"status {response.get('status_code')}"
+        if reason not in self._explained:
+            self._explained.add(reason)
+            logger.warning("batch %s: %s, for instance: %s", batch_id, reason, message)
+        return [], reason
 
     def _with(self, *statuses: str) -> list[Part]:
         return [part for part in self.parts if part.status in statuses]

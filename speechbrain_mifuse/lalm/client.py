@@ -11,6 +11,7 @@ import json
 import logging
 import os
 import random
+import re
 import secrets
 import time
 import urllib.parse
@@ -89,7 +90,11 @@ class Clip(NamedTuple):
 
 
 class _Unusable(Exception):
-    """A reply with status 200 that is no completion: cut off, no JSON, or without a choice."""
+    """A reply with status 200 that is no completion: cut off, no JSON, without a choice, or an error all the same."""
+
+    def __init__(self, message: str, status: int | None = None, code: object = None):
+        super().__init__(message)
+        self.message, self.status_code, self.code = message, status, code
 
 
 @dataclasses.dataclass
@@ -315,10 +320,8 @@ class LalmClient:
         body = json.dumps({"model": self.model, "messages": messages, **fields}).encode()
         try:
             return ChatCompletion.construct(**await self._attempts(_Call(body)))
-        except openai.OpenAIError as error:
+        except (openai.OpenAIError, _Unusable) as error:
             raise await self.explain(error) from None
-        except _Unusable as error:
-            raise LalmError(f"{self._name()}: {error}") from None
 
     async def check(self):
         """Find out before any audio is sent whether a server is there and accepts the key.
@@ -426,6 +429,31 @@ class LalmClient:
         raw = Reply("", "content_filter", self.redacted(message)).to_json()
         return Response(Answer("refusal", reason="the server's content filter rejected the request"), raw, seed)
 
+    def error_in(self, body: object) -> tuple[str, str]:
+        """Read the body of an error.
+
+        Parameters
+        ----------
+        body : object
+            Decoded JSON, in any provider's dialect.
+
+        Returns
+        -------
+        code : str
+            Empty if there is none.
+        message : str
+            In one line, without the key.
+
+        Example
+        -------
+        >>> LalmClient("http://127.0.0.1:8000/v1", "m").error_in({"error": {"code": 400, "message": "no audio"}})
+        ('400', 'no audio')
+        """
+        inner = body["error"] if isinstance(body, dict) and isinstance(body.get("error"), dict) else body
+        code = inner.get("code") if isinstance(inner, dict) else None
+        message = self.redacted(" ".join(_message_in(body).split()))[:_LONGEST_MESSAGE]
+        return self.redacted(str(code or ""))[:_LONGEST_MESSAGE], message
+
     def redacted(self, text: str) -> str:
         """Remove the key, which a careless server may echo, and what no file can hold, from a text."""
         key = os.environ.get("OPENAI_API_KEY")
@@ -442,14 +470,10 @@ class LalmClient:
     async def _answers(self, prompt: Prompt, call: _Call, n: int, seed: int | None) -> list[Response]:
         try:
             completion = await self._attempts(call)
-        except openai.BadRequestError as error:
-            if error.code in BLOCKED:
-                return [self.blocked(error.message, seed)]
+        except (openai.OpenAIError, _Unusable) as error:
+            if getattr(error, "code", None) in BLOCKED:
+                return [self.blocked(_message_of(error), seed)]
             raise await self.explain(error) from None
-        except openai.OpenAIError as error:
-            raise await self.explain(error) from None
-        except _Unusable as error:
-            raise LalmError(f"{self._name()}: {error}") from None
         return self.responses(prompt, completion, n, seed)
 
     async def _attempts(self, call: _Call) -> dict:
@@ -482,8 +506,8 @@ class LalmClient:
             return completion
         except asyncio.TimeoutError:
             raise LalmError(f"{self._name()}: no answer within {self.deadline:g} s") from None
-        except openai.OpenAIError as error:
-            if isinstance(error, openai.APIStatusError) or _never_sent(error):
+        except (openai.OpenAIError, _Unusable) as error:
+            if getattr(error, "status_code", None) is not None or _never_sent(error):
                 paid = NO_TOKENS
             raise
         finally:
@@ -495,29 +519,24 @@ class LalmClient:
         try:
             # The package's own method for this route copies and checks messages and reply, which takes twice as long
             # as all the rest of a call.
-            completion = await line.api.post(
+            text = await line.api.post(
                 "/chat/completions",
-                cast_to=object,
+                cast_to=str,
                 content=body,
                 options={"headers": {"Content-Type": "application/json"}},
             )
-        except json.JSONDecodeError:  # a body that announces JSON and is none
-            raise _Unusable("answered with something that is not JSON") from None
         finally:
             line.busy -= 1
-        if not isinstance(completion, dict) or not _items(completion.get("choices")):
-            raise _Unusable(
-                "answered without any choice. Check that --lalm_base_url is an OpenAI-compatible API (most end in /v1)"
-            )
-        return completion
+        return _completion(self.redacted(text))
 
     def _wait(self, error: Exception, attempt: int) -> float | None:
         """Seconds before the next attempt; `None` if none would help. A busy server makes all calls wait."""
         backoff = min(_FIRST_BACKOFF * 2**attempt, _LONGEST_BACKOFF) * random.uniform(0.75, 1.0)
-        if not isinstance(error, openai.APIStatusError):
+        status, response = getattr(error, "status_code", None), getattr(error, "response", None)
+        if status is None:
             return backoff if isinstance(error, (openai.APIConnectionError, _Unusable)) else None
-        headers = error.response.headers
-        if error.status_code not in _PASSING and error.status_code < 500:
+        headers = {} if response is None else response.headers
+        if status not in _PASSING and status < 500:
             return None
         if headers.get("x-should-retry") == "false" or error.code == "insufficient_quota":
             return None
@@ -526,7 +545,7 @@ class LalmClient:
             return backoff
         if asked > LONGEST_PAUSE:
             return None
-        if error.status_code in _BUSY:
+        if status in _BUSY:
             self.pace.pause(asked)
             return 0.0
         return asked
@@ -588,7 +607,7 @@ class LalmClient:
         Parameters
         ----------
         error : Exception
-            Of the openai package.
+            Of the openai package, or of a reply that is no completion.
 
         Returns
         -------
@@ -605,9 +624,11 @@ class LalmClient:
             remedy, hopeless = "the account has no credit left", True
         if status == 404:
             remedy += await self._models()
-        said = str(_transport(error) or getattr(error, "message", error))
-        said = self.redacted(" ".join(said.split()))[:300]
-        return LalmError(f"{self._name()}: {said} -> {remedy or 'see the message of the server'}", hopeless, status)
+        if isinstance(error, _Unusable) and status is None:
+            remedy = "check that --lalm_base_url is an OpenAI-compatible API (most end in /v1)"
+        said = self.redacted(" ".join(_message_of(error).split()))[:_LONGEST_MESSAGE]
+        message = f"{self._name()}: {said} -> {remedy or 'see the message of the server'}"
+        return LalmError(message, hopeless, status, said)
 
     async def _models(self) -> str:
         try:
@@ -627,6 +648,83 @@ _REMEDIES = {
 }
 
 
+# Where the body of an error holds its message, in any provider's dialect.
+_MESSAGE_KEYS = ("error", "message", "detail", "msg", "errors", "error_description", "error_msg", "reason", "title")
+_LONGEST_MESSAGE = 300
+
+# HTTP status that is meant by the code, status or type of an error which comes with status 200; the first that fits.
+_MEANT = (
+    (re.compile(r"auth|api.?key|credential"), 401),
+    (re.compile(r"permission|forbidden|access"), 403),
+    (re.compile(r"not.?found|no.?such|unknown.?model"), 404),
+    (re.compile(r"rate.?limit|quota|exhausted|throttl|too.?many"), 429),
+    (re.compile(r"invalid|bad.?request|argument|unsupported|filter|policy|length|exceed"), 400),
+    (re.compile(r"overload|unavailable|internal|server|busy|time.?out|capacity"), 503),
+)
+
+
+def _completion(text: str) -> dict:
+    """Decode the body of a reply with status 200, or say what it is instead."""
+    streamed = re.match(r"\s*(?:(?:event|id|retry)?:[^\n]*\n\s*)*data:([^\n]*)", text)
+    try:
+        body = json.loads(streamed[1] if streamed else text)
+    except (ValueError, RecursionError):
+        body = None
+    error = body[0] if isinstance(body, list) and body else body
+    if isinstance(error, dict) and not _items(error.get("choices")):
+        inner = error["error"] if isinstance(error.get("error"), dict) else error
+        status = _meant_status(inner)
+        if status is not None or error.get("error"):
+            raise _Unusable(f"HTTP 200 with an error: {_message_in(error)}", status, inner.get("code"))
+    if streamed:
+        raise _Unusable("answered with a stream of events, which was not asked for: set sampling: {stream: false}")
+    if body is None and text.strip() != "null":
+        raise _Unusable(f"answered with something that is not JSON: {_beginning(text) or 'nothing'}")
+    if not isinstance(body, dict) or not _items(body.get("choices")):
+        raise _Unusable(f"answered without any choice: {_beginning(text)}")
+    return body
+
+
+def _meant_status(error: Mapping) -> int | None:
+    """HTTP status that an error in a body stands for; `None` if it names none."""
+    names = [error.get(key) for key in ("code", "status", "status_code", "type")]
+    numbers = [int(name) for name in map(str, names) if re.fullmatch(r"[45]\d\d", name)]
+    text = " ".join(name for name in names if isinstance(name, str)).casefold()
+    return next(iter(numbers), None) or next((status for known, status in _MEANT if known.search(text)), None)
+
+
+def _message_of(error: Exception) -> str:
+    """Give what a server or the connection to it said."""
+    status, body = getattr(error, "status_code", None), getattr(error, "body", None)
+    if isinstance(error, openai.APIStatusError):
+        return f"HTTP {status}: {_message_in(body) if body else 'no message'}"
+    return str(_transport(error) or getattr(error, "message", error))
+
+
+def _message_in(body: object, depth: int = 5) -> str:
+    """Find the message in the body of an error; the beginning of the body if there is none."""
+    if isinstance(body, str):
+        return _beginning(body)
+    if isinstance(body, list) and body and depth:
+        return "; ".join(_message_in(item, depth - 1) for item in body[:3])
+    found = next((body[key] for key in _MESSAGE_KEYS if body.get(key)), None) if isinstance(body, dict) else None
+    if found is None or not depth:
+        return _beginning(json.dumps(body, ensure_ascii=False))
+    place = ".".join(map(str, _items(body.get("loc"))))
+    return f"{place}: {_message_in(found, depth - 1)}" if place else _message_in(found, depth - 1)
+
+
+def _beginning(text: str) -> str:
+    """Give the first words of a body in one line, of a page without its tags."""
+    whole = text.lstrip()
+    text = whole[: 10 * _LONGEST_MESSAGE]
+    if len(text) < len(whole):  # half a key would not be known as one
+        text = re.sub(r"\S{0,300}\Z", "", text)
+    if text.startswith("<"):
+        text = re.sub(r"<(style|script)\b[^>]*>[^<]*</\1>|<[^>]*>", " ", text)
+    return " ".join(text.split())
+
+
 def reply_of(choice) -> Reply:
     """Translate a choice of a chat completion, tolerating fields that lesser servers leave out or fill otherwise.
 
@@ -642,16 +740,30 @@ def reply_of(choice) -> Reply:
     Example
     -------
     >>> reply_of({"message": {"content": "angry"}, "finish_reason": "stop"})
-    Reply(text='angry', finish_reason='stop', refusal=None, top_logprobs=None)
+    Reply(text='angry', finish_reason='stop', refusal=None, top_logprobs=None, reasoning=None)
     """
     message = _get(choice, "message")
     ended, refusal = _get(choice, "finish_reason"), _get(message, "refusal")
+    # An answer may come as the arguments of a function call; beside content, both must agree.
+    text = "\n".join(part for part in (_text(_get(message, "content")), *_arguments(message)) if part.strip())
     return Reply(
-        text=_text(_get(message, "content")),
+        text=text,
         finish_reason=None if ended is None else str(ended),
         refusal=str(refusal) if refusal else None,
         top_logprobs=_first_token(_get(choice, "logprobs")),
+        reasoning=None if text else _reasoning(message),
     )
+
+
+def _arguments(message) -> list[str]:
+    calls = [_get(call, "function") for call in _items(_get(message, "tool_calls"))] + [_get(message, "function_call")]
+    found = [_get(call, "arguments") for call in calls]
+    return [item if isinstance(item, str) else json.dumps(item) for item in found if isinstance(item, (str, dict))]
+
+
+def _reasoning(message) -> str | None:
+    found = (_get(message, name) for name in ("reasoning_content", "reasoning", "thinking"))
+    return next((text for text in found if isinstance(text, str) and text.strip()), None)
 
 
 def _get(thing, name: str):
@@ -702,7 +814,8 @@ def is_loopback(base_url: str) -> bool:
 def _text(content) -> str:
     if isinstance(content, str):
         return content
-    texts = [part.get("text") for part in _items(content) if isinstance(part, dict)]
+    parts = [part for part in _items(content) if isinstance(part, dict)]
+    texts = [part.get("text") for part in parts if part.get("type") not in ("thinking", "reasoning")]
     return "".join(text for text in texts if isinstance(text, str))
 
 

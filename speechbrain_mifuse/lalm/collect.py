@@ -9,6 +9,7 @@ import contextlib
 import dataclasses
 import io
 import itertools
+import json
 import logging
 import threading
 import time
@@ -44,6 +45,13 @@ CANCEL_AGAIN = 0.2
 
 # Seconds between two looks at the counts: writing them out for each call would cost more than counting.
 BETWEEN_LOOKS = 0.2
+
+# First answers of a query after which a collection stops if none of them can be used: all others would be paid for in
+# vain, too.
+MAX_UNUSABLE = 30
+
+# Characters of an unusable reply that an error quotes.
+QUOTED = 120
 
 logger = logging.getLogger(__name__)
 
@@ -165,7 +173,8 @@ def collect(
     Raises
     ------
     LalmError
-        If the API is down or fails for every request, or the deadline has passed. What was answered before is kept.
+        If the API is down or fails for every request, the deadline has passed, or no answer to the query can be used:
+        then at most about `MAX_UNUSABLE` are asked for. What was answered before is kept.
     BudgetReached
         If the next call could pass the budget; calls in flight are waited for and kept.
     StoreError
@@ -203,7 +212,46 @@ def collect(
             job.warn()
     if job.report.failed:
         logger.warning("%s", job.report.summary())
+    if job.unusable or not job.usable:
+        check_usable(store, query)
     return job.report
+
+
+def check_usable(store: LabelStore, query: Query):
+    """Check that not all answers to a query are unusable.
+
+    Parameters
+    ----------
+    store : LabelStore
+        Where the answers are.
+    query : Query
+        Their key; no sample was stored.
+
+    Raises
+    ------
+    LalmError
+        If there are answers all the same. It quotes the commonest reason and one reply.
+
+    Example
+    -------
+    >>> import tempfile
+    >>> query = Query("0" * 64, ("angry", "sad"), "m", "http://127.0.0.1/v1", {"temperature": 1})
+    >>> with LabelStore(tempfile.mkdtemp() + "/labels.sqlite") as store:
+    ...     check_usable(store, query)
+    """
+    rejections = store.rejections(query)
+    if not rejections:
+        return
+    total, (kind, reason, count, raw) = sum(count for *_, count, _ in rejections), rejections[0]
+    reply = {"text": "", **dict(json.loads(raw) or {})}
+    said = " ".join(str(reply["text"] or reply.get("refusal") or reply.get("reasoning") or "").split())
+    raise LalmError(
+        f"--lalm_model {query.model}: none of the first {total} answers can be used. {count} of them: {kind}, "
+        f"{reason}. One reply begins: {said[:QUOTED]!r}. Change the question (--lalm_answer_form, the prompt), "
+        "max_tokens or other fields in the lalm_profile, or the model; `speechbrain-mifuse probe` shows what the "
+        "server can do. All replies are kept in the label store.",
+        hopeless=True,
+    )
 
 
 def run_to_end(main: Callable):
@@ -490,7 +538,8 @@ class _Job:
         self.reading, self.was_read = 0, Signal()
         self.stop: LalmError | None = None
         self.why = "Stopped"
-        self.ending = False
+        self.ending = self.unusable = False
+        self.usable, self.answered = bool(wanted.have), 0
         self.next_look = 0.0
 
     async def run(self, utterances: Sequence[Utterance], concurrency: int, deadline: float | None):
@@ -544,6 +593,7 @@ class _Job:
                 self._call_failed(call, error)
             else:
                 self.breaker.worked()
+                self._count_unusable(records)
                 await writer.put(records)
 
     async def _next(self, queue: Iterator[Utterance]) -> _Call | None:
@@ -589,6 +639,13 @@ class _Job:
             rest = Ask(k + got, n - got, None if seed is None else seed + got)
             self.ready.appendleft(call._replace(ask=rest))
         return [Record(call.audio, k + i, call.utt_id, response) for i, response in enumerate(responses)]
+
+    def _count_unusable(self, records: Sequence[Record]):
+        """Stop where none of the first answers can be used; answers to open calls are still stored."""
+        self.usable |= any(record.response.answer.is_sample for record in records)
+        self.answered += len(records)
+        if not self.usable and self.answered >= MAX_UNUSABLE:
+            self.unusable = self.ending = True
 
     def _on_disk(self, records: Sequence[Record]):
         kinds = collections.Counter(record.response.answer.kind for record in records)

@@ -233,7 +233,7 @@ def merge(shards: Sequence[str | Path], into: str | Path, show_progress: bool = 
     if into.exists() and any(Path(shard).exists() and into.samefile(shard) for shard in shards):
         raise StoreError(f"{into}: cannot be merged into itself. Leave it out of the stores to read.")
     with contextlib.ExitStack() as open_files:
-        stores = [open_files.enter_context(LabelStore.existing(shard)) for shard in shards]
+        stores = [open_files.enter_context(LabelStore.existing(shard, read_only=True)) for shard in shards]
         parts = [(store, part.query, sum(part.counts.values())) for store in stores for part in store.queries()]
         total = sum(count for _, _, count in parts)
         copy = open_files.enter_context(open_files.enter_context(LabelStore(into)).copying())

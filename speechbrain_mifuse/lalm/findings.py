@@ -39,6 +39,8 @@ class Outcome:
         Why there is no reply.
     status : int, optional
         HTTP status of the error.
+    cause : Exception, optional
+        The error itself.
 
     Example
     -------
@@ -54,6 +56,7 @@ class Outcome:
     fingerprint: str = ""
     error: str = ""
     status: int | None = None
+    cause: Exception | None = None
 
     @property
     def answered(self) -> bool:

@@ -31,12 +31,15 @@ class LalmError(UserError):
         Whether every other request would fail the same way (wrong key, wrong model, no credit).
     status : int, optional
         HTTP status, if the server answered with an error.
+    said : str
+        What the server or the connection said, without address and remedy.
     """
 
-    def __init__(self, message: str, hopeless: bool = False, status: int | None = None):
+    def __init__(self, message: str, hopeless: bool = False, status: int | None = None, said: str = ""):
         super().__init__(message)
         self.hopeless = hopeless
         self.status = status
+        self.said = said
 
 
 class BudgetReached(LalmError):

@@ -9,7 +9,6 @@ from __future__ import annotations
 import asyncio
 import base64
 import dataclasses
-import itertools
 import math
 import os
 from collections.abc import Mapping, Sequence
@@ -35,6 +34,7 @@ from speechbrain_mifuse.lalm.profile import AUDIO_PARTS, Profile
 from speechbrain_mifuse.lalm.prompt import ANSWER_FORMS, Prompt
 from speechbrain_mifuse.progress import progress
 
+_TEXT_ONLY = "without audio"
 LENGTHS = (10.0, 30.0, 60.0)
 
 
@@ -102,7 +102,7 @@ def probe(
     Raises
     ------
     LalmError
-        If the server is down, refuses the key or does not know the model.
+        If the server is down, refuses the key, does not know the model, or answers no call at all.
     UserError
         If the recording is too short, or the lengths do not ascend from above the clip's.
 
@@ -163,7 +163,7 @@ def questions(profile: Profile, temperature: float, lengths: Sequence[float]) ->
         **{f"{clip} {i}": Question(clip, score, cold, part) for clip in ("speech", "silence") for i in (1, 2, 3)},
         "noise": Question("noise", score, cold, part),
         "tagged": Question("tagged", score, cold, part),
-        "without audio": Question(None, score, cold),
+        _TEXT_ONLY: Question(None, score, cold),
         **{
             f"{other} {clip}": Question(clip, score, cold, other)
             for other in AUDIO_PARTS
@@ -311,19 +311,30 @@ def speech_like(seconds: float = CLIP_SECONDS) -> torch.Tensor:
 
 
 async def _ask_all(client: LalmClient, asked: Mapping[str, Question], wavs: Mapping[str, str], workers: int, bar):
-    """Ask all questions, the first one alone: a wrong address or key is found out by a single call."""
-    outcomes, queue = {}, iter(asked.items())
+    """Ask all questions; a wrong address, key or server is found out by the first ones."""
+    outcomes: dict[str, Outcome] = {}
 
-    async def work(questions):
-        for name, question in questions:
-            outcomes[name] = await _ask(client, question, wavs)
+    async def work(names):
+        for name in names:
+            outcomes[name] = await _ask(client, asked[name], wavs)
             bar.update()
 
+    first = [next(iter(asked)), _TEXT_ONLY]
+    queue = iter([name for name in asked if name not in first])
     async with client:
         await client.check()
-        await work(itertools.islice(queue, 1))
+        await work(first)
+        if not any(outcome.answered or outcome.refused for outcome in outcomes.values()):
+            raise _failed(outcomes, "Calls with and without audio failed")
         await asyncio.gather(*(work(queue) for _ in range(workers)))
+    if not any(outcome.answered for outcome in outcomes.values()):
+        raise _failed(outcomes, f"All {len(asked)} calls failed")
     return {name: outcomes[name] for name in asked}
+
+
+def _failed(outcomes: Mapping[str, Outcome], what: str) -> LalmError:
+    cause = next(iter(outcomes.values())).cause
+    return LalmError(f"{cause}\n{what}, so the probe can say nothing about this model.")
 
 
 async def _ask(client: LalmClient, question: Question, wavs: Mapping[str, str]) -> Outcome:
@@ -333,8 +344,8 @@ async def _ask(client: LalmClient, question: Question, wavs: Mapping[str, str]) 
         if error.hopeless:
             raise
         # The card names the address once, and what to do is said where it is held against a collection.
-        said = str(error).partition("): ")[2].partition(" -> ")[0]
-        return Outcome(error=said or str(error), status=error.status)
+        said = error.said.removeprefix(f"HTTP {error.status}: ") or str(error)
+        return Outcome(error=said, status=error.status, cause=error)
     return outcome_of(completion)
 
 

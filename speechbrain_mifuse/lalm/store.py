@@ -6,7 +6,9 @@ import contextlib
 import dataclasses
 import hashlib
 import json
+import logging
 import math
+import os
 import sqlite3
 import threading
 import time
@@ -24,7 +26,12 @@ from speechbrain_mifuse.lalm.limits import used_tokens
 from speechbrain_mifuse.lalm.profile import Tokens
 from speechbrain_mifuse.lalm.prompt import Prompt
 
+logger = logging.getLogger(__name__)
+
 SCHEMA_VERSION = 1
+
+# Seconds that a lock of another process is waited for, and after how many the user is told.
+LOCK_SECONDS, SILENT_SECONDS = 60.0, 3.0
 
 # Audio hashes and queries are spelled out once and referred to by number, which keeps a row of `answers` narrow; the
 # columns that `load` reads come first, so that long raw replies on overflow pages are never touched by it.
@@ -363,11 +370,14 @@ class LabelStore:
     ----------
     path : str or pathlib.Path
         Created if missing; its folder must exist.
+    read_only : bool
+        Never write, so that neither the file nor its folder needs to be writable and no writer is waited for.
 
     Raises
     ------
     StoreError
-        If the file is no label store, or one of another schema version, or cannot be opened.
+        If the file is no label store, or one of another schema version, cannot be opened, or stays locked by another
+        process for `LOCK_SECONDS`.
 
     Example
     -------
@@ -381,13 +391,16 @@ class LabelStore:
     ([0.75, 0.25], [[True, False], [False, False]], [0, -1])
     """
 
-    def __init__(self, path: str | Path):
-        self.path = Path(path)
+    def __init__(self, path: str | Path, read_only: bool = False):
+        self.path, self.read_only = Path(path), read_only
         self._lock = threading.Lock()
+        name = self._read_only_address() if read_only else self.path
         try:
-            self._db = sqlite3.connect(self.path, timeout=60, isolation_level=None, check_same_thread=False)
+            self._db = sqlite3.connect(
+                name, timeout=SILENT_SECONDS, isolation_level=None, check_same_thread=False, uri=read_only
+            )
         except sqlite3.Error as error:
-            raise self._error(error, "Check that its folder exists and is writable.") from None
+            raise self._error(error, "Name a label store.") from None
         try:
             self._prepare()
         except BaseException:
@@ -395,13 +408,15 @@ class LabelStore:
             raise
 
     @classmethod
-    def existing(cls, path: str | Path) -> LabelStore:
+    def existing(cls, path: str | Path, read_only: bool = False) -> LabelStore:
         """Open a store that must exist.
 
         Parameters
         ----------
         path : str or pathlib.Path
             Its file.
+        read_only : bool
+            As in the class.
 
         Returns
         -------
@@ -414,7 +429,7 @@ class LabelStore:
         """
         if not Path(path).is_file():
             raise StoreError(f"label store {path}: no such file. Name one that a collection or an import has written.")
-        return cls(path)
+        return cls(path, read_only)
 
     def __enter__(self) -> LabelStore:
         return self
@@ -461,6 +476,26 @@ class LabelStore:
         """Count the attempts of each (audio hash, sample index) that was only refused or answered unusably."""
         rows = self._answers(query, "rejected")
         return {(digest.hex(), k): attempts for digest, k, attempts in rows}
+
+    def rejections(self, query: Query) -> list[tuple[str, str, int, str]]:
+        """Count the reasons why answers are no samples, the commonest first.
+
+        Parameters
+        ----------
+        query : Query
+            What was asked.
+
+        Returns
+        -------
+        list of (str, str, int, str)
+            Kind, reason, number of answers, and one of their raw replies.
+        """
+        with self._reading():
+            return self._db.execute(
+                "SELECT kind, reason, COUNT(*), MIN(raw) FROM answers WHERE query_id = ? AND status = 'rejected' "
+                "GROUP BY kind, reason ORDER BY COUNT(*) DESC, kind, reason",
+                (self._query_id(query),),
+            ).fetchall()
 
     def load(self, query: Query, audio_hashes: Sequence[str], k: int) -> Samples:
         """Read the first `k` samples of each recording.
@@ -652,18 +687,22 @@ class LabelStore:
 
     def _prepare(self):
         try:
-            (version,) = self._db.execute("PRAGMA user_version").fetchone()
+            (version,) = self._patiently("PRAGMA user_version").fetchone()
             (tables,) = self._db.execute("SELECT COUNT(*) FROM sqlite_master").fetchone()
             if version != SCHEMA_VERSION and (version or tables):
                 raise StoreError(
                     f"{self.path}: not a label store of schema version {SCHEMA_VERSION} (found {version}). "
                     "Name another file, or open it with the version of speechbrain_mifuse that wrote it."
                 )
-            self._db.execute("PRAGMA journal_mode = WAL")
-            self._db.execute("PRAGMA synchronous = FULL")
             self._db.execute("PRAGMA temp_store = MEMORY")
             self._db.execute(f"PRAGMA mmap_size = {_MAPPED_BYTES}")
-            self._create()
+            if self.read_only and not version:
+                raise StoreError(f"{self.path}: an empty file. Name a label store.")
+            if not self.read_only:
+                self._patiently("PRAGMA journal_mode = WAL")
+                self._db.execute("PRAGMA synchronous = FULL")
+            if not version:
+                self._create()
         except sqlite3.Error as error:
             raise self._error(error, "Name a new file or a label store.") from None
 
@@ -709,6 +748,7 @@ class LabelStore:
         with self._lock:
             try:
                 self._db.execute("BEGIN")
+                self._patiently("SELECT COUNT(*) FROM sqlite_master")
                 yield
                 self._db.execute("COMMIT")
             except sqlite3.Error as error:
@@ -720,7 +760,7 @@ class LabelStore:
     def _transaction(self) -> Iterator[None]:
         with self._lock:
             try:
-                self._db.execute("BEGIN IMMEDIATE")
+                self._patiently("BEGIN IMMEDIATE")
                 yield
                 self._db.execute("COMMIT")
             except sqlite3.Error as error:
@@ -733,8 +773,47 @@ class LabelStore:
             with contextlib.suppress(sqlite3.Error):  # of a damaged file; what went wrong is on its way already
                 self._db.execute("ROLLBACK")
 
+    def _patiently(self, statement: str) -> sqlite3.Cursor:
+        """Run a statement that a lock of another process may delay, and say so before waiting long."""
+        start, told = time.monotonic(), False
+        while True:
+            try:
+                return self._db.execute(statement)
+            except sqlite3.OperationalError as error:
+                if not _is_locked(error) or time.monotonic() - start >= LOCK_SECONDS:
+                    raise
+            if not told:
+                logger.warning("label store %s: locked by another process, waiting up to %g s", self.path, LOCK_SECONDS)
+            told = True
+
+    def _read_only_address(self) -> str:
+        """Address for SQLite by which it needs to create nothing, if it could not."""
+        address = self.path.resolve().as_uri()
+        if os.access(self.path.parent, os.W_OK):
+            return f"{address}?mode=rw"  # closing it leaves no files behind, as mode=ro would
+        log, index = (self.path.with_name(self.path.name + ending) for ending in ("-wal", "-shm"))
+        if not (log.exists() and log.stat().st_size):
+            return f"{address}?immutable=1"
+        if not index.exists():
+            raise StoreError(
+                f"label store {self.path}: answers in {log.name} cannot be read in a folder that is read-only. "
+                "Copy both files to another folder."
+            )
+        return f"{address}?mode=ro"
+
     def _error(self, error: sqlite3.Error, remedy: str) -> StoreError:
+        if _is_locked(error):
+            remedy = (
+                f"Another process, such as a collection, an import or a merge, held its lock for {LOCK_SECONDS:g} s: "
+                "wait until it has ended, or stop it."
+            )
+        elif any(words in str(error) for words in ("unable to open", "readonly")):
+            remedy = "Check that its folder exists and that both are writable (permissions, a read-only mount)."
         return StoreError(f"label store {self.path}: {error}. {remedy}")
+
+
+def _is_locked(error: sqlite3.Error) -> bool:
+    return "locked" in str(error)
 
 
 def clean_base_url(base_url: str) -> str:

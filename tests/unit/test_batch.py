@@ -242,7 +242,8 @@ def test_a_refusal_stored_by_a_killed_ingest_counts_as_one_attempt(store, tones,
                 job.ingest()
             monkeypatch.setattr(BatchJob, "_save", original)
         with job_of(store, server) as job:
-            assert job.ingest().refused == 4
+            with pytest.raises(LalmError, match="4 of them: refusal"):
+                job.ingest()
             assert set(store.rejected(job.query).values()) == {1}
 
 
@@ -444,3 +445,24 @@ def test_a_server_that_is_down_is_one_clear_error_and_a_full_disk_loses_no_answe
         make(job, tones, k=4)
     with job_of(store, server) as job, pytest.raises(LalmError, match="is the server running"):
         job.submit()
+
+
+def test_a_batch_in_which_no_answer_can_be_used_is_an_error_and_asks_no_more(store, tones):
+    with simulated_batch_server(lambda body: (200, completion("hm"))) as server, job_of(store, server) as job:
+        with pytest.raises(LalmError, match="none of the first 4 answers can be used"):
+            run(job, tones)
+        assert len(server.batches) == 1 and sum(store.rejected(job.query).values()) == 4
+
+
+@pytest.mark.parametrize("body", [{"error": "no audio here"}, {"detail": "no audio here"}, ["no audio here"]])
+def test_the_message_of_a_request_that_failed_is_logged_once_whatever_its_form(store, tones, body, caplog):
+    calls = []
+
+    def answer(asked):
+        calls.append(asked)
+        return (422, body) if len(calls) <= 2 else distribution(asked)
+
+    with simulated_batch_server(answer) as server, job_of(store, server) as job:
+        found = run(job, tones)
+    assert found.unanswered == {"status 422": 2} and found.stored == 12
+    assert caplog.text.count("no audio here") == 1

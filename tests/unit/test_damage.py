@@ -4,7 +4,6 @@ import asyncio
 import contextlib
 import hashlib
 import json
-import os
 import random
 import resource
 import subprocess
@@ -456,30 +455,6 @@ def long_answer(number, k):
 
 
 # A read-only folder.
-
-
-@pytest.fixture
-def read_only(tmp_path):
-    """Give a function that makes a folder read-only, also for root where a mount is allowed."""
-    mounted = []
-
-    def protect(folder):
-        if os.geteuid() != 0:
-            folder.chmod(0o555)
-            return
-        for command in (["mount", "--bind", folder, folder], ["mount", "-o", "remount,bind,ro", folder, folder]):
-            try:
-                done = subprocess.run([str(word) for word in command], capture_output=True, check=False).returncode == 0
-            except OSError:
-                done = False
-            if not done:
-                pytest.skip("as root, and no file system can be mounted read-only here")
-            if folder not in mounted:
-                mounted.append(folder)
-
-    yield protect
-    for folder in mounted:
-        subprocess.run(["umount", str(folder)], check=True)
 
 
 def test_a_read_only_feature_store_is_read_and_writing_or_damage_are_named(stored, read_only):

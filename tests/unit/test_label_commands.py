@@ -1,7 +1,12 @@
 """The commands `labels` and `batch`, as a user types them."""
 
+import contextlib
+import json
+import re
+import shutil
 import sqlite3
 import sys
+import threading
 from pathlib import Path
 
 import pytest
@@ -118,3 +123,108 @@ def test_batch_needs_a_provider_and_a_file(flags, capsys):
     assert "has no Batch API" in capsys.readouterr().err
     assert status_of("batch", "run", "none.yaml") == 2
     assert "none.yaml: no such file" in capsys.readouterr().err
+
+
+READING = {
+    "show": [],
+    "check": [],
+    "export": ["labels.jsonl"],
+    "report": ["--manifest", "test.json", "--output", "report"],
+}
+
+
+@pytest.fixture
+def manifest(tmp_path, monkeypatch):
+    """Work in a folder with a manifest of the stored recordings, so that reports can be made."""
+    monkeypatch.chdir(tmp_path)
+    Path("corpus.json").write_text('{"data_root": "/toy"}')
+    Path("test.json").write_text(json.dumps({"u1": {"wav": "u1.wav", "speaker": "1"}}))
+
+
+@pytest.mark.parametrize("log", ["merged", "left by a killed process", "none: journal"])
+@pytest.mark.parametrize("what", READING)
+@pytest.mark.usefixtures("manifest")
+def test_reading_commands_work_in_a_folder_that_is_read_only(tmp_path, capsys, read_only, what, log):
+    folder = tmp_path / "answers"
+    folder.mkdir()
+    path = folder / "labels.sqlite"
+    with LabelStore(path) as store:
+        store.put_many(QUERY, [record(1, 0, sample(1, 0, 0, 0))])
+        if log == "left by a killed process":
+            killed = tmp_path / "killed"
+            shutil.copytree(folder, killed)
+    if log == "left by a killed process":
+        shutil.rmtree(folder)
+        shutil.copytree(killed, folder)
+        assert (folder / "labels.sqlite-wal").stat().st_size
+    if log == "none: journal":
+        with contextlib.closing(sqlite3.connect(path)) as db:
+            db.execute("PRAGMA journal_mode = DELETE")
+    before = sorted(item.name for item in folder.iterdir())
+    read_only(folder)
+    assert status_of("labels", what, str(path), *READING[what]) == 0
+    shown = capsys.readouterr().out
+    assert {"show": "1 recordings", "check": "sound", "export": "1 answers written", "report": "angry"}[what] in shown
+    assert sorted(item.name for item in folder.iterdir()) == before
+
+
+def test_answers_that_no_reader_can_reach_are_an_error_and_not_left_out(tmp_path, capsys, read_only):
+    folder, path = tmp_path / "answers", tmp_path / "labels.sqlite"
+    folder.mkdir()
+    with LabelStore(path) as store:
+        store.put_many(QUERY, [record(1, 0, sample(1, 0, 0, 0))])
+        for ending in ("", "-wal"):
+            shutil.copy(f"{path}{ending}", folder)
+    read_only(folder)
+    assert status_of("labels", "show", str(folder / "labels.sqlite")) == 2
+    assert re.search(r"labels.sqlite-wal cannot be read.*Copy both files", capsys.readouterr().err)
+
+
+def test_importing_into_a_store_that_is_read_only_is_one_clear_error(store, tmp_path, capsys, read_only):
+    file = str(tmp_path / "labels.jsonl")
+    main(["labels", "export", store, file])
+    folder = tmp_path / "answers"
+    folder.mkdir()
+    shutil.copy(store, folder)
+    read_only(folder)
+    assert status_of("labels", "import", file, "--into", str(folder / "labels.sqlite")) == 2
+    assert re.search(r"labels.sqlite: .*permissions", capsys.readouterr().err)
+
+
+@pytest.mark.parametrize("what", READING)
+@pytest.mark.usefixtures("manifest")
+def test_reading_commands_wait_for_no_writer_and_leave_no_files(store, tmp_path, what, caplog):
+    with contextlib.closing(sqlite3.connect(store, isolation_level=None)) as writer:
+        writer.execute("BEGIN IMMEDIATE")
+        assert status_of("labels", what, store, *READING[what]) == 0
+    assert "waiting" not in caplog.text
+    assert not list(tmp_path.glob("labels.sqlite-*"))
+
+
+@pytest.mark.parametrize("lock", ["BEGIN IMMEDIATE", "BEGIN EXCLUSIVE"])
+def test_a_store_that_stays_locked_is_named_with_its_lock_after_a_word_about_waiting(
+    store, tmp_path, capsys, caplog, monkeypatch, lock
+):
+    monkeypatch.setattr("speechbrain_mifuse.lalm.store.LOCK_SECONDS", 0.5)
+    monkeypatch.setattr("speechbrain_mifuse.lalm.store.SILENT_SECONDS", 0.1)
+    file = str(tmp_path / "labels.jsonl")
+    main(["labels", "export", store, file])
+    with contextlib.closing(sqlite3.connect(store, isolation_level=None)) as writer:
+        writer.execute("PRAGMA journal_mode = DELETE" if "EXCLUSIVE" in lock else "SELECT 1")
+        writer.execute(lock)
+        assert status_of("labels", "import", file, "--into", store) == 2
+    said = capsys.readouterr().err
+    assert re.search(r"label store \S*labels.sqlite: database is locked. Another process.* 0.5 s", said)
+    assert "free space" not in said
+    assert caplog.text.count("locked by another process, waiting up to 0.5 s") == 1
+
+
+def test_a_lock_that_is_given_back_in_time_only_delays(store, tmp_path, caplog, monkeypatch):
+    monkeypatch.setattr("speechbrain_mifuse.lalm.store.SILENT_SECONDS", 0.1)
+    file = str(tmp_path / "labels.jsonl")
+    main(["labels", "export", store, file])
+    with contextlib.closing(sqlite3.connect(store, isolation_level=None, check_same_thread=False)) as writer:
+        writer.execute("BEGIN IMMEDIATE")
+        threading.Timer(0.5, writer.execute, ["ROLLBACK"]).start()
+        assert status_of("labels", "import", file, "--into", store) == 0
+    assert "waiting" in caplog.text

@@ -1,9 +1,13 @@
 import math
+import re
+import time
 
 import pytest
+import real_replies
 
 from speechbrain_mifuse.errors import UserError
 from speechbrain_mifuse.lalm.answer import Reply, parse_answer, parse_distribution, parse_label, parse_logprobs
+from speechbrain_mifuse.lalm.client import reply_of
 from speechbrain_mifuse.lalm.prompt import ANSWER_FORMS, Prompt
 
 LABELS = ("angry", "happy", "neutral", "sad")
@@ -81,6 +85,9 @@ def test_bare_label_in_place_of_a_distribution_is_kept_as_a_label():
         ("Emotion: Neutral", "neutral"),
         ("The speaker sounds sad, very sad.", "sad"),
         ('{"emotion": "anger"}', "angry"),
+        ("{'predictedEmotion': 'anger', 'confidence': 0.9,}", "angry"),
+        ("Emotion: happy\nConfidence: 90%\nIntensity: 3", "happy"),
+        ("<answer>Sad</answer>", "sad"),
         ("<think>happy? sad? no</think>neutral", "neutral"),
     ],
 )
@@ -102,6 +109,8 @@ def test_label_is_read_as_one_hot(text, label):
         "fearful",
         '{"angry": 0.1}',
         '{"angry": 0.7, "hap',
+        '[{"label": "sad", "score": 0.05}, {"label": "puzzled", "score": 0.95}]',
+        "neutral: 0.05\npuzzled: 0.95",
         "angry " + "because of the loud voice and the tense manner of speaking in this recording, I think",
     ],
 )
@@ -224,3 +233,35 @@ def test_template_with_json_braces_is_left_alone():
 def test_unusable_prompt_is_refused_by_name(arguments, named):
     with pytest.raises(UserError, match=named):
         Prompt(**arguments)
+
+
+@pytest.mark.parametrize("case", real_replies.CASES, ids=lambda case: case.name)
+def test_real_reply_has_its_right_reading(case):
+    reply = reply_of(case.choice)
+    assert Reply.from_json(reply.to_json()) == reply
+    answer = Prompt(real_replies.LABELS).parse(reply)
+    if len(case.reading) == 2:
+        kind, reason = case.reading
+        assert (answer.kind, answer.probs) == (kind, None) and re.search(reason, answer.reason)
+    else:
+        assert answer.kind == "distribution" and answer.probs == pytest.approx(case.reading)
+
+
+@pytest.mark.parametrize("finish_reason", ["stop", "STOP", "end_turn", None])
+@pytest.mark.parametrize("begin, end", real_replies.THOUGHTS.values(), ids=real_replies.THOUGHTS)
+def test_label_after_thoughts_is_read(begin, end, finish_reason):
+    assert read("label", f"{begin}happy? sad? no{end}neutral", finish_reason).probs == (0, 0, 1, 0)
+    assert read("label", f"{begin}happy? sad? no", finish_reason).kind == "invalid"
+
+
+@pytest.mark.parametrize("finish_reason", ["MAX_TOKENS", "max_tokens", "length", "model_length"])
+def test_label_that_was_cut_off_is_no_sample_in_any_form(finish_reason):
+    for form in ANSWER_FORMS:
+        assert read(form, "angry", finish_reason, top_logprobs=(("angry", -0.1),)).kind == "invalid"
+
+
+def test_a_megabyte_of_thoughts_is_read_soon():
+    began = time.process_time()
+    assert read("distribution", f"<think>{'{[“hm, ' * 150_000}</think>{real_replies.OBJECT}").is_sample
+    assert not read("distribution", "<think" * 150_000).is_sample
+    assert time.process_time() - began < 2

@@ -1,4 +1,5 @@
 import asyncio
+import json
 import re
 import time
 
@@ -97,6 +98,94 @@ def test_error_names_the_address_and_the_remedy(status, error, said, hopeless):
     assert url in str(caught) and "--lalm_base_url" in str(caught)
     assert re.search(said, str(caught))
     assert caught.hopeless is hopeless
+
+
+@pytest.mark.parametrize("status", [400, 404, 422, 500, 503])
+@pytest.mark.parametrize(
+    "body",
+    [
+        {"error": {"message": "the reason is here"}},
+        {"error": "the reason is here"},
+        [{"error": {"code": 400, "message": "the reason is here", "status": "INVALID_ARGUMENT"}}],
+        {"detail": "the reason is here"},
+        {"detail": [{"loc": ["body", "n"], "msg": "the reason is here", "type": "value_error"}]},
+        {"object": "error", "message": "the reason is here", "type": "BadRequestError", "code": 400},
+        {"errors": [{"message": "the reason is here"}]},
+        {"code": "InvalidParameter", "msg": "the reason is here"},
+        {"error": {"code": "the reason is here"}},
+        b"the reason\n is   here",
+        b'"the reason is here"',
+        b"<html><head><style>h1 {color: red}</style></head><body><h1>the reason is here</h1></body></html>",
+    ],
+)
+def test_message_of_the_server_is_quoted_in_one_line_whatever_the_form_of_its_error(status, body):
+    with scripted_server(lambda *_: (status, body)) as (url, _):
+        caught = failure(url)
+    assert "the reason is here" in str(caught) and str(caught).count("\n") == 0
+    assert str(status) in str(caught) and caught.status == status and "color" not in str(caught)
+
+
+@pytest.mark.parametrize("body", [b"x" * 100_000, b"[" * 100_000, {"error": [[[[[[[["deep"]]]]]]]]}, b"", {}, []])
+def test_error_with_a_body_that_says_nothing_is_still_one_short_line(body):
+    with scripted_server(lambda *_: (400, body)) as (url, _):
+        caught = str(failure(url))
+    assert len(caught) < 600 and caught.count("\n") == 0 and "400" in caught
+
+
+def test_key_in_any_error_body_is_redacted_before_the_body_is_cut(monkeypatch):
+    monkeypatch.setenv("OPENAI_API_KEY", KEY)
+    bodies = [f"{'x' * place}{KEY}".encode() for place in (280, 290, 2990)]
+    bodies += [
+        f"<p>{' ' * 2970}{KEY}".encode(),
+        json.dumps([{"detail": KEY}]).encode(),
+        json.dumps({"x": KEY}).encode(),
+    ]
+    for status in (200, 400):
+        for body in bodies:
+            with scripted_server(lambda *_, status=status, body=body: (status, body)) as (url, _):
+                assert KEY[:12] not in str(failure(url))
+
+
+@pytest.mark.parametrize(
+    ("error", "status", "asked"),
+    [
+        ({"error": {"message": "busy", "code": 429}}, 429, 3),
+        ({"error": {"message": "busy", "code": "502"}}, 502, 3),
+        ({"error": {"message": "busy", "status": "RESOURCE_EXHAUSTED"}}, 429, 3),
+        ({"error": {"message": "busy", "type": "overloaded_error"}}, 503, 3),
+        ([{"error": {"message": "busy", "code": 503}}], 503, 3),
+        ({"error": {"message": "busy"}}, None, 3),
+        ({"error": "busy"}, None, 3),
+        ({"error": {"message": "busy", "code": 400}}, 400, 1),
+        ({"object": "error", "message": "busy", "type": "NotFoundError", "code": 404}, 404, 1),
+        ({"error": {"message": "busy", "type": "invalid_request_error"}}, 400, 1),
+        ({"error": {"message": "busy", "code": "insufficient_quota"}}, 429, 1),
+        ({"error": {"message": "busy", "code": "invalid_api_key"}}, 401, 1),
+        (b'data: {"error": {"message": "busy", "code": 400}}\n\n', 400, 1),
+    ],
+)
+def test_error_in_a_reply_with_status_200_counts_as_that_error(error, status, asked, monkeypatch):
+    monkeypatch.setattr("speechbrain_mifuse.lalm.client._FIRST_BACKOFF", 0.01)
+    with scripted_server(lambda *_: (200, error)) as (url, requests):
+        caught = failure(url, max_retries=2)
+    assert "busy" in str(caught) and caught.status == status and len(requests) == asked
+
+
+def test_error_beside_choices_is_no_error():
+    with scripted_server(lambda *_: (200, {**completion("sad"), "error": None, "code": 0})) as (url, _):
+        assert ask(LalmClient(url, "m"), "label")[0].answer.is_sample
+
+
+def test_filter_in_a_reply_with_status_200_is_a_refusal():
+    with scripted_server(lambda *_: (200, {"error": {"message": "blocked", "code": "content_filter"}})) as (url, _):
+        assert ask(LalmClient(url, "m"))[0].answer.kind == "refusal"
+
+
+@pytest.mark.parametrize("beginning", ["", ": waiting\n\n", "event: message\nid: 1\n"])
+def test_stream_that_was_not_asked_for_is_named(beginning):
+    stream = f'{beginning}data: {{"choices": [{{"delta": {{"content": "sad"}}}}]}}\n\ndata: [DONE]\n\n'
+    with scripted_server(lambda *_: (200, stream.encode())) as (url, _):
+        assert re.search(r"stream of events.*stream: false", str(failure(url)))
 
 
 @pytest.mark.parametrize(

@@ -1,8 +1,10 @@
 import asyncio
 import base64
 import contextlib
+import functools
 import logging
 import os
+import re
 import signal
 import socket
 import threading
@@ -15,7 +17,7 @@ from lalm_support import LABELS, EnergyRecogniser, completion, scripted_server, 
 from speechbrain_mifuse.audio import content_hash, load_audio
 from speechbrain_mifuse.errors import UserError
 from speechbrain_mifuse.lalm.client import LalmClient, LalmError
-from speechbrain_mifuse.lalm.collect import RETRY_SEED_STRIDE, CollectReport, collect, plan
+from speechbrain_mifuse.lalm.collect import MAX_UNUSABLE, RETRY_SEED_STRIDE, CollectReport, collect, plan
 from speechbrain_mifuse.lalm.prompt import Prompt
 from speechbrain_mifuse.lalm.serve import EmotionServer
 from speechbrain_mifuse.lalm.store import LabelStore, Query, StoreError
@@ -190,8 +192,9 @@ def test_bad_replies_never_become_labels(store, tmp_path):
 def test_rejected_answers_are_retried_with_other_seeds_until_attempts_run_out(store, tmp_path):
     utterances = write_tones(tmp_path, 1)
     with scripted_server(lambda *_: (200, completion("hm", "hm"))) as (url, requests):
-        reports = [run(store, url, utterances, 2, max_attempts=2, seed=5)[0] for _ in range(3)]
-    assert [report.asked for report in reports] == [2, 2, 0]
+        for _ in range(3):
+            with pytest.raises(LalmError, match="none of the first 2 answers can be used"):
+                run(store, url, utterances, 2, max_attempts=2, seed=5)
     assert [body["seed"] for body in requests] == [5, 5 + RETRY_SEED_STRIDE]
     with scripted_server(lambda *_: (200, completion('{"sad": 1}', '{"sad": 1}'))) as (url, _):
         report, query = run(store, url, utterances, 2, max_attempts=3, seed=5)
@@ -305,13 +308,65 @@ def test_planted_key_reaches_no_file_and_no_log(store, tmp_path, caplog, capfd):
             return 400, {"error": {"message": text, "code": text}}
         return 200, completion(text, refusal=text, model=text)
 
-    with scripted_server(echo) as (url, _):
-        report, _ = run(store, url, write_tones(tmp_path, 6), 1, show_progress=True)
+    with scripted_server(echo) as (url, _), pytest.raises(LalmError, match="you sent Bearer") as caught:
+        run(store, url, write_tones(tmp_path, 6), 1, show_progress=True)
     store.close()
     files = [path for path in tmp_path.rglob("*") if path.is_file()]
-    assert any(path.name == "labels.sqlite" for path in files) and report.refused and report.failed
+    assert any(path.name == "labels.sqlite" for path in files) and "3 refused" in caplog.text
     assert not [path for path in files if KEY.encode() in path.read_bytes()]
-    assert KEY not in caplog.text + "".join(capfd.readouterr()) + report.summary()
+    assert KEY not in caplog.text + "".join(capfd.readouterr()) + str(caught.value)
+
+
+@pytest.mark.parametrize(("count", "asked_at_most"), [(4, 4), (200, MAX_UNUSABLE + 2 * 4)])
+def test_a_run_in_which_no_answer_can_be_used_stops_early_and_quotes_reason_and_reply(
+    store, tmp_path, count, asked_at_most
+):
+    replies = iter(range(1000))
+
+    def script(*_):
+        if next(replies) % 4 == 0:
+            return 200, completion("Ich höre\n nur Rauschen. " * 20, model=KEY)
+        return 200, completion("angry", finish_reason="MAX_TOKENS")
+
+    with scripted_server(script) as (url, requests):
+        with pytest.raises(LalmError) as caught:
+            run(store, url, [(f"u{i}", functools.partial(tone, i)) for i in range(count)], 1, concurrency=4)
+        assert min(count, MAX_UNUSABLE) <= len(requests) <= asked_at_most
+    said = str(caught.value)
+    assert re.search(r"--lalm_model m: none of the first \d+ answers can be used", said)
+    assert "truncated (max_tokens)" in said and "'angry'" in said and "--lalm_answer_form" in said
+    assert "\n" not in said
+    assert store.queries()[0].counts["invalid"] == len(requests)
+
+
+def test_answers_that_stand_only_in_the_reasoning_stop_the_run_with_what_to_set(store, tmp_path):
+    body = completion(None)
+    body["choices"][0]["message"]["reasoning_content"] = '{"sad": 1}'
+    with scripted_server(lambda *_: (200, body)) as (url, _), pytest.raises(LalmError) as caught:
+        run(store, url, write_tones(tmp_path, 2), 1)
+    assert re.search(r"reasoning_content: switch thinking off.*One reply begins: '\{\"sad\": 1\}'", str(caught.value))
+
+
+def test_answers_that_are_usable_at_a_low_rate_are_collected_to_the_end(store):
+    replies, lock = iter(range(1000)), threading.Lock()
+
+    def script(*_):
+        with lock:
+            return 200, completion("sad" if next(replies) % 20 == 10 else "hm")
+
+    utterances = [(f"u{i}", functools.partial(tone, i)) for i in range(100)]
+    with scripted_server(script) as (url, requests):
+        report, _ = run(store, url, utterances, 1, "label")
+    assert (report.stored, report.invalid, len(requests)) == (5, 95, 100)
+
+
+def test_a_later_run_in_which_only_rejected_answers_are_left_is_no_error(store, tmp_path):
+    utterances = write_tones(tmp_path, 4)
+    with scripted_server(lambda *_: (200, completion("sad"))) as (url, _):
+        run(store, url, utterances[:1], 1, "label")
+    with scripted_server(lambda *_: (200, completion("hm"))) as (url, _):
+        report, _ = run(store, url, utterances, 1, "label")
+    assert (report.stored, report.invalid) == (0, 3)
 
 
 def test_query_of_another_prompt_or_model_is_refused(store, teacher, tmp_path):

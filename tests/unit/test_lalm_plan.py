@@ -298,8 +298,9 @@ def test_the_plan_leaves_out_what_was_refused_too_often(store, tmp_path):
     utterances = write_tones(tmp_path, 2)
     with scripted_server(lambda *_: (200, completion("hm"))) as (url, _):
         for _ in range(3):
-            _, query = run(store, url, utterances[:1])
-        client = LalmClient(url, "m")
+            with pytest.raises(LalmError, match="none of the first 1 answers can be used"):
+                run(store, url, utterances[:1])
+        client, query = LalmClient(url, "m"), store.queries()[0].query
         known = {name: Known(content_hash(load_audio(path)), 0.3) for name, path in utterances}
         plan = make_plan(known, Prompt(LABELS, "label"), client, store, query, 1)
     assert (plan.given_up, plan.calls) == (1, 1) and "1 given up" in plan.told()

@@ -3,6 +3,7 @@ import hashlib
 import itertools
 import json
 import math
+import re
 import threading
 
 import pytest
@@ -229,9 +230,55 @@ def test_the_longest_audio_heard_is_found_and_longer_recordings_stop_a_collectio
     assert check(card, Needs(Profile(), longest=30)) == []
 
 
-def test_passing_faults_are_no_verdict():
-    with scripted_server(lambda *_: (429, {"error": {"message": "slow down"}})) as (url, _):
-        assert set(verdicts(card_of(url)).values()) == {"cannot tell"}
+@pytest.mark.parametrize(
+    ("status", "body", "said"),
+    [
+        (429, {"error": {"message": "slow down"}}, "slow down"),
+        (500, b"out of memory", "out of memory"),
+        (200, {"error": {"message": "no capacity", "code": 503}}, "no capacity"),
+        (200, b'data: {"choices": [{"delta": {"content": "sad"}}]}\n\n', "stream of events"),
+    ],
+)
+def test_a_server_that_answers_nothing_is_an_error_after_two_calls_and_not_a_card(status, body, said):
+    with scripted_server(lambda *_: (status, body)) as (url, requests):
+        with pytest.raises(LalmError, match=rf"{said}[\s\S]*with and without audio failed"):
+            card_of(url)
+        assert len(requests) == 2
+
+
+@pytest.mark.parametrize(
+    ("status", "body"),
+    [
+        (400, {"detail": "model 'm' is not served here"}),
+        (422, [{"error": {"message": "model 'm' is not served here"}}]),
+        (200, {"error": {"message": "model 'm' is not served here", "type": "invalid_request_error"}}),
+    ],
+)
+def test_a_server_that_rejects_every_call_is_an_error_and_not_deaf(status, body, capfd):
+    with scripted_server(lambda *_: (status, body)) as (url, _), pytest.raises(SystemExit) as stopped:
+        main(["probe", "--lalm_base_url", url, "--lalm_model", "m"])
+    shown = capfd.readouterr()
+    assert stopped.value.code == 2 and "hears_input_audio" not in shown.out
+    assert re.search(r"model 'm' is not served here[\s\S]*calls failed", shown.err)
+
+
+@pytest.mark.parametrize(("code", "named"), [(401, "OPENAI_API_KEY"), ("model_not_found", "--lalm_model")])
+def test_an_error_in_a_reply_with_status_200_stops_the_probe_too(code, named):
+    with scripted_server(lambda *_: (200, {"error": {"message": "no", "code": code}})) as (url, requests):
+        with pytest.raises(LalmError, match=named):
+            card_of(url)
+        assert len(requests) == 1
+
+
+def test_a_model_that_rejects_audio_alone_is_deaf_and_its_server_is_quoted():
+    def script(body, _):
+        if any(part["type"] != "text" for part in body["messages"][0]["content"]):
+            return 400, {"detail": [{"loc": ["body", "messages"], "msg": "this model takes text only"}]}
+        return 200, completion("angry")
+
+    with scripted_server(script) as (url, _):
+        finding = card_of(url)["hears_input_audio"]
+    assert finding.verdict == "no" and "HTTP 400: body.messages: this model takes text only" in finding.evidence
 
 
 def test_some_faults_among_the_calls_change_no_verdict():
