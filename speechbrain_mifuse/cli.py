@@ -422,7 +422,8 @@ def run_collect(options: argparse.Namespace) -> None:
     """
     if not options.yaml.is_file():
         raise UserError(f"{options.yaml}: no such file. The recipe's YAML file comes first, as hparams/nemo2rav.yaml")
-    from speechbrain_mifuse.pipeline import chosen_methods, collect_answers, load_hparams
+    from speechbrain_mifuse.pipeline import chosen_methods, collect_answers
+    from speechbrain_mifuse.settings import load_hparams
 
     given = {"lalm_budget": options.budget, "lalm_deadline": options.deadline}
     flags = [f"--{key}={value}" for key, value in given.items() if value is not None]

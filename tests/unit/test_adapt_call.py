@@ -201,14 +201,16 @@ def test_the_page_about_use_runs_as_it_stands(source, teacher, recordings, cache
         ({"teacher": "nowhere"}, "--teacher: nowhere is neither a base URL"),
         ({"wav_folder": "nowhere"}, "nowhere: no such folder of recordings"),
         ({"data_folder": "nowhere"}, "--data_folder: the recordings are named once"),
-        ({"number_of_steps": 0}, "--number_of_steps: 0 is no whole number"),
-        ({"number_of_steps": "abc"}, "--number_of_steps: abc is no whole number"),
-        ({"batch_size": -1}, "--batch_size: -1 is no whole number"),
+        ({"number_of_steps": 0}, "--number_of_steps 0: must be a whole number of at least 1"),
+        ({"number_of_steps": "abc"}, "--number_of_steps abc: must be a whole number of at least 1"),
+        ({"batch_size": 1}, "--batch_size 1: must be a whole number of at least 2"),
+        ({"lalm_samples": 0}, "--lalm_samples 0: must be"),
         ({"run_opts": {"device": "cuda:99"}}, "--device: cuda:99 cannot be used here"),
         ({"method": "source_only"}, "--method: name one method that trains a student"),
         ({"method": ["mi_fuse", "shot"]}, "--method: name one method"),
         ({"method": "mi_fuze"}, "--method: mi_fuze is none of"),
-        ({"no_such_key": 1}, "no_such_key"),
+        ({"no_such_key": 1}, "--no_such_key: .* has no such key"),
+        ({"batch_sise": 8}, "Did you mean --batch_size"),
     ],
 )
 def test_what_cannot_be_used_is_one_error_that_names_it(source, teacher, recordings, cache, tmp_path, changed, named):
@@ -219,7 +221,7 @@ def test_what_cannot_be_used_is_one_error_that_names_it(source, teacher, recordi
 
 def test_an_output_folder_that_cannot_be_made_is_one_error(source, teacher, recordings, cache, tmp_path):
     (tmp_path / "file").touch()
-    with pytest.raises(UserError, match=r"--output_folder: .* cannot be made"):
+    with pytest.raises(UserError, match=r"--output_folder: .* cannot be written"):
         adapt(source, recordings, teacher=teacher, output_folder=tmp_path / "file" / "out", **QUICK)
 
 

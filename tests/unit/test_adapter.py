@@ -397,7 +397,7 @@ def test_a_folder_of_another_pretraining_is_refused_and_an_equal_one_is_not_trai
     folder = pretrain(speech, tmp_path / "out")
     stamp = (folder / "about.json").stat().st_mtime_ns
     assert pretrain(speech, tmp_path / "out") == folder and (folder / "about.json").stat().st_mtime_ns == stamp
-    with pytest.raises(SettingsError, match=r"mask_share: found 0\.5, wanted 0\.7"):
+    with pytest.raises(SettingsError, match=r"mask_share: 0\.5 -> 0\.7"):
         pretrain(speech, tmp_path / "out", mask_share=0.7)
 
 
