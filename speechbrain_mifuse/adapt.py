@@ -204,6 +204,8 @@ def source_settings(folder: str | Path, about: Mapping) -> dict:
     ...
     speechbrain_mifuse.registry.RegistryError: /nowhere/hyperparams.yaml: cannot be read as YAML ...
     """
+    from speechbrain_mifuse.pipeline import corpus_of
+
     values = plain_values(Path(folder) / "hyperparams.yaml")
     encoder = values["encoder"]
     layers = encoder["layers"]
@@ -252,6 +254,7 @@ def teacher_settings(teacher: str | Path, source: str | Path, labels: list) -> d
     >>> teacher_settings("http://127.0.0.1:8000/v1", "source", ["angry"])
     {'lalm_base_url': 'http://127.0.0.1:8000/v1'}
     """
+    from speechbrain_mifuse.pipeline import corpus_of
     from speechbrain_mifuse.recogniser_files import read_about, recogniser_digest
 
     if str(teacher).startswith(("http://", "https://")):
@@ -298,29 +301,6 @@ def require_model(base_url: str | None, given: Collection[str]) -> None:
     named = {"lalm_model", "lalm_profile"} & set(given)
     if base_url is not None and not named and not is_loopback(base_url):
         raise UserError(f"--lalm_model: name the model that {base_url} is to be asked for.")
-
-
-def corpus_of(folder: str | Path, about: Mapping) -> str:
-    """Name what a recogniser was trained on.
-
-    Parameters
-    ----------
-    folder : str or pathlib.Path
-        The recogniser's.
-    about : mapping
-        What it says of itself.
-
-    Returns
-    -------
-    str
-        The corpus; for a folder of an earlier version, which does not say, the folder above it.
-
-    Example
-    -------
-    >>> corpus_of("results/a/recogniser", {"corpus": "nemo"}), corpus_of("results/a/recogniser", {})
-    ('nemo', 'a')
-    """
-    return about.get("corpus", Path(folder).resolve().parent.name)
 
 
 def trained_method(hparams: Mapping) -> str:

@@ -48,6 +48,7 @@ from speechbrain_mifuse.lalm.serve import EmotionServer
 from speechbrain_mifuse.lalm.store import KINDS, LabelStore, Query, Samples
 from speechbrain_mifuse.model_card import encoder_told
 from speechbrain_mifuse.progress import quiet
+from speechbrain_mifuse.recogniser_files import read_about as read_recogniser
 from speechbrain_mifuse.recogniser_files import write_card
 from speechbrain_mifuse.zero_shot import ZERO_SHOT
 from speechbrain_mifuse.zero_shot.audio_text import AudioTextModel, refuse_known_corpus
@@ -1148,7 +1149,7 @@ def report(
         scored,
         hparams["labels"],
         method=name,
-        source=hparams["source"],
+        source=source_name(hparams),
         target=hparams["target"],
         teacher=teacher_name(hparams),
         teacher_model=teacher_model,
@@ -1166,6 +1167,51 @@ def report(
     )
     if method.trains:
         write_card(folder / "recogniser", record)
+
+
+def source_name(hparams: Mapping) -> str:
+    """Say what the source recognizer was trained on.
+
+    Parameters
+    ----------
+    hparams : mapping
+        `source`, `source_recogniser`.
+
+    Returns
+    -------
+    str
+        The corpus of the recognizer that is given, else of the one that is trained here.
+
+    Example
+    -------
+    >>> source_name({"source": "ravdess", "source_recogniser": None})
+    'ravdess'
+    """
+    folder = hparams["source_recogniser"]
+    return hparams["source"] if folder is None else corpus_of(folder, read_recogniser(folder))
+
+
+def corpus_of(folder: str | Path, about: Mapping) -> str:
+    """Name what a recognizer was trained on.
+
+    Parameters
+    ----------
+    folder : str or pathlib.Path
+        The recognizer's.
+    about : mapping
+        What it says of itself.
+
+    Returns
+    -------
+    str
+        The corpus; for a folder of an earlier version, which does not say, the folder above it.
+
+    Example
+    -------
+    >>> corpus_of("results/a/recogniser", {"corpus": "nemo"}), corpus_of("results/a/recogniser", {})
+    ('nemo', 'a')
+    """
+    return about.get("corpus", Path(folder).resolve().parent.name)
 
 
 def teacher_name(hparams: Mapping) -> str:

@@ -23,6 +23,7 @@ from speechbrain_mifuse.brains.training import require_trainable, require_unchan
 from speechbrain_mifuse.corpora.folds import fold_folder
 from speechbrain_mifuse.corpora.manifest import read_manifest, unlabelled
 from speechbrain_mifuse.errors import UserError, require_writable
+from speechbrain_mifuse.evaluation.report_cases import cases_of
 from speechbrain_mifuse.features import cache_folder
 from speechbrain_mifuse.features.dataset import encoded_rows
 from speechbrain_mifuse.features.extract import FrameReader
@@ -236,6 +237,7 @@ def _require_same_settings(hparams: Mapping, names: Sequence[str]) -> None:
             require_unchanged(folder / name / "settings.json", settings)
         done = [name for name in names if (folder / name / "settings.json").is_file()]
         answered = any(methods[name].answers_for for name in done)
+        _require_same_page(folder, hparams)
         if done:
             _require_same_data(hparams, (*TARGET_KEYS, *(ANSWER_KEYS if answered else ())))
     for role in ("source", "teacher"):
@@ -249,6 +251,14 @@ def _require_same_settings(hparams: Mapping, names: Sequence[str]) -> None:
         options = hparams["dual_encoder"]
         settings = {key: options[key] for key in dual_encoder.DECISIVE}
         require_unchanged(Path(options["output_folder"]) / "settings.json", settings)
+
+
+def _require_same_page(folder: Path, hparams: Mapping) -> None:
+    """Refuse a folder whose page, which shows all methods in it, would be wrong in the end."""
+    for case in cases_of(sorted(folder.glob("*/results.json"))):
+        for outcome in (outcome for run in case.runs for outcome in run.outcomes.values()):
+            wanted = {"seed": hparams["seed"], "labels": list(hparams["labels"])}
+            require_unchanged(outcome.folder / "results.json", wanted, outcome.record)
 
 
 def _require_same_arms(folder: Path, options: Mapping, names: Sequence[str]) -> None:

@@ -348,8 +348,8 @@ def validate(brain: ClassifierBrain, hparams: Mapping, front) -> dict:
     Returns
     -------
     dict
-        `UA`, `WA`, `macro_F1`, `n`; `ci95` of UA over speakers; `temperature`, which makes these labels most likely,
-        and `nll` and `calibrated_nll`, in nats, without and with it (on what it was fitted to).
+        `UA`, `WA`, `macro_F1`, `n`, `counts` by class; `ci95` of UA over speakers; `temperature`, which makes these
+        labels most likely, and `nll` and `calibrated_nll`, in nats, without and with it (on what it was fitted to).
 
     Example
     -------
@@ -364,6 +364,7 @@ def validate(brain: ClassifierBrain, hparams: Mapping, front) -> dict:
     rows = encoded_rows(hparams["valid_manifest"], getattr(front, "store", None))
     counts = counts_by_speaker(by_key, rows, hparams["labels"])
     found |= {"ci95": list(speaker_bootstrap(counts)), "test_speakers": len(counts)}
+    found["counts"] = {label: int((reference == index).sum()) for index, label in enumerate(hparams["labels"])}
     said = F.one_hot(reference, len(hparams["labels"]))
     found["temperature"] = fit_temperature(probs, said)
     found["nll"], found["calibrated_nll"] = mean_nll(probs, said), mean_nll(probs, said, found["temperature"])

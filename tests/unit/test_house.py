@@ -13,19 +13,9 @@ PACKAGE = ROOT / "speechbrain_mifuse"
 # Each room may import from those before it.
 ROOMS = ("errors", "progress", "audio", "corpora", "features", "nnet", "model_card", "recogniser_files")
 ROOMS += ("windows", "inference", "lalm", "zero_shot")
-ROOMS += (
-    "adaptation",
-    "evaluation",
-    "brains",
-    "settings",
-    "pipeline",
-    "preflight",
-    "fold_pipeline",
-    "zero_shot_pipeline",
-    "registry",
-    "sweep",
-)
-ROOMS += ("extract_command", "label_commands", "mifuse_recipe", "adapt", "recogniser_commands", "cli")
+ROOMS += ("adaptation", "evaluation", "brains", "settings", "pipeline", "preflight")
+ROOMS += ("fold_pipeline", "zero_shot_pipeline", "registry", "sweep")
+ROOMS += ("extract_command", "label_commands", "mifuse_recipe", "adapt", "recogniser_commands", "cli", "__main__")
 PAIRS = sorted(path.name for path in (ROOT / "hparams").glob("*2*.yaml"))
 PAPER = [name for name in PAIRS if set(name.removesuffix(".yaml").split("2")) < {"iem", "imp", "msp"}]
 OPEN = [name for name in PAIRS if name not in PAPER]

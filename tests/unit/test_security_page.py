@@ -19,8 +19,8 @@ from speechbrain_mifuse.errors import UserError
 from speechbrain_mifuse.features.encoder import FrozenEncoder
 from speechbrain_mifuse.inference import EmotionRecognizer
 from speechbrain_mifuse.nnet.classifier import EmotionClassifier
-from speechbrain_mifuse.settings import load_hparams
 from speechbrain_mifuse.recogniser_files import OLDER_TAGS, TAGS, TEXT, RecogniserError, load_classifier, write_folder
+from speechbrain_mifuse.settings import load_hparams
 
 ROOT = Path(__file__).resolve().parents[2]
 PAGE = ROOT / "docs" / "security.md"
