@@ -88,11 +88,11 @@ def require_ready(hparams: Mapping, names: Sequence[str] = (), run_opts: Mapping
         known_rule(hparams["adaptation"]["selection"])
         require_source(hparams)
     _require_same_settings(hparams, names)
+    if "adaptation" in hparams:
+        require_teacher(hparams, names, run_opts)
     require_writable(hparams["output_folder"], "--output_folder")
     if "feature_folder" in hparams:
         require_writable(hparams["feature_folder"] or cache_folder() / "features", "--feature_folder")
-    if "adaptation" in hparams:
-        require_teacher(hparams, names, run_opts)
 
 
 def require_source(hparams: Mapping, reader: FrameReader | None = None) -> None:

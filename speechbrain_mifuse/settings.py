@@ -389,20 +389,29 @@ def require_known(path: str | Path, values, overrides: Mapping) -> None:
     """
     if not isinstance(values, Mapping):
         raise UserError(f"{path}: holds no keys, so it is not the YAML file of a recipe.")
-    for key in overrides:
+    for key, value in overrides.items():
         if key not in values:
-            near = difflib.get_close_matches(key, [*values, *RunOptions().as_dict()], 1)
-            hint = f" Did you mean --{near[0]}?" if near else ""
+            hint = _nearest(key, [*values, *RunOptions().as_dict()], "--")
             raise UserError(f"--{key}: {path} has no such key.{hint}")
+        tag = str(getattr(getattr(values[key], "tag", None), "value", ""))
+        # HyperPyYAML would pass over what the included file does not have.
+        if isinstance(value, Mapping) and isinstance(values[key], Mapping) and tag.startswith("!include:"):
+            included = Path(path).resolve().parent / tag.removeprefix("!include:")
+            known = [*values[key], *YAML().load(included.read_text(encoding="utf-8"))]
+            for unknown in (name for name in value if name not in known):
+                raise UserError(f"--{key}: {included.name} has no key '{unknown}'.{_nearest(unknown, known)}")
+
+
+def _nearest(key: str, known: Sequence[str], dashes: str = "") -> str:
+    """Suggest the key that was probably meant."""
+    near = difflib.get_close_matches(key, known, 1)
+    return f" Did you mean {dashes}{near[0]}?" if near else ""
 
 
 def _reason(error: Exception) -> str:
     """Put an error of HyperPyYAML into one line."""
     text = " ".join(str(error).split())
-    unknown = re.search(r"Override '(.*?)' not found in: ", text)
     placeholder = re.search(r"'([^']*)' is a !PLACEHOLDER", text)
-    if unknown:
-        return f"there is no key '{unknown[1]}' in the settings that it includes."
     if placeholder:
         return f"'{placeholder[1]}' has no value. Pass --{placeholder[1]} VALUE."
     return text
