@@ -376,6 +376,7 @@ def run_sweep(options: argparse.Namespace) -> None:
         print(sweep.advice(options.commands, plan))
         return
     if not options.collect:
+        sweep.require_settings(plan)
         sweep.run_plan(plan, options.jobs or max(sweep.usable_cores() // plan.threads, 1))
     print(sweep.collect(plan, options.table or plan.output, options.name, baselines, figure_methods))
 

@@ -29,8 +29,10 @@ from speechbrain_mifuse.features.dataset import encoded_rows
 from speechbrain_mifuse.features.extract import FrameReader
 from speechbrain_mifuse.features.speakers import chosen_norm
 from speechbrain_mifuse.features.store import FeatureStore
+from speechbrain_mifuse.features.text_encoder import FrozenTextEncoder
 from speechbrain_mifuse.lalm.client import is_loopback
 from speechbrain_mifuse.lalm.store import LabelStore
+from speechbrain_mifuse.nnet.adapter_files import adapter_digest
 from speechbrain_mifuse.pipeline import (
     LOOPBACK,
     client_of,
@@ -44,8 +46,11 @@ from speechbrain_mifuse.pipeline import (
 from speechbrain_mifuse.recogniser_files import RecogniserError, load_classifier, read_about, refuse_foreign_code
 from speechbrain_mifuse.settings import require_layer
 from speechbrain_mifuse.zero_shot import ZERO_SHOT
+from speechbrain_mifuse.zero_shot.captions import read_captions
 from speechbrain_mifuse.zero_shot.prompts import read_prompts
 
+# Whose classifiers may be trained here.
+ROLES = ("source", "teacher")
 # Seconds to wait for a server to accept a connection.
 PATIENCE_S = 10
 # What decides the target's data and what the teacher says of it, by key of the recipe.
@@ -84,6 +89,7 @@ def require_ready(hparams: Mapping, names: Sequence[str] = (), run_opts: Mapping
     """
     if "speaker_norm" in hparams:
         chosen_norm(hparams)
+    _require_files(hparams)
     if "adaptation" in hparams:
         known_rule(hparams["adaptation"]["selection"])
         require_source(hparams)
@@ -93,6 +99,23 @@ def require_ready(hparams: Mapping, names: Sequence[str] = (), run_opts: Mapping
     require_writable(hparams["output_folder"], "--output_folder")
     if "feature_folder" in hparams:
         require_writable(hparams["feature_folder"] or cache_folder() / "features", "--feature_folder")
+
+
+def _require_files(hparams: Mapping) -> None:
+    """Refuse adapters, prompts, captions, and names of choices that are read only after encoding."""
+    pretrained = [
+        hparams.get("adapter_folder"),
+        *(hparams.get(f"{role}_classifier", {}).get("adapter") for role in ROLES),
+    ]
+    for folder in filter(None, pretrained):
+        adapter_digest(folder)
+    if hparams.get("pretrain_on", "all") != "all":
+        known_ones(hparams["pretrain_on"], ["train", "test"], "--pretrain_on")
+    prompts = read_prompts(hparams["prompts"]) if "prompts" in hparams else None
+    if "captions" in hparams:
+        read_captions(hparams["captions"], prompts)
+        FrozenTextEncoder(hparams["text_encoder"])
+        known_ones(hparams["dual_encoder"]["positives"], dual_encoder.POSITIVES, "--dual_encoder positives")
 
 
 def require_source(hparams: Mapping, reader: FrameReader | None = None) -> None:
@@ -240,7 +263,7 @@ def _require_same_settings(hparams: Mapping, names: Sequence[str]) -> None:
         _require_same_page(folder, hparams)
         if done:
             _require_same_data(hparams, (*TARGET_KEYS, *(ANSWER_KEYS if answered else ())))
-    for role in ("source", "teacher"):
+    for role in ROLES:
         options = hparams.get(f"{role}_classifier")
         if options is not None and hparams.get(f"{role}_recogniser") is None:
             require_unchanged(Path(options["output_folder"]) / "settings.json", classifier.chosen_settings(options))

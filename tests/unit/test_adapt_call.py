@@ -259,7 +259,12 @@ def test_other_settings_in_an_output_folder_are_named_before_anything_in_it_chan
     adapted, source, teacher, recordings, cache
 ):
     folder = folder_of(adapted)
-    before = {path: path.stat().st_mtime_ns for path in folder.rglob("*")}
+
+    def times():
+        # This process still logs to the first run's file.
+        return {path: path.stat().st_mtime_ns for path in folder.rglob("*") if path.name != "log.txt"}
+
+    before = times()
     for changed, said in (
         ({"number_of_steps": 30}, "number_of_steps: 20 -> 30"),
         ({"seed": 2}, "seed: 1 -> 2"),
@@ -268,7 +273,7 @@ def test_other_settings_in_an_output_folder_are_named_before_anything_in_it_chan
     ):
         with pytest.raises(UserError, match=said):
             adapt(source, recordings, teacher=teacher, output_folder=folder, **{**QUICK, **changed})
-    assert {path: path.stat().st_mtime_ns for path in folder.rglob("*")} == before
+    assert times() == before
 
 
 def test_a_damaged_source_or_teacher_is_refused_before_anything_is_written(
