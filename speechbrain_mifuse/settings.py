@@ -5,6 +5,7 @@ Every recipe and command reads its settings here, so a flag is understood, and r
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import difflib
 import math
@@ -346,14 +347,52 @@ def read_hparams(path: str | Path, overrides: Mapping) -> dict:
     ...
     speechbrain_mifuse.errors.UserError: --batch_size 1: must be a whole number of at least 2, because ...
     """
+    with _named(path), open(path, encoding="utf-8") as file:
+        _check(path, file, overrides)
+        file.seek(0)
+        # What is loaded changes the overrides that it was given.
+        return load_hyperpyyaml(file, copy.deepcopy(dict(overrides)))
+
+
+def check_flags(path: str | Path, flags: Sequence[str]) -> None:
+    """Do all the checks of `load_hparams`, and construct nothing.
+
+    Parameters
+    ----------
+    path, flags
+        As for `load_hparams`.
+
+    Raises
+    ------
+    UserError
+        As `load_hparams` does.
+
+    Example
+    -------
+    >>> import tempfile
+    >>> path = Path(tempfile.mkdtemp()) / "toy.yaml"
+    >>> _ = path.write_text("batch_size: 64")
+    >>> check_flags(path, ["--batch_size=1"])
+    Traceback (most recent call last):
+    ...
+    speechbrain_mifuse.errors.UserError: --batch_size 1: must be a whole number of at least 2, because ...
+    """
+    hparams_file, _, overrides = parse_arguments([str(path), *flags])
+    with _named(path), open(hparams_file, encoding="utf-8") as file:
+        _check(path, file, overrides)
+
+
+def _check(path: str | Path, file, overrides: Mapping) -> None:
+    require_known(path, YAML().load(file), overrides)
+    file.seek(0)
+    check_values(YAML().load(resolve_references(file, copy.deepcopy(dict(overrides)))))
+
+
+@contextlib.contextmanager
+def _named(path: str | Path):
+    """Put whatever HyperPyYAML raises into one line that names the file."""
     try:
-        with open(path, encoding="utf-8") as file:
-            require_known(path, YAML().load(file), overrides)
-            file.seek(0)
-            # What is loaded changes the overrides that it was given.
-            check_values(YAML().load(resolve_references(file, copy.deepcopy(dict(overrides)))))
-            file.seek(0)
-            return load_hyperpyyaml(file, copy.deepcopy(dict(overrides)))
+        yield
     except UserError:
         raise
     except FileNotFoundError as error:

@@ -40,7 +40,7 @@ from speechbrain_mifuse.evaluation.report import write_report
 from speechbrain_mifuse.evaluation.selection_report import selection_table
 from speechbrain_mifuse.progress import progress
 from speechbrain_mifuse.registry import Recipe, adaptation_recipe
-from speechbrain_mifuse.settings import load_hparams
+from speechbrain_mifuse.settings import check_flags
 from speechbrain_mifuse.zero_shot import ZERO_SHOT
 
 MARKER = "sweep.json"
@@ -323,7 +323,7 @@ def require_settings(plan: Plan) -> None:
     >>> require_settings(Plan([], ["mi_fuse"], [1], Path("out")))
     """
     for recipe in plan.recipes:
-        load_hparams(recipe.hparams, plan.flags)
+        check_flags(recipe.hparams, plan.flags)
 
 
 def flag_values(flags: Sequence[str]) -> dict[str, str]:
