@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import NamedTuple
 
@@ -87,8 +87,9 @@ def adapt(
     ...
     speechbrain_mifuse.recogniser_files.RecogniserError: /nowhere: no whole recogniser there ...
     """
-    chosen = "\n".join(f"{key}: {as_yaml(value)}" for key, value in overrides.items())
-    return run(source_checkpoint, wav_folder, teacher, output_folder, chosen, run_opts)
+    from speechbrain_mifuse.settings import overrides_of
+
+    return run(source_checkpoint, wav_folder, teacher, output_folder, overrides_of(overrides), run_opts)
 
 
 def run(
@@ -96,17 +97,17 @@ def run(
     wav_folder: str | Path,
     teacher: str | Path,
     output_folder: str | Path | None,
-    overrides: str,
+    overrides: Mapping,
     run_opts: Mapping | None,
 ) -> Adapted:
-    """Do what `adapt` does, with overrides as text.
+    """Do what `adapt` does, with overrides as a command line gives them.
 
     Parameters
     ----------
     source, wav_folder, teacher, output_folder, run_opts
         As for `adapt`.
-    overrides : str
-        YAML, a line for each key, as SpeechBrain's `parse_arguments` gives.
+    overrides : mapping
+        As `overrides_of` gives.
 
     Returns
     -------
@@ -124,32 +125,28 @@ def run(
     """
     import speechbrain as sb
 
-    from speechbrain_mifuse.pipeline import read_hparams
+    from speechbrain_mifuse.preflight import require_ready
     from speechbrain_mifuse.recogniser_files import read_about
+    from speechbrain_mifuse.settings import overrides_of, read_hparams
 
     about = read_about(source)
-    given = {line.split(":")[0].strip() for line in overrides.splitlines()}
-    require_recordings(wav_folder, given)
+    require_recordings(wav_folder, overrides)
     if run_opts and run_opts.get("device"):
         require_device(run_opts["device"])
     folder = Path(output_folder or Path("results") / "adapted" / Path(wav_folder).resolve().name)
     settings = {**source_settings(source, about), **teacher_settings(teacher, source, about["labels"])}
     settings |= {"data_folder": str(Path(wav_folder).resolve()), "output_folder": str(folder), "method": METHOD}
     served = settings.pop("teacher_recogniser", None)
-    require_model(settings.get("lalm_base_url"), given)
-    lines = [f"{key}: {as_yaml(value)}" for key, value in settings.items() if key not in given]
-    overrides = "\n".join([*lines, overrides]).strip()
+    require_model(settings.get("lalm_base_url"), overrides)
+    overrides = {**overrides_of(settings), **overrides}
     hparams = {**read_hparams(RECIPE, overrides), "teacher_recogniser": served}
     method = trained_method(hparams)
-    require_positive(hparams, ("number_of_steps", "batch_size", "lalm_samples"))
-    try:
-        Path(hparams["output_folder"]).mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(f"--output_folder: {hparams['output_folder']} cannot be made ({error.strerror}).") from None
+    names = [*TEACHERS, method]
+    require_ready(hparams, names, run_opts)
     hook = sys.excepthook
     sb.create_experiment_directory(hparams["output_folder"], RECIPE, overrides, save_env_desc=False)
     sys.excepthook = hook
-    run_recipe(hparams, [*TEACHERS, method], run_opts)
+    run_recipe(hparams, names, run_opts)
     folder = Path(hparams["output_folder"])
     results = json.loads((folder / method / "results.json").read_text())
     verdict = judged(folder, method, hparams["labels"])
@@ -185,56 +182,6 @@ def require_recordings(wav_folder: str | Path, given: Collection[str]) -> None:
         raise UserError(f"{wav_folder}: no such folder of recordings.")
 
 
-def require_positive(hparams: Mapping, keys: Sequence[str]) -> None:
-    """Refuse counts that are none.
-
-    Parameters
-    ----------
-    hparams : mapping
-        The recipe's.
-    keys : sequence of str
-        What must be a whole number of at least 1.
-
-    Raises
-    ------
-    UserError
-        Naming the flag.
-
-    Example
-    -------
-    >>> require_positive({"number_of_steps": 0}, ["number_of_steps"])
-    Traceback (most recent call last):
-    ...
-    speechbrain_mifuse.errors.UserError: --number_of_steps: 0 is no whole number of at least 1.
-    """
-    for key in keys:
-        value = hparams[key]
-        if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-            raise UserError(f"--{key}: {value} is no whole number of at least 1.")
-
-
-def as_yaml(value) -> str:
-    """Write a value for a line of overrides.
-
-    Parameters
-    ----------
-    value
-        Of JSON's types, or a path; text that begins with a tag of SpeechBrain's YAML stays one.
-
-    Returns
-    -------
-    str
-        YAML.
-
-    Example
-    -------
-    >>> as_yaml([1, 2]), as_yaml("a: b"), as_yaml("!include:lalm/openai.yaml")
-    ('[1, 2]', '"a: b"', '!include:lalm/openai.yaml')
-    """
-    tagged = isinstance(value, str) and value.startswith("!")
-    return value if tagged else json.dumps(value, default=str, ensure_ascii=False)
-
-
 def source_settings(folder: str | Path, about: Mapping) -> dict:
     """Take the settings of a run from the recogniser that it starts from.
 
@@ -257,6 +204,8 @@ def source_settings(folder: str | Path, about: Mapping) -> dict:
     ...
     speechbrain_mifuse.registry.RegistryError: /nowhere/hyperparams.yaml: cannot be read as YAML ...
     """
+    from speechbrain_mifuse.pipeline import corpus_of
+
     values = plain_values(Path(folder) / "hyperparams.yaml")
     encoder = values["encoder"]
     layers = encoder["layers"]
@@ -305,6 +254,7 @@ def teacher_settings(teacher: str | Path, source: str | Path, labels: list) -> d
     >>> teacher_settings("http://127.0.0.1:8000/v1", "source", ["angry"])
     {'lalm_base_url': 'http://127.0.0.1:8000/v1'}
     """
+    from speechbrain_mifuse.pipeline import corpus_of
     from speechbrain_mifuse.recogniser_files import read_about, recogniser_digest
 
     if str(teacher).startswith(("http://", "https://")):
@@ -351,29 +301,6 @@ def require_model(base_url: str | None, given: Collection[str]) -> None:
     named = {"lalm_model", "lalm_profile"} & set(given)
     if base_url is not None and not named and not is_loopback(base_url):
         raise UserError(f"--lalm_model: name the model that {base_url} is to be asked for.")
-
-
-def corpus_of(folder: str | Path, about: Mapping) -> str:
-    """Name what a recogniser was trained on.
-
-    Parameters
-    ----------
-    folder : str or pathlib.Path
-        The recogniser's.
-    about : mapping
-        What it says of itself.
-
-    Returns
-    -------
-    str
-        The corpus; for a folder of an earlier version, which does not say, the folder above it.
-
-    Example
-    -------
-    >>> corpus_of("results/a/recogniser", {"corpus": "nemo"}), corpus_of("results/a/recogniser", {})
-    ('nemo', 'a')
-    """
-    return about.get("corpus", Path(folder).resolve().parent.name)
 
 
 def trained_method(hparams: Mapping) -> str:
@@ -430,11 +357,13 @@ def run_recipe(hparams: Mapping, names: list[str], run_opts: Mapping | None) -> 
     from speechbrain_mifuse import pipeline
     from speechbrain_mifuse.brains import adaptation
     from speechbrain_mifuse.mifuse_recipe import dataio_prepare
+    from speechbrain_mifuse.preflight import require_data, require_recordings_to_adapt_to
 
     hparams["prepare_target"]()
-    pipeline.require_labels(hparams, names)
     reader = pipeline.open_reader(hparams, run_opts)
+    require_data(hparams, names, reader)
     front = pipeline.open_front(hparams, "target", hparams["layer"], reader)
+    require_recordings_to_adapt_to(hparams, names, front.store)
     source = pipeline.source_recogniser(hparams, reader, run_opts)
     answers = pipeline.ask_teacher(hparams, names, front.store, reader, run_opts)
     for name in names:

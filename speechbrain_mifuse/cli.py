@@ -376,6 +376,7 @@ def run_sweep(options: argparse.Namespace) -> None:
         print(sweep.advice(options.commands, plan))
         return
     if not options.collect:
+        sweep.require_settings(plan)
         sweep.run_plan(plan, options.jobs or max(sweep.usable_cores() // plan.threads, 1))
     print(sweep.collect(plan, options.table or plan.output, options.name, baselines, figure_methods))
 
@@ -422,7 +423,8 @@ def run_collect(options: argparse.Namespace) -> None:
     """
     if not options.yaml.is_file():
         raise UserError(f"{options.yaml}: no such file. The recipe's YAML file comes first, as hparams/nemo2rav.yaml")
-    from speechbrain_mifuse.pipeline import chosen_methods, collect_answers, load_hparams
+    from speechbrain_mifuse.pipeline import chosen_methods, collect_answers
+    from speechbrain_mifuse.settings import load_hparams
 
     given = {"lalm_budget": options.budget, "lalm_deadline": options.deadline}
     flags = [f"--{key}={value}" for key, value in given.items() if value is not None]

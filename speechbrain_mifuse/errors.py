@@ -1,10 +1,15 @@
-"""Errors a user can mend: shown as one line, without a traceback."""
+"""Errors that a user can fix: shown as one line, without a traceback."""
 
 from __future__ import annotations
 
 import contextlib
-import re
+import shutil
 import sys
+import tempfile
+from pathlib import Path
+
+# Free bytes below which nothing is begun.
+MIN_FREE_BYTES = 50 * 2**20
 
 
 class UserError(ValueError):
@@ -14,8 +19,6 @@ class UserError(ValueError):
 @contextlib.contextmanager
 def one_clear_error():
     """Turn a `UserError` inside the block into one line on standard error and exit status 2.
-
-    So are a flag that the recipe's YAML does not have, and a YAML file that is not there.
 
     Raises
     ------
@@ -32,22 +35,10 @@ def one_clear_error():
     """
     try:
         yield
-    except (UserError, KeyError, FileNotFoundError) as error:
-        told = str(error) if isinstance(error, UserError) else _misread_arguments(error)
-        if told is None:
-            raise
+    except UserError as error:
         sys.stdout.flush()
-        print(f"error: {told}", file=sys.stderr)
+        print(f"error: {error}", file=sys.stderr)
         raise SystemExit(2) from None
-
-
-def _misread_arguments(error: Exception) -> str | None:
-    """Tell what SpeechBrain says of a flag that is none, or of a YAML file that is not there; else nothing."""
-    if isinstance(error, FileNotFoundError):
-        named = error.filename in sys.argv[1:]
-        return f"{error.filename}: no such file. The recipe's YAML file comes first." if named else None
-    unknown = re.match(r"Override '(.*?)' not found in: ", str(error.args[0]) if error.args else "")
-    return f"--{unknown[1]}: the recipe has no such key." if unknown else None
 
 
 @contextlib.contextmanager
@@ -101,3 +92,37 @@ def require_device(name: str) -> None:
     except (RuntimeError, AssertionError) as error:
         reason = str(error).splitlines()[0]
         raise UserError(f"--device: {name} cannot be used here ({reason}). Leave --device out, or pass cpu.") from None
+
+
+def require_writable(folder: str | Path, flag: str) -> None:
+    """Make a folder, and refuse one that cannot be written or whose disk is nearly full.
+
+    Parameters
+    ----------
+    folder : str or pathlib.Path
+        To be written to.
+    flag : str
+        What names it, for the message.
+
+    Raises
+    ------
+    UserError
+        With the reason.
+
+    Example
+    -------
+    >>> require_writable("/dev/null/results", "--output_folder")
+    Traceback (most recent call last):
+    ...
+    speechbrain_mifuse.errors.UserError: --output_folder: /dev/null/results cannot be written (Not a directory). ...
+    """
+    try:
+        Path(folder).mkdir(parents=True, exist_ok=True)
+        # Modes do not say what a read-only disk or the superuser may do; a file does.
+        tempfile.TemporaryFile(dir=folder).close()
+        free = shutil.disk_usage(folder).free
+    except (OSError, ValueError) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise UserError(f"{flag}: {folder} cannot be written ({reason}). Name another folder.") from None
+    if free < MIN_FREE_BYTES:
+        raise UserError(f"{flag}: only {free / 2**20:.0f} MiB are free at {folder}. Free some space, or name another.")

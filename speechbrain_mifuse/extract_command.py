@@ -137,7 +137,8 @@ def run_extract(options: argparse.Namespace) -> None:
     if not options.yaml.is_file():
         raise UserError(f"{options.yaml}: no such file. The recipe's YAML file comes first, as hparams/nemo2rav.yaml")
     from speechbrain_mifuse.features.shards import Shard
-    from speechbrain_mifuse.pipeline import load_hparams, open_reader
+    from speechbrain_mifuse.pipeline import open_reader
+    from speechbrain_mifuse.settings import load_hparams
 
     shard = None if options.shard is None else Shard.parse(options.shard)
     hparams, run_opts = load_hparams(options.yaml, options.flags)

@@ -388,8 +388,9 @@ def run_batch(options: argparse.Namespace) -> None:
     from speechbrain_mifuse.lalm.batch import BatchJob
     from speechbrain_mifuse.lalm.store import LabelStore
     from speechbrain_mifuse.progress import quiet
+    from speechbrain_mifuse.settings import load_hparams
 
-    hparams, _ = pipeline.load_hparams(options.yaml, options.flags)
+    hparams, _ = load_hparams(options.yaml, options.flags)
     profile, names = pipeline.profile_of(hparams), pipeline.chosen_methods(hparams)
     if profile.base_url is None:
         raise UserError(

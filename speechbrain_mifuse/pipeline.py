@@ -9,17 +9,14 @@ import logging
 from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 
-import speechbrain as sb
 import torch
-from hyperpyyaml import load_hyperpyyaml
-from ruamel.yaml.error import YAMLError
 from speechbrain.utils.distributed import run_on_main
 
 from speechbrain_mifuse.adaptation.selection import chosen_snapshot, known_rule
 from speechbrain_mifuse.adaptation.uncertainty import single_label_share
 from speechbrain_mifuse.brains.classifier import train_classifier
 from speechbrain_mifuse.brains.snapshots import Snapshots
-from speechbrain_mifuse.brains.training import one_at_a_time
+from speechbrain_mifuse.brains.training import one_at_a_time, require_trainable
 from speechbrain_mifuse.corpora.manifest import (
     ABOUT,
     atomic_write,
@@ -51,6 +48,7 @@ from speechbrain_mifuse.lalm.serve import EmotionServer
 from speechbrain_mifuse.lalm.store import KINDS, LabelStore, Query, Samples
 from speechbrain_mifuse.model_card import encoder_told
 from speechbrain_mifuse.progress import quiet
+from speechbrain_mifuse.recogniser_files import read_about as read_recogniser
 from speechbrain_mifuse.recogniser_files import write_card
 from speechbrain_mifuse.zero_shot import ZERO_SHOT
 from speechbrain_mifuse.zero_shot.audio_text import AudioTextModel, refuse_known_corpus
@@ -412,12 +410,12 @@ def source_recogniser(hparams: Mapping, reader: FrameReader, run_opts: Mapping |
 
 
 def trained_recogniser(hparams: Mapping, role: str, reader: FrameReader, run_opts: Mapping | None = None) -> Path:
-    """Prepare a corpus, store its frames, train its classifier; each step is skipped when done.
+    """Store the frames of a prepared corpus and train its classifier; each step is skipped when done.
 
     Parameters
     ----------
     hparams : mapping
-        The recipe's.
+        The recipe's; `prepare_role` must have been called.
     role : str
         `source` or `teacher`.
     reader : FrameReader
@@ -440,8 +438,37 @@ def trained_recogniser(hparams: Mapping, role: str, reader: FrameReader, run_opt
     folder.mkdir(parents=True, exist_ok=True)
     # Runs side by side may share a source or a teacher: the first trains it, the others wait and find it.
     with one_at_a_time(folder / "lock"):
-        run_on_main(hparams[f"prepare_{role}"])
         return train_classifier(classifier, open_front(hparams, role, classifier["layer"], reader), run_opts)
+
+
+def prepare_role(hparams: Mapping, role: str) -> None:
+    """Prepare the corpus that a classifier is trained on, and make sure that it has an example of each class.
+
+    Parameters
+    ----------
+    hparams : mapping
+        The recipe's.
+    role : str
+        `source` or `teacher`.
+
+    Raises
+    ------
+    UserError
+        If the corpus is not found or does not suffice.
+
+    Example
+    -------
+    >>> prepare_role.__name__  # runs in `recipes/RAVDESS/mifuse/train.py`
+    'prepare_role'
+    """
+    classifier = hparams[f"{role}_classifier"]
+    folder = Path(classifier["output_folder"])
+    folder.mkdir(parents=True, exist_ok=True)
+    with one_at_a_time(folder / "lock"):
+        run_on_main(hparams[f"prepare_{role}"])
+    rows = read_manifest(classifier["train_manifest"]).values()
+    where = f"{classifier['name']} ({classifier['train_manifest']})"
+    require_trainable([row.get("emo") for row in rows], where, classifier["labels"])
 
 
 class Answers:
@@ -639,79 +666,6 @@ def zero_shot_samples(hparams: Mapping, model: AudioTextModel, keys: Sequence[st
     probs = teacher_samples(model, store, keys, prompts, hparams["labels"], k, TEACHER_SEED, reference)
     there = torch.ones(probs.shape[:2])
     return Samples(probs, there.bool(), (there * KINDS.index("distribution")).to(torch.int8))
-
-
-def load_hparams(path: str | Path, flags: Sequence[str]) -> tuple[dict, Mapping]:
-    """Read a recipe's YAML file with flags, as the recipe does.
-
-    Parameters
-    ----------
-    path : str or pathlib.Path
-        YAML file.
-    flags : sequence of str
-        Flags of the recipe.
-
-    Returns
-    -------
-    hparams : dict
-        The recipe's.
-    run_opts : mapping
-        SpeechBrain's run options.
-
-    Raises
-    ------
-    UserError
-        If a flag is no key of the file, or a key that must be given is not.
-
-    Example
-    -------
-    >>> import tempfile
-    >>> path = Path(tempfile.mkdtemp()) / "toy.yaml"
-    >>> _ = path.write_text("layer: 1")
-    >>> load_hparams(path, ["--layer", "2"])[0]["layer"]
-    2
-    """
-    hparams_file, run_opts, overrides = sb.parse_arguments([str(path), *flags])
-    return read_hparams(hparams_file, overrides), run_opts
-
-
-def read_hparams(path: str | Path, overrides: str) -> dict:
-    r"""Read a recipe's YAML file.
-
-    Parameters
-    ----------
-    path : str or pathlib.Path
-        YAML file.
-    overrides : str
-        Other values of its keys, in YAML.
-
-    Returns
-    -------
-    dict
-        The recipe's hparams.
-
-    Raises
-    ------
-    UserError
-        As `load_hparams` does.
-
-    Example
-    -------
-    >>> import tempfile
-    >>> path = Path(tempfile.mkdtemp()) / "toy.yaml"
-    >>> _ = path.write_text("layer: 1")
-    >>> read_hparams(path, "depth: 2")
-    Traceback (most recent call last):
-    ...
-    speechbrain_mifuse.errors.UserError: .../toy.yaml: ...
-    """
-    try:
-        with open(path, encoding="utf-8") as file:
-            return load_hyperpyyaml(file, overrides)
-    except UserError:
-        raise
-    except (OSError, ValueError, KeyError, TypeError, YAMLError) as error:
-        raise UserError(f"{path}: {' '.join(str(error).split())}") from None
 
 
 def wanted_recordings(hparams: Mapping, names: Sequence[str], store: FeatureStore | None = None) -> dict[str, str]:
@@ -996,7 +950,10 @@ def collect_answers(hparams: Mapping, names: Sequence[str], run_opts: Mapping | 
     require_capabilities(hparams, profile_of(hparams), longest)
     if dry_run:
         return
-    reader = None if hparams["lalm_base_url"] is not None else open_reader(hparams, run_opts)
+    reader = None
+    if hparams["lalm_base_url"] is None:
+        prepare_role(hparams, "teacher")
+        reader = open_reader(hparams, run_opts)
     with LabelStore(store) as answers, teacher_api(hparams, reader, run_opts) as (serve, endpoint):
         hashes = {key: recording.audio for key, recording in known.items()}
         query, told = fill_label_store(hparams, wavs, hashes, answers, serve, endpoint)
@@ -1192,7 +1149,7 @@ def report(
         scored,
         hparams["labels"],
         method=name,
-        source=hparams["source"],
+        source=source_name(hparams),
         target=hparams["target"],
         teacher=teacher_name(hparams),
         teacher_model=teacher_model,
@@ -1210,6 +1167,51 @@ def report(
     )
     if method.trains:
         write_card(folder / "recogniser", record)
+
+
+def source_name(hparams: Mapping) -> str:
+    """Say what the source recognizer was trained on.
+
+    Parameters
+    ----------
+    hparams : mapping
+        `source`, `source_recogniser`.
+
+    Returns
+    -------
+    str
+        The corpus of the recognizer that is given, else of the one that is trained here.
+
+    Example
+    -------
+    >>> source_name({"source": "ravdess", "source_recogniser": None})
+    'ravdess'
+    """
+    folder = hparams["source_recogniser"]
+    return hparams["source"] if folder is None else corpus_of(folder, read_recogniser(folder))
+
+
+def corpus_of(folder: str | Path, about: Mapping) -> str:
+    """Name what a recognizer was trained on.
+
+    Parameters
+    ----------
+    folder : str or pathlib.Path
+        The recognizer's.
+    about : mapping
+        What it says of itself.
+
+    Returns
+    -------
+    str
+        The corpus; for a folder of an earlier version, which does not say, the folder above it.
+
+    Example
+    -------
+    >>> corpus_of("results/a/recogniser", {"corpus": "nemo"}), corpus_of("results/a/recogniser", {})
+    ('nemo', 'a')
+    """
+    return about.get("corpus", Path(folder).resolve().parent.name)
 
 
 def teacher_name(hparams: Mapping) -> str:

@@ -541,13 +541,12 @@ def run_adapt(options: argparse.Namespace) -> None:
     ...
     speechbrain_mifuse.errors.UserError: /nowhere: no folder of a recogniser here. ...
     """
-    import speechbrain as sb
-
     from speechbrain_mifuse.adapt import RECIPE, run
     from speechbrain_mifuse.evaluation.verdict import told
+    from speechbrain_mifuse.settings import parse_arguments
 
     require_recogniser(options.source)
-    _, run_opts, overrides = sb.parse_arguments([str(RECIPE), *options.flags])
+    _, run_opts, overrides = parse_arguments([str(RECIPE), *options.flags])
     with stopped_by_ctrl_c():
         found = run(options.source, options.wav_folder, options.teacher, options.output_folder, overrides, run_opts)
     print(f"\n{(found.recogniser.parent.parent / 'results.md').read_text()}\n{told(found.verdict)}")

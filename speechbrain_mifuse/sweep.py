@@ -40,6 +40,7 @@ from speechbrain_mifuse.evaluation.report import write_report
 from speechbrain_mifuse.evaluation.selection_report import selection_table
 from speechbrain_mifuse.progress import progress
 from speechbrain_mifuse.registry import Recipe, adaptation_recipe
+from speechbrain_mifuse.settings import check_flags
 from speechbrain_mifuse.zero_shot import ZERO_SHOT
 
 MARKER = "sweep.json"
@@ -302,6 +303,27 @@ def require_methods(plan: Plan, flag: str, names: Sequence[str]) -> None:
     unknown = [name for name in names if name not in plan.methods]
     if unknown:
         raise UserError(f"{flag}: {', '.join(unknown)} is none of the methods {', '.join(plan.methods)}.")
+
+
+def require_settings(plan: Plan) -> None:
+    """Refuse flags that a recipe of a sweep does not take, before the first run begins.
+
+    Parameters
+    ----------
+    plan : Plan
+        The sweep.
+
+    Raises
+    ------
+    UserError
+        Naming the flag.
+
+    Example
+    -------
+    >>> require_settings(Plan([], ["mi_fuse"], [1], Path("out")))
+    """
+    for recipe in plan.recipes:
+        check_flags(recipe.hparams, plan.flags)
 
 
 def flag_values(flags: Sequence[str]) -> dict[str, str]:

@@ -24,7 +24,8 @@ from speechbrain_mifuse.evaluation.results import counts_by_speaker
 from speechbrain_mifuse.features.extract import FrameReader
 from speechbrain_mifuse.features.front import StoredFrames
 from speechbrain_mifuse.fold_pipeline import adapter_run, fold_front
-from speechbrain_mifuse.pipeline import device_of, known_ones, load_hparams, open_reader, store_frames
+from speechbrain_mifuse.pipeline import device_of, known_ones, open_reader, store_frames
+from speechbrain_mifuse.settings import overrides_of, read_hparams
 from speechbrain_mifuse.zero_shot.audio_text import AudioTextModel, refuse_known_corpus
 from speechbrain_mifuse.zero_shot.own_dual_encoder import load_dual_encoder, open_alm
 from speechbrain_mifuse.zero_shot.prompts import PromptSet, read_prompts
@@ -96,8 +97,7 @@ class Trained:
             "output_folder": folder,
             **dict(hparams["dual_encoder_flags"]),
         }
-        words = [text for key, value in flags.items() for text in (f"--{key}", str(value))]
-        self.hparams = load_hparams(hparams["dual_encoder_recipe"], words)[0]
+        self.hparams = read_hparams(hparams["dual_encoder_recipe"], overrides_of(flags))
         refuse_known_corpus(self.hparams["sources"], hparams["source"], "--dual_encoder_recipe")
         self.folder, self.run_opts = folder, run_opts
         self.reader = open_reader(self.hparams, run_opts)
@@ -183,9 +183,18 @@ def score_tables(
     -------
     >>> score_tables({}, [], 1)
     {}
+    >>> score_tables({"alm": "laion/clap-htsat-unfused"}, ["source_classifier"], 1)
+    Traceback (most recent call last):
+    ...
+    speechbrain_mifuse.errors.UserError: --arm: source_classifier_fused needs the corpora that --alm was trained on, ...
     """
     zero_shot = functools.partial(zero_shot_tables, run_opts=run_opts)
     makers: dict[str, Callable] = {"zero_shot": zero_shot, "source_classifier": classifier_tables}
+    if "source_classifier" in wanted and hparams["alm"] != OWN:
+        raise UserError(
+            "--arm: source_classifier_fused needs the corpora that --alm was trained on, and those of "
+            f"'{hparams['alm']}' are not here. Leave the arm out, or pass --alm {OWN}."
+        )
     trained = Trained(hparams, seed, run_opts) if wanted and hparams["alm"] == OWN else None
     return {name: makers[name](hparams, trained) for name in wanted}
 
@@ -260,36 +269,24 @@ def write_hearing(hparams: Mapping, model: AudioTextModel, prompts: PromptSet, l
     atomic_write(Path(hparams["output_folder"]) / HEARD, text)
 
 
-def classifier_tables(hparams: Mapping, trained: Trained | None) -> dict[Amplification, ScoreTable]:
+def classifier_tables(hparams: Mapping, trained: Trained) -> dict[Amplification, ScoreTable]:
     """Log-probabilities of the plain classifier; see `Trained.classifier_table`.
 
     Parameters
     ----------
     hparams, trained
-        As for `zero_shot_tables`.
+        As for `zero_shot_tables`; the corpora of a model that is given are not known here.
 
     Returns
     -------
     dict of tuple to ScoreTable
         For (1, 1) alone.
 
-    Raises
-    ------
-    UserError
-        If the model's corpora are not known here.
-
     Example
     -------
-    >>> classifier_tables({"alm": "laion/clap-htsat-unfused"}, None)
-    Traceback (most recent call last):
-    ...
-    speechbrain_mifuse.errors.UserError: --arm: source_classifier_fused needs the corpora that --alm was trained on, ...
+    >>> classifier_tables.__name__  # runs in `recipes/RAVDESS/zsfuse/train.py`
+    'classifier_tables'
     """
-    if trained is None:
-        raise UserError(
-            "--arm: source_classifier_fused needs the corpora that --alm was trained on, and those of "
-            f"'{hparams['alm']}' are not here. Leave the arm out, or pass --alm {OWN}."
-        )
     return {(1, 1): trained.classifier_table(hparams)}
 
 

@@ -38,6 +38,8 @@ logger = logging.getLogger(__name__)
 
 # Lines of the log, checkpoints and snapshots per run, at most.
 LOG_POINTS = 5
+# What decides the adapted weights, beside method and data.
+DECISIVE = ("seed", "number_of_steps", "batch_size", "learning_rate", "ema_window", "passes", "selection", "layer")
 
 
 @register_checkpoint_hooks
@@ -266,7 +268,7 @@ def adapt(
     method: AdaptationMethod = hparams["methods"][name]
     folder = Path(hparams["output_folder"]) / name
     predictions, snapshots = folder / "predictions.json", Snapshots(folder, hparams["selection"])
-    settings = {**adaptation_settings(hparams, front, recogniser), **method.describe()}
+    settings = adaptation_settings(hparams, method, front, recogniser)
     settings["data"] = fingerprint_answers(datasets, method.answers_for)
     exported = not method.trains or (folder / "recogniser" / "about.json").exists()
     if same_settings(folder / "settings.json", settings) and predictions.exists() and exported:
@@ -443,13 +445,15 @@ def rounded(values: torch.Tensor) -> list[float]:
     return [round(value, 5) for value in values.tolist()]
 
 
-def adaptation_settings(hparams: Mapping, front, recogniser: str | Path) -> dict:
-    """Everything but method and data that decides the adapted weights.
+def adaptation_settings(hparams: Mapping, method: AdaptationMethod, front, recogniser: str | Path) -> dict:
+    """Everything but the data that decides the adapted weights.
 
     Parameters
     ----------
     hparams, front, recogniser
         As for `adapt`.
+    method : AdaptationMethod
+        The method.
 
     Returns
     -------
@@ -458,14 +462,34 @@ def adaptation_settings(hparams: Mapping, front, recogniser: str | Path) -> dict
 
     Example
     -------
-    >>> adaptation_settings({}, None, "/nowhere")
+    >>> adaptation_settings(dict.fromkeys(DECISIVE, 1), AdaptationMethod(), None, "/nowhere")
     Traceback (most recent call last):
     ...
-    KeyError: 'seed'
+    AttributeError: 'NoneType' object has no attribute 'fingerprint'
     """
-    names = ("seed", "number_of_steps", "batch_size", "learning_rate", "ema_window", "passes", "selection")
-    chosen = {name: hparams[name] for name in (*names, "layer")}
+    chosen = chosen_settings(hparams, method)
     return {**chosen, "features": front.fingerprint, "source": recogniser_digest(recogniser)}
+
+
+def chosen_settings(hparams: Mapping, method: AdaptationMethod) -> dict:
+    """Give what a recipe says of the training, the part of `adaptation_settings` that is known before it begins.
+
+    Parameters
+    ----------
+    hparams, method
+        As for `adaptation_settings`.
+
+    Returns
+    -------
+    dict
+        Of JSON's types.
+
+    Example
+    -------
+    >>> chosen_settings(dict.fromkeys(DECISIVE, 1), AdaptationMethod())["passes"]
+    1
+    """
+    return {**{name: hparams[name] for name in DECISIVE}, **method.describe()}
 
 
 def fingerprint_answers(datasets: Mapping[str, DynamicItemDataset], answers_for: Sequence[str]) -> str:

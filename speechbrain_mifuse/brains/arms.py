@@ -217,8 +217,28 @@ def shared_settings(hparams: Mapping, run: Run, front) -> dict:
     """
     digests = [file_digest(path) for path in run.splits]
     found = {"manifests": digests, "seed": run.seed, "labels_per_class": run.labels_per_class}
-    found |= {key: hparams[key] for key in (*DECISIVE, "labels", "class_balanced")}
-    return {**found, "features": {**front.fingerprint, "layer": front.layer}}
+    return {**found, **chosen_settings(hparams), "features": {**front.fingerprint, "layer": front.layer}}
+
+
+def chosen_settings(hparams: Mapping) -> dict:
+    """Give what a recipe says of the training, the part of `shared_settings` that is known before it begins.
+
+    Parameters
+    ----------
+    hparams : mapping
+        What `DECISIVE` names, `labels` and `class_balanced`.
+
+    Returns
+    -------
+    dict
+        Of JSON's types.
+
+    Example
+    -------
+    >>> sorted(chosen_settings(dict.fromkeys((*DECISIVE, "labels", "class_balanced"))))[0]
+    'adapter_learning_rate'
+    """
+    return {key: hparams[key] for key in (*DECISIVE, "labels", "class_balanced")}
 
 
 def found_done(folder: Path, settings: Mapping) -> dict | None:

@@ -15,7 +15,7 @@ from speechbrain.utils.distributed import run_on_main
 from speechbrain.utils.seed import seed_everything
 from torch.nn import functional as F
 
-from speechbrain_mifuse.brains.training import ResumableBrain, WholeCheckpointer, fit, same_settings
+from speechbrain_mifuse.brains.training import ResumableBrain, WholeCheckpointer, fit, require_trainable, same_settings
 from speechbrain_mifuse.corpora.manifest import atomic_write, file_digest
 from speechbrain_mifuse.evaluation.intervals import speaker_bootstrap
 from speechbrain_mifuse.evaluation.metrics import scores
@@ -28,6 +28,9 @@ from speechbrain_mifuse.nnet.classifier import EmotionClassifier
 from speechbrain_mifuse.recogniser_files import export_recogniser
 
 logger = logging.getLogger(__name__)
+
+# What decides the trained weights, beside the data.
+DECISIVE = ("seed", "labels", "batch_size", "learning_rate", "number_of_epochs", "class_balanced", "dropout", "layer")
 
 
 def class_weights(labels: torch.Tensor, n_classes: int) -> torch.Tensor:
@@ -159,6 +162,8 @@ def train_classifier(hparams: Mapping, front, run_opts=None) -> Path:
     ------
     SettingsError
         If the output folder holds a classifier trained otherwise.
+    UserError
+        If there are fewer than two recordings to train on, or none of some class.
 
     Example
     -------
@@ -173,6 +178,8 @@ def train_classifier(hparams: Mapping, front, run_opts=None) -> Path:
         return recogniser
     seed_everything(hparams["seed"])
     train = labelled_dataset(hparams["train_manifest"], front, hparams["labels"])
+    emotions = [hparams["labels"][row["label"]] for row in train.data.values()]
+    require_trainable(emotions, f"{hparams['name']} ({hparams['train_manifest']})", hparams["labels"])
     classifier = starting_classifier(hparams, front)
     brain = make_brain(hparams, front, classifier, train, run_opts)
     fit(brain, train, f"classifier {hparams['name']}", hparams["batch_size"])
@@ -233,10 +240,29 @@ def classifier_settings(hparams: Mapping, front) -> dict:
     """
     manifest = file_digest(hparams["train_manifest"])
     features = front.fingerprint if hasattr(front, "store") else {"finetuned": hparams["encoder"]}
-    names = ("seed", "labels", "batch_size", "learning_rate", "number_of_epochs", "class_balanced", "dropout", "layer")
-    chosen = {name: hparams[name] for name in names}
     adapter = {} if hparams["adapter"] is None else {"adapter": adapter_digest(hparams["adapter"])}
-    return {"train_manifest": manifest, "features": features, **chosen, **adapter}
+    return {"train_manifest": manifest, "features": features, **chosen_settings(hparams), **adapter}
+
+
+def chosen_settings(hparams: Mapping) -> dict:
+    """Give what a recipe says of the training, the part of `classifier_settings` that is known before it begins.
+
+    Parameters
+    ----------
+    hparams : mapping
+        As for `train_classifier`.
+
+    Returns
+    -------
+    dict
+        Of JSON's types.
+
+    Example
+    -------
+    >>> chosen_settings(dict.fromkeys(DECISIVE, 1))["seed"]
+    1
+    """
+    return {name: hparams[name] for name in DECISIVE}
 
 
 def starting_classifier(hparams: Mapping, front) -> EmotionClassifier:
@@ -322,8 +348,8 @@ def validate(brain: ClassifierBrain, hparams: Mapping, front) -> dict:
     Returns
     -------
     dict
-        `UA`, `WA`, `macro_F1`, `n`; `ci95` of UA over speakers; `temperature`, which makes these labels most likely,
-        and `nll` and `calibrated_nll`, in nats, without and with it (on what it was fitted to).
+        `UA`, `WA`, `macro_F1`, `n`, `counts` by class; `ci95` of UA over speakers; `temperature`, which makes these
+        labels most likely, and `nll` and `calibrated_nll`, in nats, without and with it (on what it was fitted to).
 
     Example
     -------
@@ -338,6 +364,7 @@ def validate(brain: ClassifierBrain, hparams: Mapping, front) -> dict:
     rows = encoded_rows(hparams["valid_manifest"], getattr(front, "store", None))
     counts = counts_by_speaker(by_key, rows, hparams["labels"])
     found |= {"ci95": list(speaker_bootstrap(counts)), "test_speakers": len(counts)}
+    found["counts"] = {label: int((reference == index).sum()) for index, label in enumerate(hparams["labels"])}
     said = F.one_hot(reference, len(hparams["labels"]))
     found["temperature"] = fit_temperature(probs, said)
     found["nll"], found["calibrated_nll"] = mean_nll(probs, said), mean_nll(probs, said, found["temperature"])

@@ -6,10 +6,11 @@ import contextlib
 import json
 import logging
 import os
+import re
 import shutil
 import time
 import zlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import speechbrain as sb
@@ -20,10 +21,9 @@ from speechbrain.utils.distributed import ddp_barrier, if_main_process, main_pro
 from speechbrain.utils.epoch_loop import EpochCounter
 
 from speechbrain_mifuse.brains.dealt_batches import dealt_loader
-from speechbrain_mifuse.corpora.manifest import atomic_write
+from speechbrain_mifuse.corpora.manifest import atomic_write, json_object
 from speechbrain_mifuse.errors import UserError
 from speechbrain_mifuse.features.dataset import frame_batches
-from speechbrain_mifuse.features.store import difference
 from speechbrain_mifuse.nnet.across_processes import average_gradients, frames_dealt, process_count
 from speechbrain_mifuse.progress import progress, quiet
 
@@ -38,6 +38,17 @@ PIECE = 1 << 20
 
 # Loggers of SpeechBrain that tell of each epoch and checkpoint: here an epoch lasts a moment.
 EVERY_EPOCH = ("speechbrain.utils.epoch_loop", "speechbrain.utils.checkpoints")
+
+
+# What a digest among the settings is of.
+DIGESTS = {
+    "train_manifest": "the recordings to train on",
+    "manifests": "the recordings",
+    "data": "the recordings to adapt to, or the teacher's answers about them,",
+    "source": "the source recognizer",
+    "encoder": "the encoder",
+    "adapter": "the adapter",
+}
 
 
 class SettingsError(UserError):
@@ -322,26 +333,127 @@ def same_settings(path: str | Path, settings: Mapping) -> bool:
     >>> same_settings(path, {"seed": 2})
     Traceback (most recent call last):
     ...
-    speechbrain_mifuse.brains.training.SettingsError: ... other settings (seed: found 1, wanted 2). ...
+    speechbrain_mifuse.brains.training.SettingsError: ... other settings (seed: 1 -> 2). ...
     """
     path, settings = Path(path), json.loads(json.dumps(settings))
-    try:
-        found = json.loads(path.read_text())
-    except FileNotFoundError:
+    found = _read_settings(path)
+    if found is None:
         try:
             atomic_write(path, json.dumps(settings, indent=1))
         except OSError as error:
             remedy = "Free some space, or pass another --output_folder."
             raise SettingsError(f"{path}: cannot be written ({error.strerror or error}). {remedy}") from None
         return False
-    except ValueError as error:
-        raise SettingsError(f"{path}: damaged ({error}). Delete the folder {path.parent}.") from None
-    differs = difference(found, settings)
+    require_unchanged(path, {**dict.fromkeys(found), **settings}, found)
+    return True
+
+
+def require_unchanged(path: str | Path, wanted: Mapping, found: Mapping | None = None) -> None:
+    """Refuse a folder whose work was done with other settings.
+
+    Parameters
+    ----------
+    path : str or pathlib.Path
+        Settings file of the folder; without it, anything will do.
+    wanted : mapping
+        Settings of JSON's types: all that decide the outcome, or those that are known already.
+    found : mapping, optional
+        What the file holds, where that is known.
+
+    Raises
+    ------
+    SettingsError
+        Naming each setting with its old and its new value.
+
+    Example
+    -------
+    >>> require_unchanged("/nowhere/settings.json", {"seed": 1})
+    >>> require_unchanged("out/settings.json", {"seed": 2}, {"seed": 1})
+    Traceback (most recent call last):
+    ...
+    speechbrain_mifuse.brains.training.SettingsError: out holds work of other settings (seed: 1 -> 2). Pass another ...
+    """
+    path = Path(path)
+    found = _read_settings(path) if found is None else found
+    if found is None:
+        return
+    differs = _changes(found, json.loads(json.dumps(wanted)))
     if differs:
         raise SettingsError(
-            f"{path.parent} was made with other settings ({differs}). Pass another --output_folder, or delete it."
+            f"{path.parent} holds work of other settings ({'; '.join(differs)}). Pass another --output_folder, delete "
+            "that one, or go back to the old settings."
         )
-    return True
+
+
+def _read_settings(path: Path) -> dict | None:
+    """Read a settings file; `None` where there is none."""
+    try:
+        return json_object(path) if path.exists() else None
+    except ValueError as error:
+        raise SettingsError(f"{path}: damaged ({error}). Delete the folder {path.parent}.") from None
+
+
+def _changes(found: Mapping, wanted: Mapping, prefix: str = "") -> list[str]:
+    """Say which of the wanted settings differ, `old -> new`; of a digest only what it is of."""
+    lines = []
+    for key in sorted(wanted):
+        old, new = found.get(key), wanted[key]
+        if old == new:
+            continue
+        if isinstance(old, Mapping) and isinstance(new, Mapping):
+            lines += _changes(old, {**dict.fromkeys(old), **new}, f"{prefix}{key}: ")
+        elif any(map(_is_digest, (old, new))):
+            lines.append(f"{prefix}{DIGESTS.get(key, key)} changed")
+        else:
+            lines.append(f"{prefix}{key}: {json.dumps(old)} -> {json.dumps(new)}")
+    return lines
+
+
+def _is_digest(value) -> bool:
+    if isinstance(value, list):
+        return bool(value) and all(map(_is_digest, value))
+    return isinstance(value, str) and bool(re.fullmatch(r"[0-9a-f]{16}|[0-9a-f]{64}", value))
+
+
+def require_trainable(emotions: Sequence[str | None], where: str, labels: Sequence[str] | None = None) -> None:
+    """Refuse a training set from which nothing can be learned.
+
+    Parameters
+    ----------
+    emotions : sequence of str or None
+        Label of each recording that can be used.
+    where : str
+        What they are of, for the message.
+    labels : sequence of str, optional
+        Classes of which there must be an example; with none of them there must be two of any kind. Without `labels` no
+        label counts.
+
+    Raises
+    ------
+    UserError
+        If there are fewer than two recordings or classes, or a class has none.
+
+    Example
+    -------
+    >>> require_trainable([None, None], "recordings")
+    >>> require_trainable(["sad", "sad"], "corpus", ["angry", "sad"])
+    Traceback (most recent call last):
+    ...
+    speechbrain_mifuse.errors.UserError: corpus: no recording of 'angry' to train on. Add some, or leave it out ...
+    """
+    if len(emotions) < 2:
+        raise UserError(
+            f"{where}: {len(emotions)} usable recording, and training needs two different ones at least. Add "
+            "recordings; skipped.json and the log name those that cannot be used."
+        )
+    if labels is None:
+        return
+    missing = [label for label in labels if label not in emotions]
+    if missing:
+        names = ", ".join(map(repr, missing))
+        raise UserError(f"{where}: no recording of {names} to train on. Add some, or leave it out of --labels.")
+    if len(set(emotions)) < 2:
+        raise UserError(f"{where}: all recordings are of one class, {emotions[0]!r}. Training needs two at least.")
 
 
 def watched(counter: EpochCounter, bar):
@@ -453,6 +565,11 @@ def fit(brain: sb.Brain, train, told: str, batch_size: int | None = None) -> Non
     batch_size : int, optional
         Utterances in a batch of a training set; all, when there are fewer.
 
+    Raises
+    ------
+    UserError
+        If a training set has fewer than two utterances.
+
     Example
     -------
     >>> fit.__name__  # runs in `recipes/RAVDESS/mifuse/train.py`
@@ -460,6 +577,7 @@ def fit(brain: sb.Brain, train, told: str, batch_size: int | None = None) -> Non
     """
     loader = {}
     if batch_size is not None:
+        require_trainable([None] * len(train), told)
         # A small last batch would make the diversity term, a statistic of the batch, mean something else.
         batch_size = min(batch_size, len(train))
         if process_count() > 1:

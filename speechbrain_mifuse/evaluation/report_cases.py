@@ -143,10 +143,19 @@ class Run:
         """The first method's record, for what all methods of a run share."""
         return next(iter(self.outcomes.values())).record
 
+    @property
+    def manifest(self) -> Path:
+        """Of the test utterances."""
+        return self.folder / "manifests" / "target" / "test.json"
+
+    @property
+    def has_manifest(self) -> bool:
+        """Whether the manifest is there; a page can do without."""
+        return self.manifest.is_file()
+
     @cached_property
     def _rows(self) -> dict[str, dict]:
-        path = self.folder / "manifests" / "target" / "test.json"
-        return read_manifest(path) if path.is_file() else {}
+        return read_manifest(self.manifest) if self.has_manifest else {}
 
     @cached_property
     def ids(self) -> list[str]:
@@ -339,12 +348,15 @@ def cases_of(paths: Iterable[str | Path]) -> list[Case]:
     cases: dict[tuple, list[Run]] = {}
     for folder, outcomes in runs.items():
         run = Run(folder, outcomes)
+        _require_complete(run)
         cases.setdefault(tuple(run.record[key] for key in ("target", "source", "teacher")), []).append(run)
     return [Case(sorted(cases[key], key=lambda run: run.record["seed"])) for key in sorted(cases)]
 
 
 def _is_record(path: Path, record) -> bool:
     if not isinstance(record, dict) or "method" not in record:
+        if (path.parent / "predictions.json").is_file():
+            raise UserError(f"{path}: not the result of a method. Delete it and run again.")
         return False
     # A run of one method has a copy of its record in the run's own folder.
     if (path.parent / record["method"] / RESULTS).is_file():
@@ -353,4 +365,35 @@ def _is_record(path: Path, record) -> bool:
     missing = [field for field in wanted if field not in record]
     if missing or not isinstance(record["labels"], list):
         raise UserError(f"{path}: no whole result of one method ({', '.join(missing)}). Delete it and run again.")
+    wrong = [field for field in (*SCORED[:2], "UA") if not _is_share(record.get(field))]
+    if record["UA"] is not None and (not isinstance(record["by_speaker"], dict) or not record["by_speaker"]):
+        wrong.append("by_speaker")
+    if wrong:
+        raise UserError(f"{path}: not a score: {', '.join(wrong)}. Delete it and run again.")
     return True
+
+
+def _is_share(value) -> bool:
+    """Tell whether a score can be one; a target without labels has none."""
+    return value is None or (isinstance(value, int | float) and 0 <= value <= 1)
+
+
+def _require_complete(run: Run) -> None:
+    """Refuse a run whose files do not belong together: its page would be wrong."""
+    known = run._rows
+    # A page can do without any predictions, and not with those of some methods alone.
+    predicted = any((outcome.folder / "predictions.json").is_file() for outcome in run.outcomes.values())
+    for outcome in run.outcomes.values():
+        record, path = outcome.record, outcome.folder / "predictions.json"
+        if (record["labels"], record["seed"]) != (run.record["labels"], run.record["seed"]):
+            raise UserError(f"{outcome.folder / RESULTS}: has other labels or another seed than the methods beside it.")
+        if not predicted:
+            continue
+        found, size = _read_json(path), len(record["labels"])
+        if not isinstance(found, dict) or len(found) != record["n_test"] - record.get("unanswered", 0):
+            raise UserError(f"{path}: does not hold the predictions that {RESULTS} is about. Run the method again.")
+        strange = next((key for key, row in found.items() if not isinstance(row, list) or len(row) != size), None)
+        if strange is not None:
+            raise UserError(f"{path}: '{strange}' has not {size} probabilities. Delete it and run again.")
+        if run.has_manifest and (unknown := found.keys() - known.keys()):
+            raise UserError(f"{path}: '{min(unknown)}' is not a recording of {run.manifest}. Run the method again.")

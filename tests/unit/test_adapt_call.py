@@ -6,6 +6,7 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -201,14 +202,16 @@ def test_the_page_about_use_runs_as_it_stands(source, teacher, recordings, cache
         ({"teacher": "nowhere"}, "--teacher: nowhere is neither a base URL"),
         ({"wav_folder": "nowhere"}, "nowhere: no such folder of recordings"),
         ({"data_folder": "nowhere"}, "--data_folder: the recordings are named once"),
-        ({"number_of_steps": 0}, "--number_of_steps: 0 is no whole number"),
-        ({"number_of_steps": "abc"}, "--number_of_steps: abc is no whole number"),
-        ({"batch_size": -1}, "--batch_size: -1 is no whole number"),
+        ({"number_of_steps": 0}, "--number_of_steps 0: must be a whole number of at least 1"),
+        ({"number_of_steps": "abc"}, "--number_of_steps abc: must be a whole number of at least 1"),
+        ({"batch_size": 1}, "--batch_size 1: must be a whole number of at least 2"),
+        ({"lalm_samples": 0}, "--lalm_samples 0: must be"),
         ({"run_opts": {"device": "cuda:99"}}, "--device: cuda:99 cannot be used here"),
         ({"method": "source_only"}, "--method: name one method that trains a student"),
         ({"method": ["mi_fuse", "shot"]}, "--method: name one method"),
         ({"method": "mi_fuze"}, "--method: mi_fuze is none of"),
-        ({"no_such_key": 1}, "no_such_key"),
+        ({"no_such_key": 1}, "--no_such_key: .* has no such key"),
+        ({"batch_sise": 8}, "Did you mean --batch_size"),
     ],
 )
 def test_what_cannot_be_used_is_one_error_that_names_it(source, teacher, recordings, cache, tmp_path, changed, named):
@@ -219,8 +222,88 @@ def test_what_cannot_be_used_is_one_error_that_names_it(source, teacher, recordi
 
 def test_an_output_folder_that_cannot_be_made_is_one_error(source, teacher, recordings, cache, tmp_path):
     (tmp_path / "file").touch()
-    with pytest.raises(UserError, match=r"--output_folder: .* cannot be made"):
+    with pytest.raises(UserError, match=r"--output_folder: .* cannot be written"):
         adapt(source, recordings, teacher=teacher, output_folder=tmp_path / "file" / "out", **QUICK)
+
+
+def lone(folder, copies=1):
+    """One recording, under several names."""
+    for number in range(copies):
+        write_wav(folder / f"{number}.wav", utterance("sad", 1, 0))
+    return folder
+
+
+@pytest.mark.parametrize("copies", [1, 3])
+def test_one_recording_or_copies_of_one_are_refused_before_anybody_is_asked(
+    copies, source, teacher, cache, tmp_path, monkeypatch
+):
+    monkeypatch.setattr(EmotionServer, "start", lambda *_: pytest.fail("asked"))
+    with pytest.raises(UserError, match="1 usable recording, and training needs two different ones"):
+        adapt(source, lone(tmp_path / "mine", copies), teacher=teacher, output_folder=tmp_path / "out", **QUICK)
+
+
+def test_recordings_that_cannot_be_read_do_not_count(source, teacher, cache, tmp_path, monkeypatch):
+    monkeypatch.setattr(EmotionServer, "start", lambda *_: pytest.fail("asked"))
+    (lone(tmp_path / "mine") / "broken.wav").write_text("no audio")
+    with pytest.raises(UserError, match="1 usable recording, and training needs two different ones"):
+        adapt(source, tmp_path / "mine", teacher=teacher, output_folder=tmp_path / "out", **QUICK)
+
+
+def test_two_recordings_are_enough(source, teacher, cache, tmp_path):
+    write_wav(lone(tmp_path / "mine") / "other.wav", utterance("angry", 2, 0))
+    found = adapt(source, tmp_path / "mine", teacher=teacher, output_folder=tmp_path / "out", **QUICK)
+    assert found.results["n_train"] == 2
+
+
+def test_other_settings_in_an_output_folder_are_named_before_anything_in_it_changes(
+    adapted, source, teacher, recordings, cache
+):
+    folder = folder_of(adapted)
+
+    def times():
+        # This process still logs to the first run's file.
+        return {path: path.stat().st_mtime_ns for path in folder.rglob("*") if path.name != "log.txt"}
+
+    before = times()
+    for changed, said in (
+        ({"number_of_steps": 30}, "number_of_steps: 20 -> 30"),
+        ({"seed": 2}, "seed: 1 -> 2"),
+        ({"lalm_samples": 4}, "lalm_samples: 3 -> 4"),
+        ({"prepare_target": {"keep": {"sad": 0.5}}}, r"prepare_target: keep: null -> \{\"sad\": 0.5\}"),
+    ):
+        with pytest.raises(UserError, match=said):
+            adapt(source, recordings, teacher=teacher, output_folder=folder, **{**QUICK, **changed})
+    assert times() == before
+
+
+def test_a_damaged_source_or_teacher_is_refused_before_anything_is_written(
+    source, teacher, recordings, cache, tmp_path
+):
+    for role, good in (("source_checkpoint", source), ("teacher", teacher)):
+        bad = shutil.copytree(good, tmp_path / role)
+        (bad / "classifier.safetensors").write_bytes(b"torn")
+        folders = {"source_checkpoint": source, "teacher": teacher, role: bad}
+        with pytest.raises(UserError, match=f"--(source_recogniser|teacher): {re.escape(str(bad))}"):
+            adapt(**folders, wav_folder=recordings, output_folder=tmp_path / "out", **QUICK)
+    assert not (tmp_path / "out").exists()
+
+
+def test_an_api_that_cannot_be_reached_or_lacks_a_key_is_refused_before_anything_is_encoded(
+    source, recordings, cache, tmp_path, monkeypatch
+):
+    monkeypatch.setattr("speechbrain_mifuse.pipeline.open_reader", lambda *_: pytest.fail("encoded"))
+    monkeypatch.delenv("OPENAI_API_KEY", raising=False)
+    more = {"output_folder": tmp_path / "out", "lalm_model": "m", **QUICK}
+    with pytest.raises(UserError, match=r"--lalm_base_url http://127.0.0.1:9/v1: cannot be reached"):
+        adapt(source, recordings, teacher="http://127.0.0.1:9/v1", **more)
+    with pytest.raises(UserError, match=r"--lalm_base_url https://some.host/v1: set .* OPENAI_API_KEY"):
+        adapt(source, recordings, teacher="https://some.host/v1", **more)
+
+
+def test_a_nearly_full_disk_is_said_at_the_beginning(source, teacher, recordings, cache, tmp_path, monkeypatch):
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=10 * 2**20))
+    with pytest.raises(UserError, match="--output_folder: only 10 MiB are free"):
+        adapt(source, recordings, teacher=teacher, output_folder=tmp_path / "out", **QUICK)
 
 
 def test_where_labels_say_that_the_source_is_better_the_verdict_warns_of_it(tmp_path):

@@ -584,13 +584,13 @@ def test_looking_at_a_run_does_not_change_it(world, monkeypatch):
 @pytest.mark.parametrize(
     ("name", "other", "said"),
     [
-        ("nrc", Nrc(neighbours=7), "method.neighbours: found 4, wanted 7"),
-        ("shot", Shot(pseudo_weight=0.5), "method.pseudo_weight: found 0.3, wanted 0.5"),
-        ("dine", Dine(momentum=0.9), "method.momentum: found 0.6, wanted 0.9"),
-        ("prode", Prode(omega=2.0), "method.omega: found 1.0, wanted 2.0"),
-        ("mi_fuse", MIFuse(weight=functools.partial(exponential_weight, temperature=3.0)), "temperature: found 0.2"),
+        ("nrc", Nrc(neighbours=7), "method.neighbours: 4 -> 7"),
+        ("shot", Shot(pseudo_weight=0.5), "method.pseudo_weight: 0.3 -> 0.5"),
+        ("dine", Dine(momentum=0.9), "method.momentum: 0.6 -> 0.9"),
+        ("prode", Prode(omega=2.0), "method.omega: 1.0 -> 2.0"),
+        ("mi_fuse", MIFuse(weight=functools.partial(exponential_weight, temperature=3.0)), "temperature: 0.2 -> 3.0"),
         ("mi_fuse", MIFuse(weight=reciprocal_weight), "reciprocal_weight"),
-        ("lalm_sfuda", Prode(), "method: found .*LalmSfuda, wanted .*Prode"),
+        ("lalm_sfuda", Prode(), r"method: .*LalmSfuda. -> .*Prode"),
     ],
 )
 def test_another_parameter_of_a_method_in_the_same_folder_is_an_error_naming_it(name, other, said, world):
@@ -601,7 +601,7 @@ def test_another_parameter_of_a_method_in_the_same_folder_is_an_error_naming_it(
 
 def test_another_rule_of_selection_in_the_same_folder_is_an_error_naming_it(world):
     world.adapt(number_of_steps=2)
-    with pytest.raises(SettingsError, match="selection: found last, wanted snd"):
+    with pytest.raises(SettingsError, match='selection: "last" -> "snd"'):
         world.adapt(number_of_steps=2, selection="snd")
 
 

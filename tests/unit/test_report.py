@@ -175,6 +175,7 @@ def test_an_utterance_without_answer_agrees_with_nobody_and_is_not_calibrated(ru
     path = run / "lalm_zero_shot" / "predictions.json"
     answers = json.loads(path.read_text())
     path.write_text(json.dumps(dict(list(answers.items())[:7])))
+    rewrite(path.with_name("results.json"), unanswered=13)
     (case,) = read_cases(run)
     assert (case.runs[0].chosen("lalm_zero_shot") == -1).sum() == 13
     agreed = tables_of(agreement_section(case).content)[
@@ -365,3 +366,29 @@ def test_a_page_that_cannot_be_written_is_one_error_naming_the_flag(run, tmp_pat
     (tmp_path / "page.html").mkdir()
     with pytest.raises(UserError, match=r"--output: .*page\.html cannot be written"):
         write_report(run, tmp_path / "page.html")
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "said"),
+    [
+        ("predictions.json", None, "does not hold the predictions"),
+        ("predictions.json", "{}", "does not hold the predictions"),
+        ("predictions.json", "[]", "does not hold the predictions"),
+        ("results.json", "[]", "not the result of a method"),
+        ("results.json", {"UA": 7}, "not a score: UA"),
+        ("results.json", {"UA": "x"}, "not a score: UA"),
+        ("results.json", {"by_speaker": {}}, "not a score: by_speaker"),
+        ("results.json", {"seed": 99}, "another seed than the methods beside it"),
+    ],
+)
+def test_a_folder_whose_files_do_not_belong_together_gets_no_page_but_one_error(run, name, content, said):
+    path = run / "mi_fuse" / name
+    if content is None:
+        path.unlink()
+    elif isinstance(content, dict):
+        rewrite(path, **content)
+    else:
+        path.write_text(content)
+    with pytest.raises(UserError, match=f"{re.escape(str(path))}: .*{said}"):
+        page_of(run)
+    assert not (run / "report.html").exists()

@@ -19,8 +19,8 @@ from speechbrain_mifuse.errors import UserError
 from speechbrain_mifuse.features.encoder import FrozenEncoder
 from speechbrain_mifuse.inference import EmotionRecognizer
 from speechbrain_mifuse.nnet.classifier import EmotionClassifier
-from speechbrain_mifuse.pipeline import read_hparams
 from speechbrain_mifuse.recogniser_files import OLDER_TAGS, TAGS, TEXT, RecogniserError, load_classifier, write_folder
+from speechbrain_mifuse.settings import load_hparams
 
 ROOT = Path(__file__).resolve().parents[2]
 PAGE = ROOT / "docs" / "security.md"
@@ -146,7 +146,7 @@ def test_the_yaml_of_a_trusted_recogniser_runs_whatever_it_names(mark, folder):
 
 def test_the_yaml_of_a_recipe_and_a_flag_run_whatever_they_name(mark, tmp_path):
     (tmp_path / "mine.yaml").write_text("depth: 1\n")
-    read_hparams(tmp_path / "mine.yaml", f"depth: !apply:os.mkdir [{mark}]\n")
+    load_hparams(tmp_path / "mine.yaml", ["--depth", f"!apply:os.mkdir [{mark}]"])
     assert mark.exists()
 
 

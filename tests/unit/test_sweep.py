@@ -51,6 +51,7 @@ def tree(tmp_path, monkeypatch):
     rows = [f"Task,T,recipes/T/train.py,hparams/{pair}.yaml,,,,,,," for pair in ("a2b", "b2a")]
     methods = "methods:\n" + "".join(f"    {name}: !new:no.such.Class\n" for name in METHODS)
     pair = "teacher: c\nencoder: toy\nlabel_store: x\nteacher_folder: y\nlalm_base_url: null\nlalm_samples: 5\n"
+    pair += "takes: 0.2\nfails: null\nnote: null\nlearning_rate: 0.1\nteacher_alm: null\n"
     files = {
         "tests/recipes/T.csv": "\n".join([",".join(registry.COLUMNS), *rows]) + "\n",
         "recipes/T/train.py": SCRIPT,

@@ -13,24 +13,27 @@ goes on.
 import sys
 
 import speechbrain as sb
-from hyperpyyaml import load_hyperpyyaml
 from speechbrain.utils.distributed import ddp_init_group, if_main_process, run_on_main
 
 from speechbrain_mifuse.brains.adapter_arms import train_arm
 from speechbrain_mifuse.errors import one_clear_error
 from speechbrain_mifuse.fold_pipeline import adapter_run, arm_summary, chosen_parts, fold_front, pretrained_adapter
 from speechbrain_mifuse.pipeline import open_reader
+from speechbrain_mifuse.preflight import require_comparison, require_folds, require_ready
+from speechbrain_mifuse.settings import parse_arguments, read_hparams
 
 if __name__ == "__main__":
     with one_clear_error():
-        hparams_file, run_opts, overrides = sb.parse_arguments(sys.argv[1:])
+        hparams_file, run_opts, overrides = parse_arguments(sys.argv[1:])
         ddp_init_group(run_opts)
-        with open(hparams_file, encoding="utf-8") as file:
-            hparams = load_hyperpyyaml(file, overrides)
+        hparams = read_hparams(hparams_file, overrides)
         arms = hparams["adapter"]["arms"]
         names, folds, amounts = chosen_parts(hparams, arms)
+        require_comparison(hparams, arms)
+        require_ready(hparams, names)
         sb.create_experiment_directory(hparams["output_folder"], hparams_file, overrides)
         run_on_main(hparams["prepare"])
+        require_folds(hparams, folds)
         reader = open_reader(hparams, run_opts)
         records = []
         for fold in folds:

@@ -12,21 +12,22 @@ what `--source_recogniser` of the adaptation recipes takes.
 import sys
 
 import speechbrain as sb
-from hyperpyyaml import load_hyperpyyaml
-from speechbrain.utils.distributed import ddp_init_group, if_main_process, run_on_main
+from speechbrain.utils.distributed import ddp_init_group, if_main_process
 
 from speechbrain_mifuse.brains.classifier import train_classifier
 from speechbrain_mifuse.errors import one_clear_error
-from speechbrain_mifuse.pipeline import chosen_front
+from speechbrain_mifuse.pipeline import chosen_front, prepare_role
+from speechbrain_mifuse.preflight import require_ready
+from speechbrain_mifuse.settings import parse_arguments, read_hparams
 
 if __name__ == "__main__":
     with one_clear_error():
-        hparams_file, run_opts, overrides = sb.parse_arguments(sys.argv[1:])
+        hparams_file, run_opts, overrides = parse_arguments(sys.argv[1:])
         ddp_init_group(run_opts)
-        with open(hparams_file, encoding="utf-8") as file:
-            hparams = load_hyperpyyaml(file, overrides)
+        hparams = read_hparams(hparams_file, overrides)
+        require_ready(hparams)
         sb.create_experiment_directory(hparams["output_folder"], hparams_file, overrides)
-        run_on_main(hparams["prepare_source"])
+        prepare_role(hparams, "source")
         front = chosen_front(hparams, run_opts)
         recogniser = train_classifier(hparams["source_classifier"], front, run_opts)
         if if_main_process():

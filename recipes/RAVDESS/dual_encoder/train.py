@@ -13,20 +13,21 @@ run goes on.
 import sys
 
 import speechbrain as sb
-from hyperpyyaml import load_hyperpyyaml
 from speechbrain.utils.distributed import ddp_init_group, if_main_process
 
 from speechbrain_mifuse.brains.dual_encoder import train_dual_encoder
 from speechbrain_mifuse.errors import one_clear_error
 from speechbrain_mifuse.pipeline import open_reader
+from speechbrain_mifuse.preflight import require_ready
+from speechbrain_mifuse.settings import parse_arguments, read_hparams
 from speechbrain_mifuse.zero_shot_pipeline import source_fronts
 
 if __name__ == "__main__":
     with one_clear_error():
-        hparams_file, run_opts, overrides = sb.parse_arguments(sys.argv[1:])
+        hparams_file, run_opts, overrides = parse_arguments(sys.argv[1:])
         ddp_init_group(run_opts)
-        with open(hparams_file, encoding="utf-8") as file:
-            hparams = load_hyperpyyaml(file, overrides)
+        hparams = read_hparams(hparams_file, overrides)
+        require_ready(hparams)
         sb.create_experiment_directory(hparams["output_folder"], hparams_file, overrides)
         fronts = source_fronts(hparams, open_reader(hparams, run_opts))
         model = train_dual_encoder(hparams["dual_encoder"], hparams["sources"], fronts, run_opts)

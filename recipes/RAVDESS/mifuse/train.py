@@ -13,7 +13,6 @@ import sys
 
 import speechbrain as sb
 import torch
-from hyperpyyaml import load_hyperpyyaml
 from speechbrain.dataio.dataset import DynamicItemDataset
 from speechbrain.utils.distributed import ddp_init_group, if_main_process, run_on_main
 
@@ -27,10 +26,11 @@ from speechbrain_mifuse.pipeline import (
     open_front,
     open_reader,
     report,
-    require_labels,
     source_recogniser,
     summary,
 )
+from speechbrain_mifuse.preflight import require_data, require_ready, require_recordings_to_adapt_to
+from speechbrain_mifuse.settings import parse_arguments, read_hparams
 
 
 def dataio_prepare(hparams, method, front, answers):
@@ -60,16 +60,17 @@ def dataio_prepare(hparams, method, front, answers):
 
 if __name__ == "__main__":
     with one_clear_error():
-        hparams_file, run_opts, overrides = sb.parse_arguments(sys.argv[1:])
+        hparams_file, run_opts, overrides = parse_arguments(sys.argv[1:])
         ddp_init_group(run_opts)
-        with open(hparams_file, encoding="utf-8") as file:
-            hparams = load_hyperpyyaml(file, overrides)
+        hparams = read_hparams(hparams_file, overrides)
         names = chosen_methods(hparams)
+        require_ready(hparams, names, run_opts)
         sb.create_experiment_directory(hparams["output_folder"], hparams_file, overrides)
         run_on_main(hparams["prepare_target"])
-        require_labels(hparams, names)
         reader = open_reader(hparams, run_opts)
+        require_data(hparams, names, reader)
         front = open_front(hparams, "target", hparams["layer"], reader)
+        require_recordings_to_adapt_to(hparams, names, front.store)
         source = source_recogniser(hparams, reader, run_opts)
         answers = ask_teacher(hparams, names, front.store, reader, run_opts)
         for name in names:

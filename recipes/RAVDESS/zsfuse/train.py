@@ -12,13 +12,14 @@ at every number of repeats, and trains each arm on the labels of each fold. What
 import sys
 
 import speechbrain as sb
-from hyperpyyaml import load_hyperpyyaml
 from speechbrain.utils.distributed import ddp_init_group, if_main_process, run_on_main
 
 from speechbrain_mifuse.brains.zs_fuse import train_fusion_arm
 from speechbrain_mifuse.errors import one_clear_error
 from speechbrain_mifuse.fold_pipeline import arm_summary, chosen_parts
 from speechbrain_mifuse.pipeline import open_reader
+from speechbrain_mifuse.preflight import require_comparison, require_folds, require_ready
+from speechbrain_mifuse.settings import parse_arguments, read_hparams
 from speechbrain_mifuse.zero_shot_pipeline import (
     amplification_report,
     chosen_specialist,
@@ -29,15 +30,17 @@ from speechbrain_mifuse.zero_shot_pipeline import (
 
 if __name__ == "__main__":
     with one_clear_error():
-        hparams_file, run_opts, overrides = sb.parse_arguments(sys.argv[1:])
+        hparams_file, run_opts, overrides = parse_arguments(sys.argv[1:])
         ddp_init_group(run_opts)
-        with open(hparams_file, encoding="utf-8") as file:
-            hparams = load_hyperpyyaml(file, overrides)
+        hparams = read_hparams(hparams_file, overrides)
         arms = hparams["zsfuse"]["arms"]
         names, folds, amounts = chosen_parts(hparams, arms)
         specialist, adapters = chosen_specialist(hparams)
+        require_comparison(hparams, arms)
+        require_ready(hparams, names)
         sb.create_experiment_directory(hparams["output_folder"], hparams_file, overrides)
         run_on_main(hparams["prepare"])
+        require_folds(hparams, folds)
         wanted = list(dict.fromkeys(["zero_shot", *(arms[name].scores for name in names)]))
         tables = {seed: score_tables(hparams, wanted, seed, run_opts) for seed in hparams["seeds"]}
         reader = open_reader(hparams, run_opts)
