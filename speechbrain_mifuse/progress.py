@@ -61,18 +61,25 @@ def quiet(*loggers: str):
 
 @contextlib.contextmanager
 def quiet_loading():
-    """Hide transformers' bar for copying weights and its notes for developers; downloads keep their bar."""
+    """Hide the bar for copying weights and the notes of transformers and SpeechBrain; downloads keep their bar."""
     from huggingface_hub.utils import are_progress_bars_disabled, enable_progress_bars
     from transformers.utils import logging as transformers_logging
 
+    # Each of SpeechBrain's wrappers warns that the model is frozen, as it was asked to be.
+    names = ("huggingface", "whisper")
+    wrappers = [logging.getLogger(f"speechbrain.integrations.huggingface.{name}") for name in names]
     shown, downloads_shown = transformers_logging.is_progress_bar_enabled(), not are_progress_bars_disabled()
     transformers_logging.disable_progress_bar()
     if downloads_shown:
         enable_progress_bars()
+    for logger in wrappers:
+        logger.disabled = True
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", FutureWarning)
             yield
     finally:
+        for logger in wrappers:
+            logger.disabled = False
         if shown:
             transformers_logging.enable_progress_bar()

@@ -44,13 +44,11 @@ from speechbrain_mifuse.corpora.emotion_words import emotion_of, plain
 from speechbrain_mifuse.corpora.folder_names import read_folder_names
 from speechbrain_mifuse.corpora.layouts import Listing, read_file_names
 from speechbrain_mifuse.corpora.manifest import LABELS, Corpus, CorpusError, Splits, Utterance
-from speechbrain_mifuse.corpora.recordings import recordings_below
+from speechbrain_mifuse.corpora.recordings import TABLES, recordings_below
 from speechbrain_mifuse.corpora.tables import read_table
 
 logger = logging.getLogger(__name__)
 
-# In any case.
-TABLES = ("labels.csv", "labels.tsv")
 # Columns of the table, and other names that they may have.
 COLUMNS = {
     "file": ("filename", "file_name", "path", "wav"),

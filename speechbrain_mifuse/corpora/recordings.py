@@ -13,8 +13,8 @@ from speechbrain_mifuse.audio_files import ENDINGS, FOREIGN, has_ffmpeg
 
 logger = logging.getLogger(__name__)
 
-# Read by the corpus of a folder, and so not passed over.
-_TABLE = "labels.csv"
+# Tables of labels, in any case: the corpus of a folder reads them, so they are not passed over.
+TABLES = ("labels.csv", "labels.tsv")
 
 
 def recordings_below(root: str | Path) -> list[Path]:
@@ -50,7 +50,7 @@ def recordings_below(root: str | Path) -> list[Path]:
         if path.suffix.lower() in ENDINGS + FOREIGN:
             # In order: first what has this name itself.
             passed_over["links to listed recordings"] += by_file.setdefault(real, path) is not path
-        elif path != root / _TABLE:
+        elif path.name.lower() not in TABLES:
             passed_over[path.suffix.lower() or "without ending"] += 1
     _log_passed_over(root, passed_over)
     found = sorted(by_file.values())
