@@ -11,7 +11,17 @@ import pytest
 ROOT = Path(__file__).resolve().parents[2]
 PACKAGE = ROOT / "speechbrain_mifuse"
 # Each room may import from those before it.
-ROOMS = ("errors", "progress", "audio", "corpora", "features", "nnet", "model_card", "recogniser_files")
+ROOMS = (
+    "errors",
+    "progress",
+    "audio",
+    "corpora",
+    "folder_schema",
+    "features",
+    "nnet",
+    "model_card",
+    "recogniser_files",
+)
 ROOMS += ("windows", "inference", "lalm", "zero_shot")
 ROOMS += ("adaptation", "evaluation", "brains", "pipeline", "fold_pipeline", "zero_shot_pipeline", "registry", "sweep")
 ROOMS += ("extract_command", "label_commands", "mifuse_recipe", "adapt", "recogniser_commands", "cli")
