@@ -6,6 +6,7 @@ brackets for a Python expression.
 
 from __future__ import annotations
 
+import math
 import os
 import re
 import unicodedata
@@ -25,6 +26,8 @@ MAX_YAML_BYTES, MAX_JSON_BYTES, MAX_DEPTH = 100_000, 1_000_000, 30
 MAX_SCALAR_LENGTH = 40
 # Larger than any real model, and small enough that a module of this size can be described on torch's meta device.
 MAX_SIZE, MAX_LAYERS, MAX_CLASSES = 100_000, 200, 1000
+# Of any whole number in the configuration of an encoder.
+MAX_CONFIG_INT = 10_000_000
 
 PLAIN = "tag:yaml.org,2002:"
 LOAD_WEIGHTS = ("speechbrain_mifuse.recogniser_files.load_weights", "speechbrain_mifuse.inference.load_weights")
@@ -427,3 +430,67 @@ class DualEncoderAbout(_Open):
     features: FrameSettings
     text_encoder: TextEncoderSettings
     trained_on: dict[Text, Any] | list[Text] = []
+
+
+# Attention that needs no code from elsewhere: transformers takes other names for repositories of kernels.
+OWN_ATTENTION = (None, "eager", "sdpa")
+Convolution = Annotated[list[Annotated[int, Field(ge=1, le=10_000)]], Field(min_length=1, max_length=100)]
+LayerCount = Annotated[int, Field(ge=0, le=MAX_LAYERS)]
+
+
+class EncoderConfig(_Open):
+    """`config.json` of a speech encoder."""
+
+    model_type: Text
+    hidden_size: Size = 1
+    d_model: Size = 1
+    intermediate_size: Size = 1
+    num_hidden_layers: LayerCount = 1
+    encoder_layers: LayerCount = 1
+    decoder_layers: LayerCount = 1
+    num_adapter_layers: LayerCount = 1
+    conv_dim: Convolution = [1]
+    conv_kernel: Convolution = [1]
+    conv_stride: Convolution = [1]
+
+    @model_validator(mode="after")
+    def _runs_here(self):
+        values = self.model_extra or {}
+        for key in ("attn_implementation", "_attn_implementation"):
+            if values.get(key) not in OWN_ATTENTION:
+                raise ValueError(f"{key}: must be one of {', '.join(OWN_ATTENTION[1:])}")
+        if values.get("quantization_config") is not None:
+            raise ValueError("quantization_config: encoders are not quantized here")
+        if math.prod(self.conv_stride) > 100_000:
+            raise ValueError("conv_stride: more than 100000 samples a frame")
+        _bound_numbers(values)
+        return self
+
+
+class FeatureExtractorConfig(_Open):
+    """`preprocessor_config.json` of a speech encoder."""
+
+    sampling_rate: Annotated[int, Field(ge=1000, le=1_000_000)] = 16000
+    feature_size: Annotated[int, Field(ge=1, le=10_000)] = 1
+    n_fft: Annotated[int, Field(ge=2, le=MAX_SIZE)] = 400
+    hop_length: Annotated[int, Field(ge=1, le=MAX_SIZE)] = 160
+    chunk_length: Annotated[int, Field(ge=1, le=3600)] = 30
+
+    @model_validator(mode="after")
+    def _runs_here(self):
+        if "auto_map" in (self.model_extra or {}):
+            raise ValueError("auto_map: code that comes with a model is not run")
+        _bound_numbers(self.model_extra)
+        return self
+
+
+def _bound_numbers(value: Any, key: str = "") -> None:
+    """Refuse numbers from which transformers would make tensors of any size."""
+    if isinstance(value, dict):
+        for name, part in value.items():
+            _bound_numbers(part, name)
+    elif isinstance(value, list):
+        for part in value:
+            _bound_numbers(part, key)
+    elif isinstance(value, int) and abs(value) > MAX_CONFIG_INT:
+        raise ValueError(f"{ascii(key)[:100]}: {value} is beyond {MAX_CONFIG_INT}")
