@@ -17,6 +17,7 @@ from typing import Annotated, Any, Literal
 import yaml
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 
+from speechbrain_mifuse.audio import shown
 from speechbrain_mifuse.corpora.manifest import bounded_bytes, json_object
 from speechbrain_mifuse.errors import UserError
 
@@ -162,9 +163,15 @@ def plain_yaml(path: str | Path, tags: Collection[str] = ()) -> Any:
     except yaml.MarkedYAMLError as error:
         mark = error.problem_mark or error.context_mark
         where = f"line {mark.line + 1}: " if mark else ""
-        raise ValueError(f"{where}{' '.join(str(error.problem or error.context).split())}") from None
+        raise ValueError(where + _shortened(error.problem or error.context)) from None
     except (OSError, yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ValueError(" ".join(str(error).split())) from None
+        raise ValueError(_shortened(error)) from None
+
+
+def _shortened(reason: object) -> str:
+    """One short line, whatever the file holds."""
+    line = shown(" ".join(str(reason).split()))
+    return line if len(line) <= 300 else f"{line[:300]}..."
 
 
 def plain_json(path: str | Path) -> dict:
@@ -199,6 +206,8 @@ def plain_json(path: str | Path) -> dict:
         content = json_object(Path(path), MAX_JSON_BYTES)
     except FileNotFoundError as error:
         raise ValueError(error.strerror) from None
+    except ValueError as error:
+        raise ValueError(_shortened(error)) from None
     level, depth = [content], 0
     while level:
         if depth == MAX_DEPTH:

@@ -76,6 +76,8 @@ EXPORT_AGAIN = "Export the recogniser again."
 NOT_EXPORTED = "Get the folder anew, or export it again. If it is a program that you trust, pass trust_code=True to "
 NOT_EXPORTED += "from_hparams, which runs it."
 SETTINGS, WEIGHTS, ABOUT = "hyperparams.yaml", "classifier.safetensors", "about.json"
+# Samples of the clip that a loaded recogniser is tried out with.
+TRIED_SAMPLES = 8000
 # Keys of the YAML that mean something; the others only wire its parts for SpeechBrain.
 SETTING_NAMES = [key for key, field in RecognizerSettings.model_fields.items() if not field.exclude]
 
@@ -179,6 +181,7 @@ def open_recogniser(
         return None
     classifier = _build_classifier(settings.classifier, weights)
     modules = {"encoder": _open_encoder(source, settings), "classifier": classifier}
+    _try_out(source, **modules)
     return {**more, **settings.model_dump(), **modules, "modules": modules, "savedir": fetching.get("savedir")}
 
 
@@ -235,6 +238,23 @@ def _open_encoder(source: str | Path, settings: RecognizerSettings) -> FrozenEnc
             f"Bring the encoder that it was trained with, or {name_it}"
         )
     return encoder
+
+
+def _try_out(source: str | Path, encoder: FrozenEncoder, classifier: EmotionClassifier) -> None:
+    """Make sure that the parts answer to a short clip: settings and weights may be valid one by one only."""
+    training = classifier.training
+    try:
+        with torch.no_grad():
+            frames = encoder(torch.linspace(-0.5, 0.5, TRIED_SAMPLES))
+            classifier.eval()
+            logits = classifier.head(classifier.embed(frames.unsqueeze(0)), stochastic=False)
+        if not logits.isfinite().all():
+            raise ValueError("its answers are not finite numbers")
+    except Exception as error:  # what torch makes of parts that do not fit together
+        reason = " ".join(str(error).split())[:500]
+        raise RecogniserError(f"{source}: the encoder and classifier do not work ({reason}). {EXPORT_AGAIN}") from error
+    finally:
+        classifier.train(training)
 
 
 def _build_classifier(sizes: ClassifierSizes, path: str | Path) -> EmotionClassifier:
