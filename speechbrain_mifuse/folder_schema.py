@@ -256,10 +256,13 @@ def checked(
         return schema.model_validate(content)
     except ValidationError as error:
         first = error.errors(include_url=False)[0]
-    key = ".".join(str(part) for part in first["loc"]) or "content"
+    # A check of several keys names them itself.
+    of_several = first["type"] == "value_error" and not first["loc"]
+    key = [] if of_several else [".".join(str(part) for part in first["loc"]) or "content"]
     given = ascii(first["input"])
-    given = "" if first["type"] == "missing" else f" (given: {given[:80]}{'...' if len(given) > 80 else ''})"
-    raise problem(f"{place}: {ascii(key)[1:-1][:200]}: {first['msg'].removeprefix('Value error, ')}{given}. {advice}")
+    given = "" if of_several or first["type"] == "missing" else f" (given: {given[:80]}{'...' * (len(given) > 80)})"
+    reason = first["msg"].removeprefix("Value error, ")
+    raise problem(": ".join([str(place), *(ascii(each)[1:-1][:200] for each in key), f"{reason}{given}. {advice}"]))
 
 
 def _plain_text(text: str) -> str:

@@ -51,10 +51,10 @@ NASTY += ["", " ", "x" * 300, "\x00", "\ud800", "../..", "/dev/zero", "demo", []
 BYTES = (b"\x00", b"\xff", b"\n", b" ", b"(", b")", b"!", b"&", b"*", b"[", b"{", b"9" * 5000, b"[" * 5000)
 
 
-def write_recognizer(folder):
+def write_recognizer(folder, dim=16):
     """Export a recognizer with its encoder inside."""
     torch.manual_seed(0)
-    encoder = FrozenEncoder(str(toy_corpora.write_encoder(folder / "encoder")), [1])
+    encoder = FrozenEncoder(str(toy_corpora.write_encoder(folder / "encoder", dim)), [1])
 
     class Frames:
         n_layers, layer, frame_average, dim = 1, 1, 1, encoder.dim
