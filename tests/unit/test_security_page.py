@@ -166,7 +166,7 @@ def test_code_in_place_of_a_value_of_a_recogniser_is_refused(what, mark, folder)
 
 def test_round_brackets_run_in_a_trusted_recogniser_so_that_these_tests_can_fail(mark, folder):
     path = folder / "hyperparams.yaml"
-    path.write_text(path.read_text() + CODE["round brackets in quotes"].format(mark=mark) + "\n")
+    path.write_text(path.read_text() + CODE["round brackets"].format(mark=mark) + "\n")
     EmotionRecognizer.from_hparams(folder, trust_code=True)
     assert mark.exists()
 
