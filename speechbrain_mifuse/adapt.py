@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import NamedTuple
 
 from speechbrain_mifuse.errors import UserError, require_device
-from speechbrain_mifuse.registry import plain_values
 
 # A link in the repository, a folder of files once installed: the one place of the settings, where the package is.
 RECIPE = Path(__file__).parent / "hparams" / "rav2folder.yaml"
@@ -202,28 +201,29 @@ def source_settings(folder: str | Path, about: Mapping) -> dict:
     >>> source_settings("/nowhere", {"labels": []})
     Traceback (most recent call last):
     ...
-    speechbrain_mifuse.registry.RegistryError: /nowhere/hyperparams.yaml: cannot be read as YAML ...
+    speechbrain_mifuse.recogniser_files.RecogniserError: /nowhere/hyperparams.yaml: ...
     """
     from speechbrain_mifuse.pipeline import corpus_of
+    from speechbrain_mifuse.recogniser_files import SETTINGS, read_settings
 
-    values = plain_values(Path(folder) / "hyperparams.yaml")
-    encoder = values["encoder"]
-    layers = encoder["layers"]
+    values = read_settings(Path(folder) / SETTINGS)
+    layers = values.encoder.layers
     if layers is None:
         raise UserError(
             f"{folder}: its encoder was trained along with it, and adaptation needs frames that stay the same. Start "
             "from a recogniser with stored features."
         )
+    layers = [layers] if isinstance(layers, int) else layers
     return {
         "source_recogniser": str(Path(folder).resolve()),
         "source": corpus_of(folder, about),
         "labels": list(about["labels"]),
-        "encoder": encoder["source"],
+        "encoder": values.encoder.source,
         "encoder_layers": layers,
         "layer": layers[0] if len(layers) == 1 else None,
-        "trim_db": values["trim_db"],
-        "frame_average": values["frame_average"],
-        "speaker_norm": values.get("speaker_norm", "none"),
+        "trim_db": values.trim_db,
+        "frame_average": values.frame_average,
+        "speaker_norm": values.speaker_norm or "none",
     }
 
 

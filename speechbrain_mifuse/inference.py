@@ -22,7 +22,6 @@ from safetensors import SafetensorError
 from speechbrain.dataio.encoder import CategoricalEncoder
 from speechbrain.inference.interfaces import Pretrained
 from speechbrain.utils.autocast import AMPConfig
-from speechbrain.utils.fetching import fetch
 from torchaudio.functional import resample
 
 from speechbrain_mifuse.audio import BadAudio, content_hash, load_audio, nothing_varies
@@ -38,9 +37,9 @@ from speechbrain_mifuse.recogniser_files import (
     export_recogniser,
     load_classifier,
     load_weights,
+    open_recogniser,
     own_encoder,
     recogniser_digest,
-    refuse_foreign_code,
 )
 from speechbrain_mifuse.windows import (
     Segment,
@@ -88,6 +87,9 @@ LEAST_S = 0.1
 
 # Encoders that cut a long recording into pieces themselves.
 CUTTING = {"whisper"}
+
+# Arguments of `from_hparams` about the files.
+FILE_OPTIONS = ("overrides_must_match", "hparams_file", "download_only", "savedir", "local_strategy", "fetch_config")
 
 # Addresses of web, hub and cloud storage. `Path` makes one slash of two.
 URL = re.compile(r"[A-Za-z][A-Za-z0-9+.-]+:/")
@@ -188,7 +190,7 @@ class EmotionRecognizer(Pretrained):
     def from_hparams(cls, source, overrides=None, trust_code=False, **kwargs):
         """Load a recogniser.
 
-        Its YAML is a program: one that names more than the parts of an exported recogniser is refused. An encoder that
+        Its files are read as data, checked, and built by this package: no code of the folder runs. An encoder that
         lies in the folder, as one that was trained along does, is taken wherever the folder is moved.
 
         Parameters
@@ -198,7 +200,7 @@ class EmotionRecognizer(Pretrained):
         overrides : dict, optional
             Changes to its YAML.
         trust_code : bool
-            Whether to run whatever the YAML names.
+            Whether its YAML is a program of yours: SpeechBrain then runs whatever it names.
         **kwargs
             As for SpeechBrain's `Pretrained.from_hparams`, and `abstain_below`.
 
@@ -210,29 +212,25 @@ class EmotionRecognizer(Pretrained):
         Raises
         ------
         RecogniserError
-            If the YAML would run other code, or the weights or the encoder cannot be loaded.
+            If the YAML is more than that of an exported recogniser, or the weights or the encoder cannot be loaded.
         """
-        if not trust_code:
-            fetching = {key: kwargs[key] for key in ("savedir", "fetch_config") if key in kwargs}
-            try:
-                yaml = fetch(kwargs.get("hparams_file", "hyperparams.yaml"), str(source), **fetching)
-            except (OSError, ValueError) as error:
-                reason = " ".join(str(error).split())
-                raise RecogniserError(
-                    f"{source}: no folder of a recogniser, and no repository of a hub that can be read ({reason})."
-                ) from error
-            refuse_foreign_code(yaml)
+        if trust_code:
+            return cls._from_program(source, overrides or {}, **kwargs)
+        files = {key: kwargs.pop(key) for key in FILE_OPTIONS if key in kwargs}
+        hparams = open_recogniser(source, overrides, **files)
+        return None if hparams is None else cls(modules=hparams["modules"], hparams=hparams, **kwargs)
+
+    @classmethod
+    def _from_program(cls, source, overrides, **kwargs):
+        """Let SpeechBrain load a folder, which runs its YAML."""
         changes = {"pretrained_path": str(source), **own_encoder(source)}
-        recursive_update(changes, overrides or {})
+        recursive_update(changes, overrides)
         try:
             return super().from_hparams(str(source), overrides=changes, **kwargs)
         except UserError:
             raise
         except (OSError, ValueError, SafetensorError) as error:
-            raise RecogniserError(
-                f"{source}: cannot be loaded ({' '.join(str(error).split())}). Bring the whole folder, with `encoder` "
-                "if it had one, or say where the encoder is: overrides={'encoder': {'source': FOLDER_OR_HUB_ID}}."
-            ) from error
+            raise RecogniserError(f"{source}: cannot be loaded ({' '.join(str(error).split())}).") from error
 
     def _apply(self, fn, recurse=True):
         """Follow `.to()`, which leaves SpeechBrain's `device` as it was."""
@@ -290,7 +288,15 @@ class EmotionRecognizer(Pretrained):
     @torch.inference_mode()
     def _answers(self, frames: Sequence[torch.Tensor]) -> torch.Tensor:
         logits = self.mods.classifier.head(self._embedded(frames), stochastic=False)
-        return (logits / self.temperature).softmax(-1).cpu()
+        return self._probs(logits / self.temperature)
+
+    def _probs(self, logits: torch.Tensor) -> torch.Tensor:
+        probs = logits.softmax(-1).cpu()
+        if not bool(probs.isfinite().all()):
+            raise RecogniserError(
+                "the recogniser's weights give no finite probabilities. Get its folder, and its encoder, anew."
+            )
+        return probs
 
     def _answers_to(self, waveforms: Sequence[torch.Tensor], frames_of: Callable) -> torch.Tensor:
         """Answer to recordings, with zeros to those in which nothing varies or that are too short to be speech."""
@@ -352,7 +358,7 @@ class EmotionRecognizer(Pretrained):
         with torch.random.fork_rng(devices=[] if self.device_type == "cpu" else None):
             if seed is not None:
                 torch.manual_seed(seed)
-            return self.mods.classifier.head(vectors, stochastic).softmax(-1).cpu()
+            return self._probs(self.mods.classifier.head(vectors, stochastic))
 
     def label_of(self, probs: torch.Tensor) -> str | None:
         """Most likely label, or `None` below the threshold.

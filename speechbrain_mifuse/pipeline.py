@@ -1211,7 +1211,8 @@ def corpus_of(folder: str | Path, about: Mapping) -> str:
     >>> corpus_of("results/a/recogniser", {"corpus": "nemo"}), corpus_of("results/a/recogniser", {})
     ('nemo', 'a')
     """
-    return about.get("corpus", Path(folder).resolve().parent.name)
+    # Not as an expression: the name becomes a value in YAML.
+    return about.get("corpus", Path(folder).resolve().parent.name.lstrip("!("))
 
 
 def teacher_name(hparams: Mapping) -> str:

@@ -9,18 +9,27 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import torch
-from ruamel.yaml import YAML
-from ruamel.yaml.error import YAMLError
 from safetensors.torch import save
+from speechbrain.utils.fetching import fetch
 from speechbrain.utils.parameter_transfer import Pretrainer
 
 from speechbrain_mifuse import __version__
-from speechbrain_mifuse.corpora.manifest import atomic_write
+from speechbrain_mifuse.corpora.manifest import atomic_write, bounded_bytes
 from speechbrain_mifuse.errors import UserError
+from speechbrain_mifuse.features.encoder import FrozenEncoder
 from speechbrain_mifuse.features.store import difference
+from speechbrain_mifuse.folder_schema import (
+    TAGS,
+    ClassifierSizes,
+    RecognizerAbout,
+    RecognizerSettings,
+    checked,
+    plain_json,
+    plain_yaml,
+)
 from speechbrain_mifuse.model_card import adapted_card, trained_card
 from speechbrain_mifuse.nnet.classifier import EmotionClassifier
-from speechbrain_mifuse.nnet.weights import load_all_weights
+from speechbrain_mifuse.nnet.weights import build_with_weights, load_all_weights
 
 # What two stores must share for a classifier of the one to read the other.
 DECISIVE = ("encoder", "dim", "trim_db", "frame_average", "preprocessing_version", "speaker_norm")
@@ -62,19 +71,15 @@ speaker_norm: {name}
 
 # How to mend a folder that is no recogniser.
 GIVE_WHOLE = "Train it again, or give a whole folder as a recipe exports it; one on a hub is downloaded first."
-
-# What the YAML of recognisers of earlier versions names.
-OLDER_TAGS = {"!new:speechbrain.utils.parameter_transfer.Pretrainer", "!name:speechbrain_mifuse.inference.load_weights"}
-# All that the YAML of an exported recogniser names, beside plain values: everything else is code of a stranger.
-TAGS = OLDER_TAGS | {
-    "!ref",
-    "!new:speechbrain_mifuse.features.encoder.FrozenEncoder",
-    "!new:speechbrain_mifuse.nnet.classifier.EmotionClassifier",
-    "!new:speechbrain_mifuse.recogniser_files.FolderPretrainer",
-    "!name:speechbrain_mifuse.recogniser_files.load_weights",
-    *(f"tag:yaml.org,2002:{kind}" for kind in ("map", "seq", "str", "int", "float", "bool", "null")),
-}
-
+EXPORT_AGAIN = "Export the recogniser again."
+# For a YAML that is not that of an exported recogniser.
+NOT_EXPORTED = "Get the folder anew, or export it again. If it is a program that you trust, pass trust_code=True to "
+NOT_EXPORTED += "from_hparams, which runs it."
+SETTINGS, WEIGHTS, ABOUT = "hyperparams.yaml", "classifier.safetensors", "about.json"
+# Samples of the clip that a loaded recogniser is tried out with.
+TRIED_SAMPLES = 8000
+# Keys of the YAML that mean something; the others only wire its parts for SpeechBrain.
+SETTING_NAMES = [key for key, field in RecognizerSettings.model_fields.items() if not field.exclude]
 
 # What SpeechBrain's `foreign_class` looks for beside the YAML.
 INTERFACE = '''"""Lets SpeechBrain's `foreign_class` load this folder, where speechbrain-mifuse is installed."""
@@ -88,44 +93,172 @@ class RecogniserError(UserError):
     """A recogniser's folder that is not whole, or does not fit what is asked of it."""
 
 
-def refuse_foreign_code(path: str | Path) -> None:
-    """Make sure that a recogniser's YAML names nothing but what our exporter writes: reading it runs what it names.
+def read_settings(path: str | Path) -> RecognizerSettings:
+    """Read the YAML of a recogniser as plain data: nothing that it names is run.
 
     Parameters
     ----------
     path : str or pathlib.Path
         The YAML.
 
+    Returns
+    -------
+    RecognizerSettings
+        Its values.
+
     Raises
     ------
     RecogniserError
-        If it names anything else, is no YAML, or cannot be read.
+        If it cannot be read, or holds anything else than the YAML of an exported recogniser.
 
     Example
     -------
     >>> import tempfile
     >>> path = Path(tempfile.mkdtemp()) / "hyperparams.yaml"
     >>> _ = path.write_text("labels: !apply:os.getcwd []")
-    >>> refuse_foreign_code(path)
+    >>> read_settings(path)
     Traceback (most recent call last):
     ...
-    speechbrain_mifuse.recogniser_files.RecogniserError: .../hyperparams.yaml: '!apply:os.getcwd' would run code ...
+    speechbrain_mifuse.recogniser_files.RecogniserError: .../hyperparams.yaml: line 1: the tag '!apply:os.getcwd' ...
     """
     try:
-        root = YAML().compose(Path(path).read_text(encoding="utf-8"))
-    except (OSError, ValueError, YAMLError) as error:
-        raise RecogniserError(f"{path}: cannot be read ({' '.join(str(error).split())}).") from None
-    todo, seen = [root] if root is not None else [], set()
-    while todo:
-        node = todo.pop()
-        if id(node) in seen:  # an anchor may hold itself
-            continue
-        seen.add(id(node))
-        if str(node.tag) not in TAGS:
-            remedy = "Read the file first; if you trust it, pass trust_code=True to from_hparams."
-            raise RecogniserError(f"{path}: '{node.tag}' would run code that is no part of a recogniser. {remedy}")
-        parts = node.value if isinstance(node.value, list) else []
-        todo += [part for pair in parts for part in (pair if isinstance(pair, tuple) else [pair])]
+        content = plain_yaml(path, TAGS)
+    except ValueError as error:
+        raise RecogniserError(f"{path}: {error}. {NOT_EXPORTED}") from None
+    return checked(RecognizerSettings, content, path, RecogniserError, NOT_EXPORTED)
+
+
+def open_recogniser(
+    source: str | Path,
+    overrides: Mapping | None = None,
+    overrides_must_match: bool = True,
+    hparams_file: str = SETTINGS,
+    download_only: bool = False,
+    **fetching,
+) -> dict | None:
+    """Build the parts of a recogniser from its folder or hub repository, of which no code is run.
+
+    Parameters
+    ----------
+    source : str or pathlib.Path
+        Local folder or hub repository.
+    overrides : mapping, optional
+        Changes to its YAML.
+    overrides_must_match : bool
+        Whether changes to a key that a recogniser does not have are an error; otherwise they are added.
+    hparams_file : str
+        Name of the YAML.
+    download_only : bool
+        Whether to fetch the files and build nothing.
+    **fetching
+        `savedir`, `local_strategy` and `fetch_config` of SpeechBrain's `fetch`.
+
+    Returns
+    -------
+    dict or None
+        What SpeechBrain's `Pretrained` takes as `hparams`.
+
+    Raises
+    ------
+    RecogniserError
+        If a file is missing or does not fit; the message names it and the key.
+
+    Example
+    -------
+    >>> open_recogniser("/nowhere")
+    Traceback (most recent call last):
+    ...
+    speechbrain_mifuse.recogniser_files.RecogniserError: /nowhere: no folder of a recogniser, ...
+    """
+    path = _fetched(hparams_file, source, **fetching)
+    settings = read_settings(path)
+    _refuse_disagreement(path, settings, source, **fetching)
+    changes = dict(overrides or {})
+    more = {} if overrides_must_match else {key: changes.pop(key) for key in {*changes} - {*SETTING_NAMES}}
+    settings = _changed(settings, {"pretrained_path": str(source), **own_encoder(source)}, changes)
+    weights = _fetched(WEIGHTS, settings.pretrained_path, **fetching)
+    if download_only:
+        return None
+    classifier = _build_classifier(settings.classifier, weights)
+    modules = {"encoder": _open_encoder(source, settings), "classifier": classifier}
+    _try_out(source, **modules)
+    return {**more, **settings.model_dump(), **modules, "modules": modules, "savedir": fetching.get("savedir")}
+
+
+def _fetched(name: str, source: str | Path, **fetching) -> Path:
+    """Fetch a file of a recogniser as SpeechBrain does."""
+    try:
+        return Path(fetch(name, str(source), **fetching))
+    except Exception as error:  # the clients of hubs share no class of errors
+        reason = " ".join(str(error).split())
+        raise RecogniserError(
+            f"{source}: no folder of a recogniser, and no repository of a hub that can be read ({name}: {reason})."
+        ) from error
+
+
+def _refuse_disagreement(path: Path, settings: RecognizerSettings, source: str | Path, **fetching) -> None:
+    """Make sure that `about.json`, if there is one, describes the same classifier as the YAML."""
+    try:
+        about_path = _fetched(ABOUT, source, **fetching)
+    except RecogniserError:
+        return
+    about = _checked_about(about_path)
+    differs = difference(*({key: getattr(each, key) for key in ("labels", "classifier")} for each in (settings, about)))
+    if differs:
+        raise RecogniserError(f"{path}: differs from {about_path} ({differs}). {NOT_EXPORTED}")
+
+
+def _changed(settings: RecognizerSettings, own: Mapping, overrides: Mapping) -> RecognizerSettings:
+    """Change settings first to where the parts lie now, then to what the user wants."""
+    values = settings.model_dump()
+    for changes in (own, overrides):
+        for key, value in changes.items():
+            inner = isinstance(value, Mapping) and isinstance(values.get(key), Mapping)
+            values[key] = {**values[key], **value} if inner else value
+    advice = f"Settings of a recogniser: {', '.join(SETTING_NAMES)}."
+    return checked(RecognizerSettings, values, "overrides", RecogniserError, advice)
+
+
+def _open_encoder(source: str | Path, settings: RecognizerSettings) -> FrozenEncoder:
+    """Load the encoder of a recogniser and make sure that its classifier takes its frames."""
+    name_it = "say where the encoder is: overrides={'encoder': {'source': FOLDER_OR_HUB_ID}}."
+    try:
+        encoder = FrozenEncoder(settings.encoder.source, settings.encoder.layers)
+    except Exception as error:  # a damaged folder can raise anything in transformers
+        raise RecogniserError(
+            f"{source}: cannot be loaded ({' '.join(str(error).split())[:1000]}). Bring the whole folder, with "
+            f"`encoder` if it had one, or {name_it}"
+        ) from error
+    given = {"input_size": encoder.dim, "n_layers": len(encoder.layers), "sample_rate": encoder.sample_rate}
+    wanted = {**settings.classifier.model_dump(), "sample_rate": settings.sample_rate}
+    differs = difference(given, {key: wanted[key] for key in given})
+    if differs:
+        raise RecogniserError(
+            f"{source}: the encoder '{settings.encoder.source}' does not fit the classifier ({differs}). "
+            f"Bring the encoder that it was trained with, or {name_it}"
+        )
+    return encoder
+
+
+def _try_out(source: str | Path, encoder: FrozenEncoder, classifier: EmotionClassifier) -> None:
+    """Make sure that the parts answer to a short clip: settings and weights may be valid one by one only."""
+    training = classifier.training
+    try:
+        with torch.no_grad():
+            frames = encoder(torch.linspace(-0.5, 0.5, TRIED_SAMPLES))
+            classifier.eval()
+            logits = classifier.head(classifier.embed(frames.unsqueeze(0)), stochastic=False)
+        if not logits.isfinite().all():
+            raise ValueError("its answers are not finite numbers")
+    except Exception as error:  # what torch makes of parts that do not fit together
+        reason = " ".join(str(error).split())[:500]
+        raise RecogniserError(f"{source}: the encoder and classifier do not work ({reason}). {EXPORT_AGAIN}") from error
+    finally:
+        classifier.train(training)
+
+
+def _build_classifier(sizes: ClassifierSizes, path: str | Path) -> EmotionClassifier:
+    return build_with_weights(lambda: EmotionClassifier(**sizes.model_dump()), path, RecogniserError, EXPORT_AGAIN)
 
 
 def own_encoder(source: str | Path) -> dict:
@@ -195,7 +328,7 @@ def load_weights(module: torch.nn.Module, path: str | Path, end_of_epoch: bool =
     ...
     speechbrain_mifuse.recogniser_files.RecogniserError: missing.safetensors: cannot be loaded ...
     """
-    load_all_weights(module, path, RecogniserError, "Export the recogniser again.")
+    load_all_weights(module, path, RecogniserError, EXPORT_AGAIN)
 
 
 def export_recogniser(
@@ -290,8 +423,10 @@ def export_student(
     speechbrain_mifuse.recogniser_files.RecogniserError: /nowhere: no whole recogniser there ...
     """
     known = read_about(source)
+    # Its text is taken over, hence must be that of a recogniser and of nothing else.
+    read_settings(Path(source) / SETTINGS)
     kept = {key: known[key] for key in ("labels", "features", "layer", "classifier", "corpus") if key in known}
-    text = (Path(source) / "hyperparams.yaml").read_text(encoding="utf-8")
+    text = (Path(source) / SETTINGS).read_text(encoding="utf-8")
     text = re.sub(r"(?m)^temperature: .*\n", "", text)
     text = re.sub(r"(?m)^(sample_rate: .*\n)", rf"\g<1>temperature: {temperature}\n", text)
     own = {"adapted_from": recogniser_digest(source), "temperature": temperature, "code_version": __version__}
@@ -323,13 +458,13 @@ def write_folder(folder: str | Path, weights: bytes, text: str, about: Mapping, 
     ['about.json', 'classifier.safetensors', 'custom.py', 'hyperparams.yaml']
     """
     folder = Path(folder)
-    atomic_write(folder / "classifier.safetensors", weights)
-    atomic_write(folder / "hyperparams.yaml", text)
+    atomic_write(folder / WEIGHTS, weights)
+    atomic_write(folder / SETTINGS, text)
     atomic_write(folder / "custom.py", INTERFACE)
     if card is not None:
         atomic_write(folder / CARD, card)
     # Last, because its presence tells that the folder is whole.
-    atomic_write(folder / "about.json", json.dumps(about, indent=1))
+    atomic_write(folder / ABOUT, json.dumps(about, indent=1))
 
 
 def write_card(folder: str | Path, record: Mapping) -> None:
@@ -382,14 +517,16 @@ def read_about(folder: str | Path) -> dict:
     ...
     speechbrain_mifuse.recogniser_files.RecogniserError: /nowhere: no whole recogniser there (...). ...
     """
+    return _checked_about(Path(folder) / ABOUT).model_dump(exclude_unset=True)
+
+
+def _checked_about(path: Path) -> RecognizerAbout:
     try:
-        about = json.loads((Path(folder) / "about.json").read_text())
-        missing = [key for key in ("labels", "features", "classifier") if key not in about]
-    except (OSError, ValueError) as error:
-        raise RecogniserError(f"{folder}: no whole recogniser there ({error!r}). {GIVE_WHOLE}") from None
-    if missing:
-        raise RecogniserError(f"{folder}: no whole recogniser there (no {', '.join(missing)}). {GIVE_WHOLE}")
-    return about
+        content = plain_json(path)
+    except ValueError as error:
+        reason = f"{path.name}: {error}"
+        raise RecogniserError(f"{path.parent}: no whole recogniser there ({reason}). {GIVE_WHOLE}") from None
+    return checked(RecognizerAbout, content, path, RecogniserError, GIVE_WHOLE)
 
 
 def recogniser_digest(folder: str | Path) -> str:
@@ -419,8 +556,8 @@ def recogniser_digest(folder: str | Path) -> str:
     """
     folder = Path(folder)
     try:
-        content = [(folder / name).read_bytes() for name in ("classifier.safetensors", "hyperparams.yaml")]
-    except OSError:
+        content = [bounded_bytes(folder / name) for name in (WEIGHTS, SETTINGS)]
+    except (OSError, ValueError):
         raise RecogniserError(f"{folder}: no whole recogniser there. {GIVE_WHOLE}") from None
     return hashlib.sha256(b"".join(content)).hexdigest()[:16]
 
@@ -463,6 +600,4 @@ def load_classifier(folder: str | Path, labels: Sequence[str], features: Mapping
         raise RecogniserError(
             f"{folder}: was trained on something else ({differs}). Pass the same --encoder and --speaker_norm."
         )
-    classifier = EmotionClassifier(**about["classifier"])
-    load_weights(classifier, folder / "classifier.safetensors")
-    return classifier
+    return _build_classifier(ClassifierSizes(**about["classifier"]), folder / WEIGHTS)

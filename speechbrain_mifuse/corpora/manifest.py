@@ -14,7 +14,9 @@ import gc
 import hashlib
 import json
 import logging
+import math
 import os
+import stat
 import sys
 import tempfile
 from collections import Counter
@@ -46,6 +48,8 @@ Splits = Mapping[str, float] | Mapping[str, Sequence[str]]
 MANY = 5000
 # Seconds that an entry may claim.
 LONGEST_LENGTH = 1e9
+# Digits of a whole number in a JSON file: reading thousands of them takes long, and no length or count has so many.
+LONGEST_INT = 40
 # Reasons shown in the log; all are in skipped.json.
 SHOWN = 20
 
@@ -1056,13 +1060,55 @@ def read_about(path: Path) -> dict:
     return about
 
 
-def json_object(path: Path) -> dict:
-    """Read a JSON object in which no key stands twice and every number is one.
+def bounded_bytes(path: str | Path, max_bytes: int | None = None) -> bytes:
+    """Read a regular file of limited size: a named pipe or a device would never end.
+
+    Parameters
+    ----------
+    path : str or pathlib.Path
+        The file.
+    max_bytes : int, optional
+        The most bytes it may have; no limit by default.
+
+    Returns
+    -------
+    bytes
+        Its content.
+
+    Raises
+    ------
+    FileNotFoundError
+        If there is none.
+    ValueError
+        If it is larger, or not a regular file.
+
+    Example
+    -------
+    >>> path = Path(tempfile.mkdtemp()) / "a.json"
+    >>> atomic_write(path, "[1, 2]")
+    >>> bounded_bytes(path, 5)
+    Traceback (most recent call last):
+    ...
+    ValueError: more than 5 bytes
+    """
+    if not stat.S_ISREG(os.stat(path).st_mode):
+        raise ValueError("not a regular file")
+    with open(path, "rb") as file:
+        content = file.read(-1 if max_bytes is None else max_bytes + 1)
+    if max_bytes is not None and len(content) > max_bytes:
+        raise ValueError(f"more than {max_bytes} bytes")
+    return content
+
+
+def json_object(path: Path, max_bytes: int | None = None) -> dict:
+    """Read a JSON object in which no key stands twice and every number is finite and of usual length.
 
     Parameters
     ----------
     path : pathlib.Path
         The file.
+    max_bytes : int, optional
+        The most bytes it may have; no limit by default.
 
     Returns
     -------
@@ -1086,11 +1132,19 @@ def json_object(path: Path) -> dict:
     ValueError: the key 'emo' stands twice in one object
     """
     try:
-        found = json.loads(path.read_bytes(), object_pairs_hook=_distinct, parse_constant=_no_number)
+        found = json.loads(
+            bounded_bytes(path, max_bytes),
+            object_pairs_hook=_distinct,
+            parse_constant=_no_number,
+            parse_int=_short_int,
+            parse_float=_finite_float,
+        )
     except FileNotFoundError:
         raise
-    except (OSError, RecursionError) as error:
-        raise ValueError(getattr(error, "strerror", None) or str(error)) from None
+    except RecursionError:
+        raise ValueError("nested too deeply") from None
+    except OSError as error:
+        raise ValueError(error.strerror or str(error)) from None
     if not isinstance(found, dict):
         raise ValueError("not a JSON object")
     return found
@@ -1107,6 +1161,19 @@ def _distinct(pairs: list[tuple[str, object]]) -> dict:
 
 def _no_number(name: str) -> None:
     raise ValueError(f"{name} is no number")
+
+
+def _short_int(digits: str) -> int:
+    if len(digits) > LONGEST_INT:
+        raise ValueError(f"a number of {len(digits)} digits")
+    return int(digits)
+
+
+def _finite_float(digits: str) -> float:
+    number = float(digits)
+    if not math.isfinite(number):
+        raise ValueError(f"{digits[:40]} is no number")
+    return number
 
 
 def encodable(text: str) -> bool:

@@ -61,7 +61,7 @@ def _record(path: Path) -> dict:
     try:
         found = json.loads(path.read_text(encoding="utf-8"))
         scored = found["UA"] is not None and found["by_speaker"]
-    except (ValueError, TypeError, KeyError) as error:
+    except (ValueError, TypeError, KeyError, RecursionError) as error:
         raise UserError(f"{path}: no whole result of one method ({error!r}). Delete it and run again.") from None
     if not scored:
         raise UserError(f"{path}: its test set has no labels, so there is no score to put into a table.")

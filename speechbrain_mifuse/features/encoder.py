@@ -22,13 +22,19 @@ from speechbrain.integrations.huggingface.hubert import HuBERT
 from speechbrain.integrations.huggingface.wav2vec2 import Wav2Vec2
 from speechbrain.integrations.huggingface.wavlm import WavLM
 from speechbrain.integrations.huggingface.whisper import Whisper
-from transformers import AutoConfig
+from transformers import AutoConfig, AutoModel
 
+from speechbrain_mifuse.errors import UserError
 from speechbrain_mifuse.features.demo_encoder import demo_encoder
+from speechbrain_mifuse.folder_schema import EncoderConfig, FeatureExtractorConfig, checked, plain_json
 from speechbrain_mifuse.progress import quiet_loading
 
 # Written by transformers itself: they change with its version or with the folder, never with the features.
 _VOLATILE = ("_name_or_path", "architectures", "dtype", "torch_dtype", "transformers_version")
+
+# Files of weights, and how many weights may be described for each byte of them: a folder may lack a decoder.
+WEIGHT_SUFFIXES = (".safetensors", ".bin", ".ckpt", ".pt")
+MIN_WEIGHTS, MAX_WEIGHTS_PER_BYTE = 10_000_000, 4
 
 
 class FrozenEncoder(torch.nn.Module):
@@ -284,6 +290,11 @@ def load_wrapper(source, save_path=None, freeze=False):
     if config.model_type not in FAMILIES:
         known = ", ".join(sorted(FAMILIES))
         raise ValueError(f"encoder {source!r}: unknown model_type {config.model_type!r}; known ones: {known}")
+    if is_folder:
+        _check_size(config, pathlib.Path(source).expanduser())
+    else:
+        content = {**json.loads(config.to_json_string()), "attn_implementation": config._attn_implementation}
+        checked(EncoderConfig, content, f"encoder {source!r}: config.json", UserError, "Use another encoder.")
     with quiet_loading(), contextlib.nullcontext() if is_folder else _hub_errors(source):
         wrapper = FAMILIES[config.model_type].wrapper(source, save_path, freeze=freeze)
     return wrapper.float()
@@ -298,11 +309,33 @@ def _check_folder(source):
                 f"encoder {source!r}: the folder has no {' and no '.join(missing)}; save the model and its "
                 "feature extractor there with save_pretrained()"
             )
+        _check_configuration(folder)
         return True
     # A hub id is "name" or "owner/name": anything else can only be meant as a path.
     if source.startswith((".", "/", "~")) or source.count("/") > 1 or "\\" in source:
         raise FileNotFoundError(f"encoder {source!r}: no such folder; pass a Hugging Face folder, a hub id or demo")
     return False
+
+
+def _check_configuration(folder):
+    """Refuse a folder whose configuration is not plain data of sensible sizes."""
+    for name, schema in (("config.json", EncoderConfig), ("preprocessor_config.json", FeatureExtractorConfig)):
+        try:
+            content = plain_json(folder / name)
+        except ValueError as error:
+            raise ValueError(f"{folder / name}: {error}") from None
+        checked(schema, content, folder / name, UserError, "Save the encoder there again.")
+
+
+def _check_size(config, folder):
+    """Refuse an architecture whose weights the folder cannot hold: missing ones would be made up, at any size."""
+    with quiet_loading(), torch.device("meta"):
+        count = sum(weight.numel() for weight in AutoModel.from_config(config).parameters())
+    held = sum(path.stat().st_size for path in folder.iterdir() if path.suffix in WEIGHT_SUFFIXES and path.is_file())
+    if count > MIN_WEIGHTS + MAX_WEIGHTS_PER_BYTE * held:
+        raise ValueError(
+            f"{folder / 'config.json'}: describes {count} weights, and the folder has {held} bytes of them"
+        )
 
 
 @contextlib.contextmanager
@@ -345,6 +378,8 @@ def _digest(config, modules):
     digest = hashlib.sha256(json.dumps(settings, sort_keys=True, default=str).encode())
     for part, module in sorted(modules.items()):
         for name, tensor in sorted(module.state_dict().items()):
+            if not tensor.sum().isfinite():  # one number to look at, since encoders are large
+                raise ValueError(f"the encoder's weight {part}.{name} holds values that are not finite")
             digest.update(f"{part}.{name} {list(tensor.shape)}".encode())
             digest.update(tensor.contiguous().numpy())
     return digest.hexdigest()

@@ -11,13 +11,15 @@ import torch
 from safetensors.torch import save
 
 from speechbrain_mifuse import __version__
-from speechbrain_mifuse.corpora.manifest import atomic_write
+from speechbrain_mifuse.corpora.manifest import atomic_write, bounded_bytes
 from speechbrain_mifuse.errors import UserError
 from speechbrain_mifuse.features.store import difference
+from speechbrain_mifuse.folder_schema import AdapterAbout, checked, plain_json
 from speechbrain_mifuse.nnet.wap_transformer import WAPTransformer
-from speechbrain_mifuse.nnet.weights import load_all_weights
+from speechbrain_mifuse.nnet.weights import build_with_weights, load_all_weights
 
 WEIGHTS, ABOUT = "adapter.safetensors", "about.json"
+PRETRAIN_AGAIN = "Pretrain the adapter again."
 # What the frames an adapter was trained on and those it is to read must share.
 DECISIVE = ("encoder", "dim", "trim_db", "frame_average", "preprocessing_version", "speaker_norm", "layer")
 
@@ -101,7 +103,7 @@ def load_adapter_weights(module: torch.nn.Module, path: str | Path, end_of_epoch
     ...
     speechbrain_mifuse.nnet.adapter_files.AdapterError: missing.safetensors: cannot be loaded ...
     """
-    load_all_weights(module, path, AdapterError, "Pretrain the adapter again.")
+    load_all_weights(module, path, AdapterError, PRETRAIN_AGAIN)
 
 
 def load_adapter(folder: str | Path, features: Mapping | None = None) -> WAPTransformer:
@@ -138,17 +140,16 @@ def load_adapter(folder: str | Path, features: Mapping | None = None) -> WAPTran
     """
     folder = Path(folder)
     try:
-        about = json.loads((folder / ABOUT).read_text())
-        sizes, found = about["adapter"], about["features"]
-    except (OSError, ValueError, KeyError) as error:
-        raise AdapterError(f"{folder}: no whole adapter there ({error!r}). Pretrain it again.") from None
+        content = plain_json(folder / ABOUT)
+    except ValueError as error:
+        raise AdapterError(f"{folder}: no whole adapter there ({ABOUT}: {error}). {PRETRAIN_AGAIN}") from None
+    about = checked(AdapterAbout, content, folder / ABOUT, AdapterError, PRETRAIN_AGAIN)
     if features is not None:
-        differs = difference(*({key: part.get(key) for key in DECISIVE} for part in (found, features)))
+        differs = difference(*({key: part.get(key) for key in DECISIVE} for part in (about.features, features)))
         if differs:
             raise AdapterError(f"{folder}: was trained on other frames ({differs}). Pass the same --encoder.")
-    adapter = WAPTransformer(**sizes)
-    load_adapter_weights(adapter, folder / WEIGHTS)
-    return adapter
+    sizes = about.adapter.model_dump()
+    return build_with_weights(lambda: WAPTransformer(**sizes), folder / WEIGHTS, AdapterError, PRETRAIN_AGAIN)
 
 
 def adapter_digest(folder: str | Path) -> str:
@@ -174,9 +175,9 @@ def adapter_digest(folder: str | Path) -> str:
     >>> adapter_digest("/nowhere")
     Traceback (most recent call last):
     ...
-    speechbrain_mifuse.nnet.adapter_files.AdapterError: /nowhere: no whole adapter there. Pretrain it again.
+    speechbrain_mifuse.nnet.adapter_files.AdapterError: /nowhere: no whole adapter there. Pretrain the adapter again.
     """
     try:
-        return hashlib.sha256((Path(folder) / WEIGHTS).read_bytes()).hexdigest()[:16]
-    except OSError:
-        raise AdapterError(f"{folder}: no whole adapter there. Pretrain it again.") from None
+        return hashlib.sha256(bounded_bytes(Path(folder) / WEIGHTS)).hexdigest()[:16]
+    except (OSError, ValueError):
+        raise AdapterError(f"{folder}: no whole adapter there. {PRETRAIN_AGAIN}") from None

@@ -2,16 +2,71 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import torch
+from safetensors import safe_open
 from safetensors.torch import load_file
 
 from speechbrain_mifuse.errors import UserError
 
+# The largest absolute value of a weight. Beyond it products leave float32, and the answers are not numbers.
+MAX_WEIGHT = 1e6
+# Bytes of a safetensors header; a classifier's has a few thousand.
+MAX_HEADER_BYTES = 10_000_000
+
+
+def build_with_weights(
+    build: Callable[[], torch.nn.Module], path: str | Path, problem: type[UserError], advice: str
+) -> torch.nn.Module:
+    """Build a module and load its safetensors, whose shapes are compared before memory for them is allocated.
+
+    Parameters
+    ----------
+    build : callable
+        Gives the module.
+    path : str or pathlib.Path
+        A safetensors file.
+    problem : type
+        Class of the error.
+    advice : str
+        What to do about it, for the message.
+
+    Returns
+    -------
+    torch.nn.Module
+        With its weights.
+
+    Raises
+    ------
+    UserError
+        Of the class `problem`, if the file is missing, damaged, or of another architecture.
+
+    Example
+    -------
+    >>> import tempfile
+    >>> from safetensors.torch import save_file
+    >>> path = Path(tempfile.mkdtemp()) / "weights.safetensors"
+    >>> save_file(torch.nn.Linear(2, 1).state_dict(), path)
+    >>> build_with_weights(lambda: torch.nn.Linear(10**9, 10**9), path, UserError, "Train it again.")
+    Traceback (most recent call last):
+    ...
+    speechbrain_mifuse.errors.UserError: .../weights.safetensors: cannot be loaded (weight has the shape [1, 2], ...
+    """
+    try:
+        with torch.device("meta"):
+            described = build().state_dict()
+        compare_header(path, described)
+    except Exception as error:
+        raise problem(_message(path, error, advice)) from None
+    module = build()
+    load_all_weights(module, path, problem, advice)
+    return module
+
 
 def load_all_weights(module: torch.nn.Module, path: str | Path, problem: type[UserError], advice: str) -> None:
-    """Load safetensors into a module; all must fit.
+    """Load safetensors into a module; all must fit and be finite.
 
     Parameters
     ----------
@@ -27,7 +82,8 @@ def load_all_weights(module: torch.nn.Module, path: str | Path, problem: type[Us
     Raises
     ------
     UserError
-        Of the class `problem`, if the file is missing, damaged, or of another architecture.
+        Of the class `problem`, if the file is missing, damaged, of another architecture, or holds values that no
+        training gives.
 
     Example
     -------
@@ -37,6 +93,87 @@ def load_all_weights(module: torch.nn.Module, path: str | Path, problem: type[Us
     speechbrain_mifuse.errors.UserError: missing.safetensors: cannot be loaded (...). Train it again.
     """
     try:
+        compare_header(path, module.state_dict())
         module.load_state_dict(load_file(str(path)))
+        for name, weight in module.state_dict().items():
+            _refuse_unusable(name, weight)
     except Exception as error:
-        raise problem(f"{path}: cannot be loaded ({error}). {advice}") from None
+        raise problem(_message(path, error, advice)) from None
+
+
+def compare_header(path: str | Path, wanted: Mapping[str, torch.Tensor]) -> None:
+    """Compare names and shapes in the header of a safetensors file with those of a module.
+
+    Parameters
+    ----------
+    path : str or pathlib.Path
+        The file; no weight is read.
+    wanted : mapping of str to torch.Tensor
+        The module's `state_dict()`.
+
+    Raises
+    ------
+    ValueError
+        If they differ.
+
+    Example
+    -------
+    >>> compare_header("/dev/zero", {})
+    Traceback (most recent call last):
+    ...
+    ValueError: not a regular file
+    """
+    shapes = header_shapes(path)
+    for name in [*wanted, *shapes]:
+        if name not in shapes:
+            raise ValueError(f"{name} is missing")
+        if name not in wanted:
+            raise ValueError(f"{ascii(name)[:100]} is not part of this architecture")
+        if shapes[name] != list(wanted[name].shape):
+            raise ValueError(f"{name} has the shape {shapes[name]}, and {list(wanted[name].shape)} is expected")
+
+
+def header_shapes(path: str | Path) -> dict[str, list[int]]:
+    """Read the names and shapes in the header of a safetensors file.
+
+    Parameters
+    ----------
+    path : str or pathlib.Path
+        The file; no weight is read.
+
+    Returns
+    -------
+    dict of str to list of int
+        Shapes by name.
+
+    Raises
+    ------
+    FileNotFoundError, ValueError
+        If there is none, or it is not a regular file with a short header.
+
+    Example
+    -------
+    >>> header_shapes("/dev/zero")
+    Traceback (most recent call last):
+    ...
+    ValueError: not a regular file
+    """
+    if Path(path).exists() and not Path(path).is_file():
+        raise ValueError("not a regular file")
+    with open(path, "rb") as file:
+        if int.from_bytes(file.read(8), "little") > MAX_HEADER_BYTES:
+            raise ValueError(f"a header of more than {MAX_HEADER_BYTES} bytes")
+    with safe_open(str(path), "pt") as file:
+        return {name: file.get_slice(name).get_shape() for name in file.keys()}  # noqa: SIM118
+
+
+def _refuse_unusable(name: str, weight: torch.Tensor) -> None:
+    # A variance is divided by, so it may be large, and must not be negative.
+    low, high = (0.0, torch.inf) if name.endswith("running_var") else (-MAX_WEIGHT, MAX_WEIGHT)
+    # Integers count batches.
+    if weight.is_floating_point() and not bool(((weight >= low) & (weight <= high) & weight.isfinite()).all()):
+        raise ValueError(f"{name} holds values that are not finite numbers from {low:g} to {high:g}")
+
+
+def _message(path: str | Path, error: Exception, advice: str) -> str:
+    return f"{path}: cannot be loaded ({' '.join(str(error).split())[:500]}). {advice}"

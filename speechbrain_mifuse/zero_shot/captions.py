@@ -7,9 +7,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-import yaml
-
 from speechbrain_mifuse.errors import UserError
+from speechbrain_mifuse.folder_schema import plain_yaml
 from speechbrain_mifuse.zero_shot.prompts import PLACE, PromptSet, checked_texts
 
 WHO, UNKNOWN = "{who}", "unknown"
@@ -151,8 +150,8 @@ def read_captions(path: str | Path, prompts: PromptSet) -> CaptionSet:
     ['Someone is sad.', 'Someone is gloomy.']
     """
     try:
-        content = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        content = plain_yaml(path)
+    except ValueError as error:
         raise UserError(
             f"{path}: cannot be read as YAML ({error}). Name a file like hparams/captions/*.yaml."
         ) from None

@@ -22,13 +22,15 @@ from speechbrain_mifuse.features.encoder import FrozenEncoder
 from speechbrain_mifuse.features.extract import FrameReader
 from speechbrain_mifuse.features.store import difference
 from speechbrain_mifuse.features.text_encoder import FrozenTextEncoder
+from speechbrain_mifuse.folder_schema import DualEncoderAbout, checked, plain_json
 from speechbrain_mifuse.nnet.adapter_files import DECISIVE
 from speechbrain_mifuse.nnet.dual_encoder import DualEncoder
-from speechbrain_mifuse.nnet.weights import load_all_weights
+from speechbrain_mifuse.nnet.weights import build_with_weights, load_all_weights
 from speechbrain_mifuse.zero_shot.audio_text import AudioTextModel, name_of, open_audio_text_model
 from speechbrain_mifuse.zero_shot.window import known_repeats
 
 WEIGHTS, ABOUT = "dual_encoder.safetensors", "about.json"
+TRAIN_AGAIN = "Train the dual encoder again."
 
 YAML = """# A dual encoder of speech and text, for speechbrain_mifuse.zero_shot.own_dual_encoder.load_dual_encoder.
 # It was trained on captions made from labels and knows only these classes: {classes}.
@@ -335,7 +337,7 @@ def load_dual_encoder_weights(module: torch.nn.Module, path: str | Path, end_of_
     ...
     speechbrain_mifuse.zero_shot.own_dual_encoder.DualEncoderError: missing.safetensors: cannot be loaded ...
     """
-    load_all_weights(module, path, DualEncoderError, "Train the dual encoder again.")
+    load_all_weights(module, path, DualEncoderError, TRAIN_AGAIN)
 
 
 def refuse_other_frames(place: str | Path, found: Mapping, wanted: Mapping) -> None:
@@ -406,18 +408,18 @@ def load_dual_encoder(
     """
     folder = Path(folder)
     try:
-        about = json.loads((folder / ABOUT).read_text())
-        about["encoder"] = encoder or about["encoder"]
-        texts = about["text_encoder"]
-        about["text_encoder"] = {**texts, "source": text_encoder or texts["source"]}
-        network = DualEncoder(**about["dual_encoder"])
-        model, found = DualEncoderModel(network, about), about["features"]
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise DualEncoderError(f"{folder}: no whole dual encoder there ({error!r}). Train it again.") from None
+        content = plain_json(folder / ABOUT)
+    except ValueError as error:
+        raise DualEncoderError(f"{folder}: no whole dual encoder there ({ABOUT}: {error}). {TRAIN_AGAIN}") from None
+    schema = checked(DualEncoderAbout, content, folder / ABOUT, DualEncoderError, TRAIN_AGAIN)
+    about = schema.model_dump(exclude_unset=True)
+    about["encoder"] = encoder or about["encoder"]
+    about["text_encoder"]["source"] = text_encoder or about["text_encoder"]["source"]
     if features is not None:
-        refuse_other_frames(folder, found, features)
-    load_dual_encoder_weights(network, folder / WEIGHTS)
-    return model
+        refuse_other_frames(folder, about["features"], features)
+    sizes = about["dual_encoder"]
+    network = build_with_weights(lambda: DualEncoder(**sizes), folder / WEIGHTS, DualEncoderError, TRAIN_AGAIN)
+    return DualEncoderModel(network, about)
 
 
 def is_own(source: str) -> bool:

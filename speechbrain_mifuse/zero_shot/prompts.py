@@ -6,9 +6,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-import yaml
-
 from speechbrain_mifuse.errors import UserError
+from speechbrain_mifuse.folder_schema import plain_yaml
 from speechbrain_mifuse.zero_shot.window import known_repeats
 
 PLACE = "{e}"
@@ -120,8 +119,8 @@ def read_prompts(path: str | Path) -> PromptSet:
     ['sad voice.']
     """
     try:
-        content = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        content = plain_yaml(path)
+    except ValueError as error:
         raise UserError(f"{path}: cannot be read as YAML ({error}). Name a file like hparams/prompts/*.yaml.") from None
     if not isinstance(content, Mapping) or set(content) != set(KEYS):
         raise UserError(f"{path}: must hold the keys {' and '.join(KEYS)}, and no others.")
@@ -164,5 +163,5 @@ def checked_texts(value, place: str) -> tuple[str, ...]:
     """
     is_list = isinstance(value, Sequence) and not isinstance(value, str) and len(value) > 0
     if not is_list or not all(isinstance(text, str) and text.strip() for text in value) or len(set(value)) < len(value):
-        raise UserError(f"{place}: {value!r} must be a list of different texts, as [one, two].")
+        raise UserError(f"{place}: {repr(value)[:200]} must be a list of different texts, as [one, two].")
     return tuple(value)

@@ -329,7 +329,8 @@ def test_the_source_itself_or_other_classes_make_no_teacher(source, teacher, rec
         adapt(source, recordings, teacher=source, output_folder=tmp_path / "out")
     other = shutil.copytree(teacher, tmp_path / "other")
     about = json.loads((other / "about.json").read_text())
-    (other / "about.json").write_text(json.dumps({**about, "labels": ["calm", "tense"]}))
+    sizes = {**about["classifier"], "n_classes": 2}
+    (other / "about.json").write_text(json.dumps({**about, "labels": ["calm", "tense"], "classifier": sizes}))
     with pytest.raises(UserError, match="knows calm, tense, and the source angry"):
         adapt(source, recordings, teacher=other, output_folder=tmp_path / "out")
 

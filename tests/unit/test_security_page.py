@@ -13,13 +13,15 @@ from safetensors.torch import save
 from speechbrain.inference.interfaces import foreign_class
 from speechbrain.utils.checkpoints import Checkpointer
 
+from speechbrain_mifuse.adapt import adapt, source_settings
 from speechbrain_mifuse.adaptation.method import AdaptationMethod
 from speechbrain_mifuse.brains.adaptation import Memory
 from speechbrain_mifuse.errors import UserError
 from speechbrain_mifuse.features.encoder import FrozenEncoder
+from speechbrain_mifuse.folder_schema import TAGS
 from speechbrain_mifuse.inference import EmotionRecognizer
 from speechbrain_mifuse.nnet.classifier import EmotionClassifier
-from speechbrain_mifuse.recogniser_files import OLDER_TAGS, TAGS, TEXT, RecogniserError, load_classifier, write_folder
+from speechbrain_mifuse.recogniser_files import TEXT, RecogniserError, load_classifier, read_about, write_folder
 from speechbrain_mifuse.settings import load_hparams
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -125,6 +127,20 @@ CODE = {
     "python's own tag": "extra: !!python/object/apply:os.mkdir [{mark}]",
     "a part of ours that is not a recogniser's": "extra: !name:speechbrain_mifuse.corpora.manifest.atomic_write",
     "in a list that holds itself": "extra: &x [*x, !apply:os.mkdir [{mark}]]",
+    "round brackets": "extra: (!!python/object/apply:os.mkdir [{mark}])",
+    "round brackets in quotes": "extra: \"(!!python/object/apply:os.mkdir ['{mark}'])\"",
+    "round brackets in a list": "extra: [1, '(!!python/object/apply:os.mkdir [{mark}])']",
+    "round brackets as a key": "? '(!!python/object/apply:os.mkdir [{mark}])'\n: 1",
+    "round brackets put together": "extra: (!!python/object/apply\nmore: !ref '<extra>:os.mkdir [{mark}])'",
+    "an attribute": "extra: !ref <classifier.__class__>",
+    "arithmetic without an end": "extra: !ref <sample_rate> ** <sample_rate> ** <sample_rate> ** <sample_rate>",
+}
+# The same in place of a value that is known: the key tells nothing.
+IN_PLACE = {
+    "the encoder": ("source: .*", "source: (!!python/object/apply:os.mkdir [{mark}])"),
+    "the labels": ("labels: .*", "labels: ['(!!python/object/apply:os.mkdir [{mark}])', b, c, d]"),
+    "a number": ("temperature: .*", "temperature: (!!python/object/apply:os.mkdir [{mark}])"),
+    "the wiring": ("encoder: !ref .*", "encoder: (!!python/object/apply:os.mkdir [{mark}])"),
 }
 
 
@@ -134,6 +150,35 @@ def test_a_recogniser_whose_yaml_names_other_code_is_refused_unless_it_is_truste
     path.write_text(path.read_text() + CODE[what].format(mark=mark) + "\n")
     with pytest.raises(RecogniserError, match="trust_code=True"):
         EmotionRecognizer.from_hparams(folder)
+    assert not mark.exists()
+
+
+@pytest.mark.parametrize("what", IN_PLACE)
+def test_code_in_place_of_a_value_of_a_recogniser_is_refused(what, mark, folder):
+    path = folder / "hyperparams.yaml"
+    pattern, code = IN_PLACE[what]
+    path.write_text(re.sub(pattern, code.format(mark=mark), path.read_text()))
+    for load in (EmotionRecognizer.from_hparams, lambda source: source_settings(source, read_about(source))):
+        with pytest.raises(RecogniserError, match=f"{path}: "):
+            load(folder)
+    assert not mark.exists()
+
+
+def test_round_brackets_run_in_a_trusted_recogniser_so_that_these_tests_can_fail(mark, folder):
+    path = folder / "hyperparams.yaml"
+    path.write_text(path.read_text() + CODE["round brackets"].format(mark=mark) + "\n")
+    EmotionRecognizer.from_hparams(folder, trust_code=True)
+    assert mark.exists()
+
+
+@pytest.mark.parametrize("code", ["!apply:os.mkdir [{mark}]", "(!!python/object/apply:os.mkdir [{mark}])"])
+@pytest.mark.parametrize("key", ["corpus", "labels"])
+def test_code_in_about_json_does_not_reach_the_yaml_of_an_adaptation(code, key, mark, folder):
+    about, code = json.loads((folder / "about.json").read_text()), code.format(mark=mark)
+    about[key] = [code, *LABELS[1:]] if key == "labels" else code
+    (folder / "about.json").write_text(json.dumps(about))
+    with pytest.raises(RecogniserError, match=rf"about.json: {key}"):
+        adapt(folder, folder, teacher="http://127.0.0.1:9/v1", output_folder=folder / "out")
     assert not mark.exists()
 
 
@@ -170,7 +215,8 @@ def test_a_recogniser_of_ours_holds_the_tags_that_the_page_lists_and_no_other(fo
     listed = set(re.findall(r"`(!(?:new|name):speechbrain_mifuse[\w.]+)`", PAGE.read_text(encoding="utf-8")))
     text = (folder / "hyperparams.yaml").read_text()
     assert set(TAG.findall(text)) == listed and len(listed) == 4
-    assert {tag for tag in TAGS - OLDER_TAGS if "speechbrain_mifuse" in tag} == listed
+    older = {"!ref", "!new:speechbrain.utils.parameter_transfer.Pretrainer"}
+    assert TAGS - listed == older | {"!name:speechbrain_mifuse.inference.load_weights"}
 
 
 def test_overrides_of_the_python_call_cannot_be_read_from_the_folder(folder):
