@@ -424,8 +424,12 @@ class HttpServer:
             raise RequestError(f"Content-Type: must be {JSON_TYPE}", 415)
         if request.headers.get("Content-Encoding", "identity").lower() != "identity":
             raise RequestError("Content-Encoding: compressed bodies are not read", 415)
+        if request.headers.get("Transfer-Encoding", "chunked").lower() != "chunked":
+            raise RequestError("Transfer-Encoding: only 'chunked' is understood", 501)
         limit = self.limits.max_body_bytes
-        if (request.content_length or 0) > limit:
+        length = request.headers.get("Content-Length", "0").lstrip("0") or "0"
+        # Python refuses to read numbers of thousands of digits.
+        if len(length) > 18 or int(length) > limit:
             raise _too_large(limit)
         if request.headers.get("Expect", "").lower() == "100-continue" and request.version >= (1, 1):
             request.protocol.transport.write(b"HTTP/1.1 100 Continue\r\n\r\n")
