@@ -266,20 +266,21 @@ class EmotionServer:
         return self._http.metrics_text().encode()
 
     async def _completion(self, body: bytearray) -> bytes:
-        request = await self._computed(lambda: self._parsed(_decoded(body)))
+        request = await self._computed(lambda: self._parsed(_decoded(body)), True)
         most = MAX_LONG_RECORDINGS * self.limits.max_seconds
         if self._held_seconds + request.seconds > most:
             raise overloaded(f"requests with more than {most:.0f} s of audio are being answered")
         self._held_seconds += request.seconds
         try:
             async with self._turns.setdefault(request.recording, asyncio.Lock()):
-                return await self._computed(lambda: json.dumps(self._answer(request)).encode())
+                each = hasattr(self.recogniser, "predict_each")
+                return await self._computed(lambda: json.dumps(self._answer(request)).encode(), each)
         finally:
             self._held_seconds -= request.seconds
 
-    async def _computed(self, function: Callable):
-        """Call a function in a thread: with all cores if no other is at work, else side by side on one core each."""
-        job = (self._one_core if self._jobs else self._all_cores).submit(function)
+    async def _computed(self, function: Callable, side_by_side: bool):
+        """Call a function in a thread: on all cores, or on one core if others are at work and it may run beside them."""
+        job = (self._one_core if self._jobs and side_by_side else self._all_cores).submit(function)
         self._jobs.add(job)
         job.add_done_callback(self._jobs.discard)
         return await asyncio.wrap_future(job)

@@ -1,5 +1,6 @@
 import base64
 import concurrent.futures
+import contextlib
 import http.client
 import io
 import json
@@ -24,9 +25,10 @@ import torch
 from lalm_support import LABELS, EnergyRecogniser, tone
 
 from speechbrain_mifuse.errors import UserError
+from speechbrain_mifuse.features.extract import ENCODING_THREADS
 from speechbrain_mifuse.lalm import http_server, serve
 from speechbrain_mifuse.lalm.collect import encode_wav
-from speechbrain_mifuse.lalm.http_limits import Limits
+from speechbrain_mifuse.lalm.http_limits import SPARE_DESCRIPTORS, Limits
 from speechbrain_mifuse.lalm.prompt import Prompt
 from speechbrain_mifuse.lalm.serve import EmotionServer
 
@@ -195,6 +197,7 @@ def test_models_are_listed(api):
         ({"messages": []}, "input_audio"),
         ({"messages": [{"role": "user", "content": "hello"}]}, "input_audio"),
         ({"messages": "hello"}, "messages"),
+        ({"messages": [{"role": "user", "content": "!" * 100_001}]}, "more than 100000 characters of text"),
         ({"messages": [{"role": 3, "content": "hello"}]}, "role: must be text"),
         ({"messages": [{"role": "user", "content": [{"type": ["text"], "text": "hello"}]}]}, "type: must be text"),
         ({"messages": [{"role": "user", "content": [{"type": "text", "text": {}}]}]}, "text: must be text"),
@@ -348,9 +351,6 @@ def test_chunks_and_expect_are_understood_and_the_connection_goes_on(server):
         assert reply_on(connection)[2]["choices"] == plain["choices"]
 
 
-# Limits, key, counters.
-
-
 class Waiting(EnergyRecogniser):
     """Answers when it is told to."""
 
@@ -362,6 +362,178 @@ class Waiting(EnergyRecogniser):
         self.begun.release()
         assert self.go_on.acquire(timeout=20)
         return super().predict_proba(*args, **options)
+
+
+# Pages of other sites.
+
+
+def ask_with(server, *headers, body=None, host=None, path="/v1/models", key=None):
+    """Status and headers of a request with such headers; without a host if that is empty."""
+    host = server.base_url.split("/")[2] if host is None else host
+    lines = [f"Host: {host}"] * bool(host) + [f"Authorization: Bearer {key}"] * (key is not None) + list(headers)
+    if body is not None:
+        path, lines = "/v1/chat/completions", [*lines, f"Content-Length: {len(body)}"]
+    first = f"{'GET' if body is None else 'POST'} {path} HTTP/1.1"
+    with connection_to(server) as connection:
+        connection.sendall("\r\n".join([first, *lines, "", ""]).encode() + (body or b""))
+        status, headers, _ = reply_on(connection)
+    assert not [name for name in headers if name.lower().startswith("access-control-")]
+    return status, headers
+
+
+def test_a_name_that_was_bound_to_this_address_reads_nothing(server):
+    """DNS rebinding: the page's own name leads here, so the browser takes the reply for one of the page's server."""
+    port = server._http.address[1]
+    for host in (f"127.0.0.1:{port}", f"localhost:{port}", f"LOCALHOST:{port}", f"[::1]:{port}"):
+        assert ask_with(server, host=host)[0] == 200
+    for host in (f"evil.example:{port}", "evil.example", f"localhost.evil.example:{port}", "localhost", "127.0.0.1:1"):
+        for path in ("/v1/models", "/metrics", "/health"):
+            assert ask_with(server, host=host, path=path)[0] == 421
+        assert ask_with(server, "Content-Type: application/json", host=host, body=question())[0] == 421
+    for headers in ((), (f"Host: localhost:{port}", f"Host: localhost:{port}"), (f"Host: localhost:{port}, x",)):
+        assert ask_with(server, *headers, host="")[0] == 400
+    for host in ("a b", "@", "localhost:1234567", "x/y", "user@localhost"):
+        assert ask_with(server, host=host)[0] in {400, 421}
+
+
+def test_a_page_of_another_site_can_ask_nothing(server):
+    json_type, host = "Content-Type: application/json", server.base_url.split("/")[2]
+    with EmotionServer(EnergyRecogniser(), api_key="a-key") as keyed:
+        for origin in ("https://evil.example", "null", "", "http://localhost.evil.example", "http://127.0.0.1@evil"):
+            for each, key in ((server, None), (keyed, "a-key")):
+                for status, _ in (
+                    ask_with(each, f"Origin: {origin}", key=key),
+                    ask_with(each, f"Origin: {origin}", json_type, body=question(), key=key),
+                ):
+                    assert status == 403
+        assert ask_with(keyed, f"Origin: http://{host}", key="a-key")[0] == 403
+        assert ask_with(keyed, "Origin: https://mine.example", host="mine.example", key="a-key")[0] == 200
+    assert ask_with(server, "Sec-Fetch-Site: cross-site")[0] == 403
+    assert ask_with(server, "Sec-Fetch-Site: none")[0] == 200
+    for origin in ("http://localhost:3000", "http://127.0.0.1", "https://[::1]:1"):
+        assert ask_with(server, f"Origin: {origin}", json_type, body=question())[0] == 200
+
+
+def test_a_form_or_a_text_that_any_page_may_send_is_not_taken(recogniser, server):
+    calls = recogniser.calls
+    for kind in ("text/plain", "application/x-www-form-urlencoded", "multipart/form-data; boundary=x", None):
+        assert ask_with(server, *([f"Content-Type: {kind}"] if kind else []), body=question())[0] == 415
+    assert recogniser.calls == calls
+    assert ask_with(server, "Content-Type: application/json; charset=utf-8", body=question())[0] == 200
+
+
+def test_with_a_key_any_host_is_answered_as_behind_a_proxy():
+    with EmotionServer(EnergyRecogniser(), api_key="a-key") as server:
+        assert ask_with(server, host="emotions.example", key="a-key")[0] == 200
+        assert ask_with(server, host="emotions.example")[0] == 401
+        assert ask_with(server, host="", key="a-key")[0] == 400
+
+
+# Many requests at a time.
+
+
+class SideBySide(EnergyRecogniser):
+    """Answers several at the same time, as `EmotionRecognizer`, and waits until so many have begun."""
+
+    def __init__(self, together):
+        super().__init__()
+        self.together = threading.Barrier(together)
+
+    def predict_each(self, waveform, seeds):
+        self.together.wait(20)
+        rows = [self.predict_proba(waveform, stochastic=seed is not None, seed=seed) for seed in seeds]
+        return torch.cat(rows)
+
+
+def test_requests_that_come_together_are_computed_side_by_side():
+    workers = ENCODING_THREADS
+    with EmotionServer(SideBySide(workers)) as server:
+        api = openai.OpenAI(base_url=server.base_url, api_key="none", max_retries=0)
+        with concurrent.futures.ThreadPoolExecutor(workers) as pool:
+            jobs = [pool.submit(ask, api, wav=encode_wav(tone(i)), temperature=1, seed=i) for i in range(workers)]
+            together = [texts(job.result(30)) for job in jobs]
+    with EmotionServer(EnergyRecogniser()) as server:
+        api = openai.OpenAI(base_url=server.base_url, api_key="none", max_retries=0)
+        alone = [texts(ask(api, wav=encode_wav(tone(i)), temperature=1, seed=i)) for i in range(workers)]
+    assert together == alone
+
+
+def test_answers_to_one_recording_follow_each_other():
+    class Once(SideBySide):
+        at_work = 0
+
+        def predict_each(self, waveform, seeds):
+            self.at_work += 1
+            assert self.at_work == 1
+            time.sleep(0.02)
+            self.at_work -= 1
+            return super().predict_each(waveform, seeds)
+
+    with EmotionServer(Once(1)) as server:
+        api = openai.OpenAI(base_url=server.base_url, api_key="none", max_retries=0)
+        with concurrent.futures.ThreadPoolExecutor(5) as pool:
+            answers = list(pool.map(lambda seed: texts(ask(api, temperature=1, seed=seed))[0], range(5)))
+        assert len(set(answers)) == 5 and not server._turns
+
+
+def test_audio_of_all_requests_together_is_bounded():
+    model = Waiting()
+    with EmotionServer(model, limits=Limits(max_seconds=0.5)) as server, contextlib.ExitStack() as stack:
+        # Of 0.3 s each, where 4 s are taken.
+        connections = [stack.enter_context(connection_to(server)) for _ in range(14)]
+        for index, connection in enumerate(connections[:13]):
+            send(connection, posted(question(index)))
+        until = time.monotonic() + 20
+        while server._held_seconds < 13 * 0.299 and time.monotonic() < until:
+            time.sleep(0.01)
+        send(connections[13], posted(question(13)))
+        status, headers, body = reply_on(connections[13])
+        assert (status, headers["Retry-After"], body["error"]["code"]) == (503, "1", "overloaded")
+        assert "more than 4 s of audio" in body["error"]["message"]
+        model.go_on.release(13)
+        assert {reply_on(connection)[0] for connection in connections[:13]} == {200}
+    assert server._held_seconds == pytest.approx(0)
+
+
+def test_a_request_whose_client_has_gone_is_dropped_before_it_is_computed():
+    model = Waiting()
+    with EmotionServer(model) as server, connection_to(server) as first:
+        send(first, posted(question()))
+        assert model.begun.acquire(timeout=10)
+        with connection_to(server) as gone:
+            send(gone, posted(question(7)))
+            until = time.monotonic() + 20
+            while len(server._jobs) < 2 and time.monotonic() < until:
+                time.sleep(0.01)
+        while server._http.in_flight > 1 and time.monotonic() < until:
+            time.sleep(0.01)
+        assert server._http.in_flight == 1
+        model.go_on.release(2)
+        assert reply_on(first)[0] == 200
+    assert model.calls == 1
+
+
+def test_connections_leave_room_below_the_limit_of_open_files(caplog):
+    resource = pytest.importorskip("resource")
+    before = resource.getrlimit(resource.RLIMIT_NOFILE)
+    used = len(os.listdir("/proc/self/fd"))
+    try:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (used + SPARE_DESCRIPTORS + 12, before[1]))
+        with EmotionServer(EnergyRecogniser()) as server, contextlib.ExitStack() as crowd:
+            assert 0 < server._http.max_connections <= 12
+            assert "raise it with `ulimit -n`" in caplog.text
+            for _ in range(40):
+                crowd.enter_context(connection_to(server))
+            assert get(server, "/health")[0] == 200
+            assert len(server._http.connections) <= 12
+        resource.setrlimit(resource.RLIMIT_NOFILE, (used + 20, before[1]))
+        with pytest.raises(UserError, match=r"^max_connections: this process may open .* ulimit -n \d+$"):
+            EmotionServer(EnergyRecogniser())
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, before)
+
+
+# Limits, key, counters.
 
 
 def test_requests_beyond_the_limit_are_told_to_come_back_and_the_rest_of_the_server_answers():
@@ -437,6 +609,7 @@ def test_a_key_that_no_client_could_send_is_refused_without_showing_it(key):
         {"max_body_bytes": 0.5},
         {"read_timeout": 0},
         {"idle_timeout": math.nan},
+        {"max_seconds": 0},
     ],
 )
 def test_limits_that_cannot_be_meant_are_refused_by_name(wrong):
