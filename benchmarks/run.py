@@ -27,6 +27,7 @@ BENCHMARKS = {
     "million": "from the start of the process to the first training step of a corpus of a million recordings",
     "mifuse_step": "a training step of MI-Fuse, against a supervised one",
     "recognise": "recognising a folder of recordings, against the encoder alone on what it holds",
+    "serve": "the server with 1, 8 and 32 callers: clips side by side, against one at a time; memory after 2,000 clips",
     "recipe_form": "a whole training, against the encoder run in every epoch and frames cached per item in HDF5",
     "zero_shot": "scoring 10,000 recordings from stored frames, against one at a time and with texts every time",
     "memory": "resident memory while going through a store, and through one eight times its size",

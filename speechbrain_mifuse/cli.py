@@ -119,6 +119,13 @@ def add_serve(commands) -> None:
         help="largest request; larger ones get status 413 (default: %(default)s)",
     )
     serve.add_argument(
+        "--max_seconds",
+        type=float,
+        default=Limits.max_seconds,
+        metavar="SECONDS",
+        help="longest recording; longer ones get status 400 (default: %(default)g)",
+    )
+    serve.add_argument(
         "--read_timeout",
         type=float,
         default=Limits.read_timeout,
@@ -496,8 +503,7 @@ def run_serve(options: argparse.Namespace) -> None:
     import logging
 
     from speechbrain_mifuse.lalm.client import is_loopback
-    from speechbrain_mifuse.lalm.http_limits import check_seconds
-    from speechbrain_mifuse.lalm.http_server import checked_key
+    from speechbrain_mifuse.lalm.http_limits import check_seconds, checked_key
     from speechbrain_mifuse.lalm.serve import KEY_VARIABLE, EmotionServer, serve_until_stopped
 
     require_recogniser(options.source)
@@ -507,6 +513,7 @@ def run_serve(options: argparse.Namespace) -> None:
         max_body_bytes=options.max_body_mib * 2**20,
         read_timeout=options.read_timeout,
         idle_timeout=options.idle_timeout,
+        max_seconds=options.max_seconds,
     )
     grace = check_seconds("grace", options.grace)
     key = checked_key(os.environ.get(KEY_VARIABLE), KEY_VARIABLE)

@@ -97,6 +97,9 @@ URL = re.compile(r"[A-Za-z][A-Za-z0-9+.-]+:/")
 # Held while threads that use one core each are started: meanwhile the process's number of cores is not the true one.
 _starting = threading.Lock()
 
+# Held while dropout masks are drawn: torch has one random state for all threads.
+_drawing = threading.Lock()
+
 
 class Recognition(NamedTuple):
     """What was recognised in one file: `label` and `probs` `[C]`, or why not (`error`).
@@ -312,12 +315,13 @@ class EmotionRecognizer(Pretrained):
     @torch.inference_mode()
     def _vector(self, waveform: torch.Tensor) -> torch.Tensor:
         key = self._key(waveform)
-        if key not in self._vectors:
+        vector = self._vectors.get(key)
+        if vector is None:
             frames = self._frames(waveform).to(self.device)
-            self._vectors[key] = self.mods.classifier.embed(frames.unsqueeze(0))[0]
+            self._vectors[key] = vector = self.mods.classifier.embed(frames.unsqueeze(0))[0]
             while len(self._vectors) > REMEMBERED:
                 self._vectors.popitem(last=False)
-        return self._vectors[key]
+        return vector
 
     def _key(self, waveform: torch.Tensor) -> str:
         # Many answers to one recording are asked for one by one, and hashing takes much longer than comparing. With a
@@ -355,7 +359,35 @@ class EmotionRecognizer(Pretrained):
             If it is not a waveform.
         """
         vectors = self._vector(_waveform(waveform, "waveform")).expand(n, -1)
-        with torch.random.fork_rng(devices=[] if self.device_type == "cpu" else None):
+        return self._drawn(vectors, stochastic, seed)
+
+    @torch.inference_mode()
+    def predict_each(self, waveform: torch.Tensor, seeds: Sequence[int | None]) -> torch.Tensor:
+        """Class probabilities of one waveform, once for each seed; several threads may call this at the same time.
+
+        Parameters
+        ----------
+        waveform : torch.Tensor or numpy.ndarray
+            As for `predict_proba`.
+        seeds : sequence of int or None
+            `None` for a prediction without dropout.
+
+        Returns
+        -------
+        torch.Tensor
+            `[len(seeds), C]`; each row is what `predict_proba` gives with this seed, with `stochastic` unless it is
+            `None`.
+
+        Raises
+        ------
+        UserError
+            If it is not a waveform.
+        """
+        vector = self._vector(_waveform(waveform, "waveform")).unsqueeze(0)
+        return torch.cat([self._drawn(vector, seed is not None, seed) for seed in seeds])
+
+    def _drawn(self, vectors: torch.Tensor, stochastic: bool, seed: int | None) -> torch.Tensor:
+        with _drawing, torch.random.fork_rng(devices=[] if self.device_type == "cpu" else None):
             if seed is not None:
                 torch.manual_seed(seed)
             return self._probs(self.mods.classifier.head(vectors, stochastic))

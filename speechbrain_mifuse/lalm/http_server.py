@@ -1,51 +1,108 @@
-"""A small HTTP/1.1 server for few routes, which rude, slow and broken clients neither stop nor fill.
+"""HTTP server for a few routes, on aiohttp, with limits against slow, malformed and cross-site requests.
 
-Every connection has a thread. Whoever sends slowly holds nothing but a connection: the place among the requests that
-are answered is given when all of a request has arrived, and where connections are scarce the one that keeps the
-server waiting for the longest gives way. What is not HTTP as RFC 9112 has it is refused, never guessed at.
+The server runs in an event loop of its own, in a background thread. Connections that keep it waiting are bounded in
+number and time; a request takes one of the places for requests only when its whole body has arrived.
 """
 
 from __future__ import annotations
 
+import asyncio
+import collections
+import concurrent.futures
 import contextlib
-import email.utils
-import enum
 import hashlib
 import hmac
-import http
-import io
+import json
 import logging
 import re
 import socket
-import socketserver
 import threading
-import time
-from collections.abc import Callable, Mapping
+from collections.abc import Awaitable, Callable, Mapping
 from typing import NamedTuple
 
-from speechbrain_mifuse.errors import UserError
-from speechbrain_mifuse.lalm.http_limits import Allowance, Limits, Metrics
-from speechbrain_mifuse.lalm.http_request import (
-    BLOCK_BYTES,
-    FIRST_BYTES,
-    Head,
-    PacedReader,
-    RequestError,
-    SlowClientError,
-    body_blocks,
-    declared_length,
-    read_head,
-)
+from aiohttp import http_exceptions, web
+
+from speechbrain_mifuse.lalm.http_limits import Limits, room_for_connections
 
 MIN_BYTES_PER_SECOND = 2**14
-# Time for a client to hear that it was refused while it still sends.
+# Bodies of the largest size that may be in memory together.
+MAX_LARGE_BODIES = 8
+# Connections that wait to be accepted.
+BACKLOG = 64
+# Time in which a client that was refused while it still sends can read the reply.
 LINGER_SECONDS = 2.0
 RETRY_AFTER_SECONDS = 1
 JSON_TYPE = "application/json"
-_METHODS = {"GET", "HEAD", "POST", "PUT", "DELETE", "CONNECT", "OPTIONS", "TRACE", "PATCH"}
+# Statuses of requests that are refused without an answer, and the name under which that is counted.
+REJECTIONS = {401: "key", 403: "origin", 408: "slow", 413: "too_large", 421: "host", 431: "too_large", 503: "busy"}
+CROWDED = "crowded"
+_HOST = re.compile(r"(\[[0-9a-f:.]+\]|[a-z0-9._-]+)(:[0-9]{1,5})?")
+_LOOPBACK_NAMES = ("localhost", "127.0.0.1", "[::1]")
+_LOOPBACK_ORIGIN = re.compile(r"https?://(localhost|127\.0\.0\.1|\[::1\])(:[0-9]{1,5})?")
 
 # Below the server's own logger, so that whoever silences one silences both.
 logger = logging.getLogger("speechbrain_mifuse.lalm.serve.http")
+
+
+class RequestError(Exception):
+    """A request that is answered with an error in OpenAI's shape.
+
+    Parameters
+    ----------
+    message : str
+        What is wrong.
+    status : int
+        HTTP status.
+    code : str, optional
+        Machine-readable name of the error.
+    headers : mapping of str to str, optional
+        Further headers of the reply.
+
+    Example
+    -------
+    >>> RequestError("n: must be a number").body()
+    b'{"error": {"message": "n: must be a number", "type": "invalid_request_error", "param": null, "code": null}}'
+    """
+
+    def __init__(
+        self, message: str, status: int = 400, code: str | None = None, headers: Mapping[str, str] | None = None
+    ):
+        super().__init__(message)
+        self.status = status
+        self.code = code
+        self.headers = dict(headers or {})
+
+    def body(self) -> bytes:
+        """Put the error in OpenAI's shape.
+
+        Returns
+        -------
+        bytes
+            JSON.
+        """
+        kind = "server_error" if self.status >= 500 else "invalid_request_error"
+        return json.dumps({"error": {"message": str(self), "type": kind, "param": None, "code": self.code}}).encode()
+
+
+def overloaded(what: str) -> RequestError:
+    """Make the error that asks a client to come back.
+
+    Parameters
+    ----------
+    what : str
+        What there is too much of.
+
+    Returns
+    -------
+    RequestError
+        Status 503 with ``Retry-After``.
+
+    Example
+    -------
+    >>> overloaded("8 requests are being answered").headers
+    {'Retry-After': '1'}
+    """
+    return RequestError(f"{what}; try again", 503, "overloaded", {"Retry-After": str(RETRY_AFTER_SECONDS)})
 
 
 class Route(NamedTuple):
@@ -54,8 +111,8 @@ class Route(NamedTuple):
     Attributes
     ----------
     method : str
-        ``GET``, which ``HEAD`` then may use too, or ``POST``, whose requests have a body and are limited in number.
-    answer : callable
+        ``GET``, which also allows ``HEAD``, or ``POST``, whose requests have a JSON body and are limited in number.
+    answer : coroutine function
         Takes the body and returns that of the reply; a `RequestError` becomes an error reply, any other exception
         status 500 without details.
     content_type : str
@@ -65,22 +122,93 @@ class Route(NamedTuple):
     """
 
     method: str
-    answer: Callable[[bytes], bytes]
+    answer: Callable[[bytearray], Awaitable[bytes]]
     content_type: str = JSON_TYPE
     public: bool = False
 
 
-class _State(enum.Enum):
-    """What a connection is about."""
+class Metrics:
+    """Counters of a server, in the text form that Prometheus reads.
 
-    IDLE = "between two requests"
-    READING = "a request is arriving"
-    ANSWERING = "the model is at work"
-    REPLYING = "the reply is on its way"
+    Example
+    -------
+    >>> metrics = Metrics()
+    >>> metrics.answered("/v1/models", 200, 0.25)
+    >>> print(metrics.text({"in_flight": 0}).splitlines()[2])
+    mifuse_requests_total{route="/v1/models",status="200"} 1
+    """
+
+    def __init__(self):
+        self._requests: collections.Counter[tuple[str, int]] = collections.Counter()
+        self._seconds: collections.Counter[str] = collections.Counter()
+        self._rejected = dict.fromkeys(sorted({*REJECTIONS.values(), CROWDED}), 0)
+
+    def answered(self, route: str, status: int, seconds: float) -> None:
+        """Count a request.
+
+        Parameters
+        ----------
+        route : str
+            One of few: every other value is one more line.
+        status : int
+            HTTP status of the reply.
+        seconds : float
+            Seconds since its head had arrived.
+        """
+        self._requests[route, status] += 1
+        self._seconds[route] += seconds
+        if status in REJECTIONS:
+            self._rejected[REJECTIONS[status]] += 1
+
+    def dropped(self, reason: str) -> None:
+        """Count a connection that was closed without a reply.
+
+        Parameters
+        ----------
+        reason : str
+            A value of `REJECTIONS`, or `CROWDED`.
+        """
+        self._rejected[reason] += 1
+
+    def text(self, gauges: Mapping[str, int]) -> str:
+        """All counters.
+
+        Parameters
+        ----------
+        gauges : mapping of str to int
+            Current values, by name.
+
+        Returns
+        -------
+        str
+            Prometheus's text format, version 0.0.4.
+        """
+        requests = sorted(self._requests.items())
+        lines = _heading("requests_total", "counter", "Requests answered, by route and status.")
+        lines += [
+            f'mifuse_requests_total{{route="{route}",status="{status}"}} {count}' for (route, status), count in requests
+        ]
+        lines += _heading("request_seconds", "summary", "Seconds from the head of a request to its reply, by route.")
+        for route, seconds in sorted(self._seconds.items()):
+            count = sum(number for (of, _), number in requests if of == route)
+            lines.append(f'mifuse_request_seconds_sum{{route="{route}"}} {seconds:.6f}')
+            lines.append(f'mifuse_request_seconds_count{{route="{route}"}} {count}')
+        lines += _heading("rejected_total", "counter", "Requests and connections refused unheard, by reason.")
+        lines += [f'mifuse_rejected_total{{reason="{reason}"}} {count}' for reason, count in self._rejected.items()]
+        for name, value in gauges.items():
+            lines += [*_heading(name, "gauge", "Current number, of all routes."), f"mifuse_{name} {value}"]
+        return "\n".join([*lines, ""])
 
 
-class HttpServer(socketserver.ThreadingTCPServer):
+def _heading(name: str, kind: str, about: str) -> list[str]:
+    return [f"# HELP mifuse_{name} {about}", f"# TYPE mifuse_{name} {kind}"]
+
+
+class HttpServer:
     """Serve routes within limits.
+
+    Without a key, requests must name this machine in ``Host``, so that no page can read replies through a name of its
+    own that leads here (DNS rebinding). Requests that a browser sends for a page of another site are always refused.
 
     Parameters
     ----------
@@ -97,296 +225,365 @@ class HttpServer(socketserver.ThreadingTCPServer):
     ------
     OSError, OverflowError
         If the address cannot be listened on.
+    UserError
+        If the process may not open enough files.
 
     Example
     -------
     >>> import urllib.request
-    >>> with HttpServer(("127.0.0.1", 0), {"/": Route("GET", lambda body: b"[]")}, Limits()) as server:
-    ...     threading.Thread(target=server.serve_forever, args=(0.05,)).start()
-    ...     host, port = server.server_address
-    ...     reply = urllib.request.urlopen(f"http://{host}:{port}/").read()
-    ...     server.shutdown()
-    >>> reply
+    >>> async def empty(body):
+    ...     return b"[]"
+    >>> server = HttpServer(("127.0.0.1", 0), {"/": Route("GET", empty)}, Limits())
+    >>> server.start()
+    >>> urllib.request.urlopen(f"http://127.0.0.1:{server.address[1]}/").read()
     b'[]'
+    >>> server.close()
     """
-
-    allow_reuse_address = True
-    daemon_threads = True
-    request_queue_size = 128
 
     def __init__(self, address: tuple[str, int], routes: Mapping[str, Route], limits: Limits, key: str | None = None):
         self.routes = routes
         self.limits = limits
         self.metrics = Metrics()
-        self.slots = Allowance(limits.max_concurrent)
-        self.memory = Allowance(limits.max_concurrent * limits.max_body_bytes)
         self.closing = False
+        # Requests with a place, and bytes of bodies that are held.
+        self.in_flight = self.body_bytes = 0
+        # In the order in which they began to wait for their clients; `None` for those that are answered.
+        self.connections: dict[_Connection, None] = {}
+        self.max_connections = room_for_connections(limits.max_connections)
+        if self.max_connections < limits.max_connections:
+            logger.warning(
+                "the limit of open files allows %d connections, not %d; raise it with `ulimit -n`",
+                self.max_connections,
+                limits.max_connections,
+            )
         # Only a digest is kept: whatever is ever printed of this object, the key is not in it.
         self._key_digest = None if key is None else _digest(key)
-        # In the order in which they entered their states.
-        self._states: dict[socket.socket, _State] = {}
-        self._changed = threading.Condition()
-        super().__init__(address, _Handler)
+        family = socket.AF_INET6 if ":" in address[0] else socket.AF_INET
+        self._socket = socket.create_server(address, family=family, backlog=BACKLOG)
+        self.address: tuple[str, int] = self._socket.getsockname()[:2]
+        host = f"[{address[0]}]" if ":" in address[0] else address[0].lower()
+        self._own_names = {*_LOOPBACK_NAMES, host}
+        self._thread = threading.Thread(target=lambda: asyncio.run(self._serve()), name="mifuse-serve", daemon=True)
+        self._started: concurrent.futures.Future[None] = concurrent.futures.Future()
+
+    def start(self) -> None:
+        """Begin to answer."""
+        self._thread.start()
+        self._started.result()
+
+    def close(self, grace: float = 0.0) -> None:
+        """Take no more connections, let requests whose head has arrived be answered, end all connections.
+
+        Parameters
+        ----------
+        grace : float
+            Seconds for those requests.
+        """
+        if self._thread.is_alive():
+            asyncio.run_coroutine_threadsafe(self._end(grace), self._loop).result()
+            self._loop.call_soon_threadsafe(self._stopped.set)
+            self._thread.join()
+        self._socket.close()
 
     def metrics_text(self) -> str:
-        """Tell what `Metrics` counts, and the requests and connections of this moment.
+        """Report what `Metrics` counts, and the current requests and connections.
 
         Returns
         -------
         str
             In Prometheus's text format.
         """
-        return self.metrics.text({"in_flight": self.slots.held, "connections": len(self._states)})
+        return self.metrics.text({"in_flight": self.in_flight, "connections": len(self.connections)})
 
-    def admits(self, head: Head) -> bool:
-        """Tell whether a request has the key, if one is needed; takes the same time for all wrong ones.
-
-        Parameters
-        ----------
-        head : Head
-            Of the request.
-
-        Returns
-        -------
-        bool
-        """
-        if self._key_digest is None:
-            return True
-        scheme, _, given = head.headers.get("authorization", "").partition(" ")
-        return hmac.compare_digest(_digest(given.strip()), self._key_digest) and scheme.lower() == "bearer"
-
-    def enter(self, connection: socket.socket, state: _State) -> None:
-        """Note what a connection is about from now on; one that was given up stays so.
-
-        Parameters
-        ----------
-        connection : socket.socket
-            Which.
-        state : _State
-            About what.
-        """
-        with self._changed:
-            if self._states.pop(connection, None) is not None:
-                self._states[connection] = state
-            self._changed.notify_all()
-
-    def process_request(self, request, client_address):
-        """Start a thread for a connection, and give up another one where there are too many."""
-        with self._changed:
-            if len(self._states) >= self.limits.max_connections:
-                # There always is one: fewer requests than connections are answered at a time.
-                longest = next(key for key, state in self._states.items() if state is not _State.ANSWERING)
-                del self._states[longest]
-                _hang_up(longest)
-                self.metrics.crowded_out()
-            self._states[request] = _State.IDLE
-        super().process_request(request, client_address)
-
-    def shutdown_request(self, request):
-        """Close a connection."""
-        with self._changed:
-            self._states.pop(request, None)
-            self._changed.notify_all()
-        super().shutdown_request(request)
-
-    def handle_error(self, request, client_address):
-        """Log what no client should be able to cause."""
-        logger.exception("a connection failed")
-
-    def end_connections(self, grace: float) -> None:
-        """Let requests that have begun to arrive be answered, then end all connections.
-
-        Parameters
-        ----------
-        grace : float
-            Seconds that they have.
-        """
-        self.closing = True
-        with self._changed:
-            for connection in [key for key, state in self._states.items() if state is _State.IDLE]:
-                _hang_up(connection)
-            self._changed.wait_for(lambda: set(self._states.values()) <= {_State.IDLE}, grace)
-            for connection in self._states:
-                _hang_up(connection)
-
-
-def _digest(key: str) -> bytes:
-    return hashlib.sha256(key.encode("latin-1")).digest()
-
-
-def _hang_up(connection: socket.socket) -> None:
-    # Its thread then reads the end of the stream, and closes it. The peer may have ended it meanwhile.
-    with contextlib.suppress(OSError):
-        connection.shutdown(socket.SHUT_RDWR)
-
-
-def checked_key(key: str | None, name: str) -> str | None:
-    """Check a key that clients shall send.
-
-    Parameters
-    ----------
-    key : str, optional
-        As the environment has it.
-    name : str
-        Of the environment variable.
-
-    Returns
-    -------
-    str or None
-        The key, or `None` if none is wanted.
-
-    Raises
-    ------
-    UserError
-        If no header can carry it; the message does not show it.
-
-    Example
-    -------
-    >>> checked_key("", "MIFUSE_SERVE_KEY")
-    Traceback (most recent call last):
-    ...
-    speechbrain_mifuse.errors.UserError: MIFUSE_SERVE_KEY is set, but to nothing or to something with blanks ...
-    """
-    if key is not None and not re.fullmatch(r"[\x21-\x7e]+", key):
-        raise UserError(
-            f"{name} is set, but to nothing or to something with blanks or characters beyond ASCII, which no header "
-            "carries. Set it to a word, or unset it to serve without a key"
+    async def _serve(self) -> None:
+        self._loop = asyncio.get_running_loop()
+        self._stopped = asyncio.Event()
+        # A request whose client has gone is dropped.
+        manager = web.Server(self._respond, handler_cancellation=True)
+        # Compressed bodies stay so: a small one may unfold to any size.
+        options = {"logger": logger, "access_log": None, "lingering_time": LINGER_SECONDS, "auto_decompress": False}
+        options["keepalive_timeout"] = self.limits.idle_timeout
+        self._listening = await self._loop.create_server(
+            lambda: _Connection(self, manager, loop=self._loop, **options), sock=self._socket, backlog=BACKLOG
         )
-    return key
+        self._started.set_result(None)
+        await self._stopped.wait()
 
+    async def _end(self, grace: float) -> None:
+        self.closing = True
+        self._listening.close()
+        for connection in list(self.connections):
+            connection.end_if_idle()
+        until = self._loop.time() + grace
+        while self.connections and self._loop.time() < until:
+            await asyncio.sleep(0.01)
+        for connection in list(self.connections):
+            connection.abort()
 
-def _busy(what: str) -> RequestError:
-    return RequestError(f"{what}; try again", 503, "overloaded", {"Retry-After": str(RETRY_AFTER_SECONDS)})
-
-
-class _Handler(socketserver.BaseRequestHandler):
-    """The requests of one connection."""
-
-    server: HttpServer
-
-    def setup(self):
-        self.request.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, True)
-        self._paced = PacedReader(self.request)
-        self._file = io.BufferedReader(self._paced, BLOCK_BYTES)
-
-    def handle(self):
+    async def _respond(self, request: web.BaseRequest) -> web.Response:
+        connection, started = request.protocol, self._loop.time()
+        connection.begin_request()
+        route = self.routes.get(_path(request))
         try:
-            while self._one_request():
-                pass
-        except OSError as error:
-            logger.debug("a connection ended early (%s)", error)
-
-    def finish(self):
-        # A connection that is closed over unread bytes takes the reply from the client.
-        self.server.enter(self.request, _State.IDLE)
-        with contextlib.suppress(OSError, SlowClientError):
-            self.request.shutdown(socket.SHUT_WR)
-            self._paced.allow(LINGER_SECONDS)
-            until = time.monotonic() + LINGER_SECONDS
-            while self._paced.read(BLOCK_BYTES) and time.monotonic() < until:
-                pass
-
-    def _one_request(self) -> bool:
-        """Answer one request; whether another may follow."""
-        self.server.enter(self.request, _State.IDLE)
-        self._paced.allow(self.server.limits.idle_timeout)
-        try:
-            if self.server.closing or not self._file.peek(1):
-                return False
-        except SlowClientError:
-            return False
-        self.server.enter(self.request, _State.READING)
-        started = time.monotonic()
-        self._head: Head | None = None
-        # Until all of the request has been read, nobody knows where the next one would begin.
-        self._whole = False
-        with contextlib.ExitStack() as held:
-            status, headers, content = self._outcome(held)
-            # Whoever is slow to take a reply must not hold a place that another could be answered in.
-            self.server.enter(self.request, _State.REPLYING)
-            held.pop_all().close()
-            keep = self._whole and self._head.keep_alive and not self.server.closing
-            known = self._head is not None and self._head.path in self.server.routes
-            self.server.metrics.answered(self._head.path if known else "other", status, time.monotonic() - started)
-            self._send(status, headers if keep else {**headers, "Connection": "close"}, content)
-        return keep
-
-    def _outcome(self, held: contextlib.ExitStack) -> tuple[int, dict[str, str], bytes]:
-        """Status, headers and content of the reply; `held` gives back what the request takes up."""
-        try:
-            return self._answer(held)
-        except SlowClientError:
-            error = RequestError("the request did not arrive in time", 408)
-        except RequestError as caught:
-            error = caught
-        return error.status, {"Content-Type": JSON_TYPE, **error.headers}, error.body()
-
-    def _answer(self, held: contextlib.ExitStack) -> tuple[int, dict[str, str], bytes]:
-        self._paced.allow(self.server.limits.read_timeout)
-        if self._file.peek(1)[:1] not in FIRST_BYTES:
-            # As when TLS is spoken to this port: no line end may ever come.
-            raise RequestError("this is not HTTP; is the address https:// where it should be http://?")
-        head = self._head = read_head(self._file)
-        self._whole = not head.has_body and head.method in {"GET", "HEAD"}
-        route = self._route(head)
-        body = b""
-        if route.method == "POST":
-            body = self._body(head, held)
-            if not self.server.slots.take():
-                raise _busy(f"{self.server.limits.max_concurrent} requests are being answered")
-            held.callback(self.server.slots.give)
-            self.server.enter(self.request, _State.ANSWERING)
-        try:
-            content = route.answer(body)
-        except RequestError:
-            raise
+            with contextlib.ExitStack() as held:
+                content = await self._answer(request, held)
+            response = reply(200, content, {"Content-Type": route.content_type})
+        except RequestError as error:
+            response = reply(error.status, error.body(), error.headers)
         except Exception:
             logger.exception("the recogniser failed")
-            raise RequestError("the recogniser failed; see the server's log", 500) from None
-        return 200, {"Content-Type": route.content_type}, content
+            error = RequestError("the recogniser failed; see the server's log", 500)
+            response = reply(error.status, error.body())
+        if self.closing or not request.content.is_eof():
+            response.force_close()
+        # No path of unknown content and no header: they may hold a key.
+        logger.debug("answered with status %d", response.status)
+        name = "other" if route is None else _path(request)
+        self.metrics.answered(name, response.status, self._loop.time() - started)
+        connection.wait_for_client()
+        return response
 
-    def _route(self, head: Head) -> Route:
-        if head.method not in _METHODS:
-            raise RequestError("no such method", 501)
-        route = self.server.routes.get(head.path)
+    async def _answer(self, request: web.BaseRequest, held: contextlib.ExitStack) -> bytes:
+        """Body of the reply; `held` gives back what the request takes up."""
+        if request.version not in {(1, 0), (1, 1)}:
+            raise RequestError("only HTTP/1.0 and HTTP/1.1 are spoken here", 505)
+        self._require_own_host(request)
+        self._require_own_site(request)
+        route = self._route(request)
+        body = bytearray()
+        if route.method == "POST":
+            body = await self._body(request, held)
+            if self.in_flight >= self.limits.max_concurrent:
+                raise overloaded(f"{self.limits.max_concurrent} requests are being answered")
+            self.in_flight += 1
+            held.callback(self._end_request)
+            request.protocol.begin_answer()
+        return await route.answer(body)
+
+    def _end_request(self) -> None:
+        self.in_flight -= 1
+
+    def _give_back(self, count: int) -> None:
+        self.body_bytes -= count
+
+    def _require_own_host(self, request: web.BaseRequest) -> None:
+        hosts = request.headers.getall("Host", [])
+        if len(hosts) != 1 or not _HOST.fullmatch(hosts[0].lower()):
+            raise RequestError("Host: every request must have exactly one, as 127.0.0.1:8000")
+        if self._key_digest is not None:
+            return
+        # Browsers put a name there when a name led them here, never the address that it stands for.
+        local = str(request.get_extra_info("sockname", ("",))[0])
+        names = self._own_names | {f"[{local}]" if ":" in local else local}
+        port = self.address[1]
+        if hosts[0].lower() not in {f"{name}:{port}" for name in names} | (names if port == 80 else set()):
+            raise RequestError(
+                f"Host: without a key this server answers only to its own address, as localhost:{port}. To reach it by "
+                "another name, set MIFUSE_SERVE_KEY where it is started",
+                421,
+                "wrong_host",
+            )
+
+    def _require_own_site(self, request: web.BaseRequest) -> None:
+        """Refuse what a browser sends for a page of another site."""
+        host = request.headers["Host"].lower()
+        for origin in request.headers.getall("Origin", []):
+            if self._key_digest is None:
+                allowed = _LOOPBACK_ORIGIN.fullmatch(origin)
+            else:
+                allowed = origin.lower() in {f"http://{host}", f"https://{host}"}
+            if not allowed:
+                raise RequestError("Origin: pages of other sites may not ask this server", 403, "wrong_origin")
+        if "cross-site" in request.headers.getall("Sec-Fetch-Site", []):
+            raise RequestError("Sec-Fetch-Site: pages of other sites may not ask this server", 403, "wrong_origin")
+
+    def _route(self, request: web.BaseRequest) -> Route:
+        path, method = _path(request), request.method
+        route = self.routes.get(path)
         if route is None:
-            raise RequestError(f"no such route: {head.method} {head.path[:200]}", 404, "not_found")
-        if head.method != route.method and (head.method, route.method) != ("HEAD", "GET"):
-            message = f"{head.path} takes {route.method}, not {head.method}"
+            raise RequestError(f"no such route: {method} {path[:200]}", 404, "not_found")
+        if method != route.method and (method, route.method) != ("HEAD", "GET"):
+            message = f"{path} takes {route.method}, not {method}"
             raise RequestError(message, 405, "method_not_allowed", {"Allow": route.method})
-        if not route.public and not self.server.admits(head):
+        if not route.public and not self._admits(request):
             asked = {"WWW-Authenticate": "Bearer"}
             raise RequestError("the API key is missing or wrong", 401, "invalid_api_key", asked)
         return route
 
-    def _body(self, head: Head, held: contextlib.ExitStack) -> bytes:
-        limit = self.server.limits.max_body_bytes
-        length = declared_length(head, limit)
-        if head.headers.get("expect", "").lower() == "100-continue":
-            self._write(b"HTTP/1.1 100 Continue\r\n\r\n")
-        self._paced.allow(self.server.limits.read_timeout, MIN_BYTES_PER_SECOND)
+    def _admits(self, request: web.BaseRequest) -> bool:
+        """Whether a request has the key, if one is needed; takes the same time for all wrong ones."""
+        if self._key_digest is None:
+            return True
+        given = request.headers.getall("Authorization", [])
+        scheme, _, key = given[0].partition(" ") if len(given) == 1 else ("", "", "")
+        return hmac.compare_digest(_digest(key.strip()), self._key_digest) and scheme.lower() == "bearer"
+
+    async def _body(self, request: web.BaseRequest, held: contextlib.ExitStack) -> bytearray:
+        # A page can send other types to another site without asking first.
+        if request.content_type != JSON_TYPE:
+            raise RequestError(f"Content-Type: must be {JSON_TYPE}", 415)
+        if request.headers.get("Content-Encoding", "identity").lower() != "identity":
+            raise RequestError("Content-Encoding: compressed bodies are not read", 415)
+        if request.headers.get("Transfer-Encoding", "chunked").lower() != "chunked":
+            raise RequestError("Transfer-Encoding: only 'chunked' is understood", 501)
+        limit = self.limits.max_body_bytes
+        length = request.headers.get("Content-Length", "0").lstrip("0") or "0"
+        # Python refuses to read numbers of thousands of digits.
+        if len(length) > 18 or int(length) > limit:
+            raise _too_large(limit)
+        if request.headers.get("Expect", "").lower() == "100-continue" and request.version >= (1, 1):
+            request.protocol.transport.write(b"HTTP/1.1 100 Continue\r\n\r\n")
+        until = self._loop.time() + self.limits.read_timeout
         body = bytearray()
-        for block in body_blocks(self._file, length, limit):
-            if not self.server.memory.take(len(block)):
-                raise _busy("requests of too many bytes are being read")
-            held.callback(self.server.memory.give, len(block))
+        held.callback(lambda: self._give_back(len(body)))
+        while block := await self._block(request, until):
+            until += len(block) / MIN_BYTES_PER_SECOND
+            if len(body) + len(block) > limit:
+                raise _too_large(limit)
+            if self.body_bytes + len(block) > MAX_LARGE_BODIES * limit:
+                raise overloaded("requests of too many bytes are being read")
+            self.body_bytes += len(block)
             body += block
-        self._whole = True
-        return bytes(body)
+        return body
 
-    def _send(self, status: int, headers: Mapping[str, str], content: bytes) -> None:
-        always = {
-            "Server": "speechbrain-mifuse",
-            "Date": email.utils.formatdate(usegmt=True),
-            "Content-Length": str(len(content)),
-        }
-        lines = [f"HTTP/1.1 {status} {http.HTTPStatus(status).phrase}"]
-        lines += [f"{name}: {value}" for name, value in {**always, **headers}.items()]
-        bodiless = self._head is not None and self._head.method == "HEAD"
-        # No path of unknown content and no header: they may hold a key.
-        logger.debug("answered with status %d", status)
-        self._write("\r\n".join([*lines, "", ""]).encode("latin-1") + (b"" if bodiless else content))
+    async def _block(self, request: web.BaseRequest, until: float) -> bytes:
+        try:
+            return await asyncio.wait_for(request.content.readany(), until - self._loop.time())
+        except asyncio.TimeoutError:
+            raise RequestError("the request did not arrive in time", 408) from None
+        except (web.RequestPayloadError, http_exceptions.HttpProcessingError, ConnectionError):
+            raise RequestError("the body of the request is malformed or incomplete") from None
 
-    def _write(self, data: bytes) -> None:
-        self.request.settimeout(self.server.limits.read_timeout)
-        self.request.sendall(data)
+
+def _digest(key: str) -> bytes:
+    return hashlib.sha256(key.encode("utf-8", "surrogateescape")).digest()
+
+
+def _path(request: web.BaseRequest) -> str:
+    """Give the target as it was sent, without its query."""
+    return request.raw_path.partition("?")[0]
+
+
+def _too_large(limit: int) -> RequestError:
+    return RequestError(f"the request is larger than {limit} bytes", 413, "request_too_large")
+
+
+def reply(status: int, content: bytes, headers: Mapping[str, str] | None = None) -> web.Response:
+    """Make a reply.
+
+    Parameters
+    ----------
+    status : int
+        HTTP status.
+    content : bytes
+        Body.
+    headers : mapping of str to str, optional
+        Further headers; the type of the content is JSON unless they say otherwise.
+
+    Returns
+    -------
+    aiohttp.web.Response
+
+    Example
+    -------
+    >>> reply(200, b"[]").content_type
+    'application/json'
+    """
+    always = {"Content-Type": JSON_TYPE, "Server": "speechbrain-mifuse"}
+    return web.Response(status=status, body=content, headers={**always, **(headers or {})})
+
+
+class _Connection(web.RequestHandler):
+    """aiohttp's side of a connection, with a limit of time for whatever it waits for its client to do."""
+
+    def __init__(self, server: HttpServer, *args, **options):
+        super().__init__(*args, **options)
+        self._server = server
+        self._timer: asyncio.TimerHandle | None = None
+        # Whether a request is at hand, and whether it is past waiting for its client.
+        self._in_request = self.answering = False
+        self._head_begun = False
+
+    def connection_made(self, transport):
+        server = self._server
+        if len(server.connections) >= server.max_connections:
+            longest = next((each for each in server.connections if not each.answering), self)
+            server.metrics.dropped(CROWDED)
+            if longest is self:
+                transport.abort()
+            else:
+                longest.abort()
+        super().connection_made(transport)
+        server.connections[self] = None
+        self._allow(server.limits.idle_timeout)
+
+    def connection_lost(self, exc):
+        self._allow(None)
+        self._server.connections.pop(self, None)
+        super().connection_lost(exc)
+
+    def data_received(self, data):
+        super().data_received(data)
+        if data and not self._in_request and not self._head_begun:
+            self._head_begun = True
+            self._allow(self._server.limits.read_timeout)
+
+    def pause_writing(self):
+        super().pause_writing()
+        self._allow(self._server.limits.read_timeout)
+
+    def resume_writing(self):
+        super().resume_writing()
+        self._allow(None if self._in_request else self._server.limits.idle_timeout)
+
+    def begin_request(self) -> None:
+        """Note that the head of a request has arrived."""
+        self._in_request, self._head_begun = True, False
+        self._allow(None)
+
+    def begin_answer(self) -> None:
+        """Note that all of a request has arrived."""
+        self.answering = True
+
+    def wait_for_client(self) -> None:
+        """Note that a request has been answered."""
+        self._in_request = self.answering = False
+        if self._server.connections.pop(self, self) is None:
+            self._server.connections[self] = None
+        self._allow(self._server.limits.idle_timeout)
+
+    def end_if_idle(self) -> None:
+        """End the connection unless a request is at hand, after whose reply it ends anyway while the server closes."""
+        if not self._in_request:
+            self.force_close()
+
+    def abort(self) -> None:
+        """End the connection at once, with what it has not taken yet."""
+        self._server.connections.pop(self, None)
+        if self.transport is not None:
+            self.transport.abort()
+
+    def handle_error(self, request, status=500, exc=None, message=None):
+        """Answer what aiohttp refuses before it becomes a request."""
+        too_long = isinstance(exc, http_exceptions.LineTooLong)
+        if too_long:
+            error = RequestError("the head of the request is too long", 431)
+        elif isinstance(exc, http_exceptions.HttpProcessingError):
+            error = RequestError("the request is not valid HTTP/1.1")
+        else:
+            logger.error("a connection failed", exc_info=exc)
+            error = RequestError("the server failed; see its log", 500)
+        self._server.metrics.answered("other", error.status, 0.0)
+        response = reply(error.status, error.body())
+        response.force_close()
+        return response
+
+    def _allow(self, seconds: float | None) -> None:
+        if self._timer is not None:
+            self._timer.cancel()
+        self._timer = None if seconds is None else self._loop.call_later(seconds, self._give_up)
+
+    def _give_up(self) -> None:
+        if self._head_begun or self.writing_paused:
+            self._server.metrics.dropped("slow")
+        self.abort()

@@ -8,7 +8,9 @@ otherwise the reply is a single label. Audio is taken as `input_audio`, or as `a
 
 from __future__ import annotations
 
+import asyncio
 import base64
+import contextlib
 import dataclasses
 import hashlib
 import io
@@ -21,30 +23,31 @@ import signal
 import threading
 import time
 import uuid
-from collections.abc import Callable
+import weakref
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Protocol
 
 import numpy as np
 import soundfile
 import torch
-from torchaudio.functional import resample
 
 from speechbrain_mifuse import __version__
+from speechbrain_mifuse.audio import HIGHEST_RATE, LOUDEST, LOWEST_RATE, resampled
 from speechbrain_mifuse.errors import UserError
-from speechbrain_mifuse.lalm.http_limits import Limits
-from speechbrain_mifuse.lalm.http_request import RequestError
-from speechbrain_mifuse.lalm.http_server import HttpServer, Route, checked_key
+from speechbrain_mifuse.inference import one_core_threads
+from speechbrain_mifuse.lalm.http_limits import Limits, checked_key
+from speechbrain_mifuse.lalm.http_server import HttpServer, RequestError, Route, overloaded
 
-MAX_SECONDS = 600.0
-# Of all channels together, in half a gigabyte: a small FLAC file may hold very many of silence.
-MAX_SAMPLES = 2**27
+# Samples of all channels together that are decoded: a small FLAC file may hold very many of silence.
+MAX_SAMPLES = 2**24
+# Audio of all requests together, in recordings of the longest duration.
+MAX_LONG_RECORDINGS = 8
+# Characters of text in a request.
+MAX_TEXT = 100_000
 MAX_CHOICES = 128
 # A request of the largest size may hold so many values at most: empty lists take thirty times their text.
 MAX_VALUES = 2**16
-# Taps of the filter that resamples, which rates without a common divisor would make as many as their product.
-MAX_FILTER_TAPS = 2**22
-# Beyond full scale of any integer format, a square no longer fits the numbers of a model.
-LOUDEST = 2.0**31
 KEY_VARIABLE = "MIFUSE_SERVE_KEY"
 METRICS_TYPE = "text/plain; version=0.0.4; charset=utf-8"
 DEFAULT_LIMITS = Limits()
@@ -64,6 +67,10 @@ class Recogniser(Protocol):
         Label set; its order is that of the probabilities.
     sample_rate : int
         Rate in Hz of the waveforms it takes.
+
+    Notes
+    -----
+    One that also has `EmotionRecognizer.predict_each` is used by several requests at the same time.
     """
 
     labels: tuple[str, ...]
@@ -86,6 +93,8 @@ class ChatRequest:
         `[samples]` at the recogniser's rate.
     seconds : float
         Duration of the recording.
+    recording : bytes
+        Digest of the waveform.
     text : str
         All text parts, joined by newlines.
     n : int
@@ -104,6 +113,7 @@ class ChatRequest:
 
     waveform: torch.Tensor
     seconds: float
+    recording: bytes
     text: str
     n: int
     temperature: float
@@ -121,10 +131,13 @@ class EmotionServer:
     it is one stochastic pass of the recogniser, and where a single label is given, that label is drawn from
     softmax(log p / temperature).
 
+    A request that comes alone is computed on all cores, and requests that come together side by side on one core each:
+    their replies are the same.
+
     Parameters
     ----------
     recogniser : Recogniser
-        The model; used by one request at a time.
+        The model.
     model_name : str
         Name that requests must give.
     host : str
@@ -166,21 +179,25 @@ class EmotionServer:
     ):
         self.recogniser = recogniser
         self.model_name = model_name
+        self.limits = limits
         self._model_lock = threading.Lock()
-        # One at a time: a small file may unfold to a large recording.
-        self._decoding_lock = threading.Lock()
+        self._resources = contextlib.ExitStack()
+        self._jobs: set[Future] = set()
+        # Seconds of audio that requests hold.
+        self._held_seconds = 0.0
+        # Answers to one recording follow each other: the recogniser remembers what it computed for the first one.
+        self._turns: weakref.WeakValueDictionary[bytes, asyncio.Lock] = weakref.WeakValueDictionary()
         routes = {
             "/v1/chat/completions": Route("POST", self._completion),
-            "/v1/models": Route("GET", lambda _: json.dumps(self.models()).encode()),
-            "/health": Route("GET", lambda _: b'{"status": "ok"}', public=True),
-            "/metrics": Route("GET", lambda _: self._http.metrics_text().encode(), METRICS_TYPE),
+            "/v1/models": Route("GET", self._models),
+            "/health": Route("GET", self._health, public=True),
+            "/metrics": Route("GET", self._metrics, METRICS_TYPE),
         }
         key = checked_key(api_key, "api_key")
         try:
             self._http = HttpServer((host, port), routes, limits, key)
         except (OSError, OverflowError) as error:
             raise UserError(f"cannot listen on {host}:{port} ({error}): choose another --host or --port") from None
-        self._thread = threading.Thread(target=self._http.serve_forever, args=(0.05,), daemon=True)
 
     def __enter__(self) -> EmotionServer:
         return self.start()
@@ -191,27 +208,28 @@ class EmotionServer:
     @property
     def base_url(self) -> str:
         """Address to give to a client, ending in ``/v1``."""
-        host, port = self._http.server_address[:2]
-        return f"http://{host}:{port}/v1"
+        host, port = self._http.address
+        return f"http://[{host}]:{port}/v1" if ":" in host else f"http://{host}:{port}/v1"
 
     def start(self) -> EmotionServer:
         """Begin to answer; returns the server itself."""
-        self._thread.start()
+        self._all_cores = self._resources.enter_context(ThreadPoolExecutor(1))
+        self._one_core = self._resources.enter_context(one_core_threads())
+        self._http.start()
         return self
 
     def close(self, grace: float = 0.0):
-        """Take no more connections, free the port, let requests that have begun be answered, drop the rest.
+        """Take no more connections, free the port, let requests that have begun be answered, drop the others.
 
         Parameters
         ----------
         grace : float
             Seconds for those requests.
         """
-        if self._thread.is_alive():
-            self._http.shutdown()
-            self._thread.join()
-        self._http.server_close()
-        self._http.end_connections(grace)
+        self._http.close(grace)
+        for job in list(self._jobs):
+            job.cancel()
+        self._resources.close()
 
     def models(self) -> dict:
         """Body of ``GET /v1/models``."""
@@ -236,8 +254,41 @@ class EmotionServer:
         RequestError
             If the request is malformed, names another model, or carries no readable audio.
         """
-        with self._decoding_lock:
-            request = parse_request(body, self.model_name, self.recogniser.sample_rate)
+        return self._answer(self._parsed(body))
+
+    async def _models(self, _) -> bytes:
+        return json.dumps(self.models()).encode()
+
+    async def _health(self, _) -> bytes:
+        return b'{"status": "ok"}'
+
+    async def _metrics(self, _) -> bytes:
+        return self._http.metrics_text().encode()
+
+    async def _completion(self, body: bytearray) -> bytes:
+        request = await self._computed(lambda: self._parsed(_decoded(body)), True)
+        most = MAX_LONG_RECORDINGS * self.limits.max_seconds
+        if self._held_seconds + request.seconds > most:
+            raise overloaded(f"requests with more than {most:.0f} s of audio are being answered")
+        self._held_seconds += request.seconds
+        try:
+            async with self._turns.setdefault(request.recording, asyncio.Lock()):
+                each = hasattr(self.recogniser, "predict_each")
+                return await self._computed(lambda: json.dumps(self._answer(request)).encode(), each)
+        finally:
+            self._held_seconds -= request.seconds
+
+    async def _computed(self, function: Callable, side_by_side: bool):
+        """Call a function in a thread: on all cores, or on one core if others are at work and it may run beside them."""
+        job = (self._one_core if self._jobs and side_by_side else self._all_cores).submit(function)
+        self._jobs.add(job)
+        job.add_done_callback(self._jobs.discard)
+        return await asyncio.wrap_future(job)
+
+    def _parsed(self, body: object) -> ChatRequest:
+        return parse_request(body, self.model_name, self.recogniser.sample_rate, self.limits.max_seconds)
+
+    def _answer(self, request: ChatRequest) -> dict:
         choices = [{"index": j, **choice} for j, choice in enumerate(self._choices(request))]
         return {
             "id": f"chatcmpl-{uuid.uuid4().hex}",
@@ -249,30 +300,29 @@ class EmotionServer:
             "usage": _usage(request, choices),
         }
 
-    def _completion(self, body: bytes) -> bytes:
-        return json.dumps(self.complete(_decoded(body))).encode()
-
     def _choices(self, request: ChatRequest) -> list[dict]:
-        form = _reply_form(request)
-        seed = secrets.randbits(62) if request.seed is None else request.seed
-        recording = hashlib.sha256(request.waveform.numpy().tobytes()).digest()
-        choices = []
-        for j in range(request.n):
-            own_seed = _mixed_seed(seed + j, recording)
-            probs = self._probs(request, own_seed)
-            choices.append(form(probs, tuple(self.recogniser.labels), request, own_seed))
-        return choices
+        form, labels = _reply_form(request), tuple(self.recogniser.labels)
+        first = secrets.randbits(62) if request.seed is None else request.seed
+        seeds = [_mixed_seed(first + j, request.recording) for j in range(request.n)]
+        if request.temperature > 0:
+            probs = self._probs(request.waveform, seeds)
+        else:
+            probs = self._probs(request.waveform, [None]) * request.n
+        return [form(each, labels, request, seed) for each, seed in zip(probs, seeds, strict=True)]
 
-    def _probs(self, request: ChatRequest, seed: int) -> np.ndarray:
-        stochastic = request.temperature > 0
+    def _probs(self, waveform: torch.Tensor, seeds: Sequence[int | None]) -> list[np.ndarray]:
+        probs = self._predicted(waveform, seeds).double().cpu().numpy()
+        for each in probs:
+            if not np.isfinite(each).all() or each.min() < 0 or not math.isclose(each.sum(), 1.0, abs_tol=1e-3):
+                raise RuntimeError(f"the recogniser returned {each.tolist()}, which is no distribution")
+        return list(probs)
+
+    def _predicted(self, waveform: torch.Tensor, seeds: Sequence[int | None]) -> torch.Tensor:
+        if hasattr(self.recogniser, "predict_each"):
+            return self.recogniser.predict_each(waveform, seeds)
         with self._model_lock, torch.inference_mode():
-            probs = self.recogniser.predict_proba(
-                request.waveform, n=1, stochastic=stochastic, seed=seed if stochastic else None
-            )
-            probs = probs[0].double().cpu().numpy()
-        if not np.isfinite(probs).all() or probs.min() < 0 or not math.isclose(probs.sum(), 1.0, abs_tol=1e-3):
-            raise RuntimeError(f"the recogniser returned {probs.tolist()}, which is no distribution")
-        return probs
+            predict = self.recogniser.predict_proba
+            return torch.cat([predict(waveform, n=1, stochastic=seed is not None, seed=seed) for seed in seeds])
 
 
 def serve_until_stopped(server: EmotionServer, grace: float = 10.0) -> None:
@@ -306,7 +356,7 @@ def serve_until_stopped(server: EmotionServer, grace: float = 10.0) -> None:
         signal.signal(signal.SIGTERM, before)
 
 
-def _decoded(body: bytes) -> object:
+def _decoded(body: bytes | bytearray) -> object:
     """Decode JSON, unless it would take up far more memory than its text."""
     if sum(body.count(mark) for mark in (b"[", b"{", b",")) > MAX_VALUES:
         raise RequestError(f"the body holds more than {MAX_VALUES} values")
@@ -316,7 +366,9 @@ def _decoded(body: bytes) -> object:
         raise RequestError("the body is not valid JSON") from None
 
 
-def parse_request(body: dict, model_name: str, sample_rate: int) -> ChatRequest:
+def parse_request(
+    body: dict, model_name: str, sample_rate: int, max_seconds: float = DEFAULT_LIMITS.max_seconds
+) -> ChatRequest:
     """Validate the body of a chat completion and decode its audio.
 
     Parameters
@@ -327,6 +379,8 @@ def parse_request(body: dict, model_name: str, sample_rate: int) -> ChatRequest:
         The only model there is.
     sample_rate : int
         Rate in Hz that the audio is resampled to.
+    max_seconds : float
+        The longest audio that is taken.
 
     Returns
     -------
@@ -342,7 +396,7 @@ def parse_request(body: dict, model_name: str, sample_rate: int) -> ChatRequest:
     >>> parse_request({"model": "mifuse", "messages": []}, "mifuse", 16000)
     Traceback (most recent call last):
     ...
-    speechbrain_mifuse.lalm.http_request.RequestError: messages: no part of type input_audio or audio_url
+    speechbrain_mifuse.lalm.http_server.RequestError: messages: no part of type input_audio or audio_url
     """
     if not isinstance(body, dict):
         raise RequestError("the body must be a JSON object")
@@ -353,6 +407,8 @@ def parse_request(body: dict, model_name: str, sample_rate: int) -> ChatRequest:
         raise RequestError("stream: not supported, leave it out")
     parts = _parts(body.get("messages"))
     text = "\n".join(_typed(part, "text", str) or "" for part in parts if part.get("type") == "text")
+    if len(text) > MAX_TEXT:
+        raise RequestError(f"messages: more than {MAX_TEXT} characters of text")
     top = _field(body, "top_logprobs", 0, int, 0, 20)
     response_format = _typed(body, "response_format", dict) or {}
     wants_json = _typed(response_format, "type", str) in _JSON_FORMATS or "json" in text.lower()
@@ -365,11 +421,14 @@ def parse_request(body: dict, model_name: str, sample_rate: int) -> ChatRequest:
         "label_key": _label_key(response_format),
     }
     # Last, because it is what costs.
-    waveform, seconds = decode_audio(_audio_data(parts), sample_rate)
-    return ChatRequest(waveform=waveform, seconds=seconds, text=text, **options)
+    waveform, seconds = decode_audio(_audio_data(parts), sample_rate, max_seconds)
+    recording = hashlib.sha256(waveform.numpy().tobytes()).digest()
+    return ChatRequest(waveform=waveform, seconds=seconds, recording=recording, text=text, **options)
 
 
-def decode_audio(data: str, sample_rate: int) -> tuple[torch.Tensor, float]:
+def decode_audio(
+    data: str, sample_rate: int, max_seconds: float = DEFAULT_LIMITS.max_seconds
+) -> tuple[torch.Tensor, float]:
     """Decode a recording sent in base64.
 
     Parameters
@@ -378,6 +437,8 @@ def decode_audio(data: str, sample_rate: int) -> tuple[torch.Tensor, float]:
         Any format that libsndfile reads, in base64. Channels are averaged.
     sample_rate : int
         Rate in Hz of the result.
+    max_seconds : float
+        The longest that is taken.
 
     Returns
     -------
@@ -389,8 +450,8 @@ def decode_audio(data: str, sample_rate: int) -> tuple[torch.Tensor, float]:
     Raises
     ------
     RequestError
-        If the data are no base64, no audio, empty, not finite, longer than ten minutes or otherwise too large, or of a
-        rate that cannot be resampled from.
+        If the data are not base64 or not audio, empty, not finite, too long or otherwise too large, or of a sample rate
+        that no recording has.
 
     Example
     -------
@@ -407,14 +468,14 @@ def decode_audio(data: str, sample_rate: int) -> tuple[torch.Tensor, float]:
     try:
         with soundfile.SoundFile(_Seekable(content)) as file:
             rate = file.samplerate
-            _check_size(file, sample_rate)
+            _check_size(file, max_seconds)
             samples = file.read(dtype="float32", always_2d=True)
     except (RuntimeError, OSError):
         raise RequestError("input_audio.data: not an audio file that can be decoded") from None
     if len(samples) == 0 or not max(samples.max(), -samples.min()) <= LOUDEST:
         raise RequestError("input_audio.data: holds no samples, or samples that are not finite or far too large")
     waveform = torch.from_numpy(samples.mean(axis=1))
-    return (waveform if rate == sample_rate else resample(waveform, rate, sample_rate)), len(samples) / rate
+    return resampled(waveform, rate, sample_rate), len(samples) / rate
 
 
 class _Seekable(io.BytesIO):
@@ -425,15 +486,15 @@ class _Seekable(io.BytesIO):
         return super().seek(offset, whence) if whence or offset >= 0 else self.tell()
 
 
-def _check_size(file: soundfile.SoundFile, sample_rate: int) -> None:
-    """Refuse by its header a recording that would take up far more memory than its file."""
+def _check_size(file: soundfile.SoundFile, max_seconds: float) -> None:
+    """Refuse by its header a recording that would cost far more than its file."""
     rate, seconds = file.samplerate, file.frames / file.samplerate
-    if seconds > MAX_SECONDS:
-        raise RequestError(f"input_audio: {seconds:.0f} s of audio, more than {MAX_SECONDS:.0f} s")
+    if not LOWEST_RATE <= rate <= HIGHEST_RATE:
+        raise RequestError(f"input_audio: a rate of {rate} Hz; must be from {LOWEST_RATE} to {HIGHEST_RATE} Hz")
+    if seconds > max_seconds:
+        raise RequestError(f"input_audio: {seconds:.0f} s of audio, more than {max_seconds:g} s")
     if file.frames * file.channels > MAX_SAMPLES:
         raise RequestError(f"input_audio: more than {MAX_SAMPLES} samples in all channels together")
-    if rate * sample_rate // math.gcd(rate, sample_rate) ** 2 > MAX_FILTER_TAPS:
-        raise RequestError(f"input_audio: a rate of {rate} Hz, which cannot be resampled here; send {sample_rate} Hz")
 
 
 def _parts(messages: object) -> list[dict]:

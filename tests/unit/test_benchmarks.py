@@ -20,13 +20,14 @@ RATIOS = {
     "memory": {"rss_ratio"},
     "recipe_form": {"recipe_total_ratio", "recipe_epoch_ratio"},
     "recognise": {"bare_encoder_ratio", "real_time_ratio"},
+    "serve": {"callers_1_ratio", "callers_8_ratio", "callers_32_ratio"},
     "zero_shot": {"one_at_a_time_ratio", "texts_every_time_ratio"},
 }
 # What may be zero or less: growth, accuracy on a few clips of noise, and what a collection under faults must not lose,
 # ask again, or get wrong.
 MAY_BE_NONE = {"growth_mb", "asked_again_of_stored", "asked_again_per_kill", "lost_replies_per_kill", "wrong"}
 MAY_BE_NONE |= {f"{side}_accuracy" for side in ("stored", "stored_unaveraged", "recipe", "hdf5")}
-MAY_BE_NONE |= {"reply_to_disk_ms", "resident_growth_mb", "cpu_ms_per_call"}
+MAY_BE_NONE |= {"rss_growth_mb", "descriptor_growth", "reply_to_disk_ms", "resident_growth_mb", "cpu_ms_per_call"}
 
 
 @pytest.fixture

@@ -1,5 +1,6 @@
 import base64
 import concurrent.futures
+import contextlib
 import http.client
 import io
 import json
@@ -24,9 +25,10 @@ import torch
 from lalm_support import LABELS, EnergyRecogniser, tone
 
 from speechbrain_mifuse.errors import UserError
-from speechbrain_mifuse.lalm import serve
+from speechbrain_mifuse.features.extract import ENCODING_THREADS
+from speechbrain_mifuse.lalm import http_server, serve
 from speechbrain_mifuse.lalm.collect import encode_wav
-from speechbrain_mifuse.lalm.http_limits import Limits
+from speechbrain_mifuse.lalm.http_limits import SPARE_DESCRIPTORS, Limits
 from speechbrain_mifuse.lalm.prompt import Prompt
 from speechbrain_mifuse.lalm.serve import EmotionServer
 
@@ -195,6 +197,7 @@ def test_models_are_listed(api):
         ({"messages": []}, "input_audio"),
         ({"messages": [{"role": "user", "content": "hello"}]}, "input_audio"),
         ({"messages": "hello"}, "messages"),
+        ({"messages": [{"role": "user", "content": "!" * 100_001}]}, "more than 100000 characters of text"),
         ({"messages": [{"role": 3, "content": "hello"}]}, "role: must be text"),
         ({"messages": [{"role": "user", "content": [{"type": ["text"], "text": "hello"}]}]}, "type: must be text"),
         ({"messages": [{"role": "user", "content": [{"type": "text", "text": {}}]}]}, "text: must be text"),
@@ -224,15 +227,23 @@ def test_samples_that_are_no_sound_are_refused(api, value):
         ask(api, wav=written(np.full(100, value), subtype="FLOAT"))
 
 
+def test_any_rate_of_a_recording_is_resampled_and_others_are_refused(api):
+    for rate in (1000, 15999, 44101, 192_000, 1_000_000):
+        assert texts(ask(api, wav=written(np.zeros(100), rate)))
+    for rate in (999, 1_000_001):
+        with pytest.raises(openai.BadRequestError, match=f"a rate of {rate} Hz; must be from 1000 to 1000000 Hz"):
+            ask(api, wav=written(np.zeros(100), rate))
+
+
 def test_recordings_that_would_unfold_beyond_measure_are_refused(api, monkeypatch):
-    with pytest.raises(openai.BadRequestError, match="a rate of 15999 Hz, which cannot be resampled"):
-        ask(api, wav=written(np.zeros(100), 15999))
     with monkeypatch.context() as patched, pytest.raises(openai.BadRequestError, match="more than 100 samples"):
         patched.setattr(serve, "MAX_SAMPLES", 100)
         ask(api, wav=written(np.zeros((51, 2))))
-    monkeypatch.setattr(serve, "MAX_SECONDS", 0.1)
-    with pytest.raises(openai.BadRequestError, match="0 s of audio"):
-        ask(api)
+    # 28 kB that would be ten minutes.
+    bomb = written(np.zeros(600 * 16000), format="FLAC")
+    assert len(bomb) < 40_000
+    with pytest.raises(openai.BadRequestError, match="600 s of audio, more than 120 s"):
+        ask(api, wav=bomb)
 
 
 def test_unknown_model_and_route_are_404_in_openai_shape(api):
@@ -244,7 +255,13 @@ def test_unknown_model_and_route_are_404_in_openai_shape(api):
 
 
 def connection_to(server):
-    return socket.create_connection(server._http.server_address, timeout=10)
+    return socket.create_connection(server._http.address, timeout=10)
+
+
+def send(connection, data):
+    """Send requests, with the server's address in the place of the host `x`."""
+    host, port = connection.getpeername()
+    connection.sendall(data.replace(b"Host: x", b"Host: %s:%d" % (host.encode(), port)))
 
 
 def reply_on(connection):
@@ -255,12 +272,12 @@ def reply_on(connection):
 
 def raw(server, data):
     with connection_to(server) as connection:
-        connection.sendall(data)
+        send(connection, data)
         status, _, body = reply_on(connection)
         return status, body["error"]
 
 
-HEAD = b"POST /v1/chat/completions HTTP/1.1\r\nHost: x\r\n"
+HEAD = b"POST /v1/chat/completions HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n"
 
 
 def question(index=3, **fields):
@@ -288,17 +305,19 @@ def value_of(server, line):
 def test_broken_http_gets_a_json_error(server):
     assert raw(server, HEAD + b"Content-Length: 3\r\n\r\n{x}")[0] == 400
     assert raw(server, HEAD + b"Content-Length: 2\r\n\r\n[]")[0] == 400
-    assert raw(server, HEAD + b"\r\n")[0] == 411
+    assert raw(server, HEAD + b"\r\n")[0] == 400
     assert raw(server, HEAD + b"Content-Length: -5\r\n\r\n")[0] == 400
-    assert raw(server, HEAD + b"Transfer-Encoding: gzip\r\n\r\n")[0] == 501
-    assert raw(server, b"BREW /v1/models HTTP/1.1\r\n\r\n")[0] == 501
-    assert raw(server, b"GET /v1/models HTTP/2.0\r\n\r\n")[0] == 505
-    assert "https" in raw(server, b"\x16\x03\x01\x02")[1]["message"]
+    assert raw(server, HEAD + b"Transfer-Encoding: gzip\r\n\r\n")[0] == 400
+    assert raw(server, b"BREW /v1/models HTTP/1.1\r\nHost: x\r\n\r\n")[0] == 400
+    with connection_to(server) as connection:
+        send(connection, b"GET /v1/models HTTP/2.0\r\nHost: x\r\nConnection: close\r\n\r\n")
+        assert connection.recv(100).startswith(b"HTTP/2.0 505 ")
+    assert "not valid HTTP" in raw(server, b"\x16\x03\x01\x02")[1]["message"]
 
 
 def test_a_path_with_another_method_is_a_405_that_names_the_right_one(server):
     with connection_to(server) as connection:
-        connection.sendall(b"DELETE /v1/models HTTP/1.1\r\n\r\n")
+        send(connection, b"DELETE /v1/models HTTP/1.1\r\nHost: x\r\n\r\n")
         status, headers, _ = reply_on(connection)
     assert (status, headers["Allow"]) == (405, "GET")
 
@@ -310,28 +329,26 @@ def test_head_is_answered_like_get_without_the_body(server):
 
 def test_a_body_beyond_the_limit_is_refused_before_it_is_sent():
     with EmotionServer(EnergyRecogniser(), limits=Limits(max_body_bytes=100)) as server:
-        for declared in (b"101", b"9" * 5000):
-            status, error = raw(server, HEAD + b"Content-Length: " + declared + b"\r\n\r\n")
-            assert status == 413 and "100 bytes" in error["message"]
-        assert value_of(server, 'mifuse_rejected_total{reason="too_large"}') == 2
+        status, error = raw(server, HEAD + b"Content-Length: 101\r\n\r\n")
+        assert status == 413 and "100 bytes" in error["message"]
+        # More than aiohttp takes for a length.
+        assert raw(server, HEAD + b"Content-Length: " + b"9" * 5000 + b"\r\n\r\n")[0] == 400
+        assert value_of(server, 'mifuse_rejected_total{reason="too_large"}') == 1
 
 
 def test_chunks_and_expect_are_understood_and_the_connection_goes_on(server):
     body = question()
     chunks = b"".join(b"%x;a=b\r\n%s\r\n" % (len(part), part) for part in (body[:7], body[7:5000], body[5000:]))
     with connection_to(server) as connection:
-        connection.sendall(posted(body))
+        send(connection, posted(body))
         _, _, plain = reply_on(connection)
-        connection.sendall(HEAD + b"Transfer-Encoding: chunked\r\n\r\n" + chunks + b"0\r\nX: y\r\n\r\n")
+        send(connection, HEAD + b"Transfer-Encoding: chunked\r\n\r\n" + chunks + b"0\r\nX: y\r\n\r\n")
         status, _, chunked = reply_on(connection)
         assert status == 200 and chunked["choices"] == plain["choices"]
-        connection.sendall(HEAD + b"Expect: 100-continue\r\nContent-Length: %d\r\n\r\n" % len(body))
+        send(connection, HEAD + b"Expect: 100-continue\r\nContent-Length: %d\r\n\r\n" % len(body))
         assert connection.recv(100) == b"HTTP/1.1 100 Continue\r\n\r\n"
-        connection.sendall(body)
+        send(connection, body)
         assert reply_on(connection)[2]["choices"] == plain["choices"]
-
-
-# Limits, key, counters.
 
 
 class Waiting(EnergyRecogniser):
@@ -347,38 +364,211 @@ class Waiting(EnergyRecogniser):
         return super().predict_proba(*args, **options)
 
 
+# Pages of other sites.
+
+
+def ask_with(server, *headers, body=None, host=None, path="/v1/models", key=None):
+    """Status and headers of a request with such headers; without a host if that is empty."""
+    host = server.base_url.split("/")[2] if host is None else host
+    lines = [f"Host: {host}"] * bool(host) + [f"Authorization: Bearer {key}"] * (key is not None) + list(headers)
+    if body is not None:
+        path, lines = "/v1/chat/completions", [*lines, f"Content-Length: {len(body)}"]
+    first = f"{'GET' if body is None else 'POST'} {path} HTTP/1.1"
+    with connection_to(server) as connection:
+        connection.sendall("\r\n".join([first, *lines, "", ""]).encode() + (body or b""))
+        status, headers, _ = reply_on(connection)
+    assert not [name for name in headers if name.lower().startswith("access-control-")]
+    return status, headers
+
+
+def test_a_name_that_was_bound_to_this_address_reads_nothing(server):
+    """DNS rebinding: the page's own name leads here, so the browser takes the reply for one of the page's server."""
+    port = server._http.address[1]
+    for host in (f"127.0.0.1:{port}", f"localhost:{port}", f"LOCALHOST:{port}", f"[::1]:{port}"):
+        assert ask_with(server, host=host)[0] == 200
+    for host in (f"evil.example:{port}", "evil.example", f"localhost.evil.example:{port}", "localhost", "127.0.0.1:1"):
+        for path in ("/v1/models", "/metrics", "/health"):
+            assert ask_with(server, host=host, path=path)[0] == 421
+        assert ask_with(server, "Content-Type: application/json", host=host, body=question())[0] == 421
+    for headers in ((), (f"Host: localhost:{port}", f"Host: localhost:{port}"), (f"Host: localhost:{port}, x",)):
+        assert ask_with(server, *headers, host="")[0] == 400
+    for host in ("a b", "@", "localhost:1234567", "x/y", "user@localhost"):
+        assert ask_with(server, host=host)[0] in {400, 421}
+
+
+def test_a_page_of_another_site_can_ask_nothing(server):
+    json_type, host = "Content-Type: application/json", server.base_url.split("/")[2]
+    with EmotionServer(EnergyRecogniser(), api_key="a-key") as keyed:
+        for origin in ("https://evil.example", "null", "", "http://localhost.evil.example", "http://127.0.0.1@evil"):
+            for each, key in ((server, None), (keyed, "a-key")):
+                for status, _ in (
+                    ask_with(each, f"Origin: {origin}", key=key),
+                    ask_with(each, f"Origin: {origin}", json_type, body=question(), key=key),
+                ):
+                    assert status == 403
+        assert ask_with(keyed, f"Origin: http://{host}", key="a-key")[0] == 403
+        assert ask_with(keyed, "Origin: https://mine.example", host="mine.example", key="a-key")[0] == 200
+    assert ask_with(server, "Sec-Fetch-Site: cross-site")[0] == 403
+    assert ask_with(server, "Sec-Fetch-Site: none")[0] == 200
+    for origin in ("http://localhost:3000", "http://127.0.0.1", "https://[::1]:1"):
+        assert ask_with(server, f"Origin: {origin}", json_type, body=question())[0] == 200
+
+
+def test_a_form_or_a_text_that_any_page_may_send_is_not_taken(recogniser, server):
+    calls = recogniser.calls
+    for kind in ("text/plain", "application/x-www-form-urlencoded", "multipart/form-data; boundary=x", None):
+        assert ask_with(server, *([f"Content-Type: {kind}"] if kind else []), body=question())[0] == 415
+    assert recogniser.calls == calls
+    assert ask_with(server, "Content-Type: application/json; charset=utf-8", body=question())[0] == 200
+
+
+def test_with_a_key_any_host_is_answered_as_behind_a_proxy():
+    with EmotionServer(EnergyRecogniser(), api_key="a-key") as server:
+        assert ask_with(server, host="emotions.example", key="a-key")[0] == 200
+        assert ask_with(server, host="emotions.example")[0] == 401
+        assert ask_with(server, host="", key="a-key")[0] == 400
+
+
+# Many requests at a time.
+
+
+class SideBySide(EnergyRecogniser):
+    """Answers several at the same time, as `EmotionRecognizer`, and waits until so many have begun."""
+
+    def __init__(self, together):
+        super().__init__()
+        self.together = threading.Barrier(together)
+
+    def predict_each(self, waveform, seeds):
+        self.together.wait(20)
+        rows = [self.predict_proba(waveform, stochastic=seed is not None, seed=seed) for seed in seeds]
+        return torch.cat(rows)
+
+
+def test_requests_that_come_together_are_computed_side_by_side():
+    workers = ENCODING_THREADS
+    with EmotionServer(SideBySide(workers)) as server:
+        api = openai.OpenAI(base_url=server.base_url, api_key="none", max_retries=0)
+        with concurrent.futures.ThreadPoolExecutor(workers) as pool:
+            jobs = [pool.submit(ask, api, wav=encode_wav(tone(i)), temperature=1, seed=i) for i in range(workers)]
+            together = [texts(job.result(30)) for job in jobs]
+    with EmotionServer(EnergyRecogniser()) as server:
+        api = openai.OpenAI(base_url=server.base_url, api_key="none", max_retries=0)
+        alone = [texts(ask(api, wav=encode_wav(tone(i)), temperature=1, seed=i)) for i in range(workers)]
+    assert together == alone
+
+
+def test_answers_to_one_recording_follow_each_other():
+    class Once(SideBySide):
+        at_work = 0
+
+        def predict_each(self, waveform, seeds):
+            self.at_work += 1
+            assert self.at_work == 1
+            time.sleep(0.02)
+            self.at_work -= 1
+            return super().predict_each(waveform, seeds)
+
+    with EmotionServer(Once(1)) as server:
+        api = openai.OpenAI(base_url=server.base_url, api_key="none", max_retries=0)
+        with concurrent.futures.ThreadPoolExecutor(5) as pool:
+            answers = list(pool.map(lambda seed: texts(ask(api, temperature=1, seed=seed))[0], range(5)))
+        assert len(set(answers)) == 5 and not server._turns
+
+
+def test_audio_of_all_requests_together_is_bounded():
+    model = Waiting()
+    with EmotionServer(model, limits=Limits(max_seconds=0.5)) as server, contextlib.ExitStack() as stack:
+        # Of 0.3 s each, where 4 s are taken.
+        connections = [stack.enter_context(connection_to(server)) for _ in range(14)]
+        for index, connection in enumerate(connections[:13]):
+            send(connection, posted(question(index)))
+        until = time.monotonic() + 20
+        while server._held_seconds < 13 * 0.299 and time.monotonic() < until:
+            time.sleep(0.01)
+        send(connections[13], posted(question(13)))
+        status, headers, body = reply_on(connections[13])
+        assert (status, headers["Retry-After"], body["error"]["code"]) == (503, "1", "overloaded")
+        assert "more than 4 s of audio" in body["error"]["message"]
+        model.go_on.release(13)
+        assert {reply_on(connection)[0] for connection in connections[:13]} == {200}
+    assert server._held_seconds == pytest.approx(0)
+
+
+def test_a_request_whose_client_has_gone_is_dropped_before_it_is_computed():
+    model = Waiting()
+    with EmotionServer(model) as server, connection_to(server) as first:
+        send(first, posted(question()))
+        assert model.begun.acquire(timeout=10)
+        with connection_to(server) as gone:
+            send(gone, posted(question(7)))
+            until = time.monotonic() + 20
+            while len(server._jobs) < 2 and time.monotonic() < until:
+                time.sleep(0.01)
+        while server._http.in_flight > 1 and time.monotonic() < until:
+            time.sleep(0.01)
+        assert server._http.in_flight == 1
+        model.go_on.release(2)
+        assert reply_on(first)[0] == 200
+    assert model.calls == 1
+
+
+def test_connections_leave_room_below_the_limit_of_open_files(caplog):
+    resource = pytest.importorskip("resource")
+    before = resource.getrlimit(resource.RLIMIT_NOFILE)
+    used = len(os.listdir("/proc/self/fd"))
+    try:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (used + SPARE_DESCRIPTORS + 12, before[1]))
+        with EmotionServer(EnergyRecogniser()) as server, contextlib.ExitStack() as crowd:
+            assert 0 < server._http.max_connections <= 12
+            assert "raise it with `ulimit -n`" in caplog.text
+            for _ in range(40):
+                crowd.enter_context(connection_to(server))
+            assert get(server, "/health")[0] == 200
+            assert len(server._http.connections) <= 12
+        resource.setrlimit(resource.RLIMIT_NOFILE, (used + 20, before[1]))
+        with pytest.raises(UserError, match=r"^max_connections: this process may open .* ulimit -n \d+$"):
+            EmotionServer(EnergyRecogniser())
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, before)
+
+
+# Limits, key, counters.
+
+
 def test_requests_beyond_the_limit_are_told_to_come_back_and_the_rest_of_the_server_answers():
     model = Waiting()
     with EmotionServer(model, limits=Limits(max_concurrent=1)) as server, connection_to(server) as first:
-        first.sendall(posted(question()))
+        send(first, posted(question()))
         assert model.begun.acquire(timeout=10)
         with connection_to(server) as second:
-            second.sendall(posted(question(7)))
+            send(second, posted(question(7)))
             status, headers, body = reply_on(second)
             assert (status, headers["Retry-After"], body["error"]["code"]) == (503, "1", "overloaded")
             assert get(server, "/health")[2] == '{"status": "ok"}'
             assert value_of(server, "mifuse_in_flight") == 1
             model.go_on.release(2)
             assert reply_on(first)[0] == 200
-            second.sendall(posted(question(7)))
+            send(second, posted(question(7)))
             assert reply_on(second)[0] == 200
         assert value_of(server, 'mifuse_rejected_total{reason="busy"}') == 1
         assert value_of(server, "mifuse_in_flight") == 0
 
 
-def test_all_bodies_together_are_bounded():
+def test_all_bodies_together_are_bounded(monkeypatch):
+    monkeypatch.setattr(http_server, "MAX_LARGE_BODIES", 1)
     body = question()
     limits = Limits(max_concurrent=1, max_body_bytes=len(body), read_timeout=20)
     with EmotionServer(EnergyRecogniser(), limits=limits) as server, connection_to(server) as slow:
-        slow.sendall(posted(body)[:-10])
+        send(slow, posted(body)[:-10])
         until = time.monotonic() + 20
-        while server._http.memory.held < len(body) - 10 and time.monotonic() < until:
+        while server._http.body_bytes < len(body) - 10 and time.monotonic() < until:
             time.sleep(0.01)
         status, error = raw(server, posted(body))
         assert (status, error["code"]) == (503, "overloaded")
-        slow.sendall(body[-10:])
+        send(slow, body[-10:])
         assert reply_on(slow)[0] == 200
-        assert server._http.memory.held == 0
+        assert server._http.body_bytes == 0
 
 
 def test_only_whoever_has_the_key_is_heard_and_it_is_told_to_nobody(caplog):
@@ -419,6 +609,7 @@ def test_a_key_that_no_client_could_send_is_refused_without_showing_it(key):
         {"max_body_bytes": 0.5},
         {"read_timeout": 0},
         {"idle_timeout": math.nan},
+        {"max_seconds": 0},
     ],
 )
 def test_limits_that_cannot_be_meant_are_refused_by_name(wrong):
@@ -430,9 +621,9 @@ def test_requests_are_counted_by_route_and_status_with_their_seconds():
     with EmotionServer(EnergyRecogniser()) as server:
         assert raw(server, posted(b"{}"))[0] == 404
         with connection_to(server) as connection:
-            connection.sendall(posted(question()))
+            send(connection, posted(question()))
             assert reply_on(connection)[0] == 200
-        assert raw(server, b"GET /secret/path HTTP/1.1\r\n\r\n")[0] == 404
+        assert raw(server, b"GET /secret/path HTTP/1.1\r\nHost: x\r\n\r\n")[0] == 404
         get(server, "/metrics")
         _, headers, shown = get(server, "/metrics")
         chat = 'mifuse_requests_total{route="/v1/chat/completions",status='
@@ -476,7 +667,7 @@ def test_closed_server_ends_kept_alive_connections_and_frees_the_port():
     server = EmotionServer(EnergyRecogniser()).start()
     api = openai.OpenAI(base_url=server.base_url, api_key="none", max_retries=0, timeout=5)
     api.models.list()
-    port = server._http.server_address[1]
+    port = server._http.address[1]
     server.close()
     with pytest.raises(openai.APIConnectionError):
         api.models.list()
@@ -490,10 +681,10 @@ def test_closing_with_grace_answers_what_has_begun_and_takes_nothing_new():
     model = Waiting()
     server = EmotionServer(model).start()
     with connection_to(server) as begun, connection_to(server) as arriving, connection_to(server) as idle:
-        begun.sendall(posted(question()))
+        send(begun, posted(question()))
         assert model.begun.acquire(timeout=10)
-        arriving.sendall(posted(question(7))[:-9])
-        idle.sendall(b"GET /health HTTP/1.1\r\n\r\n")
+        send(arriving, posted(question(7))[:-9])
+        send(idle, b"GET /health HTTP/1.1\r\nHost: x\r\n\r\n")
         assert reply_on(idle)[0] == 200
         closing = threading.Thread(target=server.close, args=(20.0,))
         closing.start()
@@ -501,7 +692,7 @@ def test_closing_with_grace_answers_what_has_begun_and_takes_nothing_new():
         with pytest.raises(OSError):
             connection_to(server).close()
         model.go_on.release(2)
-        arriving.sendall(posted(question(7))[-9:])
+        send(arriving, posted(question(7))[-9:])
         for connection in (begun, arriving):
             status, headers, _ = reply_on(connection)
             assert (status, headers["Connection"]) == (200, "close")
@@ -516,7 +707,7 @@ def test_sigterm_lets_a_request_be_answered_and_a_second_one_does_not(signals, c
 
     def client():
         with connection_to(server) as connection:
-            connection.sendall(posted(question()))
+            send(connection, posted(question()))
             assert model.begun.acquire(timeout=20)
             os.kill(os.getpid(), signal.SIGTERM)
             while not server._http.closing:
