@@ -43,7 +43,7 @@ from speechbrain_mifuse.pipeline import (
     require_labels,
     zero_shot_teacher,
 )
-from speechbrain_mifuse.recogniser_files import RecogniserError, load_classifier, read_about, refuse_foreign_code
+from speechbrain_mifuse.recogniser_files import RecogniserError, load_classifier, read_about, read_settings
 from speechbrain_mifuse.settings import require_layer
 from speechbrain_mifuse.zero_shot import ZERO_SHOT
 from speechbrain_mifuse.zero_shot.captions import read_captions
@@ -166,7 +166,7 @@ def _whole_recogniser(folder: str | Path, flag: str) -> dict:
     """Load all of a recognizer but its encoder, and give what it says of itself."""
     try:
         about = read_about(folder)
-        refuse_foreign_code(Path(folder) / "hyperparams.yaml")
+        read_settings(Path(folder) / "hyperparams.yaml")
         load_classifier(folder, about["labels"], about["features"])
     except RecogniserError as error:
         raise UserError(f"{flag}: {error}") from None

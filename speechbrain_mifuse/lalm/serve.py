@@ -279,7 +279,7 @@ class EmotionServer:
             self._held_seconds -= request.seconds
 
     async def _computed(self, function: Callable, side_by_side: bool):
-        """Call a function in a thread: on all cores, or on one core if others are at work and it may run beside them."""
+        """Call a function in a thread: on all cores, or on one if others are at work and it may run beside them."""
         job = (self._one_core if self._jobs and side_by_side else self._all_cores).submit(function)
         self._jobs.add(job)
         job.add_done_callback(self._jobs.discard)

@@ -136,7 +136,9 @@ def test_readme_shows_the_generated_tables():
 
 def test_files_that_the_readme_names_exist():
     words = (ROOT / "README.md").read_text(encoding="utf-8").replace("`", " ").replace("(", " ").replace(")", " ")
-    named = {word.strip(".,") for word in words.split() if word.startswith(("recipes/", "hparams/", "docs/"))}
+    named = {
+        word.split("#")[0].strip(".,") for word in words.split() if word.startswith(("recipes/", "hparams/", "docs/"))
+    }
     assert named and not [name for name in named if not (ROOT / name).exists()]
 
 
