@@ -519,7 +519,7 @@ class BatchJob:
             return
         part.status = "failed"
         part.errors = [
-            self.client.redacted(f"{e.message} (line {e.line})" if e.line else str(e.message)) for e in errors
+            redacted(f"{e.message} (line {e.line})" if e.line else str(e.message)) for e in errors
         ]
         part.errors = part.errors or ["no reason given"]
         for kind in ("requests", "index"):
@@ -530,7 +530,7 @@ class BatchJob:
             for path, file_id in self._results(part):
                 if file_id and not path.exists():
                     content = await self._patient().files.content(file_id)
-                    _write(path, self.client.redacted(content.content.decode("utf-8", "replace")))
+                    _write(path, redacted(content.content.decode("utf-8", "replace")))
 
     def _results(self, part: Part) -> list[tuple[Path, str | None]]:
         return [(self._path(part, "output"), part.output_file_id), (self._path(part, "error"), part.error_file_id)]

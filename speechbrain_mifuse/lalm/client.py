@@ -37,6 +37,7 @@ from speechbrain_mifuse.lalm.limits import (
 )
 from speechbrain_mifuse.lalm.profile import NO_TOKENS, Profile, Tokens
 from speechbrain_mifuse.lalm.prompt import Prompt
+from speechbrain_mifuse.lalm.redaction import keep_requests_out_of_logs, redacted, redacted_json
 from speechbrain_mifuse.lalm.store import clean_base_url
 
 logger = logging.getLogger(__name__)
@@ -57,6 +58,13 @@ _NEVER_SENT = (aiohttp.ClientConnectorError, aiohttp.ConnectionTimeoutError)
 _CALLS_PER_LINE = 2
 _FIRST_BACKOFF, _LONGEST_BACKOFF = 0.5, 8.0
 
+# Bytes of a reply, after decompression: log-probabilities of a long answer take a few hundred kilobytes.
+_MOST_BYTES = 8 * 2**20
+_OF_THE_TRANSFER = {"content-encoding", "content-length", "transfer-encoding"}
+# Seconds for finding out whether a server is there, and which models it has.
+_QUICKLY = 10.0
+# What decoding a reply may raise: no JSON, too deep, a number of too many digits, fields of other types.
+_UNREADABLE = (ValueError, TypeError, AttributeError, RecursionError)
 # Stands in the place of the audio while the rest of a body is made ready; no prompt can hold it by chance.
 _AUDIO = secrets.token_hex(16)
 
@@ -87,6 +95,24 @@ class Clip(NamedTuple):
         """Encode a WAV file."""
         with wave.open(io.BytesIO(wav)) as file:
             return cls(base64.b64encode(wav).decode(), file.getnframes() / file.getframerate())
+
+
+class _BoundedHttpClient(openai.DefaultAioHttpClient):
+    """An HTTP client that reads a reply up to `_MOST_BYTES`, counted after decompression."""
+
+    async def send(self, request, **options):
+        """Send a request; the whole reply is read before it is given back."""
+        reply = await super().send(request, **{**options, "stream": True})
+        content = bytearray()
+        try:
+            async for part in reply.aiter_bytes():
+                content += part
+                if len(content) > _MOST_BYTES:
+                    raise _Unusable(f"answered with more than {_MOST_BYTES // 2**20} MB")
+        finally:
+            await reply.aclose()
+        headers = [pair for pair in reply.headers.multi_items() if pair[0].lower() not in _OF_THE_TRANSFER]
+        return type(reply)(reply.status_code, headers=headers, content=bytes(content), request=request)
 
 
 class _Unusable(Exception):
@@ -174,6 +200,7 @@ class LalmClient:
         self.profile = profile or Profile()
         self.budget = budget or Budget()
         self.pace = Pace(self.profile.requests_per_minute, self.profile.tokens_per_minute)
+        keep_requests_out_of_logs()
         self._lines: list[_Line] = []
         self._loop: asyncio.AbstractEventLoop | None = None
 
@@ -396,18 +423,19 @@ class LalmClient:
         list of Response
             One for each choice, without the key, should the server have echoed it.
         """
-        usage = completion.get("usage")
+        # Of a reply, only known fields of known types are kept, without secrets that the server may have echoed.
+        completion = redacted_json(completion)
+        usage = _known_counts(completion.get("usage"))
         responses = []
         for position, choice in enumerate(_items(completion.get("choices"))[:n]):
-            # Whatever is kept of a reply is read from its redacted form.
-            reply = Reply.from_json(self.redacted(reply_of(choice).to_json()))
+            reply = reply_of(choice)
             response = Response(
                 answer=prompt.parse(reply),
                 raw=reply.to_json(),
                 seed=None if seed is None else seed + position,
-                usage=dict(usage) if isinstance(usage, Mapping) and usage and position == 0 else None,
-                served_model=self.redacted(str(completion.get("model") or "")),
-                system_fingerprint=self.redacted(str(completion.get("system_fingerprint") or "")),
+                usage=usage if position == 0 else None,
+                served_model=_name_in(completion, "model"),
+                system_fingerprint=_name_in(completion, "system_fingerprint"),
             )
             responses.append(response)
         return responses
@@ -426,7 +454,7 @@ class LalmClient:
         -------
         Response
         """
-        raw = Reply("", "content_filter", self.redacted(message)).to_json()
+        raw = Reply("", "content_filter", redacted(message)).to_json()
         return Response(Answer("refusal", reason="the server's content filter rejected the request"), raw, seed)
 
     def error_in(self, body: object) -> tuple[str, str]:
@@ -451,14 +479,8 @@ class LalmClient:
         """
         inner = body["error"] if isinstance(body, dict) and isinstance(body.get("error"), dict) else body
         code = inner.get("code") if isinstance(inner, dict) else None
-        message = self.redacted(" ".join(_message_in(body).split()))[:_LONGEST_MESSAGE]
-        return self.redacted(str(code or ""))[:_LONGEST_MESSAGE], message
-
-    def redacted(self, text: str) -> str:
-        """Remove the key, which a careless server may echo, and what no file can hold, from a text."""
-        key = os.environ.get("OPENAI_API_KEY")
-        text = text.encode("utf-8", "backslashreplace").decode()
-        return text.replace(key, "***") if key else text
+        message = redacted(" ".join(_message_in(body).split()))[:_LONGEST_MESSAGE]
+        return redacted(str(code or ""))[:_LONGEST_MESSAGE], message
 
     def _call(self, prompt: Prompt, clip: Clip, n: int, seed: int | None, sampling: Mapping) -> _Call:
         # Escaping the audio again for each call would cost more than all the rest.
@@ -527,7 +549,7 @@ class LalmClient:
             )
         finally:
             line.busy -= 1
-        return _completion(self.redacted(text))
+        return _completion(text)
 
     def _wait(self, error: Exception, attempt: int) -> float | None:
         """Seconds before the next attempt; `None` if none would help. A busy server makes all calls wait."""
@@ -583,7 +605,8 @@ class LalmClient:
             )
         checked = self.base_url.startswith("https:") or not here
         # aiohttp takes half of the processor time that httpx's own transport takes, with many calls at a time.
-        line = openai.DefaultAioHttpClient(trust_env=not here, verify=checked)
+        # Redirects would carry key and recordings to an address that nobody named.
+        line = _BoundedHttpClient(trust_env=not here, verify=checked, follow_redirects=False)
         return openai.AsyncOpenAI(
             api_key=self._key(),
             base_url=self.base_url,
@@ -626,7 +649,7 @@ class LalmClient:
             remedy += await self._models()
         if isinstance(error, _Unusable) and status is None:
             remedy = "check that --lalm_base_url is an OpenAI-compatible API (most end in /v1)"
-        said = self.redacted(" ".join(_message_of(error).split()))[:_LONGEST_MESSAGE]
+        said = redacted(" ".join(_message_of(error).split()))[:_LONGEST_MESSAGE]
         message = f"{self._name()}: {said} -> {remedy or 'see the message of the server'}"
         return LalmError(message, hopeless, status, said)
 

@@ -29,6 +29,7 @@ from speechbrain_mifuse import __version__
 from speechbrain_mifuse.errors import UserError
 from speechbrain_mifuse.lalm.answer import KINDS, SAMPLE_KINDS
 from speechbrain_mifuse.lalm.integrity import SUM_TOLERANCE
+from speechbrain_mifuse.lalm.redaction import redacted
 from speechbrain_mifuse.lalm.store import Entry, LabelStore, Query, StoreError
 from speechbrain_mifuse.progress import progress
 
@@ -37,13 +38,6 @@ VERSION = 1
 
 # So many digits of a query's digest tell the queries of a file apart.
 ID_DIGITS = 16
-
-# Whatever the environment calls a key, and what looks like one of the usual providers. Shorter values are placeholders
-# such as "EMPTY", whose removal would only damage the text.
-_SECRET_NAMES = re.compile(r"(API_KEY|TOKEN|SECRET|PASSWORD)$")
-_SECRET_LOOKS = re.compile(r"\b(?:sk-[\w-]{16,}|AIza[\w-]{30,}|hf_\w{20,}|Bearer\s+[\w.~+/-]{16,})")
-_SECRET_MARKS = ("sk-", "AIza", "hf_", "Bearer")
-_SHORTEST_SECRET = 8
 
 
 @dataclasses.dataclass
@@ -129,14 +123,14 @@ def export(
     """
     known = {summary.query: sum(summary.counts.values()) for summary in store.queries()}
     chosen = list(known if queries is None else queries)
-    clean, written = _redactor(), 0
+    written = 0
     total = sum(known.get(query, 0) for query in chosen)
     with (
         _replacing(Path(path)) as write,
         progress(total=total, unit="answer", desc="export", disable=not show_progress) as bar,
     ):
         header = _header(chosen)
-        if clean(header) != header:
+        if redacted(header) != header:
             raise StoreError(
                 f"{store.path}: the model, endpoint, prompt or a sampling parameter of a query holds what looks like a "
                 "key. Nothing was exported: such a query cannot be given away."
@@ -145,7 +139,7 @@ def export(
         for query in chosen:
             name = _id(query)
             for entry in store.entries(query):
-                write(clean(_line(name, entry, with_ids)))
+                write(redacted(_line(name, entry, with_ids)))
                 written += 1
                 bar.update()
         write(_dumps({"answers": written}))
@@ -281,24 +275,6 @@ def _named(entry: Entry) -> str:
 
 def _dumps(fields: Mapping) -> str:
     return json.dumps(fields, ensure_ascii=False, allow_nan=False)
-
-
-def _redactor() -> Callable[[str], str]:
-    """Make the function that removes every key of this process's environment, and what looks like one."""
-    secrets = {
-        value
-        for name, value in os.environ.items()
-        if _SECRET_NAMES.search(name.upper()) and len(value) >= _SHORTEST_SECRET
-    }
-    longest_first = sorted(secrets, key=len, reverse=True)
-
-    def clean(text: str) -> str:
-        for secret in longest_first:
-            text = text.replace(secret, "***")
-        # Most lines hold nothing of the kind, and looking for its marks takes a tenth of the time.
-        return _SECRET_LOOKS.sub("***", text) if any(mark in text for mark in _SECRET_MARKS) else text
-
-    return clean
 
 
 @contextlib.contextmanager

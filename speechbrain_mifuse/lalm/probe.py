@@ -10,7 +10,6 @@ import asyncio
 import base64
 import dataclasses
 import math
-import os
 from collections.abc import Mapping, Sequence
 
 import torch
@@ -32,6 +31,7 @@ from speechbrain_mifuse.lalm.findings import (
 )
 from speechbrain_mifuse.lalm.profile import AUDIO_PARTS, Profile
 from speechbrain_mifuse.lalm.prompt import ANSWER_FORMS, Prompt
+from speechbrain_mifuse.lalm.redaction import redacted
 from speechbrain_mifuse.progress import progress
 
 _TEXT_ONLY = "without audio"
@@ -129,8 +129,7 @@ def probe(
         findings=findings(outcomes, profile, lengths),
     )
     # A careless server may echo the key, and cards are kept and passed on.
-    key = os.environ.get("OPENAI_API_KEY")
-    return Card.from_json(card.to_json().replace(key, "***")) if key else card
+    return Card.from_json(redacted(card.to_json()))
 
 
 def questions(profile: Profile, temperature: float, lengths: Sequence[float]) -> dict[str, Question]:
