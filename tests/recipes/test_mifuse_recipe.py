@@ -328,8 +328,8 @@ def test_the_teacher_may_be_any_server_and_then_no_corpus_but_the_target_is_need
 
 def test_two_runs_side_by_side_do_not_pay_for_the_same_answers_twice(finished, recipe, tmp_path, toy_folder):
     asked, listener = [], EmotionRecognizer.from_hparams(finished / "teacher" / "recogniser")
-    answer = listener.predict_proba
-    listener.predict_proba = lambda *args, **options: asked.append(1) or answer(*args, **options)
+    answer = listener.predict_each
+    listener.predict_each = lambda waveform, seeds: asked.extend(seeds) or answer(waveform, seeds)
     outcomes = []
     with EmotionServer(listener, "some-model") as server:
         flags = {

@@ -75,6 +75,10 @@ class World:
         told = log.with_suffix(".out").read_text() + log.with_suffix(".err").read_text()
         assert process.exitcode == 0 or any(text in told for text in may_say), told[-3000:]
 
+    def forget_adapted(self):
+        """An adaptation with another teacher is, rightly, refused where an earlier one stands."""
+        shutil.rmtree(self.folder / "results" / "adapted" / "recordings", ignore_errors=True)
+
     def words(self, command):
         """Words of a command, with this world's places in the place of the page's."""
         found = shlex.split(command, comments=True)[1:]
@@ -95,6 +99,7 @@ class World:
         if found[0] == "collect" and "--dry_run" not in found:
             found += ["--lalm_samples", "2"]  # A profile's calls a minute are kept, whatever the server.
         if found[0] == "adapt":
+            self.forget_adapted()
             found += ["--number_of_steps", "10", "--batch_size", "12"]
         return found
 
@@ -157,6 +162,7 @@ def test_a_command_of_the_pages_runs_as_it_is_written(command, world):
 def test_the_pages_python_runs_as_it_is_written(world, monkeypatch):
     monkeypatch.chdir(world.folder)
     monkeypatch.setenv("MIFUSE_CACHE", str(world.folder / "cache"))
+    world.forget_adapted()
     text = (ROOT / "docs" / "use.md").read_text(encoding="utf-8")
     names = {}
     for block in re.findall(r"^```python\n(.*?)^```$", text, re.MULTILINE | re.DOTALL):

@@ -91,8 +91,9 @@ def recogniser(toy_encoder, tmp_path_factory):
         **{**sizes, "adapter": "null", "temperature": 1.0, "trim_db": 40.0, "frame_average": 1},
         **{"labels": list(LABELS), "encoder": json.dumps(str(toy_encoder)), "layers": "[0]"},
     )
+    about = {"labels": list(LABELS), "features": {"encoder": str(toy_encoder)}, "classifier": sizes}
     folder = tmp_path_factory.mktemp("recogniser")
-    write_folder(folder, save(EmotionClassifier(**sizes).state_dict()), text, {})
+    write_folder(folder, save(EmotionClassifier(**sizes).state_dict()), text, about)
     return EmotionRecognizer.from_hparams(folder)
 
 

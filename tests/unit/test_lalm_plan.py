@@ -372,7 +372,7 @@ def test_a_dry_run_for_a_local_teacher_trains_none(tmp_path, toy_folder, capfd):
 @pytest.mark.parametrize(
     ("flags", "said"),
     [
-        (["--data_folder", "twice"], 'duplicate key "data_folder"'),
+        (["--data_folder", "twice"], "--data_folder: is given twice"),
         (["--no_such_flag", "1"], "no_such_flag"),
         (["--method", "source_only"], "--method: source_only needs no answers"),
         (["--lalm_base_url", "http://127.0.0.1:9/v1", "--budget", "1"], "--lalm_budget needs prices"),
