@@ -37,6 +37,7 @@ from speechbrain_mifuse.lalm.collect import Ask, Utterance, Wanted, check_usable
 from speechbrain_mifuse.lalm.hashes import HashCache
 from speechbrain_mifuse.lalm.limits import LalmError, expected_tokens, most_tokens
 from speechbrain_mifuse.lalm.prompt import Prompt
+from speechbrain_mifuse.lalm.redaction import redacted
 from speechbrain_mifuse.lalm.store import LabelStore, Query, Record
 from speechbrain_mifuse.progress import progress
 
@@ -57,6 +58,8 @@ JOB, PART = "speechbrain_mifuse_job", "speechbrain_mifuse_part"
 # Files of up to 200 MB take longer than a question.
 TRANSFER_SECONDS = 900.0
 TRANSFER_RETRIES = 4
+# Of a file of results, which is read whole.
+_MOST_BYTES = 2**29
 
 # Batches older than this before an attempt to start one cannot be its outcome, whatever the clocks say.
 _DAY = 86400
@@ -431,7 +434,7 @@ class BatchJob:
         """Do something on one connection to the server."""
 
         async def connected() -> None:
-            async with self.client, self.client.connection() as self._api:
+            async with self.client, self.client.connection(_MOST_BYTES) as self._api:
                 try:
                     for step in steps:
                         await step()
@@ -518,9 +521,7 @@ class BatchJob:
             part.status, part.batch_id, part.progress = "uploaded", None, _QUEUE_FULL
             return
         part.status = "failed"
-        part.errors = [
-            redacted(f"{e.message} (line {e.line})" if e.line else str(e.message)) for e in errors
-        ]
+        part.errors = [redacted(f"{e.message} (line {e.line})" if e.line else str(e.message)) for e in errors]
         part.errors = part.errors or ["no reason given"]
         for kind in ("requests", "index"):
             self._path(part, kind).unlink(missing_ok=True)
@@ -575,7 +576,7 @@ class BatchJob:
                 continue
             with path.open(encoding="utf-8") as file:
                 for number, text in enumerate(file, start=1):
-                    with contextlib.suppress(json.JSONDecodeError):
+                    with contextlib.suppress(ValueError, RecursionError):
                         yield f"{path}:{number}", json.loads(text)
                         continue
                     yield f"{path}:{number}", None

@@ -21,6 +21,7 @@ from typing import NamedTuple
 
 import aiohttp
 import openai
+from aiohttp.http_exceptions import HttpProcessingError
 from openai.types.chat import ChatCompletion
 
 from speechbrain_mifuse.errors import UserError
@@ -31,13 +32,14 @@ from speechbrain_mifuse.lalm.limits import (
     LalmError,
     Pace,
     expected_tokens,
+    known_usage,
     most_tokens,
     retry_after,
     used_tokens,
 )
 from speechbrain_mifuse.lalm.profile import NO_TOKENS, Profile, Tokens
 from speechbrain_mifuse.lalm.prompt import Prompt
-from speechbrain_mifuse.lalm.redaction import keep_requests_out_of_logs, redacted, redacted_json
+from speechbrain_mifuse.lalm.redaction import keep_requests_out_of_logs, redacted
 from speechbrain_mifuse.lalm.store import clean_base_url
 
 logger = logging.getLogger(__name__)
@@ -60,7 +62,13 @@ _FIRST_BACKOFF, _LONGEST_BACKOFF = 0.5, 8.0
 
 # Bytes of a reply, after decompression: log-probabilities of a long answer take a few hundred kilobytes.
 _MOST_BYTES = 8 * 2**20
+# What is known to grow by a bounded factor when it is unpacked piece by piece.
+_ENCODINGS = {"", "identity", "gzip", "deflate"}
 _OF_THE_TRANSFER = {"content-encoding", "content-length", "transfer-encoding"}
+# Characters of a text of a reply that are kept, and of a name.
+_LONGEST_TEXT, _LONGEST_NAME = 2**18, 200
+# Alternatives for a token; servers give at most 20.
+_MOST_TOKENS = 100
 # Seconds for finding out whether a server is there, and which models it has.
 _QUICKLY = 10.0
 # What decoding a reply may raise: no JSON, too deep, a number of too many digits, fields of other types.
@@ -97,30 +105,49 @@ class Clip(NamedTuple):
             return cls(base64.b64encode(wav).decode(), file.getnframes() / file.getframerate())
 
 
-class _BoundedHttpClient(openai.DefaultAioHttpClient):
-    """An HTTP client that reads a reply up to `_MOST_BYTES`, counted after decompression."""
-
-    async def send(self, request, **options):
-        """Send a request; the whole reply is read before it is given back."""
-        reply = await super().send(request, **{**options, "stream": True})
-        content = bytearray()
-        try:
-            async for part in reply.aiter_bytes():
-                content += part
-                if len(content) > _MOST_BYTES:
-                    raise _Unusable(f"answered with more than {_MOST_BYTES // 2**20} MB")
-        finally:
-            await reply.aclose()
-        headers = [pair for pair in reply.headers.multi_items() if pair[0].lower() not in _OF_THE_TRANSFER]
-        return type(reply)(reply.status_code, headers=headers, content=bytes(content), request=request)
-
-
 class _Unusable(Exception):
     """A reply with status 200 that is no completion: cut off, no JSON, without a choice, or an error all the same."""
 
     def __init__(self, message: str, status: int | None = None, code: object = None):
         super().__init__(message)
         self.message, self.status_code, self.code = message, status, code
+
+
+class _TooSlow(_Unusable):
+    """A reply that had not come whole when the time-out was over."""
+
+
+class _BoundedHttpClient(openai.DefaultAioHttpClient):
+    """An HTTP client that reads all of a reply: so many bytes after decompression, within the time-out as a whole."""
+
+    most_bytes = _MOST_BYTES
+
+    async def send(self, request, **options):
+        """Send a request; the whole reply is read before it is given back."""
+        seconds = request.extensions.get("timeout", {}).get("read")
+        try:
+            return await asyncio.wait_for(self._whole(request, {**options, "stream": True}), seconds)
+        except asyncio.TimeoutError:
+            raise _TooSlow(f"no answer within {seconds:g} s") from None
+        # The packages in between translate what they know of; a connection that cannot be made is among it.
+        except (aiohttp.ClientResponseError, HttpProcessingError, *_UNREADABLE) as error:
+            said = _beginning(str(getattr(error, "message", error)))
+            raise _Unusable(f"answered with something that is not HTTP: {said}") from None
+
+    async def _whole(self, request, options: Mapping):
+        reply = await super().send(request, **options)
+        content = bytearray()
+        try:
+            if reply.headers.get("content-encoding", "").strip().lower() not in _ENCODINGS:
+                raise _Unusable("answered in a compression that was not asked for")
+            async for part in reply.aiter_bytes():
+                content += part
+                if len(content) > self.most_bytes:
+                    raise _Unusable(f"answered with more than {self.most_bytes // 2**20} MB")
+        finally:
+            await reply.aclose()
+        headers = [pair for pair in reply.headers.multi_items() if pair[0].lower() not in _OF_THE_TRANSFER]
+        return type(reply)(reply.status_code, headers=headers, content=bytes(content), request=request)
 
 
 @dataclasses.dataclass
@@ -359,11 +386,14 @@ class LalmClient:
             If nothing listens at the address or the key is refused. A server without a list of models passes.
         """
         try:
-            await self._free_line().api.with_options(max_retries=0, timeout=min(self.timeout, 10.0)).models.list()
+            await self._free_line().api.with_options(timeout=min(self.timeout, _QUICKLY)).models.list()
         except (openai.APIConnectionError, openai.AuthenticationError) as error:
-            if not _timed_out(error):
+            if not _timed_out(error) and _unusable(error) is None:
                 raise await self.explain(error) from None
-        except (openai.OpenAIError, json.JSONDecodeError):
+        except openai.APIStatusError as error:
+            if error.status_code in _MOVED:
+                raise await self.explain(error) from None
+        except (openai.OpenAIError, _Unusable, *_UNREADABLE):
             return
 
     def body(
@@ -424,8 +454,7 @@ class LalmClient:
             One for each choice, without the key, should the server have echoed it.
         """
         # Of a reply, only known fields of known types are kept, without secrets that the server may have echoed.
-        completion = redacted_json(completion)
-        usage = _known_counts(completion.get("usage"))
+        usage = known_usage(completion.get("usage"))
         responses = []
         for position, choice in enumerate(_items(completion.get("choices"))[:n]):
             reply = reply_of(choice)
@@ -434,8 +463,8 @@ class LalmClient:
                 raw=reply.to_json(),
                 seed=None if seed is None else seed + position,
                 usage=usage if position == 0 else None,
-                served_model=_name_in(completion, "model"),
-                system_fingerprint=_name_in(completion, "system_fingerprint"),
+                served_model=_short(completion.get("model")),
+                system_fingerprint=_short(completion.get("system_fingerprint")),
             )
             responses.append(response)
         return responses
@@ -479,8 +508,7 @@ class LalmClient:
         """
         inner = body["error"] if isinstance(body, dict) and isinstance(body.get("error"), dict) else body
         code = inner.get("code") if isinstance(inner, dict) else None
-        message = redacted(" ".join(_message_in(body).split()))[:_LONGEST_MESSAGE]
-        return redacted(str(code or ""))[:_LONGEST_MESSAGE], message
+        return _short(code), redacted(" ".join(_message_in(body).split()))[:_LONGEST_MESSAGE]
 
     def _call(self, prompt: Prompt, clip: Clip, n: int, seed: int | None, sampling: Mapping) -> _Call:
         # Escaping the audio again for each call would cost more than all the rest.
@@ -583,8 +611,13 @@ class LalmClient:
             self._lines.append(free)
         return free
 
-    def connection(self) -> openai.AsyncOpenAI:
+    def connection(self, most_bytes: int = _MOST_BYTES) -> openai.AsyncOpenAI:
         """Make an API client of the openai package with address, key and patience of this one.
+
+        Parameters
+        ----------
+        most_bytes : int
+            Bytes of a reply, after decompression.
 
         Returns
         -------
@@ -605,8 +638,8 @@ class LalmClient:
             )
         checked = self.base_url.startswith("https:") or not here
         # aiohttp takes half of the processor time that httpx's own transport takes, with many calls at a time.
-        # Redirects would carry key and recordings to an address that nobody named.
         line = _BoundedHttpClient(trust_env=not here, verify=checked, follow_redirects=False)
+        line.most_bytes = most_bytes
         return openai.AsyncOpenAI(
             api_key=self._key(),
             base_url=self.base_url,
@@ -641,13 +674,15 @@ class LalmClient:
         remedy, hopeless = _REMEDIES.get(status, ("", False))
         if isinstance(error, openai.APIConnectionError):
             remedy, hopeless = "is the server running and the address right?", False
-        if _timed_out(error):
-            remedy, hopeless = f"no answer within {self.timeout:g} s; retry later or raise the time-out", False
+        if status in _MOVED:
+            remedy, hopeless = _moved_to(error), True
         if getattr(error, "code", None) == "insufficient_quota":
             remedy, hopeless = "the account has no credit left", True
         if status == 404:
             remedy += await self._models()
-        if isinstance(error, _Unusable) and status is None:
+        if _timed_out(error):
+            remedy, hopeless = f"no answer within {self.timeout:g} s; retry later or raise the time-out", False
+        elif _unusable(error) is not None and status is None:
             remedy = "check that --lalm_base_url is an OpenAI-compatible API (most end in /v1)"
         said = redacted(" ".join(_message_of(error).split()))[:_LONGEST_MESSAGE]
         message = f"{self._name()}: {said} -> {remedy or 'see the message of the server'}"
@@ -655,11 +690,11 @@ class LalmClient:
 
     async def _models(self) -> str:
         try:
-            page = await self._free_line().api.with_options(max_retries=0, timeout=10.0).models.list()
-            names = [model.id for model in page.data]
-        except (openai.OpenAIError, json.JSONDecodeError, AttributeError, TypeError):
+            page = await self._free_line().api.with_options(timeout=_QUICKLY).models.list()
+            names = [_short(model.id) for model in page.data[:20]]
+        except (openai.OpenAIError, _Unusable, *_UNREADABLE):
             return ""
-        return f"; it offers {', '.join(names[:20])}" if names else ""
+        return f"; it offers {', '.join(names)}" if names else ""
 
 
 _REMEDIES = {
@@ -669,6 +704,18 @@ _REMEDIES = {
     413: ("the recording is too long for this server", False),
     429: ("the server limits the rate: run again later, finished answers are kept", False),
 }
+
+
+# A redirect would carry the key and the recording to an address that nobody named.
+_MOVED = {301, 302, 303, 307, 308}
+
+
+def _moved_to(error: openai.APIStatusError) -> str:
+    place = _short(error.response.headers.get("location")) or "no address"
+    return (
+        f"it redirects to {place}, and neither key nor recordings go where --lalm_base_url does not name. If you trust "
+        "that address, pass it"
+    )
 
 
 # Where the body of an error holds its message, in any provider's dialect.
@@ -721,7 +768,7 @@ def _message_of(error: Exception) -> str:
     status, body = getattr(error, "status_code", None), getattr(error, "body", None)
     if isinstance(error, openai.APIStatusError):
         return f"HTTP {status}: {_message_in(body) if body else 'no message'}"
-    return str(_transport(error) or getattr(error, "message", error))
+    return str(_unusable(error) or _transport(error) or getattr(error, "message", error))
 
 
 def _message_in(body: object, depth: int = 5) -> str:
@@ -732,8 +779,8 @@ def _message_in(body: object, depth: int = 5) -> str:
         return "; ".join(_message_in(item, depth - 1) for item in body[:3])
     found = next((body[key] for key in _MESSAGE_KEYS if body.get(key)), None) if isinstance(body, dict) else None
     if found is None or not depth:
-        return _beginning(json.dumps(body, ensure_ascii=False))
-    place = ".".join(map(str, _items(body.get("loc"))))
+        return _beginning(_as_json(body))
+    place = ".".join(map(_short, _items(body.get("loc"))))
     return f"{place}: {_message_in(found, depth - 1)}" if place else _message_in(found, depth - 1)
 
 
@@ -770,23 +817,45 @@ def reply_of(choice) -> Reply:
     # An answer may come as the arguments of a function call; beside content, both must agree.
     text = "\n".join(part for part in (_text(_get(message, "content")), *_arguments(message)) if part.strip())
     return Reply(
-        text=text,
-        finish_reason=None if ended is None else str(ended),
-        refusal=str(refusal) if refusal else None,
+        text=_kept(text),
+        finish_reason=None if ended is None else _short(ended),
+        refusal=_kept(refusal if isinstance(refusal, str) else "refused") if refusal else None,
         top_logprobs=_first_token(_get(choice, "logprobs")),
         reasoning=None if text else _reasoning(message),
     )
 
 
+def _kept(text: str) -> str:
+    """Give what is kept of a text: without secrets, and bounded."""
+    return redacted(text)[:_LONGEST_TEXT]
+
+
+def _short(name: object) -> str:
+    """Give what is kept of a name: nothing of what is neither text nor number."""
+    return redacted(name if isinstance(name, str) else str(name))[:_LONGEST_NAME] if _is_name(name) else ""
+
+
+def _is_name(name: object) -> bool:
+    return isinstance(name, str) or (isinstance(name, int) and abs(name) < 10**18)
+
+
 def _arguments(message) -> list[str]:
     calls = [_get(call, "function") for call in _items(_get(message, "tool_calls"))] + [_get(message, "function_call")]
     found = [_get(call, "arguments") for call in calls]
-    return [item if isinstance(item, str) else json.dumps(item) for item in found if isinstance(item, (str, dict))]
+    return [item if isinstance(item, str) else _as_json(item) for item in found if isinstance(item, (str, dict))]
+
+
+def _as_json(value: object) -> str:
+    """JSON of what was decoded; nothing of what is nested beyond reason."""
+    try:
+        return json.dumps(value, ensure_ascii=False)
+    except (RecursionError, ValueError):
+        return ""
 
 
 def _reasoning(message) -> str | None:
     found = (_get(message, name) for name in ("reasoning_content", "reasoning", "thinking"))
-    return next((text for text in found if isinstance(text, str) and text.strip()), None)
+    return next((_kept(text) for text in found if isinstance(text, str) and text.strip()), None)
 
 
 def _get(thing, name: str):
@@ -802,12 +871,18 @@ def _transport(error: Exception) -> BaseException | None:
     return getattr(error.__cause__, "__cause__", None)
 
 
+def _unusable(error: Exception) -> _Unusable | None:
+    """Give what the bounded client raised, which some versions of the openai package wrap."""
+    return next((each for each in (error, error.__cause__) if isinstance(each, _Unusable)), None)
+
+
 def _never_sent(error: Exception) -> bool:
     return isinstance(_transport(error), _NEVER_SENT)
 
 
 def _timed_out(error: Exception) -> bool:
-    return isinstance(_transport(error), asyncio.TimeoutError) and not _never_sent(error)
+    slow = isinstance(_unusable(error), _TooSlow) or isinstance(_transport(error), asyncio.TimeoutError)
+    return slow and not _never_sent(error)
 
 
 def is_loopback(base_url: str) -> bool:
@@ -845,9 +920,9 @@ def _text(content) -> str:
 def _first_token(logprobs) -> tuple[tuple[str, float], ...] | None:
     """Alternatives for the first token that is not blank or a quotation mark."""
     for position in _items(_get(logprobs, "content")):
-        if str(_get(position, "token") or "").strip(" \t\r\n\"'`*Ġ▁"):
+        if _short(_get(position, "token")).strip(" \t\r\n\"'`*Ġ▁"):
             pairs = [(_get(item, "token"), _get(item, "logprob")) for item in _items(_get(position, "top_logprobs"))]
             # An alternative without a number says nothing: it must not count as certain.
             known = [(token, p) for token, p in pairs if isinstance(token, str) and type(p) in (int, float)]
-            return tuple((token, float(p)) for token, p in known if abs(p) < 1e300) or None
+            return tuple((_short(token), float(p)) for token, p in known[:_MOST_TOKENS] if abs(p) < 1e300) or None
     return None

@@ -321,6 +321,8 @@ def _read(path: Path) -> Iterator[tuple[int, Query, Entry]]:
                 yield number, *_checked(fields, queries)
         except ValueError as error:
             raise StoreError(f"{path}:{number}: {error}") from None
+        except RecursionError:
+            raise StoreError(f"{path}:{number}: nested too deeply.") from None
     if not ended:
         raise StoreError(f"{path}: cut off after {answers} answers: its last line is missing. Export or copy it again.")
 
@@ -336,7 +338,9 @@ def _lines(path: Path) -> Iterator[tuple[int, dict]]:
                 yield number, fields
     except (OSError, EOFError, zlib.error) as error:
         raise StoreError(f"{path}: cannot be read ({error}).") from None
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+    except RecursionError:
+        raise StoreError(f"{path}:{number}: nested too deeply.") from None
+    except ValueError as error:  # also text that is not UTF-8, and numbers of thousands of digits
         raise StoreError(f"{path}:{number}: not a line of JSON ({error}).") from None
 
 
@@ -382,12 +386,19 @@ def _text(value: object) -> bool:
     return isinstance(value, str)
 
 
-def _json(value: object) -> bool:
+def _reply(value: object) -> bool:
     try:
-        json.loads(value if isinstance(value, str) else "")
-    except json.JSONDecodeError:
+        found = json.loads(value if isinstance(value, str) else "")
+    except ValueError:
         return False
-    return True
+    return found is None or isinstance(found, dict)
+
+
+def _usage(value: object) -> bool:
+    """Whether it is the usage of an answer, with those of answers that it replaced inside it."""
+    while isinstance(value, dict) and "replaced" in value:
+        value = value["replaced"]
+    return isinstance(value, dict)
 
 
 # What a field must be, and what stands for one that is left out (nothing does where there is none).
@@ -404,8 +415,8 @@ _FIELDS: dict[str, tuple[Callable[[object], bool], str]] = {
     "created": (_number, "seconds since 1970"),
     "served_model": (_text, "text"),
     "system_fingerprint": (_text, "text"),
-    "usage": (lambda v: isinstance(v, dict), "an object"),
-    "raw": (_json, "JSON as text"),
+    "usage": (_usage, "an object"),
+    "raw": (_reply, "an object in JSON as text"),
 }
 _LEFT_OUT = {name: None for name in ("probs", "label_mass", "seed", "served_model", "system_fingerprint", "usage")}
 _LEFT_OUT |= {"utt_id": "", "reason": ""}
@@ -413,7 +424,7 @@ _LEFT_OUT |= {"utt_id": "", "reason": ""}
 
 def _checked(fields: dict, queries: Mapping[str, Query]) -> tuple[Query, Entry]:
     name = fields.pop("query", None)
-    if name not in queries:
+    if not isinstance(name, str) or name not in queries:
         raise ValueError(f"query {name!r} is not in the header")
     for field, value in fields.items():
         if field not in _FIELDS:

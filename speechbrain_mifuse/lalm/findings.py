@@ -303,7 +303,7 @@ def _is_object(text: str) -> bool:
     try:
         found = json.loads(text)
         return set(found) == set(LABELS) and all(0 <= value <= 1 for value in found.values())
-    except (ValueError, TypeError, AttributeError):
+    except (ValueError, TypeError, AttributeError, RecursionError):
         return False
 
 
@@ -323,7 +323,7 @@ def _json_object(outcomes: Outcomes) -> Finding:
         return lost
     try:
         found = isinstance(json.loads(asked.text), dict)
-    except ValueError:
+    except (ValueError, RecursionError):
         found = False
     return Finding(YES if found else NO, asked.shown())
 

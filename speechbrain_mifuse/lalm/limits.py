@@ -6,7 +6,7 @@ import asyncio
 import email.utils
 import math
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 
 from speechbrain_mifuse.errors import UserError
 from speechbrain_mifuse.lalm.profile import Price, Profile, Tokens
@@ -391,6 +391,43 @@ def most_tokens(prompt: Prompt, expected: Tokens, n: int, longest_output: float 
     )
 
 
+# Fields of a reply's usage that are kept, and of what they hold.
+_COUNTS = ("prompt_tokens", "completion_tokens", "total_tokens")
+_DETAILS = {
+    "prompt_tokens_details": ("audio_tokens", "text_tokens", "cached_tokens"),
+    "completion_tokens_details": ("reasoning_tokens", "audio_tokens", "text_tokens"),
+}
+_MOST_TOKENS = 10**12
+
+
+def known_usage(usage: object) -> dict | None:
+    """Keep of a reply's usage the counts that are known, and nothing else that a server may have put there.
+
+    Parameters
+    ----------
+    usage : object
+        Decoded JSON.
+
+    Returns
+    -------
+    dict or None
+        In OpenAI's shape; `None` if there is no count.
+
+    Example
+    -------
+    >>> known_usage({"prompt_tokens": 130, "note": "sk-...", "prompt_tokens_details": {"audio_tokens": 100}})
+    {'prompt_tokens': 130, 'prompt_tokens_details': {'audio_tokens': 100}}
+    """
+    kept = _counts(usage, _COUNTS)
+    details = {name: _counts(usage.get(name), names) for name, names in _DETAILS.items()} if kept else {}
+    return {**kept, **{name: counts for name, counts in details.items() if counts}} or None
+
+
+def _counts(usage: object, names: Iterable[str]) -> dict[str, int]:
+    found = {name: usage.get(name) for name in names} if isinstance(usage, Mapping) else {}
+    return {name: value for name, value in found.items() if type(value) is int and 0 <= value <= _MOST_TOKENS}
+
+
 def used_tokens(usage: Mapping | None) -> Tokens | None:
     """Read the usage that a reply reports.
 
@@ -412,16 +449,9 @@ def used_tokens(usage: Mapping | None) -> Tokens | None:
     >>> used_tokens({"prompt_tokens": 130, "completion_tokens": 9, "total_tokens": 200})
     Tokens(text=0, audio=130, output=70)
     """
-    if not isinstance(usage, Mapping):
+    usage = known_usage(usage)
+    if usage is None:
         return None
-    prompt, completion, total = (
-        _count(usage.get(name)) for name in ("prompt_tokens", "completion_tokens", "total_tokens")
-    )
-    details = usage.get("prompt_tokens_details")
-    audio = details.get("audio_tokens") if isinstance(details, Mapping) else None
-    audio = prompt if audio is None else min(_count(audio), prompt)
+    prompt, completion, total = (usage.get(name, 0) for name in _COUNTS)
+    audio = min(usage.get("prompt_tokens_details", {}).get("audio_tokens", prompt), prompt)
     return Tokens(prompt - audio, audio, max(completion, total - prompt))
-
-
-def _count(value: object) -> int:
-    return value if isinstance(value, int) and value > 0 else 0

@@ -6,7 +6,6 @@ import functools
 import logging
 import os
 import re
-from typing import Any
 
 # Whatever the environment calls a key, and what looks like one of the usual providers. Shorter values are placeholders
 # such as "EMPTY", whose removal would only damage the text.
@@ -44,33 +43,6 @@ def redacted(text: str) -> str:
     return _SECRET_LOOKS.sub("***", text) if any(mark in text for mark in _SECRET_MARKS) else text
 
 
-def redacted_json(value: Any) -> Any:
-    """Remove secrets from every text inside decoded JSON, keys of objects included.
-
-    Parameters
-    ----------
-    value
-        Decoded JSON.
-
-    Returns
-    -------
-    object
-        Of the same form.
-
-    Example
-    -------
-    >>> redacted_json({"echo": ["Bearer abcdefghij0123456789", 1]})
-    {'echo': ['***', 1]}
-    """
-    if isinstance(value, str):
-        return redacted(value)
-    if isinstance(value, list):
-        return [redacted_json(item) for item in value]
-    if isinstance(value, dict):
-        return {redacted(key): redacted_json(item) for key, item in value.items()}
-    return value
-
-
 def keep_requests_out_of_logs() -> None:
     """Keep the packages that carry requests from logging at DEBUG, whatever the level of the root logger.
 
@@ -89,8 +61,6 @@ def keep_requests_out_of_logs() -> None:
 @functools.lru_cache(maxsize=4)
 def _longest_first(environment: tuple[tuple[str, str], ...]) -> list[str]:
     secrets = {
-        value
-        for name, value in environment
-        if _SECRET_NAMES.search(name.upper()) and len(value) >= _SHORTEST_SECRET
+        value for name, value in environment if _SECRET_NAMES.search(name.upper()) and len(value) >= _SHORTEST_SECRET
     }
     return sorted(secrets, key=len, reverse=True)

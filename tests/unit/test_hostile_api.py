@@ -1,0 +1,335 @@
+"""What an API that means harm, or has gone wrong, can do to the client: each attack made for real, on loopback."""
+
+import asyncio
+import gzip
+import json
+import logging
+import resource
+import sqlite3
+import zlib
+
+import pytest
+from hostile_http import forever, raw_server, reply
+from lalm_support import LABELS, completion, scripted_server, tone, write_tones
+
+from speechbrain_mifuse.lalm import exchange
+from speechbrain_mifuse.lalm.client import LalmClient, LalmError
+from speechbrain_mifuse.lalm.collect import collect, encode_wav
+from speechbrain_mifuse.lalm.limits import known_usage
+from speechbrain_mifuse.lalm.prompt import Prompt
+from speechbrain_mifuse.lalm.store import LabelStore, Query, StoreError
+
+KEY = "a-key-of-nobody-0123456789"
+GOOD = json.dumps(completion("sad")).encode()
+MODELS = json.dumps({"object": "list", "data": [{"id": "m", "object": "model"}]}).encode()
+
+
+@pytest.fixture(autouse=True)
+def quick(monkeypatch):
+    monkeypatch.setenv("OPENAI_API_KEY", KEY)
+    monkeypatch.setattr("speechbrain_mifuse.lalm.client._FIRST_BACKOFF", 0.01)
+
+
+def ask(url, **options):
+    async def main():
+        async with LalmClient(url, "m", **{"timeout": 5.0, "max_retries": 1, **options}) as client:
+            return await client.ask(Prompt(LABELS, "label"), encode_wav(tone(0)))
+
+    return asyncio.run(main())
+
+
+def failure(url, **options):
+    with pytest.raises(LalmError) as caught:
+        ask(url, **options)
+    assert KEY not in str(caught.value) and "\n" not in str(caught.value)
+    return str(caught.value)
+
+
+def check(url, **options):
+    async def main():
+        async with LalmClient(url, "m", **{"max_retries": 0, **options}) as client:
+            await client.check()
+
+    asyncio.run(main())
+
+
+def gather(client, utterances, store, k):
+    prompt = Prompt(LABELS, "label")
+    query = Query.of(prompt, "m", client.base_url, {"temperature": 1.0, "seed": 0})
+    return collect(utterances, prompt, client, store, query, k, show_progress=False)
+
+
+# Another origin.
+
+
+@pytest.mark.parametrize("status", ["301 Moved", "302 Found", "303 See Other", "307 Temporary", "308 Permanent"])
+def test_a_redirect_carries_neither_recording_nor_key_to_another_address(status):
+    with raw_server(lambda *_: [reply(GOOD)]) as (elsewhere, received):
+        headers = [f"Location: {elsewhere}/chat/completions"]
+        with raw_server(lambda *_: [reply(b"", headers, status)]) as (url, asked):
+            said = failure(url)
+    assert not received and len(asked) == 1
+    assert f"redirects to {elsewhere}" in said and "--lalm_base_url" in said
+
+
+def test_a_redirect_of_the_list_of_models_ends_the_check_before_any_recording_is_sent():
+    with raw_server(lambda *_: [reply(MODELS)]) as (elsewhere, received):
+        moved = reply(b"", [f"Location: {elsewhere}/models"], "307 Moved")
+        with raw_server(lambda *_: [moved]) as (url, _), pytest.raises(LalmError, match="redirects to"):
+            check(url)
+    assert not received
+
+
+# The key.
+
+
+def echoing(head):
+    """Make a completion that has the key wherever a server can put it."""
+    key = head.split("Bearer ")[1].split()[0]
+    body = completion("sad", model=f"m {key}")
+    body |= {"system_fingerprint": f"f {key}", "id": key, key: key, "service_tier": key}
+    body["usage"] |= {"note": key, key: 1, "prompt_tokens_details": {"audio_tokens": 3, key: key}}
+    body["choices"][0] |= {"finish_reason": f"stop {key}", "note": key}
+    body["choices"][0]["message"] |= {"content": f'sad\n"{key}"', "refusal": None, "annotations": [key]}
+    top = [{"token": f"sad {key}", "logprob": -0.1}]
+    body["choices"][0]["logprobs"] = {"content": [{"token": key, "logprob": -0.1, "top_logprobs": top}]}
+    return body
+
+
+def test_the_key_that_a_server_echoes_reaches_neither_the_store_nor_an_export_nor_the_log(tmp_path, caplog):
+    caplog.set_level(logging.DEBUG)
+    utterances = write_tones(tmp_path, 3)
+    script = lambda path, head, _: [reply(MODELS if "models" in path else json.dumps(echoing(head)).encode())]  # noqa: E731
+    with raw_server(script) as (url, asked), LabelStore(tmp_path / "labels.sqlite") as store:
+        gather(LalmClient(url, "m"), utterances, store, 2)
+        exchange.export(store, tmp_path / "labels.jsonl", show_progress=False)
+        assert len(store.queries()) == 1
+    assert any(KEY in head for _, head, _ in asked)
+    stored = "\n".join(sqlite3.connect(tmp_path / "labels.sqlite").iterdump())
+    assert "***" in stored and KEY not in stored
+    for path in tmp_path.glob("labels*"):
+        assert KEY.encode() not in path.read_bytes()
+    assert KEY not in caplog.text and "UklGR" not in caplog.text
+
+
+def test_of_usage_only_counts_of_known_names_and_sensible_size_are_kept():
+    odd = {"prompt_tokens": 5, "completion_tokens": -1, "total_tokens": 10**400, "cost": 1, "x": {"y": [1]}}
+    odd["prompt_tokens_details"] = {"audio_tokens": True, "cached_tokens": 2, "z": "text"}
+    assert known_usage(odd) == {"prompt_tokens": 5, "prompt_tokens_details": {"cached_tokens": 2}}
+    assert known_usage({"total_tokens": 1.5}) is known_usage([]) is known_usage(None) is known_usage("7") is None
+
+
+@pytest.mark.parametrize("tokens", [10**400, -5, 1.5, "12", None, True, [1]])
+def test_a_count_of_tokens_that_is_none_costs_what_was_set_aside_and_ends_nothing(tokens):
+    body = {**completion("sad"), "usage": {"prompt_tokens": tokens, "completion_tokens": tokens}}
+    with scripted_server(lambda *_: (200, body)) as (url, _):
+        (response,) = ask(url)
+    assert response.answer.is_sample and response.usage is None
+
+
+@pytest.mark.parametrize("name", [["m"], {"a": KEY}, 10**400, "x" * 10**6, 1.5, True, None])
+def test_a_name_of_another_kind_or_size_is_bounded(name):
+    body = {**completion("sad"), "model": name, "system_fingerprint": name}
+    with scripted_server(lambda *_: (200, body)) as (url, _):
+        (response,) = ask(url)
+    assert response.answer.is_sample and len(response.served_model) <= 200 >= len(response.system_fingerprint)
+
+
+def test_a_text_without_end_is_kept_in_part():
+    with scripted_server(lambda *_: (200, completion("sad " * 10**6))) as (url, _):
+        (response,) = ask(url)
+    assert len(response.raw) < 2**18 + 1000
+
+
+# Size and time.
+
+
+def memory():
+    """Peak of this process's memory in MB."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10
+
+
+def packed(megabytes, form):
+    """Compress so many megabytes of blanks."""
+    packer = zlib.compressobj(9, zlib.DEFLATED, 31 if form == "gzip" else 15)
+    return b"".join([packer.compress(b" " * 2**20) for _ in range(megabytes)]) + packer.flush()
+
+
+@pytest.mark.parametrize("form", ["gzip", "deflate"])
+def test_a_small_reply_that_unpacks_to_much_is_left_after_few_megabytes(form):
+    bomb = reply(packed(600, form), [f"Content-Encoding: {form}"])
+    before = memory()
+    with raw_server(lambda *_: [bomb]) as (url, asked):
+        assert "more than 8 MB" in failure(url)
+    assert len(asked) == 2 and memory() - before < 200
+
+
+@pytest.mark.parametrize("encoding", ["br", "zstd", "gzip, gzip"])
+def test_a_compression_that_was_not_asked_for_is_no_answer(encoding):
+    with raw_server(lambda *_: [reply(gzip.compress(GOOD), [f"Content-Encoding: {encoding}"])]) as (url, _):
+        assert "compression" in failure(url)
+
+
+def test_a_compressed_answer_is_read():
+    with raw_server(lambda *_: [reply(gzip.compress(GOOD), ["Content-Encoding: gzip"])]) as (url, _):
+        assert ask(url)[0].answer.is_sample
+
+
+ENDLESS = b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n"
+
+
+def endless(piece, pause=0.0):
+    yield ENDLESS
+    yield from forever(b"%x\r\n%s\r\n" % (len(piece), piece), pause)
+
+
+def test_a_reply_without_end_is_left_after_few_megabytes():
+    before = memory()
+    with raw_server(lambda *_: endless(b" " * 2**16)) as (url, _):
+        assert "more than 8 MB" in failure(url)
+    assert memory() - before < 100
+
+
+def test_a_reply_that_trickles_for_ever_ends_with_the_time_out():
+    with raw_server(lambda *_: endless(b" ", 0.05)) as (url, asked):
+        assert "no answer within 0.5 s" in failure(url, timeout=0.5)
+    assert len(asked) == 2
+
+
+@pytest.mark.parametrize("reply_of_list", [lambda: endless(b" ", 0.05), lambda: endless(b" " * 2**16)])
+def test_a_list_of_models_without_end_holds_nothing_up(reply_of_list, monkeypatch):
+    monkeypatch.setattr("speechbrain_mifuse.lalm.client._QUICKLY", 0.5)
+    missing = reply(b'{"error": {"message": "no such model"}}', status="404 Not Found")
+    with raw_server(lambda path, *_: reply_of_list() if "models" in path else [missing]) as (url, _):
+        check(url)
+        assert "no such model" in failure(url)
+
+
+# Bad replies: no answer, tried again by the rules, named.
+
+BAD = {
+    "bytes that are no text": reply(b'{"choices": "\xff\xfe\xfa"}'),
+    "a number of 5,000 digits": reply(b'{"choices": [' + b"9" * 5000 + b"]}"),
+    "a deep nesting": reply(b'{"choices": ' + b"[" * 200_000),
+    "a deep nesting that ends": reply(b'{"choices": ' + b"[" * 200_000 + b"]" * 200_000 + b"}"),
+    "many headers": reply(GOOD, [f"X-{number}: x" for number in range(100_000)]),
+    "a long header": reply(GOOD, ["X-Long: " + "x" * 10**6]),
+    "a long status line": b"HTTP/1.1 200 " + b"x" * 10**6 + b"\r\n\r\n",
+    "another protocol": b"SSH-2.0-OpenSSH_9.6\r\n",
+    "half a reply": reply(GOOD)[:-20],
+    "no gzip": reply(GOOD, ["Content-Encoding: gzip"]),
+    "chunks of no number": ENDLESS + b"zz\r\nhello\r\n",
+    "a negative length": b"HTTP/1.1 200 OK\r\nContent-Length: -5\r\n\r\n",
+    "two lengths": b"HTTP/1.1 200 OK\r\nContent-Length: 5\r\nContent-Length: 6\r\n\r\nhello",
+}
+
+
+@pytest.mark.parametrize("bad", BAD)
+def test_a_bad_reply_is_tried_again_and_the_next_one_counts(bad):
+    replies = iter([BAD[bad]])
+
+    def script(*_):
+        piece = next(replies, None)
+        if piece is None:
+            return [reply(GOOD)]
+        return [piece]
+
+    with raw_server(closing(script)) as (url, asked):
+        assert ask(url)[0].answer.is_sample
+    assert len(asked) == 2
+
+
+@pytest.mark.parametrize("bad", BAD)
+def test_a_server_with_nothing_but_bad_replies_is_one_clear_error(bad):
+    with raw_server(closing(lambda *_: [BAD[bad]])) as (url, asked):
+        said = failure(url, timeout=1.0)
+    assert url in said and len(said) < 700 and len(asked) == 2
+
+
+@pytest.mark.parametrize("status", ["400 Bad", "401 Unauthorized", "404 Not Found", "500 Oops"])
+@pytest.mark.parametrize("bad", ["bytes that are no text", "a number of 5,000 digits", "a deep nesting that ends"])
+def test_a_bad_body_of_an_error_is_one_clear_error(status, bad):
+    body = BAD[bad].partition(b"\r\n\r\n")[2]
+    with raw_server(lambda *_: [reply(body, status=status)]) as (url, _):
+        assert status.split()[0] in failure(url)
+
+
+def closing(script):
+    """Close the connection after each reply, as broken servers do."""
+
+    def ended(*seen):
+        yield from script(*seen)
+        raise OSError("closed")
+
+    return ended
+
+
+@pytest.mark.parametrize("bad", BAD)
+def test_a_bad_list_of_models_says_nothing_against_the_server(bad):
+    with raw_server(closing(lambda *_: [BAD[bad]])) as (url, _):
+        try:
+            check(url, timeout=1.0)
+        except LalmError as error:
+            assert url in str(error)
+
+
+@pytest.mark.parametrize(
+    "choice",
+    [
+        {"message": {"content": "sad"}, "finish_reason": [[["stop"]]]},
+        {"message": {"content": None, "tool_calls": [{"function": {"arguments": {"a": [1e308] * 9}}}]}},
+        {"message": {"content": "sad", "refusal": {"a": 1}}},
+        {"message": {"content": "sad"}, "logprobs": {"content": [{"token": [], "top_logprobs": [{"token": {}}]}]}},
+        {"message": {"content": [["sad"]]}},
+        {"message": "sad"},
+        "sad",
+        [],
+        7,
+        None,
+    ],
+)
+def test_a_choice_of_any_form_is_kept_as_an_answer_of_some_kind(choice):
+    with scripted_server(lambda *_: (200, {**completion("sad"), "choices": [choice]})) as (url, _):
+        (response,) = ask(url)
+    assert response.answer.kind and json.loads(response.raw)
+
+
+def test_one_bad_reply_among_many_ends_no_run(tmp_path):
+    utterances, bad = write_tones(tmp_path, 6), iter(BAD.values())
+
+    def script(path, *_):
+        return [reply(MODELS)] if "models" in path else [next(bad, None) or reply(GOOD)]
+
+    with raw_server(script) as (url, _), LabelStore(tmp_path / "labels.sqlite") as store:
+        client = LalmClient(url, "m", timeout=2.0, max_retries=20)
+        gather(client, utterances, store, 1)
+        assert sum(summary.counts["label"] for summary in store.queries()) == 6
+
+
+# Answers of others.
+
+LINE = {"query": "q", "audio": "0" * 64, "k": 0, "kind": "label", "probs": [1, 0], "raw": "{}", "attempts": 1}
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        b"[" * 200_000,
+        b'{"k": ' + b"9" * 5000 + b"}",
+        b"\xff\xfe",
+        b'{"query": ' + b'{"a":' * 900 + b"1" + b"}" * 900 + b"}",
+        json.dumps({**LINE, "raw": "[" * 100_000}).encode(),
+        json.dumps({**LINE, "raw": "[]"}).encode(),
+        json.dumps({**LINE, "usage": {"replaced": "x"}}).encode(),
+    ],
+)
+@pytest.mark.parametrize("place", [1, 2])
+def test_a_hostile_line_of_an_export_is_one_error_with_its_place(tmp_path, line, place):
+    query = Query.of(Prompt(("angry", "sad"), "label"), "m", "http://127.0.0.1:9/v1", {"temperature": 1.0})
+    with LabelStore(tmp_path / "a.sqlite") as store:
+        exchange.export(store, tmp_path / "a.jsonl", [query], show_progress=False)
+        header = (tmp_path / "a.jsonl").read_bytes().splitlines()[0]
+        line = line.replace(b'"query": "q"', b'"query": "' + query.digest[:16].encode() + b'"')
+        (tmp_path / "a.jsonl").write_bytes(b"\n".join(([header] if place == 2 else []) + [line, b""]))
+        with pytest.raises(StoreError, match=f"a.jsonl:{place}: "):
+            exchange.import_file(tmp_path / "a.jsonl", store, show_progress=False)
