@@ -103,6 +103,7 @@ faults: $(VENV)/.installed
 fuzz: $(VENV)/.installed
 	$(RUN) tests/answer_fuzz.py --cases 1000000
 	$(RUN) tests/folder_fuzz.py --cases 10000
+	$(RUN) tests/http_fuzz.py --cases 10000
 
 # The documentation site, in site/.
 docs: $(VENV)/.installed

@@ -32,12 +32,12 @@ from speechbrain_mifuse.audio import BadAudio
 from speechbrain_mifuse.audio_warnings import summarized
 from speechbrain_mifuse.errors import UserError
 from speechbrain_mifuse.lalm.answer import Response
-from speechbrain_mifuse.lalm.client import BLOCKED, Clip, LalmClient
+from speechbrain_mifuse.lalm.client import BLOCKED, FAULTS, Clip, LalmClient
 from speechbrain_mifuse.lalm.collect import Ask, Utterance, Wanted, check_usable, read_recording, run_to_end
 from speechbrain_mifuse.lalm.hashes import HashCache
 from speechbrain_mifuse.lalm.limits import LalmError, expected_tokens, most_tokens
 from speechbrain_mifuse.lalm.prompt import Prompt
-from speechbrain_mifuse.lalm.redaction import redacted
+from speechbrain_mifuse.lalm.redaction import redacted, short
 from speechbrain_mifuse.lalm.store import LabelStore, Query, Record
 from speechbrain_mifuse.progress import progress
 
@@ -438,8 +438,10 @@ class BatchJob:
                 try:
                     for step in steps:
                         await step()
-                except openai.OpenAIError as error:
-                    raise await self.client.explain(error) from None
+                except LalmError:
+                    raise
+                except FAULTS as error:
+                    raise await self.client.explain(error) from error
 
         run_to_end(connected)
 
@@ -454,7 +456,7 @@ class BatchJob:
             with self._path(part, "requests").open("rb") as file:
                 name = f"mifuse-{self.job}-{part.name}.jsonl"
                 sent = await self._patient().files.create(file=(name, file), purpose="batch")
-            part.file_id, part.status = sent.id, "uploaded"
+            part.file_id, part.status = self._id(sent.id), "uploaded"
             self._save()
         for part in self._with("uploaded"):
             if part.progress == _QUEUE_FULL and self._with("started"):
@@ -481,7 +483,13 @@ class BatchJob:
         self._save()
 
     def _started(self, part: Part, batch) -> None:
-        part.batch_id, part.status, part.progress = batch.id, "started", str(batch.status or "")
+        part.batch_id, part.status, part.progress = self._id(batch.id), "started", short(batch.status)
+
+    def _id(self, named: object) -> str:
+        """Give the id by which the server wants to be asked about something."""
+        if not short(named):
+            raise LalmError(f"{self.folder}: the server gave no id for what it was sent: it has no Batch API")
+        return short(named)
 
     async def _find(self, part: Part):
         """Find the batch that an attempt with an unknown outcome has started; `None` if it has not."""
@@ -499,12 +507,13 @@ class BatchJob:
         for part in self._with("started"):
             batch = await self._patient().batches.retrieve(part.batch_id)
             counts = batch.request_counts
-            part.progress = f"{batch.status} {counts.completed}/{counts.total}" if counts else str(batch.status)
+            share = f" {short(counts.completed)}/{short(counts.total)}" if counts else ""
+            part.progress = f"{short(batch.status)}{share}"
             if batch.status in _ENDED:
                 part.status, part.output_file_id, part.error_file_id = (
                     "ended",
-                    batch.output_file_id,
-                    batch.error_file_id,
+                    short(batch.output_file_id) or None,
+                    short(batch.error_file_id) or None,
                 )
             elif batch.status == "failed":
                 self._rejected(part, batch)

@@ -39,7 +39,7 @@ from speechbrain_mifuse.lalm.limits import (
 )
 from speechbrain_mifuse.lalm.profile import NO_TOKENS, Profile, Tokens
 from speechbrain_mifuse.lalm.prompt import Prompt
-from speechbrain_mifuse.lalm.redaction import keep_requests_out_of_logs, redacted
+from speechbrain_mifuse.lalm.redaction import keep_requests_out_of_logs, redacted, short
 from speechbrain_mifuse.lalm.store import clean_base_url
 
 logger = logging.getLogger(__name__)
@@ -65,8 +65,8 @@ _MOST_BYTES = 8 * 2**20
 # What is known to grow by a bounded factor when it is unpacked piece by piece.
 _ENCODINGS = {"", "identity", "gzip", "deflate"}
 _OF_THE_TRANSFER = {"content-encoding", "content-length", "transfer-encoding"}
-# Characters of a text of a reply that are kept, and of a name.
-_LONGEST_TEXT, _LONGEST_NAME = 2**18, 200
+# Characters of a text of a reply that are kept.
+_LONGEST_TEXT = 2**18
 # Alternatives for a token; servers give at most 20.
 _MOST_TOKENS = 100
 # Seconds for finding out whether a server is there, and which models it has.
@@ -148,6 +148,10 @@ class _BoundedHttpClient(openai.DefaultAioHttpClient):
             await reply.aclose()
         headers = [pair for pair in reply.headers.multi_items() if pair[0].lower() not in _OF_THE_TRANSFER]
         return type(reply)(reply.status_code, headers=headers, content=bytes(content), request=request)
+
+
+# What a server can make the openai package raise.
+FAULTS = (openai.OpenAIError, _Unusable, *_UNREADABLE)
 
 
 @dataclasses.dataclass
@@ -385,15 +389,16 @@ class LalmClient:
         LalmError
             If nothing listens at the address or the key is refused. A server without a list of models passes.
         """
+        api = self._free_line().api.with_options(timeout=min(self.timeout, _QUICKLY))
         try:
-            await self._free_line().api.with_options(timeout=min(self.timeout, _QUICKLY)).models.list()
+            await api.models.list()
         except (openai.APIConnectionError, openai.AuthenticationError) as error:
             if not _timed_out(error) and _unusable(error) is None:
                 raise await self.explain(error) from None
         except openai.APIStatusError as error:
             if error.status_code in _MOVED:
                 raise await self.explain(error) from None
-        except (openai.OpenAIError, _Unusable, *_UNREADABLE):
+        except FAULTS:
             return
 
     def body(
@@ -463,8 +468,8 @@ class LalmClient:
                 raw=reply.to_json(),
                 seed=None if seed is None else seed + position,
                 usage=usage if position == 0 else None,
-                served_model=_short(completion.get("model")),
-                system_fingerprint=_short(completion.get("system_fingerprint")),
+                served_model=short(completion.get("model")),
+                system_fingerprint=short(completion.get("system_fingerprint")),
             )
             responses.append(response)
         return responses
@@ -508,7 +513,7 @@ class LalmClient:
         """
         inner = body["error"] if isinstance(body, dict) and isinstance(body.get("error"), dict) else body
         code = inner.get("code") if isinstance(inner, dict) else None
-        return _short(code), redacted(" ".join(_message_in(body).split()))[:_LONGEST_MESSAGE]
+        return short(code), redacted(" ".join(_message_in(body).split()))[:_LONGEST_MESSAGE]
 
     def _call(self, prompt: Prompt, clip: Clip, n: int, seed: int | None, sampling: Mapping) -> _Call:
         # Escaping the audio again for each call would cost more than all the rest.
@@ -689,10 +694,11 @@ class LalmClient:
         return LalmError(message, hopeless, status, said)
 
     async def _models(self) -> str:
+        api = self._free_line().api.with_options(timeout=_QUICKLY)
         try:
-            page = await self._free_line().api.with_options(timeout=_QUICKLY).models.list()
-            names = [_short(model.id) for model in page.data[:20]]
-        except (openai.OpenAIError, _Unusable, *_UNREADABLE):
+            page = await api.models.list()
+            names = [short(model.id) for model in page.data[:20]]
+        except FAULTS:
             return ""
         return f"; it offers {', '.join(names)}" if names else ""
 
@@ -711,7 +717,7 @@ _MOVED = {301, 302, 303, 307, 308}
 
 
 def _moved_to(error: openai.APIStatusError) -> str:
-    place = _short(error.response.headers.get("location")) or "no address"
+    place = short(error.response.headers.get("location")) or "no address"
     return (
         f"it redirects to {place}, and neither key nor recordings go where --lalm_base_url does not name. If you trust "
         "that address, pass it"
@@ -780,7 +786,7 @@ def _message_in(body: object, depth: int = 5) -> str:
     found = next((body[key] for key in _MESSAGE_KEYS if body.get(key)), None) if isinstance(body, dict) else None
     if found is None or not depth:
         return _beginning(_as_json(body))
-    place = ".".join(map(_short, _items(body.get("loc"))))
+    place = ".".join(map(short, _items(body.get("loc"))))
     return f"{place}: {_message_in(found, depth - 1)}" if place else _message_in(found, depth - 1)
 
 
@@ -818,7 +824,7 @@ def reply_of(choice) -> Reply:
     text = "\n".join(part for part in (_text(_get(message, "content")), *_arguments(message)) if part.strip())
     return Reply(
         text=_kept(text),
-        finish_reason=None if ended is None else _short(ended),
+        finish_reason=None if ended is None else short(ended),
         refusal=_kept(refusal if isinstance(refusal, str) else "refused") if refusal else None,
         top_logprobs=_first_token(_get(choice, "logprobs")),
         reasoning=None if text else _reasoning(message),
@@ -828,15 +834,6 @@ def reply_of(choice) -> Reply:
 def _kept(text: str) -> str:
     """Give what is kept of a text: without secrets, and bounded."""
     return redacted(text)[:_LONGEST_TEXT]
-
-
-def _short(name: object) -> str:
-    """Give what is kept of a name: nothing of what is neither text nor number."""
-    return redacted(name if isinstance(name, str) else str(name))[:_LONGEST_NAME] if _is_name(name) else ""
-
-
-def _is_name(name: object) -> bool:
-    return isinstance(name, str) or (isinstance(name, int) and abs(name) < 10**18)
 
 
 def _arguments(message) -> list[str]:
@@ -920,9 +917,9 @@ def _text(content) -> str:
 def _first_token(logprobs) -> tuple[tuple[str, float], ...] | None:
     """Alternatives for the first token that is not blank or a quotation mark."""
     for position in _items(_get(logprobs, "content")):
-        if _short(_get(position, "token")).strip(" \t\r\n\"'`*Ġ▁"):
+        if short(_get(position, "token")).strip(" \t\r\n\"'`*Ġ▁"):
             pairs = [(_get(item, "token"), _get(item, "logprob")) for item in _items(_get(position, "top_logprobs"))]
             # An alternative without a number says nothing: it must not count as certain.
             known = [(token, p) for token, p in pairs if isinstance(token, str) and type(p) in (int, float)]
-            return tuple((_short(token), float(p)) for token, p in known[:_MOST_TOKENS] if abs(p) < 1e300) or None
+            return tuple((short(token), float(p)) for token, p in known[:_MOST_TOKENS] if abs(p) < 1e300) or None
     return None

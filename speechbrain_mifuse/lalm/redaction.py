@@ -13,8 +13,10 @@ _SECRET_NAMES = re.compile(r"(API_KEY|SERVE_KEY|TOKEN|SECRET|PASSWORD)$")
 _SECRET_LOOKS = re.compile(r"\b(?:sk-[\w-]{16,}|AIza[\w-]{30,}|hf_\w{20,}|Bearer\s+[\w.~+/-]{16,})")
 _SECRET_MARKS = ("sk-", "AIza", "hf_", "Bearer")
 _SHORTEST_SECRET = 8
+_LONGEST_NAME = 200
 
-# At DEBUG these packages log the headers and the bodies of requests: the key, and every recording in base64.
+# At DEBUG these packages log the headers and the bodies of requests: the key, and every recording in base64. At INFO
+# they log a line for each of thousands of calls.
 _TALKATIVE = ("openai", "httpx", "httpx2", "httpcore", "httpcore2", "aiohttp")
 
 
@@ -43,19 +45,42 @@ def redacted(text: str) -> str:
     return _SECRET_LOOKS.sub("***", text) if any(mark in text for mark in _SECRET_MARKS) else text
 
 
+def short(name: object) -> str:
+    """Give what is kept of a name or number that a server sent.
+
+    Parameters
+    ----------
+    name : object
+        Decoded JSON.
+
+    Returns
+    -------
+    str
+        At most 200 characters without secrets; empty for what is neither text nor a whole number of sensible size.
+
+    Example
+    -------
+    >>> short("gpt-audio"), short(404), short(["gpt-audio"]), short(None)
+    ('gpt-audio', '404', '', '')
+    """
+    if isinstance(name, str):
+        return redacted(name)[:_LONGEST_NAME]
+    return str(name) if type(name) is int and abs(name) < 10**18 else ""
+
+
 def keep_requests_out_of_logs() -> None:
-    """Keep the packages that carry requests from logging at DEBUG, whatever the level of the root logger.
+    """Let the packages that carry requests log nothing below a warning, whatever the level of the root logger.
 
     Example
     -------
     >>> keep_requests_out_of_logs()
-    >>> logging.getLogger("openai").isEnabledFor(logging.DEBUG)
+    >>> logging.getLogger("openai").isEnabledFor(logging.INFO)
     False
     """
     for name in _TALKATIVE:
         logger = logging.getLogger(name)
-        if logger.level < logging.INFO:
-            logger.setLevel(logging.INFO)
+        if logger.level < logging.WARNING:
+            logger.setLevel(logging.WARNING)
 
 
 @functools.lru_cache(maxsize=4)

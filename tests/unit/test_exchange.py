@@ -154,7 +154,7 @@ WRONG = {
     "no index": (4, lambda line: without(line, "k"), r":4: k missing"),
     "unknown field": (4, lambda line: changed(line, wav="UklGRg=="), r":4: unknown field 'wav'"),
     "unknown query": (4, lambda line: changed(line, query="f" * 16), r":4: query 'ffff.* not in the header"),
-    "raw no JSON": (4, lambda line: changed(line, raw="{"), r":4: raw must be JSON"),
+    "raw no JSON": (4, lambda line: changed(line, raw="{"), r":4: raw must be an object in JSON"),
     "header": (1, lambda line: changed(line, format="csv"), r":1: no export of answers"),
     "newer version": (1, lambda line: changed(line, version=2), r":1: an export of version 2"),
     "no queries": (1, lambda line: changed(line, queries=[]), r":1: the header has no queries"),

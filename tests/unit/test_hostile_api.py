@@ -1,6 +1,7 @@
 """What an API that means harm, or has gone wrong, can do to the client: each attack made for real, on loopback."""
 
 import asyncio
+import contextlib
 import gzip
 import json
 import logging
@@ -9,10 +10,13 @@ import sqlite3
 import zlib
 
 import pytest
+from batch_server import simulated_batch_server
 from hostile_http import forever, raw_server, reply
 from lalm_support import LABELS, completion, scripted_server, tone, write_tones
 
+from speechbrain_mifuse.lalm import batch as batch_module
 from speechbrain_mifuse.lalm import exchange
+from speechbrain_mifuse.lalm.batch import BatchJob
 from speechbrain_mifuse.lalm.client import LalmClient, LalmError
 from speechbrain_mifuse.lalm.collect import collect, encode_wav
 from speechbrain_mifuse.lalm.limits import known_usage
@@ -203,6 +207,45 @@ def test_a_list_of_models_without_end_holds_nothing_up(reply_of_list, monkeypatc
     with raw_server(lambda path, *_: reply_of_list() if "models" in path else [missing]) as (url, _):
         check(url)
         assert "no such model" in failure(url)
+
+
+# The Batch API.
+
+
+@contextlib.contextmanager
+def job_at(url, tmp_path):
+    prompt = Prompt(LABELS)
+    query = Query.of(prompt, "m", url, {"temperature": 1.0, "seed": 0}, "hostile")
+    with LabelStore(tmp_path / "labels.sqlite") as store:
+        yield BatchJob(prompt, LalmClient(url, "m", max_retries=0, timeout=2.0), store, query)
+
+
+def in_batches(job, tmp_path):
+    return job.run(write_tones(tmp_path, 2), 1, every=0, show_progress=False)
+
+
+def test_a_file_of_results_without_end_is_left(tmp_path, monkeypatch):
+    monkeypatch.setattr(batch_module, "_MOST_BYTES", 2**20)
+    monkeypatch.setattr(batch_module, "TRANSFER_RETRIES", 0)
+    with (
+        simulated_batch_server(lambda _: (200, completion("sad" * 2**20))) as server,
+        job_at(server.url, tmp_path) as job,
+        pytest.raises(LalmError, match="more than 1 MB"),
+    ):
+        in_batches(job, tmp_path)
+
+
+ODD = [[], {}, {"id": ["x"]}, {"id": KEY, "status": {"a": 1}, "request_counts": 7, "errors": "e"}, {"id": 10**400}]
+
+
+@pytest.mark.parametrize("said", [json.dumps(odd).encode() for odd in ODD] + [b"\xff", b"[" * 200_000, b"9" * 5000])
+def test_a_batch_api_that_says_odd_things_is_one_clear_error(said, tmp_path, monkeypatch):
+    monkeypatch.setattr(batch_module, "TRANSFER_RETRIES", 0)
+    with raw_server(lambda *_: [reply(said)]) as (url, _), job_at(url, tmp_path) as job:
+        with pytest.raises(LalmError) as caught:
+            in_batches(job, tmp_path)
+        assert "\n" not in str(caught.value) and len(str(caught.value)) < 1000
+        assert all(KEY.encode() not in path.read_bytes() for path in job.folder.rglob("*") if path.is_file())
 
 
 # Bad replies: no answer, tried again by the rules, named.
