@@ -62,6 +62,7 @@ _FIRST_BACKOFF, _LONGEST_BACKOFF = 0.5, 8.0
 
 # Bytes of a reply, after decompression: log-probabilities of a long answer take a few hundred kilobytes.
 _MOST_BYTES = 8 * 2**20
+_MOST_HEADERS = 250
 # What is known to grow by a bounded factor when it is unpacked piece by piece.
 _ENCODINGS = {"", "identity", "gzip", "deflate"}
 _OF_THE_TRANSFER = {"content-encoding", "content-length", "transfer-encoding"}
@@ -138,6 +139,8 @@ class _BoundedHttpClient(openai.DefaultAioHttpClient):
         reply = await super().send(request, **options)
         content = bytearray()
         try:
+            if len(reply.headers.raw) > _MOST_HEADERS:
+                raise _Unusable(f"answered with more than {_MOST_HEADERS} headers")
             if reply.headers.get("content-encoding", "").strip().lower() not in _ENCODINGS:
                 raise _Unusable("answered in a compression that was not asked for")
             async for part in reply.aiter_bytes():
