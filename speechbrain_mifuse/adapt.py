@@ -55,8 +55,8 @@ def adapt(
     source_checkpoint : str or pathlib.Path
         Folder of the recogniser to start from.
     wav_folder : str or pathlib.Path
-        Recordings, at any depth. With a `labels.csv`, or folders named like labels, four in ten speakers are scored
-        and not adapted to (see `corpora/folder.py`).
+        Recordings, at any depth. With a `labels.csv`, or folders named like labels, about four in ten recordings of
+        each class, by whole speakers, are scored and not adapted to (see `corpora/folder.py`).
     teacher : str or pathlib.Path
         Base URL of an OpenAI-compatible API that hears audio (the key is read from `OPENAI_API_KEY`; name its model
         with `lalm_model=`), or the folder of another recogniser, which is served on this machine for the time.
