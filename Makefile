@@ -22,10 +22,11 @@ $(VENV)/.installed: pyproject.toml $(LOCK)
 demo: $(VENV)/.installed
 	$(RUN) recipes/Demo/mifuse/train.py hparams/demo.yaml
 
+# The files of tests in the order of their names: those of the recipes, which take longest, come first.
 test: $(VENV)/.installed
 	$(RUN) -m ruff check .
 	$(RUN) -m ruff format --check .
-	$(RUN) -m pytest -n auto --maxprocesses 4 --dist loadfile
+	$(RUN) -m pytest -n auto --maxprocesses 4 --dist loadfile --no-loadscope-reorder
 
 # Write constraints.txt anew: the newest versions within the bounds, for Python 3.10 to 3.12 in one file.
 lock:

@@ -139,6 +139,19 @@ class WholeCheckpointer(Checkpointer):
         ddp_barrier()
         return saved
 
+    def save_and_keep_only(self, *args, **options) -> None:
+        """Save and delete as SpeechBrain does, at a cost that does not grow with the number of earlier checkpoints.
+
+        Parameters
+        ----------
+        *args, **options
+            As for SpeechBrain's.
+        """
+        # SpeechBrain adds a key to the list that is its default value: it lists the folder twice more in each call.
+        if len(args) < 6:
+            options.setdefault("importance_keys", [])
+        super().save_and_keep_only(*args, **options)
+
     def list_checkpoints(self) -> list[Checkpoint]:
         """List the checkpoints that were written to the end.
 

@@ -32,11 +32,33 @@ def confusion(predicted: torch.Tensor, reference: torch.Tensor, n_classes: int) 
     return flat.view(n_classes, n_classes + 1)
 
 
+def unweighted_accuracy(counts: torch.Tensor) -> torch.Tensor:
+    """UA of confusion matrices: `mean_c recall_c` over the classes that occur.
+
+    Parameters
+    ----------
+    counts : torch.Tensor
+        `[..., C, C + 1]`, as `confusion` gives.
+
+    Returns
+    -------
+    torch.Tensor
+        `[...]`, float64, in [0, 1].
+
+    Example
+    -------
+    >>> unweighted_accuracy(torch.tensor([[[3, 1, 0], [0, 2, 0]], [[1, 1, 0], [0, 0, 0]]])).tolist()
+    [0.875, 0.5]
+    """
+    counts = counts.double()
+    return (counts.diagonal(dim1=-2, dim2=-1) / counts.sum(-1)).nanmean(-1)
+
+
 def scores_of(counts: torch.Tensor) -> dict[str, float]:
     """UA, WA and macro-F1 of a confusion matrix.
 
-    `UA = mean_c recall_c` over the classes that occur, `WA = correct / N`,
-    `F1_c = 2 tp / (2 tp + fp + fn)`, averaged over the same classes.
+    UA is `unweighted_accuracy`, `WA = correct / N`, `F1_c = 2 tp / (2 tp + fp + fn)`, averaged over the classes that
+    occur.
 
     Parameters
     ----------
@@ -56,10 +78,9 @@ def scores_of(counts: torch.Tensor) -> dict[str, float]:
     counts = counts.double()
     hits, total = counts.diagonal(), counts.sum(1)
     occurs = total > 0
-    recall = hits[occurs] / total[occurs]
     f1 = 2 * hits[occurs] / (total + counts[:, :-1].sum(0))[occurs]
     return {
-        "UA": float(recall.mean()),
+        "UA": float(unweighted_accuracy(counts)),
         "WA": float(hits.sum() / total.sum()),
         "macro_F1": float(f1.mean()),
     }

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 BENCHMARKS = Path(__file__).resolve().parents[2] / "benchmarks"
+KILLS = {"mifuse": 2, "adapter": 1}
 
 
 @pytest.fixture(scope="module")
@@ -19,7 +20,7 @@ def bench(tmp_path_factory):
     return faults, faults.Bench(scratch, scratch / "kept" / "runs.jsonl")
 
 
-@pytest.mark.parametrize(("recipe", "kills"), [("mifuse", 3), ("adapter", 1)])
+@pytest.mark.parametrize(("recipe", "kills"), KILLS.items())
 def test_killed_at_random_moments_the_same_command_ends_with_the_same_weights_and_tables(bench, recipe, kills):
     _, runs = bench
     runs.kill_and_repeat(recipe, kills)
@@ -44,7 +45,7 @@ def test_a_benchmark_that_is_stopped_goes_on_with_what_it_has(bench, tmp_path):
     faults, runs = bench
     again = faults.Bench(tmp_path, runs.kept)
     assert again.records == runs.records and len(again.records) >= 3
-    again.kill_and_repeat("mifuse", 3)
+    again.kill_and_repeat("mifuse", KILLS["mifuse"])
     assert again.records == runs.records
 
 

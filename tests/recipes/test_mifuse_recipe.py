@@ -82,18 +82,19 @@ class Recipe:
         kept = {key: value for key, value in os.environ.items() if not key.startswith(("OPENAI_", "MIFUSE_"))}
         return {**kept, **processes.ONE_THREAD, "MIFUSE_CACHE": str(self.logs / "cache"), **changes}
 
-    def command(self, output_folder, methods, cwd=ROOT, script=SCRIPT):
-        """Run it as the README says, in a process of its own."""
-        command = [sys.executable, script, HPARAMS, *self.flags(output_folder, methods)]
+    def command(self, output_folder, methods):
+        """Run it as the README says, in a new process."""
+        command = [sys.executable, SCRIPT, HPARAMS, *self.flags(output_folder, methods)]
         environment = self.environment(OPENAI_API_KEY=SECRET)
-        done = subprocess.run(command, cwd=cwd, env=environment, capture_output=True, text=True, timeout=300)
+        done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300)
         return Outcome(done.returncode, done.stdout, done.stderr)
 
-    def __call__(self, output_folder, methods="mi_fuse", killed_at=None, environment=(), **changes):
-        """Run it in a process that has everything imported already."""
+    def __call__(self, output_folder, methods="mi_fuse", killed_at=None, environment=(), inside=False, **changes):
+        """Run it in a process that has everything imported already, from the root or `inside` its own folder."""
+        cwd, script = (str((ROOT / SCRIPT).parent), "train.py") if inside else (str(ROOT), SCRIPT)
         log = str(self.logs / f"log{next(NUMBERS)}")
         flags = [HPARAMS, *self.flags(output_folder, methods, **changes)]
-        arguments = (SCRIPT, flags, str(ROOT), self.environment(**dict(environment)), log, killed_at)
+        arguments = (script, flags, cwd, self.environment(**dict(environment)), log, killed_at)
         process = processes.start(processes.run_script, *arguments)
         process.join(300)
         assert process.exitcode is not None, "the recipe hangs"
@@ -367,8 +368,7 @@ def test_single_labels_as_answers_are_warned_of_and_still_adapt(finished, recipe
 
 def test_a_second_run_from_inside_the_recipes_folder_skips_everything_and_says_so(finished, recipe):
     before = {path: path.read_bytes() for path in finished.rglob("results.json")}
-    inside = (ROOT / SCRIPT).parent
-    outcome = recipe.command(finished, METHODS, cwd=inside, script="train.py")
+    outcome = recipe(finished, METHODS, inside=True)
     assert outcome.status == 0, outcome.out + outcome.err
     said = outcome.out + outcome.err
     assert said.count("preparation skipped") == 3

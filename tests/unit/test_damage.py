@@ -244,6 +244,19 @@ def saved(tmp_path):
     return folder
 
 
+def test_a_later_checkpoint_costs_no_more_looks_at_the_folder_than_the_first(tmp_path, monkeypatch):
+    looks, checkpointer, listed = [], training(tmp_path), WholeCheckpointer.list_checkpoints
+    monkeypatch.setattr(WholeCheckpointer, "list_checkpoints", lambda self: looks.append(1) or listed(self))
+    counts = []
+    for epoch in range(4):
+        looks.clear()
+        checkpointer.save_and_keep_only(meta={"epoch": epoch})
+        counts.append(len(looks))
+    assert len(set(counts)) == 1, counts
+    (kept,) = checkpointer.list_checkpoints()
+    assert kept.meta["epoch"] == 3
+
+
 @pytest.mark.parametrize("name", ["network.ckpt", "optimizer.ckpt", "counter.ckpt", "CKPT.yaml", WHOLE])
 def test_a_checkpoint_that_changed_on_the_disk_is_named_or_without_effect(saved, name):
     path = saved / name

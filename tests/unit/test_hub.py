@@ -21,11 +21,12 @@ from speechbrain_mifuse.recogniser_files import export_recogniser
 CODE = """import json, sys
 from speechbrain_mifuse.errors import UserError
 from speechbrain_mifuse.inference import EmotionRecognizer
+recogniser = EmotionRecognizer.from_hparams("someone/emotions")
+print(json.dumps(recogniser.predict_file(sys.argv[1])[1].flatten().tolist()))
 try:
-    recogniser = EmotionRecognizer.from_hparams("someone/emotions")
+    EmotionRecognizer.from_hparams("someone/code")
 except UserError as error:
     sys.exit(f"refused: {error}")
-print(json.dumps(recogniser.predict_file(sys.argv[1])[1].flatten().tolist()))
 """
 
 
@@ -41,7 +42,7 @@ class Front:
 
 @pytest.fixture
 def repository(tmp_path, toy_encoder):
-    """An exported recogniser."""
+    """A recogniser, exported."""
     torch.manual_seed(0)
     front = Front(FrozenEncoder(str(toy_encoder), [1]))
     hparams = {"labels": LABELS, "encoder": str(toy_encoder), "trim_db": 40.0}
@@ -50,10 +51,18 @@ def repository(tmp_path, toy_encoder):
     return tmp_path / "repository"
 
 
+def with_code(repository):
+    """Copy a recogniser into a repository whose YAML file makes a folder when it is loaded."""
+    folder = shutil.copytree(repository, repository.with_name("code"))
+    with (folder / "hyperparams.yaml").open("a") as file:
+        file.write(f"extra: !apply:os.mkdir [{repository.with_name('mark')}]\n")
+    return folder
+
+
 @pytest.fixture
 def hub(repository):
-    """Serves `someone/emotions` as the hub does; gives its address and what was asked for."""
-    asked = []
+    """Serves `someone/emotions` and `someone/code` as the hub does; gives its address and what was asked for."""
+    folders, asked = {"emotions": repository, "code": with_code(repository)}, []
 
     class Handler(http.server.BaseHTTPRequestHandler):
         def do_HEAD(self):
@@ -63,8 +72,9 @@ def hub(repository):
             self.answer(body=True)
 
         def answer(self, body):
-            path = repository / self.path.removeprefix("/someone/emotions/resolve/main/")
-            asked.append(path.name)
+            name, _, file = self.path.removeprefix("/someone/").partition("/resolve/main/")
+            path = folders[name] / file
+            asked.append(f"{name}/{file}")
             data = path.read_bytes() if path.is_file() else b""
             self.send_response(200 if path.is_file() else 404)
             self.send_header("X-Repo-Commit", "0" * 40)
@@ -99,14 +109,8 @@ def test_a_recogniser_of_a_hub_repository_is_loaded_and_one_with_code_is_refused
     home = tmp_path / "home"
     home.mkdir()
     done = ask(address, tmp_path / "a.wav", home)
-    assert done.returncode == 0, done.stderr[-3000:]
-    assert {"hyperparams.yaml", "classifier.safetensors"} <= set(asked)
+    assert {"emotions/hyperparams.yaml", "emotions/classifier.safetensors"} <= set(asked), done.stderr[-3000:]
     wanted = EmotionRecognizer.from_hparams(repository).predict_file(tmp_path / "a.wav")[1].flatten().tolist()
     assert json.loads(done.stdout.splitlines()[-1]) == pytest.approx(wanted, abs=1e-5)
-    text = (repository / "hyperparams.yaml").read_text()
-    (repository / "hyperparams.yaml").write_text(f"{text}extra: !apply:os.mkdir [{tmp_path / 'mark'}]\n")
-    shutil.rmtree(home)
-    home.mkdir()
-    done = ask(address, tmp_path / "a.wav", home)
     assert done.returncode == 1 and "refused" in done.stderr and "trust_code" in done.stderr, done.stderr[-3000:]
     assert not (tmp_path / "mark").exists()

@@ -79,6 +79,13 @@ def test_whole_speakers_are_drawn_not_utterances():
     assert speaker_bootstrap(torch.stack([right + wrong] * 2)) == (0.5, 0.5)
 
 
+def test_each_draw_counts_only_the_classes_that_its_speakers_said():
+    happy = torch.tensor([[0, 0, 0], [0, 2, 0]])
+    both = torch.tensor([[0, 2, 0], [0, 2, 0]])
+    # Drawn alone, the first speaker has a UA of 1 and the second one of 1/2; together they have 1/2.
+    assert speaker_bootstrap(torch.stack([happy, both])) == (0.5, 1.0)
+
+
 def test_the_interval_narrows_with_more_speakers_and_holds_the_mean():
     generator = torch.Generator().manual_seed(0)
     hits = torch.randint(5, 16, (40, 2), generator=generator)
