@@ -19,7 +19,7 @@ from torchaudio.functional import resample
 
 from speechbrain_mifuse.audio_files import Unreadable, length_is_estimated, length_is_unknown, open_recording
 from speechbrain_mifuse.audio_warnings import warn_of
-from speechbrain_mifuse.errors import UserError
+from speechbrain_mifuse.errors import UserError, WriteError
 from speechbrain_mifuse.texts import shown
 
 # Hz. Speech is not heard below; above are no recordings but headers that make a second of anything.
@@ -143,7 +143,7 @@ def opened(path: str | Path) -> Iterator[soundfile.SoundFile]:
             yield file
     except UnicodeEncodeError:
         raise BadAudio(f"{shown(path)}: its name is no text. Rename the file.") from None
-    except BadAudio:
+    except (BadAudio, WriteError):
         raise
     except Unreadable as error:
         reason, remedy = str(error), error.remedy

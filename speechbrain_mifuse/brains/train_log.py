@@ -14,6 +14,8 @@ _noisy = logging.getLogger("speechbrain.utils.train_logger")
 _noisy.disabled = True
 from speechbrain.utils.train_logger import FileTrainLogger  # noqa: E402
 
+from speechbrain_mifuse.errors import writing  # noqa: E402
+
 _noisy.disabled = False
 
 # The package is an extra.
@@ -66,7 +68,8 @@ class TrainLog(FileTrainLogger):
         verbose : bool
             Whether to log the line on the screen as well.
         """
-        super().log_stats(stats_meta, train_stats, valid_stats, test_stats, verbose)
+        with writing(self.save_file):
+            super().log_stats(stats_meta, train_stats, valid_stats, test_stats, verbose)
         if not TENSORBOARD:
             return
         if self.writer is None:
