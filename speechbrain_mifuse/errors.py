@@ -16,12 +16,15 @@ from speechbrain_mifuse.texts import one_line, printable, shown
 
 # What a disk, a quota or a mount says when it takes no data, and what to do about it.
 REMEDIES = {
-    **dict.fromkeys((errno.ENOSPC, errno.EDQUOT, errno.EFBIG), "Free some space, or choose another folder"),
-    **dict.fromkeys((errno.EROFS, errno.EACCES, errno.EPERM), "Change its permissions, or choose another folder"),
-    **dict.fromkeys((errno.EIO, errno.ESTALE, errno.ENXIO), "Check the disk, or choose another folder"),
+    **dict.fromkeys((errno.ENOSPC, errno.EDQUOT, errno.EFBIG), "Free some space"),
+    **dict.fromkeys(
+        (errno.EROFS, errno.EACCES, errno.EPERM),
+        "Change its permissions",
+    ),
+    **dict.fromkeys((errno.EIO, errno.ESTALE, errno.ENXIO), "Check the disk"),
 }
 PERMISSIONS = (errno.EACCES, errno.EPERM)
-KEPT = "then run the same command again: finished work is kept."
+AGAIN = "choose another folder (such as --output_folder), then run the same command again: finished work is kept."
 # Free bytes below which nothing is begun.
 MIN_FREE_BYTES = 50 * 2**20
 
@@ -54,14 +57,19 @@ class WriteError(OSError, UserError):
         Example
         -------
         >>> print(WriteError.of(OSError(errno.ENOSPC, "No space left on device"), "out/results.json"))
-        out/results.json: cannot be written (No space left on device). Free some space, or choose another folder, ...
+        out/results.json: cannot be written (No space left on device). Free some space, or ...
         """
         found = cls(error.errno, error.strerror or str(error), str(path))
-        found.advice = advice or f"{REMEDIES.get(error.errno, 'Choose another folder')}, {KEPT}"
+        found.advice = advice or _advice(error)
         return found
 
     def __str__(self) -> str:
         return f"{shown(self.filename)}: cannot be written ({shown(self.strerror)}). {self.advice}"
+
+
+def _advice(error: OSError) -> str:
+    remedy = REMEDIES.get(error.errno)
+    return f"{remedy}, or {AGAIN}" if remedy else f"{AGAIN[0].upper()}{AGAIN[1:]}"
 
 
 @contextlib.contextmanager
@@ -144,7 +152,7 @@ def _of_the_disk(error: OSError) -> OSError | UserError:
     if error.errno not in REMEDIES or (error.filename is None and error.errno in PERMISSIONS):
         return error
     name = "a file" if error.filename is None else shown(error.filename)
-    return UserError(f"{name}: cannot be read or written ({error.strerror}). {REMEDIES[error.errno]}, {KEPT}")
+    return UserError(f"{name}: cannot be read or written ({error.strerror}). {_advice(error)}")
 
 
 def _write_out(write: Callable, *arguments) -> None:

@@ -115,6 +115,7 @@ def export(
 
     Example
     -------
+    >>> import tempfile
     >>> path = tempfile.mkdtemp() + "/labels"
     >>> with LabelStore(path + ".sqlite") as store:
     ...     export(store, path + ".jsonl", show_progress=False)
@@ -171,6 +172,7 @@ def import_file(path: str | Path, store: LabelStore, show_progress: bool = True)
 
     Example
     -------
+    >>> import tempfile
     >>> folder = tempfile.mkdtemp()
     >>> _ = Path(folder, "labels.jsonl").write_text('{"format": "something else"}')
     >>> with LabelStore(folder + "/labels.sqlite") as store:
