@@ -12,9 +12,9 @@ from collections.abc import Iterable, Sequence
 _FORMULA = re.compile("'*[=+\\-@\t\r\n＝＋－＠]")
 _NUMBER = re.compile(r"[-+]?((\d+\.?\d*|\.\d+)(e[-+]?\d+)?|inf|nan)", re.IGNORECASE)
 # A backslash before one of these, and an underscore inside a word, mean what they are.
-_INLINE = re.compile(r"[`*\[\]<>|~$]|\\(?=[^\w\s]|$)|(?<!\w)_|_(?!\w)|&(?=#?\w+;)")
+_INLINE = re.compile(r"[`*\[\]<>|~$]|\\(?=[^\w\s]|$)|(?<![^\W_])_|_(?![^\W_])|&(?=#?\w+;)")
 # What makes a heading, a list, a quotation, a rule or a table of a line that begins with it.
-_BLOCK = re.compile(r"^\s*(?:(?=#+(?:\s|$)|[-+](?:\s|$)|--|=+\s*$)|(\d+)(?=[.)](?:\s|$)))")
+_BLOCK = re.compile(r"^(?:(?=#+(?:\s|$)|[-+](?:\s|$)|--|=+\s*$)|(\d+)(?=[.)](?:\s|$)))")
 
 
 def shown(text: object) -> str:
@@ -100,8 +100,29 @@ def markdown(text: object) -> str:
     >>> markdown("mi_fuse"), markdown("<b>|[x](javascript:1)"), markdown("--- a")
     ('mi_fuse', '\\<b\\>\\|\\[x\\](javascript:1)', '\\--- a')
     """
-    escaped = _INLINE.sub(r"\\\g<0>", shown(text))
-    return _BLOCK.sub(lambda found: f"{found[1] or ''}\\", escaped)
+    # Spaces before it would make code of it, and two behind it a line break.
+    return _BLOCK.sub(lambda found: f"{found[1] or ''}\\", markdown_cell(str(text).strip(" ")))
+
+
+def markdown_cell(text: object) -> str:
+    r"""Escape text for the middle of a line or a cell of Markdown, where it can begin no heading, list or rule.
+
+    Parameters
+    ----------
+    text : object
+        Any text.
+
+    Returns
+    -------
+    str
+        One line; spaces around the text stay.
+
+    Example
+    -------
+    >>> markdown_cell(" ± <b>"), markdown_cell("- a")
+    (' ± \\<b\\>', '- a')
+    """
+    return _INLINE.sub(r"\\\g<0>", shown(text))
 
 
 def code_span(text: object) -> str:

@@ -13,7 +13,7 @@ import numpy as np
 
 from speechbrain_mifuse.corpora.manifest import atomic_write
 from speechbrain_mifuse.errors import UserError
-from speechbrain_mifuse.texts import csv_text, markdown, shown
+from speechbrain_mifuse.texts import csv_text, markdown_cell, shown
 
 COLUMNS = ("source", "target", "teacher", "method", "seed", "UA", "WA", "macro_F1", "n_test")
 # Rows that no method without labels is measured against as a rival: where all start, and what labels would give.
@@ -433,7 +433,7 @@ _LATEX |= {character: f"\\{character}" for character in "_%&#{}$"}
 
 def _markdown_cell(cell: str) -> str:
     pieces = _BOLD.split(str(cell))
-    return "".join(f"**{piece}**" if place % 2 else markdown(piece) for place, piece in enumerate(pieces))
+    return "".join(f"**{piece}**" if place % 2 else markdown_cell(piece) for place, piece in enumerate(pieces))
 
 
 def _latex_cell(cell: str) -> str:
