@@ -19,6 +19,7 @@ from speechbrain_mifuse.errors import UserError, one_clear_error
 from speechbrain_mifuse.evaluation.aggregate import write_csv
 from speechbrain_mifuse.evaluation.arm_report import COLUMNS, arm_protocol, arm_table
 from speechbrain_mifuse.sweep import parse_seeds
+from speechbrain_mifuse.texts import markdown
 
 ROOT = Path(__file__).resolve().parent.parent
 RECORDS = "fold_*/seed_*/labels_*/*/results.json"
@@ -72,7 +73,7 @@ def write_table(name: str, folders: Sequence[Path], seeds: Sequence[int] | None,
         told.append(f"{found[0]['corpus']}: {COPIES.get(found[0]['corpus'], '')}{arm_protocol(found)}")
     arms = [arm for arm in ARMS[name] if any(record["arm"] == arm for record in records)]
     table = arm_table(records, arms, [arm for arm in BASELINES if arm in arms])
-    text = "\n".join([table.markdown(), *(f"{line}\n" for line in told)])
+    text = "\n".join([table.markdown(), *(f"{markdown(line)}\n" for line in told)])
     write_csv(target / f"{name}.csv", records, COLUMNS)
     atomic_write(target / f"{name}.md", text)
     collect_grids(name, folders, target)

@@ -14,6 +14,7 @@ from speechbrain_mifuse.corpora.manifest import atomic_write
 from speechbrain_mifuse.errors import one_clear_error
 from speechbrain_mifuse.evaluation.aggregate import COLUMNS, Comparison, Table, protocol, read_records, write_csv
 from speechbrain_mifuse.sweep import Plan, make_plan, parse_seeds, run_plan, usable_cores
+from speechbrain_mifuse.texts import markdown
 
 ROOT = Path(__file__).resolve().parent.parent
 PAIRS = ("emodb2rav", "nemo2rav", "rav2nemo", "emodb2nemo", "rav2emodb", "nemo2emodb")
@@ -57,7 +58,7 @@ def sensitivity(output: Path, seeds: list[int], folder: Path) -> str:
     rows = [{"setting": name, **record} for name, found in records.items() for record in found]
     write_csv(folder / "sensitivity.csv", rows, ["setting", *COLUMNS])
     about = protocol(comparisons["defaults"], plans["defaults"].teacher())
-    text = table(comparisons).markdown() + "\n" + about + "\n"
+    text = table(comparisons).markdown() + "\n" + markdown(about) + "\n"
     atomic_write(folder / "sensitivity.md", text)
     return text
 

@@ -11,7 +11,7 @@ from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import NamedTuple
 
-from speechbrain_mifuse.errors import UserError, require_device
+from speechbrain_mifuse.errors import UserError, require_device, writing
 
 # A link in the repository, a folder of files once installed: the one place of the settings, where the package is.
 RECIPE = Path(__file__).parent / "hparams" / "rav2folder.yaml"
@@ -143,7 +143,8 @@ def run(
     names = [*TEACHERS, method]
     require_ready(hparams, names, run_opts)
     hook = sys.excepthook
-    sb.create_experiment_directory(hparams["output_folder"], RECIPE, overrides, save_env_desc=False)
+    with writing(hparams["output_folder"]):
+        sb.create_experiment_directory(hparams["output_folder"], RECIPE, overrides, save_env_desc=False)
     sys.excepthook = hook
     run_recipe(hparams, names, run_opts)
     folder = Path(hparams["output_folder"])

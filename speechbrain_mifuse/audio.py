@@ -19,7 +19,8 @@ from torchaudio.functional import resample
 
 from speechbrain_mifuse.audio_files import Unreadable, length_is_estimated, length_is_unknown, open_recording
 from speechbrain_mifuse.audio_warnings import warn_of
-from speechbrain_mifuse.errors import UserError
+from speechbrain_mifuse.errors import UserError, WriteError
+from speechbrain_mifuse.texts import shown
 
 # Hz. Speech is not heard below; above are no recordings but headers that make a second of anything.
 LOWEST_RATE, HIGHEST_RATE = 1_000, 1_000_000
@@ -51,27 +52,6 @@ _AT_A_TIME = 2**20
 
 class BadAudio(UserError):
     """A recording that cannot be read, holds nothing, or holds values that are no sound."""
-
-
-def shown(path: str | Path) -> str:
-    r"""Give a path in one line that every terminal and file can hold.
-
-    Parameters
-    ----------
-    path : str or pathlib.Path
-        A path; names may hold line breaks, and bytes that are no text.
-
-    Returns
-    -------
-    str
-        The path itself wherever it can be printed.
-
-    Example
-    -------
-    >>> shown("żółw 1.wav"), shown("a\nb.wav")
-    ('żółw 1.wav', 'a\\nb.wav')
-    """
-    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in str(path))
 
 
 def load_audio(
@@ -163,7 +143,7 @@ def opened(path: str | Path) -> Iterator[soundfile.SoundFile]:
             yield file
     except UnicodeEncodeError:
         raise BadAudio(f"{shown(path)}: its name is no text. Rename the file.") from None
-    except BadAudio:
+    except (BadAudio, WriteError):
         raise
     except Unreadable as error:
         reason, remedy = str(error), error.remedy

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import io
 import os
 import shutil
@@ -15,6 +16,10 @@ from typing import BinaryIO
 
 import soundfile
 
+from speechbrain_mifuse.errors import WriteError, writing
+
+# What to do where nothing can be unpacked.
+TEMPORARY = "Free some space there, or set TMPDIR to another folder, then run the same command again."
 # Endings of what libsndfile reads. Not `.mat`, of which few are recordings, and none without a header but these two:
 # GSM frames are recognized, and `.vox` means one encoding.
 ENDINGS = (
@@ -311,7 +316,9 @@ def _by_ffmpeg(path: str, reason: str, longest: float) -> Iterator[soundfile.Sou
         if Path(path).suffix.lower() in FOREIGN:
             raise Unreadable(reason, "Install ffmpeg, through which such files are read, or convert it to WAV.")
         raise Unreadable(reason, "Remove or replace the file, or install ffmpeg, which may read it.")
-    with tempfile.TemporaryDirectory(prefix="mifuse-") as folder:
+    with contextlib.ExitStack() as held:
+        with writing("the folder of temporary files", TEMPORARY):
+            folder = held.enter_context(tempfile.TemporaryDirectory(prefix="mifuse-"))
         target = os.path.join(os.path.abspath(folder), "decoded.wav")
         # `file:` and an absolute path: no name can be taken for a flag or an address.
         source = f"file:{os.path.abspath(path)}"
@@ -324,6 +331,9 @@ def _by_ffmpeg(path: str, reason: str, longest: float) -> Iterator[soundfile.Sou
         except subprocess.TimeoutExpired:
             raise Unreadable(f"ffmpeg takes longer than {_DECODING_S:.0f} s") from None
         said = done.stderr.decode(errors="replace").strip().splitlines()
+        if any(os.strerror(errno.ENOSPC) in line for line in said):
+            # The recording is not to blame, and must not be left out.
+            raise WriteError.of(OSError(errno.ENOSPC, os.strerror(errno.ENOSPC)), folder, TEMPORARY)
         if any("matches no streams" in line for line in said):
             raise Unreadable("it holds no audio")
         if done.returncode != 0 or not os.path.exists(target):

@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from speechbrain_mifuse import __version__
+from speechbrain_mifuse.command_line import file_arguments
 from speechbrain_mifuse.errors import UserError, one_clear_error, stopped_by_ctrl_c
 from speechbrain_mifuse.extract_command import add_extract
 from speechbrain_mifuse.label_commands import add_batch, add_labels
@@ -58,16 +59,14 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if arguments[:1] == ["sweep"] and "--" in arguments:
         place = arguments.index("--")
         arguments, flags = arguments[:place], arguments[place + 1 :]
+    with one_clear_error():
+        arguments = [*arguments[:1], *file_arguments(arguments[1:])]
     options, others = parser.parse_known_args(arguments, argparse.Namespace(flags=flags, recipe_flags=False))
     if others and not options.recipe_flags:
         parser.error(f"unrecognized arguments: {' '.join(others)}")
     options.flags += others
     with one_clear_error():
-        try:
-            options.run(options)
-        except BrokenPipeError:
-            # Whoever reads has read enough, as `head` does. What is left in the buffer must not raise again at exit.
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        options.run(options)
 
 
 def add_serve(commands) -> None:

@@ -22,6 +22,7 @@ from speechbrain_mifuse.features.prosody import ProsodyReader
 from speechbrain_mifuse.features.speakers import chosen_norm
 from speechbrain_mifuse.model_card import encoder_told
 from speechbrain_mifuse.pipeline import known_ones, open_front
+from speechbrain_mifuse.texts import markdown
 
 
 def chosen_among(value, known: Sequence, flag: str) -> list:
@@ -244,6 +245,6 @@ def arm_summary(hparams: Mapping, records: Sequence[Mapping], arms: Sequence[str
     write_csv(folder / f"{name}.csv", records, COLUMNS)
     atomic_write(folder / "results.json", json.dumps(list(records), indent=1))
     table = arm_table(records, arms, hparams["compare_to"])
-    text = f"# {hparams['source']}\n\n{table.markdown()}\n{arm_protocol(records)}\n"
+    text = f"# {markdown(hparams['source'])}\n\n{table.markdown()}\n{markdown(arm_protocol(records))}\n"
     atomic_write(folder / "results.md", text)
     return text

@@ -11,6 +11,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 from speechbrain_mifuse import corpora
+from speechbrain_mifuse.texts import code_span, markdown
 
 # What an encoder is called in results, where its flag does not say.
 ENCODERS = {"demo": "Whisper tiny.en (trained for English speech recognition)"}
@@ -121,10 +122,10 @@ def trained_card(about: Mapping) -> str:
     - ravdess: Licence: CC BY-NC-SA 4.0.
     ...
     """
-    corpus = about.get("corpus", "a corpus that is not recorded here")
-    counts = ", ".join(f"{count} {label}" for label, count in (about.get("counts") or {}).items())
+    corpus = markdown(about.get("corpus", "a corpus that is not recorded here"))
+    counts = ", ".join(f"{count} {markdown(label)}" for label, count in (about.get("counts") or {}).items())
     training = [f"Trained with labels on {corpus}{f' ({counts})' if counts else ''}, speakers apart from those below."]
-    training += [f"Encoder: {about['encoder']}."] if "encoder" in about else []
+    training += [f"Encoder: {markdown(about['encoder'])}."] if "encoder" in about else []
     validation = about.get("validation") or {}
     scored = "Not scored."
     if "UA" in validation:
@@ -141,13 +142,13 @@ def trained_card(about: Mapping) -> str:
     return CARD.format(
         title=f"Speech emotion recogniser: {corpus}",
         what=f"A classifier of emotions in speech, trained on {corpus}.",
-        labels=", ".join(about["labels"]),
+        labels=", ".join(map(markdown, about["labels"])),
         training=" ".join(training),
         scores=scored,
         calibration=calibration_told(about, fitted),
         limits=bullets(LIMITS),
         licences=bullets(licence_told(name) for name in [about.get("corpus")] if name),
-        version=about["code_version"],
+        version=markdown(about["code_version"]),
     )
 
 
@@ -178,22 +179,24 @@ def adapted_card(about: Mapping, record: Mapping) -> str:
     Not scored: the recordings it was adapted to have no labels. Nothing is known of how well it does.
     ...
     """
-    source, target, teacher = (record[role] for role in ("source", "target", "teacher"))
+    names = [record[role] for role in ("source", "teacher", "target")]
+    source, teacher, target = map(markdown, names)
     labelled = record["method"] == "oracle"
     training = (
-        f"Started from a classifier of {source} and adapted with the method `{record['method']}` to "
+        f"Started from a classifier of {source} and adapted with the method {code_span(record['method'])} to "
         f"{record['n_train']} recordings of {target}, {'WITH' if labelled else 'without'} their labels; teacher: "
-        f"{teacher}. Seed {record['seed']}; kept: {record['selection']}. Encoder: {record['encoder']}."
+        f"{teacher}. Seed {record['seed']}; kept: {markdown(record['selection'])}. "
+        f"Encoder: {markdown(record['encoder'])}."
     )
     scored = "Not scored: the recordings it was adapted to have no labels. Nothing is known of how well it does."
     if record["UA"] is not None:
-        scored = f"{target}: {scores_told(record)}, {record['n_test']} recordings. Protocol: {record['protocol']}."
+        scored = (
+            f"{target}: {scores_told(record)}, {record['n_test']} recordings. Protocol: {markdown(record['protocol'])}."
+        )
     if record.get("warnings"):
-        scored += f"\n\nSigns without labels that something went wrong:\n\n{bullets(record['warnings'])}"
-    fitted = (
-        f"fitted without labels, to {about.get('temperature_fitted_to', 'what both teachers say')} of the adaptation "
-        "recordings: no calibration in the strict sense"
-    )
+        scored += f"\n\nSigns without labels that something went wrong:\n\n{bullets(map(markdown, record['warnings']))}"
+    answers = markdown(about.get("temperature_fitted_to", "what both teachers say"))
+    fitted = f"fitted without labels, to {answers} of the adaptation recordings: no calibration in the strict sense"
     limits = [
         *LIMITS,
         f"It was adapted to one kind of recordings ({target}) and may be worse than its source on others.",
@@ -201,13 +204,13 @@ def adapted_card(about: Mapping, record: Mapping) -> str:
     return CARD.format(
         title=f"Speech emotion recogniser: {source} adapted to {target}",
         what=f"A classifier of emotions in speech, trained on {source} and then adapted to {target}.",
-        labels=", ".join(about["labels"]),
+        labels=", ".join(map(markdown, about["labels"])),
         training=training,
         scores=scored,
         calibration=calibration_told(about, fitted),
         limits=bullets(limits),
-        licences=bullets(licence_told(name) for name in dict.fromkeys([source, teacher, target])),
-        version=about["code_version"],
+        licences=bullets(licence_told(name) for name in dict.fromkeys(names)),
+        version=markdown(about["code_version"]),
     )
 
 
@@ -315,7 +318,7 @@ def licence_told(name: str) -> str:
             head = ast.get_docstring(ast.parse(module.read_text(encoding="utf-8"))) or ""
             told = [part for part in re.split(r"(?<=\.)\s+", head) if "licence" in part.lower()]
             return f"{name}: {' '.join(told[0].split())}" if told else f"{name}: recordings of the user's own."
-    return f"{name}: no corpus of this package; ask whoever gave it to you."
+    return f"{markdown(name)}: no corpus of this package; ask whoever gave it to you."
 
 
 def bullets(lines: Iterable[str]) -> str:

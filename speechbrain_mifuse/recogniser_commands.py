@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import csv
-import io
 import json
+import shlex
 import sys
 import tempfile
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
 from speechbrain_mifuse.errors import UserError, require_device, stopped_by_ctrl_c
+from speechbrain_mifuse.texts import csv_text, shown
 
 # In place of a label where the answer is below the threshold, or nothing is to be heard.
 UNSURE = "unsure"
@@ -220,8 +220,10 @@ def tell_table(options: argparse.Namespace, found: Sequence, wanted: int) -> Non
     """
     unreadable = [one for one in found if one.error is not None]
     for one in unreadable:
-        print(f"left out: {one.error}", file=sys.stderr)
-    print(f"{len(found) - len(unreadable)} of {wanted} recordings: {options.csv or options.json}", file=sys.stderr)
+        print(f"left out: {shown(one.error)}", file=sys.stderr)
+    print(
+        f"{len(found) - len(unreadable)} of {wanted} recordings: {shown(options.csv or options.json)}", file=sys.stderr
+    )
 
 
 def require_recogniser(source: str) -> None:
@@ -377,19 +379,17 @@ def printed(answers: Iterable) -> Iterator:
     >>> _ = list(printed([SimpleNamespace(path="a.wav", error="a.wav: cannot be read")]))
     a.wav...none...a.wav: cannot be read
     """
-    from speechbrain_mifuse.audio import shown
-
     for one in answers:
         # A line break or a tab in a name would make other lines and columns.
         path = shown(one.path)
         if one.error is not None:
-            print(f"{path}\tnone\t{one.error}", flush=True)
+            print(f"{path}\tnone\t{shown(one.error)}", flush=True)
         elif one.timeline is None:
-            print(f"{path}\t{one.label or UNSURE}\t{one.probs.max():.3f}", flush=True)
+            print(f"{path}\t{shown(one.label or UNSURE)}\t{one.probs.max():.3f}", flush=True)
         else:
             for part in one.timeline.segments:
                 span = f"{part.start:.2f}\t{part.end:.2f}"
-                print(f"{path}\t{span}\t{part.label or UNSURE}\t{part.probs.max():.3f}", flush=True)
+                print(f"{path}\t{span}\t{shown(part.label or UNSURE)}\t{part.probs.max():.3f}", flush=True)
         yield one
 
 
@@ -447,14 +447,12 @@ def as_csv(labels: Sequence[str], read: Sequence) -> str:
     >>> as_csv(["angry"], [])
     'file,start,end,label,probability,angry\n'
     """
-    text = io.StringIO()
-    writer = csv.writer(text, lineterminator="\n")
-    writer.writerow(["file", "start", "end", "label", "probability", *labels])
+    rows = [["file", "start", "end", "label", "probability", *labels]]
     for one in read:
         for start, end, label, probs in one.timeline.segments if one.timeline else [(0.0, one.seconds, *one[1:3])]:
             numbers = [f"{value:.4f}" for value in (probs.max(), *probs)]
-            writer.writerow([one.path, f"{start:.2f}", f"{end:.2f}", label or UNSURE, *numbers])
-    return text.getvalue()
+            rows.append([str(one.path), f"{start:.2f}", f"{end:.2f}", label or UNSURE, *numbers])
+    return csv_text(rows)
 
 
 def as_json(one, labels: Sequence[str]) -> dict:
@@ -549,5 +547,5 @@ def run_adapt(options: argparse.Namespace) -> None:
     _, run_opts, overrides = parse_arguments([str(RECIPE), *options.flags])
     with stopped_by_ctrl_c():
         found = run(options.source, options.wav_folder, options.teacher, options.output_folder, overrides, run_opts)
-    print(f"\n{(found.recogniser.parent.parent / 'results.md').read_text()}\n{told(found.verdict)}")
-    print(f"speechbrain-mifuse predict --source {found.recogniser} FILE_OR_FOLDER")
+    print(f"\n{(found.recogniser.parent.parent / 'results.md').read_text(encoding='utf-8')}\n{told(found.verdict)}")
+    print(f"speechbrain-mifuse predict --source {shlex.quote(str(found.recogniser))} FILE_OR_FOLDER")

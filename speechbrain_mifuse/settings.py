@@ -22,6 +22,7 @@ from ruamel.yaml.error import YAMLError
 from ruamel.yaml.scalarstring import DoubleQuotedScalarString
 from speechbrain.utils.run_opts import RunOptions
 
+from speechbrain_mifuse.command_line import file_arguments
 from speechbrain_mifuse.errors import UserError
 
 # Largest seed that NumPy takes.
@@ -187,6 +188,7 @@ def parse_arguments(arguments: Sequence[str]) -> tuple[str, Mapping, dict]:
     >>> parse_arguments(["toy.yaml", "--data_folder", "2024-05-01", "--layer=2", "--device", "cpu"])[2]
     {'data_folder': '2024-05-01', 'layer': 2}
     """
+    arguments = [*file_arguments(arguments[:1]), *arguments[1:]]
     if {"-h", "--help"}.intersection(arguments):
         sb.parse_arguments(["--help"])
     if not arguments or arguments[0].startswith("--"):

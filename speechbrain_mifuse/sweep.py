@@ -41,6 +41,7 @@ from speechbrain_mifuse.evaluation.selection_report import selection_table
 from speechbrain_mifuse.progress import progress
 from speechbrain_mifuse.registry import Recipe, adaptation_recipe
 from speechbrain_mifuse.settings import check_flags
+from speechbrain_mifuse.texts import markdown
 from speechbrain_mifuse.zero_shot import ZERO_SHOT
 
 MARKER = "sweep.json"
@@ -731,7 +732,7 @@ def collect(
     main, differences = transfer_table(comparison), difference_table(comparison, baselines)
     tables = [table for table in (main, differences) if table is not None]
     teacher = plan.teacher(records)
-    about = protocol(comparison, teacher) + "\n"
+    about = markdown(protocol(comparison, teacher)) + "\n"
     text = "\n".join([*(table.markdown() for table in tables), about])
     folder = Path(folder)
     order = {method: place for place, method in enumerate(comparison.methods)}

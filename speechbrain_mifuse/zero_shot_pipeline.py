@@ -26,6 +26,7 @@ from speechbrain_mifuse.features.front import StoredFrames
 from speechbrain_mifuse.fold_pipeline import adapter_run, fold_front
 from speechbrain_mifuse.pipeline import device_of, known_ones, open_reader, store_frames
 from speechbrain_mifuse.settings import overrides_of, read_hparams
+from speechbrain_mifuse.texts import markdown
 from speechbrain_mifuse.zero_shot.audio_text import AudioTextModel, refuse_known_corpus
 from speechbrain_mifuse.zero_shot.own_dual_encoder import load_dual_encoder, open_alm
 from speechbrain_mifuse.zero_shot.prompts import PromptSet, read_prompts
@@ -264,7 +265,8 @@ def write_hearing(hparams: Mapping, model: AudioTextModel, prompts: PromptSet, l
     windows = audit_table(summarise_windows(audit_windows(lengths, hparams["audio_repeats"], *given)))
     texts = audit_table(audit_texts(model, prompts, labels, hparams["text_repeats"]))
     told = "no window: all of every copy is heard" if size is None else f"a window of {given[0]:g} s, {model.policy}"
-    text = f"What {model.name} hears of {len(lengths)} recordings ({told}), before silence is cut: means and shares."
+    text = f"What {markdown(model.name)} hears of {len(lengths)} recordings ({told}), before silence is cut: "
+    text += "means and shares."
     text += f"\n\n```\n{windows}\n```\n\nTokens of the prompts:\n\n```\n{texts}\n```\n"
     atomic_write(Path(hparams["output_folder"]) / HEARD, text)
 
@@ -425,7 +427,7 @@ def amplification_report(hparams: Mapping, tables: Mapping[int, Mapping[Amplific
     told += "repeats of the audio, of the texts. Standardised: each class's scores over these recordings, no labels."
     known = next(iter(next(iter(tables.values())).values())).labels
     if missed := [label for label in classes if label not in known]:
-        told += f" The model does not know {', '.join(missed)}: all of these count as missed."
+        told += f" The model does not know {', '.join(map(markdown, missed))}: all of these count as missed."
     text = "\n".join([*lines, "", f"{len(rows)} utterances, {len(hparams['labels'])} classes. {told}", ""])
     if (folder / HEARD).is_file():
         text += f"\n{(folder / HEARD).read_text()}"

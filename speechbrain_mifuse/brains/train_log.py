@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import importlib.util
 import logging
+import os
+import time
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -13,6 +15,8 @@ from speechbrain.utils.distributed import main_process_only
 _noisy = logging.getLogger("speechbrain.utils.train_logger")
 _noisy.disabled = True
 from speechbrain.utils.train_logger import FileTrainLogger  # noqa: E402
+
+from speechbrain_mifuse.errors import writing  # noqa: E402
 
 _noisy.disabled = False
 
@@ -44,7 +48,9 @@ class TrainLog(FileTrainLogger):
 
     def __init__(self, save_file: str | Path, precision: int = 2):
         super().__init__(save_file, precision)
-        self.writer = None
+        # A file for each process, since one that was killed may have left half an event at the end of its own.
+        name = f"events.out.tfevents.{time.time_ns()}.{os.getpid()}"
+        self.events = Path(save_file).parent / "tensorboard" / name
 
     @main_process_only
     def log_stats(
@@ -66,14 +72,25 @@ class TrainLog(FileTrainLogger):
         verbose : bool
             Whether to log the line on the screen as well.
         """
-        super().log_stats(stats_meta, train_stats, valid_stats, test_stats, verbose)
-        if not TENSORBOARD:
-            return
-        if self.writer is None:
-            # Half a second of imports: only a run that trains pays it.
-            from torch.utils.tensorboard import SummaryWriter
+        with writing(self.save_file):
+            super().log_stats(stats_meta, train_stats, valid_stats, test_stats, verbose)
+        if TENSORBOARD:
+            stages = {"train": train_stats, "valid": valid_stats, "test": test_stats}
+            named = {f"{name}/{stage}": v for stage, stats in stages.items() for name, v in (stats or {}).items()}
+            with writing(self.events):
+                self._add_event(stats_meta["epoch"], named)
 
-            self.writer = SummaryWriter(str(Path(self.save_file).parent / "tensorboard"), flush_secs=10)
-        for stage, stats in (("train", train_stats), ("valid", valid_stats), ("test", test_stats)):
-            for name, value in (stats or {}).items():
-                self.writer.add_scalar(f"{name}/{stage}", value, stats_meta["epoch"])
+    def _add_event(self, epoch: int, values: Mapping[str, float]) -> None:
+        """Add a point to each curve; not by torch's writer, whose thread prints a traceback if the disk is full."""
+        from tensorboard.compat.proto.event_pb2 import Event
+        from tensorboard.compat.proto.summary_pb2 import Summary
+        from tensorboard.summary.writer.record_writer import RecordWriter
+
+        self.events.parent.mkdir(parents=True, exist_ok=True)
+        points = [Summary.Value(tag=name, simple_value=value) for name, value in values.items()]
+        events = [] if self.events.exists() else [Event(wall_time=time.time(), file_version="brain.Event:2")]
+        events.append(Event(wall_time=time.time(), step=epoch, summary=Summary(value=points)))
+        with self.events.open("ab") as file:
+            records = RecordWriter(file)
+            for event in events:
+                records.write(event.SerializeToString())

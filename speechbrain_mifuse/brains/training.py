@@ -22,7 +22,7 @@ from speechbrain.utils.epoch_loop import EpochCounter
 
 from speechbrain_mifuse.brains.dealt_batches import dealt_loader
 from speechbrain_mifuse.corpora.manifest import atomic_write, json_object
-from speechbrain_mifuse.errors import UserError
+from speechbrain_mifuse.errors import UserError, writing
 from speechbrain_mifuse.features.dataset import frame_batches
 from speechbrain_mifuse.nnet.across_processes import average_gradients, frames_dealt, process_count
 from speechbrain_mifuse.progress import progress, quiet
@@ -335,7 +335,7 @@ def same_settings(path: str | Path, settings: Mapping) -> bool:
     Raises
     ------
     SettingsError
-        If it differs, which the message says in what, or cannot be written.
+        If it differs, which the message says in what.
 
     Example
     -------
@@ -351,11 +351,7 @@ def same_settings(path: str | Path, settings: Mapping) -> bool:
     path, settings = Path(path), json.loads(json.dumps(settings))
     found = _read_settings(path)
     if found is None:
-        try:
-            atomic_write(path, json.dumps(settings, indent=1))
-        except OSError as error:
-            remedy = "Free some space, or pass another --output_folder."
-            raise SettingsError(f"{path}: cannot be written ({error.strerror or error}). {remedy}") from None
+        atomic_write(path, json.dumps(settings, indent=1))
         return False
     require_unchanged(path, {**dict.fromkeys(found), **settings}, found)
     return True
@@ -543,7 +539,7 @@ def alone_at(folder: Path):
 
     Raises
     ------
-    CheckpointError
+    WriteError
         If it cannot be written to.
 
     Example
@@ -554,13 +550,10 @@ def alone_at(folder: Path):
     alone
     """
     with contextlib.ExitStack() as held:
-        try:
+        with writing(folder):
             held.enter_context(one_at_a_time(folder.with_name(f"{folder.name}.lock"), "trains there"))
             # The other run may have removed its checkpoints when it was done.
             folder.mkdir(exist_ok=True)
-        except OSError as error:
-            remedy = "Make it writable or pass another --output_folder."
-            raise CheckpointError(f"{folder}: cannot be written ({error.strerror or error}). {remedy}") from None
         yield
 
 

@@ -20,15 +20,16 @@ import stat
 import sys
 import tempfile
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import IO
 
 from speechbrain_mifuse import __version__
 from speechbrain_mifuse.audio import BadAudio, duration, shown
 from speechbrain_mifuse.audio_files import ENDINGS
 from speechbrain_mifuse.corpora.splits import balanced_groups
-from speechbrain_mifuse.errors import UserError
+from speechbrain_mifuse.errors import UserError, writing
 from speechbrain_mifuse.progress import progress
 
 logger = logging.getLogger(__name__)
@@ -125,6 +126,11 @@ def atomic_write(path: str | Path, data: str | bytes) -> None:
     data : str or bytes
         Whole content.
 
+    Raises
+    ------
+    WriteError
+        If the system does not let it be written; what was there stays.
+
     Example
     -------
     >>> path = Path(tempfile.mkdtemp()) / "a" / "b.txt"
@@ -132,20 +138,55 @@ def atomic_write(path: str | Path, data: str | bytes) -> None:
     >>> path.read_text()
     'text'
     """
+    with replacing(path) as file:
+        # Names of files may hold bytes that are no text; they must not stop a table from being written.
+        file.write(data.encode("utf-8", "backslashreplace") if isinstance(data, str) else data)
+
+
+@contextlib.contextmanager
+def replacing(path: str | Path, advice: str = "") -> Iterator[IO[bytes]]:
+    """Write a file piece by piece; it appears under its name when the block ends, whole or not at all.
+
+    Parameters
+    ----------
+    path : str or pathlib.Path
+        Target; its folder is made when missing.
+    advice : str
+        As for `errors.WriteError.of`.
+
+    Yields
+    ------
+    file
+        Open for writing bytes.
+
+    Raises
+    ------
+    WriteError
+        If the system does not let it be written; what was there stays.
+
+    Example
+    -------
+    >>> path = Path(tempfile.mkdtemp()) / "a" / "b.txt"
+    >>> with replacing(path) as file:
+    ...     _ = file.write(b"text")
+    >>> path.read_text()
+    'text'
+    """
     path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    try:
-        with os.fdopen(handle, "wb") as file:
-            # Names of files may hold bytes that are no text; they must not stop a table from being written.
-            file.write(data.encode("utf-8", "backslashreplace") if isinstance(data, str) else data)
-            file.flush()
-            os.fsync(file.fileno())
-        os.chmod(name, 0o644)
-        os.replace(name, path)
-    except BaseException:
-        Path(name).unlink(missing_ok=True)
-        raise
+    with writing(path, advice):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name[:100]}.")
+        try:
+            with os.fdopen(handle, "wb") as file:
+                yield file
+                file.flush()
+                os.fsync(file.fileno())
+            os.chmod(name, 0o644)
+            os.replace(name, path)
+        except BaseException:
+            with contextlib.suppress(OSError):
+                os.unlink(name)
+            raise
 
 
 def file_digest(path: str | Path) -> str:

@@ -9,8 +9,8 @@ import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from speechbrain_mifuse.audio import shown
 from speechbrain_mifuse.corpora.manifest import CorpusError
+from speechbrain_mifuse.texts import csv_value, shown
 
 SEPARATORS = (",", ";", "\t")
 
@@ -58,6 +58,8 @@ def read_table(
     text = text.split("\n", 1)[1] if skipped else text
     positions, separator = _layout(table, text, columns, optional)
     reader = csv.reader(io.StringIO(text, newline=""), delimiter=separator, quoting=quoting, strict=True)
+    # Where quotation marks are text, no spreadsheet has written the table, and an apostrophe is text too.
+    unquoted = str if quoting == csv.QUOTE_NONE else csv_value
     rows = []
     try:
         width = len(next(reader))
@@ -69,7 +71,9 @@ def read_table(
                     f"Put a value that contains '{separator}' in double quotes."
                 )
             if any(cell.strip() for cell in cells):
-                values = {name: cells[at].strip() if at < len(cells) else "" for name, at in positions.items()}
+                values = {
+                    name: unquoted(cells[at].strip()) if at < len(cells) else "" for name, at in positions.items()
+                }
                 rows.append((line, {name: values.get(name, "") for name in columns}))
     except csv.Error as error:
         raise CorpusError(

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import csv
-import io
 import json
 import re
 from collections.abc import Iterable, Mapping, Sequence
@@ -15,6 +13,7 @@ import numpy as np
 
 from speechbrain_mifuse.corpora.manifest import atomic_write
 from speechbrain_mifuse.errors import UserError
+from speechbrain_mifuse.texts import csv_text, markdown_cell, shown
 
 COLUMNS = ("source", "target", "teacher", "method", "seed", "UA", "WA", "macro_F1", "n_test")
 # Rows that no method without labels is measured against as a rival: where all start, and what labels would give.
@@ -88,12 +87,8 @@ def write_csv(path: str | Path, records: Sequence[Mapping], columns: Sequence[st
     >>> path.read_text().splitlines()[1][:14]
     '0.1235,0.1235,'
     """
-    buffer = io.StringIO()
-    writer = csv.writer(buffer, lineterminator="\n")
-    writer.writerow(columns)
-    for record in records:
-        writer.writerow([f"{v:.4f}" if isinstance(v := record[name], float) else v for name in columns])
-    atomic_write(path, buffer.getvalue())
+    rows = ([f"{v:.4f}" if isinstance(v := record[name], float) else v for name in columns] for record in records)
+    atomic_write(path, csv_text([columns, *rows]))
 
 
 def transfer_counts(records: Sequence[Mapping], methods: Sequence[str]) -> dict[Transfer, np.ndarray]:
@@ -398,7 +393,7 @@ def is_baseline(method: str) -> bool:
 
 @dataclass(frozen=True)
 class Table:
-    """Cells of text, written as Markdown or LaTeX; `**...**` is bold in both.
+    """Cells of text, written as Markdown or LaTeX; a number in `**...**` is bold in both, all else is plain text.
 
     Parameters
     ----------
@@ -421,7 +416,7 @@ class Table:
 
     def markdown(self) -> str:
         """Text in Markdown."""
-        lines = ["| " + " | ".join(cells) + " |" for cells in (self.head, *self.rows)]
+        lines = ["| " + " | ".join(map(_markdown_cell, cells)) + " |" for cells in (self.head, *self.rows)]
         return "\n".join([lines[0], "|---" * len(self.head) + "|", *lines[1:]]) + "\n"
 
     def latex(self) -> str:
@@ -431,10 +426,20 @@ class Table:
         return "\n".join([rf"\begin{{tabular}}{{l{'c' * (len(self.head) - 1)}}}", *body, r"\end{tabular}"]) + "\n"
 
 
+_BOLD = re.compile(r"\*\*([-+]?[\d.]+)\*\*")
+_LATEX = {"\\": r"\textbackslash{}", "~": r"\textasciitilde{}", "^": r"\textasciicircum{}"}
+_LATEX |= {character: f"\\{character}" for character in "_%&#{}$"}
+
+
+def _markdown_cell(cell: str) -> str:
+    pieces = _BOLD.split(str(cell))
+    return "".join(f"**{piece}**" if place % 2 else markdown_cell(piece) for place, piece in enumerate(pieces))
+
+
 def _latex_cell(cell: str) -> str:
-    cell = re.sub(r"([_%&#])", r"\\\1", cell)
+    cell = shown(cell).translate(str.maketrans(_LATEX))
     cell = re.sub(r"(?<!\w)([+-])(?=\d)", r"$\1$", cell).replace(" ± ", r" $\pm$ ")
-    return re.sub(r"\*\*(.+?)\*\*", r"\\textbf{\1}", cell)
+    return _BOLD.sub(r"\\textbf{\1}", cell)
 
 
 def _spread(values: np.ndarray) -> float:

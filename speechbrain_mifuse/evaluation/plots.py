@@ -11,6 +11,7 @@ import torch
 from matplotlib import cm
 from matplotlib.colors import Normalize
 from matplotlib.figure import Figure
+from matplotlib.text import Text
 
 from speechbrain_mifuse.corpora.manifest import atomic_write
 from speechbrain_mifuse.errors import UserError
@@ -207,6 +208,9 @@ def save_figure(figure: Figure, path: str | Path) -> None:
     >>> path.stat().st_size > 100
     True
     """
+    # The dollar signs of a name are no formula, which could be one that cannot be set.
+    for text in figure.findobj(Text):
+        text.set_parse_math(False)
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png", dpi=130)
     atomic_write(path, buffer.getvalue())

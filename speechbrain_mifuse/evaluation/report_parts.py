@@ -15,6 +15,8 @@ from typing import NamedTuple
 import matplotlib
 import numpy as np
 
+from speechbrain_mifuse.texts import printable
+
 # Colours and dashes of the style sheet: classes c0, c1, ...
 COLOURS = 6
 # A bin of fewer utterances says little about how often an answer is right; the figure shows it hollow.
@@ -59,7 +61,7 @@ def tag(name: str, *children, **attributes) -> Html:
     '<td class="a&gt;b">&lt;script&gt;</td>'
     """
     given = "".join(
-        f' {key.rstrip("_").replace("_", "-")}="{html.escape(str(value))}"'
+        f' {key.rstrip("_").replace("_", "-")}="{html.escape(printable(str(value)))}"'
         for key, value in attributes.items()
         if value is not None
     )
@@ -84,7 +86,7 @@ def joined(children: Iterable) -> Html:
     >>> joined(["a & b", Html("<br>")])
     'a &amp; b<br>'
     """
-    return Html("".join(c if isinstance(c, Html) else html.escape(str(c), quote=False) for c in children))
+    return Html("".join(c if isinstance(c, Html) else html.escape(printable(str(c)), quote=False) for c in children))
 
 
 def bold(cell: str) -> Html:

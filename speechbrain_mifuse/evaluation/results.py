@@ -19,6 +19,7 @@ from speechbrain_mifuse.evaluation.intervals import speaker_bootstrap, speaker_c
 from speechbrain_mifuse.evaluation.metrics import scores_of
 from speechbrain_mifuse.evaluation.plots import plot_confusion
 from speechbrain_mifuse.features.dataset import label_index
+from speechbrain_mifuse.texts import markdown
 
 FIELDS = ("method", "source", "target", "teacher", "seed", "encoder", "protocol", "selection", "n_train", "n_test")
 SCORES = ("UA", "WA", "macro_F1", "ci95")
@@ -230,19 +231,22 @@ def side_by_side(folder: str | Path, order: Sequence[str]) -> str:
         return ""
     first = records[0]
     lines = [
-        f"# {first['source']} to {first['target']}, teacher {first['teacher']}, seed {first['seed']}",
+        f"# {markdown(first['source'])} to {markdown(first['target'])}, teacher {markdown(first['teacher'])}, "
+        f"seed {first['seed']}",
         "",
         "| method | UA % | 95 % interval | WA % | macro-F1 % |",
         "|---|---|---|---|---|",
     ]
-    lines += [f"| {record['method']} | {' | '.join(cells(record))} |" for record in records]
+    lines += [f"| {markdown(record['method'])} | {' | '.join(cells(record))} |" for record in records]
     adapted = max(record["n_train"] for record in records)
     selection = "; ".join(dict.fromkeys(record["selection"] for record in records))
     lines += [
         "",
-        f"Protocol: {first['protocol']}. Adapted on {adapted} utterances, tested on {first['n_test']}. "
-        f"Selection: {selection}. Encoder: {first['encoder']}. "
-        f"{interval_told(first)}Code {first['code_version']}.",
+        markdown(
+            f"Protocol: {first['protocol']}. Adapted on {adapted} utterances, tested on {first['n_test']}. "
+            f"Selection: {selection}. Encoder: {first['encoder']}. "
+            f"{interval_told(first)}Code {first['code_version']}."
+        ),
         "",
     ]
     text = "\n".join(lines)

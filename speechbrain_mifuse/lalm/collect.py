@@ -23,7 +23,7 @@ from tqdm import tqdm
 
 from speechbrain_mifuse.audio import BadAudio, content_hash, load_audio, pcm16
 from speechbrain_mifuse.audio_warnings import summarized
-from speechbrain_mifuse.errors import UserError
+from speechbrain_mifuse.errors import UserError, WriteError
 from speechbrain_mifuse.lalm.client import Clip, LalmClient
 from speechbrain_mifuse.lalm.hashes import HashCache, Known, file_stamp
 from speechbrain_mifuse.lalm.limits import Breaker, BudgetReached, LalmError, Signal
@@ -622,6 +622,8 @@ class _Job:
         longest = self.client.profile.longest_audio
         try:
             recording = await asyncio.to_thread(read_recording, source, longest, self.hashes)
+        except WriteError:
+            raise
         except (BadAudio, OSError) as error:  # one unreadable recording says nothing about the API
             self._utterance_failed(utt_id, error, self.wanted.k)
             return

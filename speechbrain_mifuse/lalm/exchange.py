@@ -17,15 +17,14 @@ import dataclasses
 import gzip
 import json
 import math
-import os
 import re
-import tempfile
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import IO
 
 from speechbrain_mifuse import __version__
+from speechbrain_mifuse.corpora.manifest import replacing
 from speechbrain_mifuse.errors import UserError
 from speechbrain_mifuse.lalm.answer import KINDS, SAMPLE_KINDS
 from speechbrain_mifuse.lalm.integrity import SUM_TOLERANCE
@@ -116,6 +115,7 @@ def export(
 
     Example
     -------
+    >>> import tempfile
     >>> path = tempfile.mkdtemp() + "/labels"
     >>> with LabelStore(path + ".sqlite") as store:
     ...     export(store, path + ".jsonl", show_progress=False)
@@ -172,6 +172,7 @@ def import_file(path: str | Path, store: LabelStore, show_progress: bool = True)
 
     Example
     -------
+    >>> import tempfile
     >>> folder = tempfile.mkdtemp()
     >>> _ = Path(folder, "labels.jsonl").write_text('{"format": "something else"}')
     >>> with LabelStore(folder + "/labels.sqlite") as store:
@@ -280,23 +281,8 @@ def _dumps(fields: Mapping) -> str:
 @contextlib.contextmanager
 def _replacing(path: Path) -> Iterator[Callable[[str], object]]:
     """Write lines to a file that appears under its name when the block ends, whole or not at all."""
-    try:
-        handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    except OSError as error:
-        raise StoreError(
-            f"{path}: cannot be written ({error.strerror}). Name a file in a folder that exists."
-        ) from None
-    try:
-        with os.fdopen(handle, "wb") as file:
-            with _packed(path, file) as packed:
-                yield lambda line: packed.write(line.encode() + b"\n")
-            file.flush()
-            os.fsync(file.fileno())
-        os.chmod(name, 0o644)
-        os.replace(name, path)
-    except BaseException:
-        Path(name).unlink(missing_ok=True)
-        raise
+    with replacing(path) as file, _packed(path, file) as packed:
+        yield lambda line: packed.write(line.encode() + b"\n")
 
 
 def _packed(path: Path, file: IO[bytes]) -> contextlib.AbstractContextManager:

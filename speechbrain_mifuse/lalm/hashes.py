@@ -69,7 +69,10 @@ class HashCache:
         self._lock = threading.Lock()
         try:
             self._db = self._opened()
-        except sqlite3.DatabaseError:
+        except sqlite3.DatabaseError as error:
+            if isinstance(error, sqlite3.OperationalError) and "no such" not in str(error):
+                self._db = self._in_memory()  # full, read-only or locked: what is there may be sound
+                return
             logger.warning("%s: no cache of content hashes, made anew.", self.path)
             self._db = self._anew()
 
@@ -104,7 +107,8 @@ class HashCache:
         stamp = file_stamp(wav)
         if stamp is None:
             return None
-        with self._lock:
+        row = None
+        with self._lock, contextlib.suppress(sqlite3.OperationalError):
             row = self._db.execute(
                 "SELECT sha256, seconds FROM files WHERE path = ? AND size = ? AND mtime_ns = ?",
                 (os.path.abspath(wav), *stamp),
@@ -171,10 +175,13 @@ class HashCache:
         try:
             return self._opened()
         except sqlite3.Error:
-            logger.warning("%s: cannot be written, recordings will be read again by the next run.", self.path)
-            db = sqlite3.connect(":memory:", isolation_level=None, check_same_thread=False)
-            db.execute(f"CREATE TABLE {_TABLE}")
-            return db
+            return self._in_memory()
+
+    def _in_memory(self) -> sqlite3.Connection:
+        logger.warning("%s: cannot be written, recordings will be read again by the next run.", self.path)
+        db = sqlite3.connect(":memory:", isolation_level=None, check_same_thread=False)
+        db.execute(f"CREATE TABLE {_TABLE}")
+        return db
 
 
 def file_stamp(wav: str | Path) -> tuple[int, int] | None:

@@ -11,6 +11,7 @@ from pathlib import Path
 
 from speechbrain_mifuse.audio import BadAudio, content_hash, load_audio
 from speechbrain_mifuse.audio_warnings import summarized
+from speechbrain_mifuse.errors import WriteError
 from speechbrain_mifuse.lalm.batch import BATCH_SHARE
 from speechbrain_mifuse.lalm.client import LalmClient
 from speechbrain_mifuse.lalm.collect import SAMPLE_RATE, Wanted
@@ -272,6 +273,8 @@ def known_recordings(wavs: Mapping[str, str | Path], hashes: HashCache, show_pro
         utt_id, wav = item
         try:
             return utt_id, hashes.of(wav, lambda: read_known(wav))
+        except WriteError:
+            raise
         except (BadAudio, OSError) as error:
             logger.warning("%s: %s", utt_id, error)
             return utt_id, None

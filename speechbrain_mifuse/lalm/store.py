@@ -31,6 +31,7 @@ logger = logging.getLogger(__name__)
 SCHEMA_VERSION = 1
 
 # Seconds that a lock of another process is waited for, and after how many the user is told.
+NOT_WRITTEN = "Check free space and permissions of its folder, then run again: what is stored is kept."
 LOCK_SECONDS, SILENT_SECONDS = 60.0, 3.0
 
 # Audio hashes and queries are spelled out once and referred to by number, which keeps a row of `answers` narrow; the
@@ -764,7 +765,7 @@ class LabelStore:
                 yield
                 self._db.execute("COMMIT")
             except sqlite3.Error as error:
-                raise self._error(error, "Check free space and permissions of its folder.") from None
+                raise self._error(error, NOT_WRITTEN) from None
             finally:
                 self._roll_back()
 

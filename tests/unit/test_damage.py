@@ -22,12 +22,12 @@ from speechbrain.utils.epoch_loop import EpochCounter
 from speechbrain_mifuse.brains.training import (
     WHOLE,
     CheckpointError,
-    SettingsError,
     WholeCheckpointer,
     alone_at,
     same_settings,
 )
 from speechbrain_mifuse.corpora.manifest import CorpusError, Utterance, atomic_write, read_manifest, write_splits
+from speechbrain_mifuse.errors import WriteError
 from speechbrain_mifuse.features.extract import extract
 from speechbrain_mifuse.features.store import FeatureStore, StoreError
 from speechbrain_mifuse.lalm.answer import Answer, Response
@@ -484,9 +484,9 @@ def test_a_read_only_feature_store_is_read_and_writing_or_damage_are_named(store
 def test_training_into_a_read_only_folder_is_one_clear_error_before_anything_is_computed(tmp_path, read_only):
     (tmp_path / "save").mkdir()
     read_only(tmp_path)
-    with pytest.raises(SettingsError, match=r"settings.json: cannot be written .*--output_folder"):
+    with pytest.raises(WriteError, match=r"settings.json: cannot be written .*--output_folder"):
         same_settings(tmp_path / "settings.json", {"seed": 1})
-    with pytest.raises(CheckpointError, match=r"cannot be written .*--output_folder"), alone_at(tmp_path / "save"):
+    with pytest.raises(WriteError, match=r"cannot be written .*--output_folder"), alone_at(tmp_path / "save"):
         pass
     with pytest.raises(StoreError, match="cannot be written"):
         FeatureStore(tmp_path / "s", FINGERPRINT)

@@ -8,6 +8,7 @@ import pytest
 import torch
 from test_lalm_store import LABELS, QUERY, REFUSAL, audio, record, sample
 
+from speechbrain_mifuse.errors import WriteError
 from speechbrain_mifuse.lalm.answer import Answer, Reply, Response
 from speechbrain_mifuse.lalm.exchange import export, import_file, merge
 from speechbrain_mifuse.lalm.integrity import check
@@ -231,8 +232,8 @@ def test_an_export_that_fails_leaves_the_old_file(store, tmp_path, monkeypatch):
     with pytest.raises(ZeroDivisionError):
         exported(store, path)
     assert path.read_bytes() == before and len([p for p in tmp_path.iterdir() if "jsonl" in p.name]) == 1
-    with pytest.raises(StoreError, match="folder that exists"):
-        exported(store, tmp_path / "missing" / "labels.jsonl")
+    with pytest.raises(WriteError, match=r"labels.jsonl/b.jsonl: cannot be written \(.*\)\. Choose another folder"):
+        exported(store, path / "b.jsonl")
 
 
 @pytest.fixture

@@ -11,7 +11,17 @@ import pytest
 ROOT = Path(__file__).resolve().parents[2]
 PACKAGE = ROOT / "speechbrain_mifuse"
 # Each room may import from those before it.
-ROOMS = ("errors", "progress", "audio_warnings", "audio_files", "audio", "corpora", "folder_schema")
+ROOMS = (
+    "texts",
+    "errors",
+    "command_line",
+    "progress",
+    "audio_warnings",
+    "audio_files",
+    "audio",
+    "corpora",
+    "folder_schema",
+)
 ROOMS += ("features", "nnet", "model_card", "recogniser_files")
 ROOMS += ("windows", "inference", "lalm", "zero_shot")
 ROOMS += ("adaptation", "evaluation", "brains", "settings", "pipeline", "preflight")

@@ -20,8 +20,6 @@ def write(folder: Path, epochs, value: float) -> TrainLog:
     log = TrainLog(folder / "train_log.txt")
     for epoch in epochs:
         log.log_stats({"epoch": epoch}, train_stats={"loss": value + epoch, "codes_used": 7}, verbose=False)
-    if log.writer:
-        log.writer.close()
     return log
 
 
@@ -39,5 +37,5 @@ def test_a_resumed_run_draws_on_where_it_was(tmp_path):
 
 def test_without_tensorboard_the_text_alone_is_written(tmp_path, monkeypatch):
     monkeypatch.setattr(train_log, "TENSORBOARD", False)
-    assert write(tmp_path, [5], 0.0).writer is None
+    write(tmp_path, [5], 0.0)
     assert [path.name for path in tmp_path.iterdir()] == ["train_log.txt"]

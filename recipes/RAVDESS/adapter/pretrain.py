@@ -14,7 +14,7 @@ import sys
 import speechbrain as sb
 from speechbrain.utils.distributed import ddp_init_group, if_main_process, run_on_main
 
-from speechbrain_mifuse.errors import one_clear_error
+from speechbrain_mifuse.errors import one_clear_error, writing
 from speechbrain_mifuse.fold_pipeline import adapter_run, chosen_among, fold_front, pretrained_adapter
 from speechbrain_mifuse.pipeline import open_reader
 from speechbrain_mifuse.preflight import require_ready
@@ -29,7 +29,8 @@ if __name__ == "__main__":
         folds = chosen_among(hparams["fold"], numbers, "--fold")
         names = chosen_among(hparams["pretraining"], list(hparams["adapter"]["pretrainings"]), "--pretraining")
         require_ready(hparams)
-        sb.create_experiment_directory(hparams["output_folder"], hparams_file, overrides)
+        with writing(hparams["output_folder"]):
+            sb.create_experiment_directory(hparams["output_folder"], hparams_file, overrides)
         run_on_main(hparams["prepare"])
         reader = open_reader(hparams, run_opts)
         for fold in folds:

@@ -16,7 +16,7 @@ import speechbrain as sb
 from speechbrain.utils.distributed import ddp_init_group, if_main_process, run_on_main
 
 from speechbrain_mifuse.brains.adapter_arms import train_arm
-from speechbrain_mifuse.errors import one_clear_error
+from speechbrain_mifuse.errors import one_clear_error, writing
 from speechbrain_mifuse.fold_pipeline import adapter_run, arm_summary, chosen_parts, fold_front, pretrained_adapter
 from speechbrain_mifuse.pipeline import open_reader
 from speechbrain_mifuse.preflight import require_comparison, require_folds, require_ready
@@ -31,7 +31,8 @@ if __name__ == "__main__":
         names, folds, amounts = chosen_parts(hparams, arms)
         require_comparison(hparams, arms)
         require_ready(hparams, names)
-        sb.create_experiment_directory(hparams["output_folder"], hparams_file, overrides)
+        with writing(hparams["output_folder"]):
+            sb.create_experiment_directory(hparams["output_folder"], hparams_file, overrides)
         run_on_main(hparams["prepare"])
         require_folds(hparams, folds)
         reader = open_reader(hparams, run_opts)

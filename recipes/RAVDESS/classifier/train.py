@@ -15,7 +15,7 @@ import speechbrain as sb
 from speechbrain.utils.distributed import ddp_init_group, if_main_process
 
 from speechbrain_mifuse.brains.classifier import train_classifier
-from speechbrain_mifuse.errors import one_clear_error
+from speechbrain_mifuse.errors import one_clear_error, writing
 from speechbrain_mifuse.pipeline import chosen_front, prepare_role
 from speechbrain_mifuse.preflight import require_ready
 from speechbrain_mifuse.settings import parse_arguments, read_hparams
@@ -26,7 +26,8 @@ if __name__ == "__main__":
         ddp_init_group(run_opts)
         hparams = read_hparams(hparams_file, overrides)
         require_ready(hparams)
-        sb.create_experiment_directory(hparams["output_folder"], hparams_file, overrides)
+        with writing(hparams["output_folder"]):
+            sb.create_experiment_directory(hparams["output_folder"], hparams_file, overrides)
         prepare_role(hparams, "source")
         front = chosen_front(hparams, run_opts)
         recogniser = train_classifier(hparams["source_classifier"], front, run_opts)

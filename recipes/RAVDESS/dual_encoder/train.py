@@ -16,7 +16,7 @@ import speechbrain as sb
 from speechbrain.utils.distributed import ddp_init_group, if_main_process
 
 from speechbrain_mifuse.brains.dual_encoder import train_dual_encoder
-from speechbrain_mifuse.errors import one_clear_error
+from speechbrain_mifuse.errors import one_clear_error, writing
 from speechbrain_mifuse.pipeline import open_reader
 from speechbrain_mifuse.preflight import require_ready
 from speechbrain_mifuse.settings import parse_arguments, read_hparams
@@ -28,7 +28,8 @@ if __name__ == "__main__":
         ddp_init_group(run_opts)
         hparams = read_hparams(hparams_file, overrides)
         require_ready(hparams)
-        sb.create_experiment_directory(hparams["output_folder"], hparams_file, overrides)
+        with writing(hparams["output_folder"]):
+            sb.create_experiment_directory(hparams["output_folder"], hparams_file, overrides)
         fronts = source_fronts(hparams, open_reader(hparams, run_opts))
         model = train_dual_encoder(hparams["dual_encoder"], hparams["sources"], fronts, run_opts)
         if if_main_process():

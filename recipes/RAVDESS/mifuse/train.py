@@ -18,7 +18,7 @@ from speechbrain.utils.distributed import ddp_init_group, if_main_process, run_o
 
 from speechbrain_mifuse.brains.adaptation import adapt
 from speechbrain_mifuse.corpora.manifest import unlabelled
-from speechbrain_mifuse.errors import one_clear_error
+from speechbrain_mifuse.errors import one_clear_error, writing
 from speechbrain_mifuse.features.dataset import encoded_rows, label_index
 from speechbrain_mifuse.pipeline import (
     ask_teacher,
@@ -65,7 +65,8 @@ if __name__ == "__main__":
         hparams = read_hparams(hparams_file, overrides)
         names = chosen_methods(hparams)
         require_ready(hparams, names, run_opts)
-        sb.create_experiment_directory(hparams["output_folder"], hparams_file, overrides)
+        with writing(hparams["output_folder"]):
+            sb.create_experiment_directory(hparams["output_folder"], hparams_file, overrides)
         run_on_main(hparams["prepare_target"])
         reader = open_reader(hparams, run_opts)
         require_data(hparams, names, reader)

@@ -15,7 +15,7 @@ import speechbrain as sb
 from speechbrain.utils.distributed import ddp_init_group, if_main_process, run_on_main
 
 from speechbrain_mifuse.brains.zs_fuse import train_fusion_arm
-from speechbrain_mifuse.errors import one_clear_error
+from speechbrain_mifuse.errors import one_clear_error, writing
 from speechbrain_mifuse.fold_pipeline import arm_summary, chosen_parts
 from speechbrain_mifuse.pipeline import open_reader
 from speechbrain_mifuse.preflight import require_comparison, require_folds, require_ready
@@ -38,7 +38,8 @@ if __name__ == "__main__":
         specialist, adapters = chosen_specialist(hparams)
         require_comparison(hparams, arms)
         require_ready(hparams, names)
-        sb.create_experiment_directory(hparams["output_folder"], hparams_file, overrides)
+        with writing(hparams["output_folder"]):
+            sb.create_experiment_directory(hparams["output_folder"], hparams_file, overrides)
         run_on_main(hparams["prepare"])
         require_folds(hparams, folds)
         wanted = list(dict.fromkeys(["zero_shot", *(arms[name].scores for name in names)]))
