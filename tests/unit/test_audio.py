@@ -1,10 +1,12 @@
 """Audio: every container, rate and channel count gives the same sound, and what is no sound is one clear error."""
 
+import errno
 import hashlib
 import shutil
 import struct
 import subprocess
 import sys
+import tempfile
 
 import numpy as np
 import pytest
@@ -14,6 +16,7 @@ import torch
 from speechbrain_mifuse import audio, audio_files
 from speechbrain_mifuse.audio import BadAudio, content_hash, duration, load_audio, nothing_varies, pcm16, trim_silence
 from speechbrain_mifuse.audio_warnings import summarized
+from speechbrain_mifuse.errors import WriteError
 
 
 def sine(rate, seconds=0.5, pitch=440.0, level=0.5):
@@ -416,6 +419,16 @@ def test_what_unpacks_beyond_the_limit_is_refused(tmp_path, fake_ffmpeg, monkeyp
     monkeypatch.setattr(audio_files, "_DECODED_BYTES", 1000)
     with pytest.raises(BadAudio, match=r"a.m4a: cannot be read as audio \(it unpacks to more than"):
         load_audio(foreign(tmp_path / "a.m4a"))
+
+
+def test_a_full_disk_of_temporary_files_is_no_fault_of_the_recording(tmp_path, fake_ffmpeg, monkeypatch):
+    fake_ffmpeg("sys.exit('file:decoded.wav: No space left on device')")
+    (tmp_path / "a.m4a").write_bytes(b"no sound")
+    with pytest.raises(WriteError, match=r"mifuse-.*: cannot be written \(No space left on device\)\. .* set TMPDIR"):
+        load_audio(tmp_path / "a.m4a")
+    monkeypatch.setattr(tempfile, "mkdtemp", lambda *_: (_ for _ in ()).throw(OSError(errno.ENOSPC, "No space")))
+    with pytest.raises(WriteError, match=r"temporary files: cannot be written \(No space\)\. .* set TMPDIR"):
+        load_audio(tmp_path / "a.m4a")
 
 
 needs_ffmpeg = pytest.mark.skipif(not shutil.which("ffmpeg"), reason="ffmpeg is not installed")

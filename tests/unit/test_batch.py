@@ -1,8 +1,10 @@
 """The Batch API's path, against a simulated server: what is paid for is stored, and nothing is started twice."""
 
 import base64
+import errno
 import json
 import logging
+import os
 import sys
 from pathlib import Path
 
@@ -14,7 +16,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from batch_server import simulated_batch_server
 
 from speechbrain_mifuse.audio import content_hash, load_audio
-from speechbrain_mifuse.errors import UserError
+from speechbrain_mifuse.errors import UserError, WriteError
 from speechbrain_mifuse.lalm import batch as batch_module
 from speechbrain_mifuse.lalm.batch import BATCH_SHARE, BatchJob
 from speechbrain_mifuse.lalm.client import LalmClient, LalmError
@@ -445,6 +447,33 @@ def test_a_server_that_is_down_is_one_clear_error_and_a_full_disk_loses_no_answe
         make(job, tones, k=4)
     with job_of(store, server) as job, pytest.raises(LalmError, match="is the server running"):
         job.submit()
+
+
+def test_request_files_on_a_full_disk_are_one_error_and_the_next_call_makes_them(store, tones, monkeypatch):
+    said = r"batch-.*: cannot be written \(No space.* run the same command again: finished work is kept"
+    with simulated_batch_server(distribution) as server:
+        for call in (1, 2, 3):
+            with monkeypatch.context() as patch, job_of(store, server) as job:
+                refuse_fsync(patch, call)
+                with pytest.raises(WriteError, match=said):
+                    make(job, tones)
+                assert not list(job.folder.glob(".*"))
+        with job_of(store, server) as job:
+            assert make(job, tones) == 4 and run(job, tones).stored == 12
+            assert store.load(job.query, hashes(tones), 3).mask.all()
+
+
+def refuse_fsync(patch, call):
+    """Let the disk be full at the call-th file that is brought to it."""
+    original, calls = os.fsync, []
+
+    def fsync(handle):
+        calls.append(handle)
+        if len(calls) == call:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        return original(handle)
+
+    patch.setattr(os, "fsync", fsync)
 
 
 def test_a_batch_in_which_no_answer_can_be_used_is_an_error_and_asks_no_more(store, tones):

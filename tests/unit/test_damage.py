@@ -2,13 +2,18 @@
 
 import asyncio
 import contextlib
+import errno
 import hashlib
 import json
+import os
 import random
+import re
 import resource
+import sqlite3
 import subprocess
 import threading
 import time
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -19,6 +24,7 @@ from filelock import FileLock
 from safetensors.torch import save
 from speechbrain.utils.epoch_loop import EpochCounter
 
+from speechbrain_mifuse.brains.train_log import TrainLog
 from speechbrain_mifuse.brains.training import (
     WHOLE,
     CheckpointError,
@@ -27,7 +33,9 @@ from speechbrain_mifuse.brains.training import (
     same_settings,
 )
 from speechbrain_mifuse.corpora.manifest import CorpusError, Utterance, atomic_write, read_manifest, write_splits
-from speechbrain_mifuse.errors import WriteError
+from speechbrain_mifuse.errors import WriteError, one_clear_error
+from speechbrain_mifuse.evaluation.aggregate import write_csv
+from speechbrain_mifuse.evaluation.plots import plot_confusion
 from speechbrain_mifuse.features.extract import extract
 from speechbrain_mifuse.features.store import FeatureStore, StoreError
 from speechbrain_mifuse.lalm.answer import Answer, Response
@@ -492,6 +500,81 @@ def test_training_into_a_read_only_folder_is_one_clear_error_before_anything_is_
         FeatureStore(tmp_path / "s", FINGERPRINT)
     with pytest.raises(LabelStoreError, match=r"labels\.sqlite"):
         LabelStore(tmp_path / "labels.sqlite")
+
+
+REFUSALS = [errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.EFBIG, errno.EIO, errno.ESTALE]
+
+
+@pytest.mark.parametrize("number", REFUSALS)
+@pytest.mark.parametrize("function", ["fsync", "replace"])
+def test_whatever_a_disk_says_is_one_line_with_a_remedy_and_the_old_file_stays(
+    tmp_path, monkeypatch, capsys, number, function
+):
+    path = tmp_path / "results.json"
+    atomic_write(path, "old")
+    monkeypatch.setattr(os, function, lambda *_: (_ for _ in ()).throw(OSError(number, os.strerror(number))))
+    with pytest.raises(SystemExit) as stopped, one_clear_error():
+        atomic_write(path, "new")
+    monkeypatch.undo()
+    assert stopped.value.code == 2 and path.read_text() == "old" and list(tmp_path.iterdir()) == [path]
+    remedy = r"(Free some space|Change its permissions|Check the disk), or choose another folder .*--output_folder"
+    said = rf"error: {path}: cannot be written \({re.escape(os.strerror(number))}\)\. {remedy}.* same command again.*\n"
+    assert re.fullmatch(said, capsys.readouterr().err)
+
+
+@pytest.mark.parametrize("number", REFUSALS)
+def test_an_error_of_a_disk_that_nothing_else_has_named_is_one_line_too(tmp_path, capsys, number):
+    with pytest.raises(SystemExit) as stopped, one_clear_error():
+        raise OSError(number, os.strerror(number), str(tmp_path / "lock"))
+    assert stopped.value.code == 2
+    said = capsys.readouterr().err
+    assert said.startswith(f"error: {tmp_path / 'lock'}: cannot be read or written (") and said.count("\n") == 1
+
+
+def test_an_error_that_is_none_of_a_disk_is_not_hidden():
+    with pytest.raises(ConnectionRefusedError), one_clear_error():
+        raise ConnectionRefusedError(errno.ECONNREFUSED, "refused")
+    with pytest.raises(FileNotFoundError), one_clear_error():
+        Path("/no/such/file").read_text()
+
+
+def test_the_log_of_a_training_on_a_full_disk_is_one_error_that_names_it(full):
+    folder, make_room = full
+    log = TrainLog(folder / "train_log.txt")
+    with pytest.raises(WriteError, match=r"(train_log\.txt|events\.out\..*): cannot be written .*Free some space"):
+        for epoch in range(3000):
+            log.log_stats({"epoch": epoch}, train_stats={f"loss_{name}": 1.0 for name in range(50)}, verbose=False)
+    make_room()
+    TrainLog(folder / "train_log.txt").log_stats({"epoch": epoch}, train_stats={"loss": 1.0}, verbose=False)
+
+
+@pytest.mark.parametrize("said", ["database or disk is full", "attempt to write a readonly database", "disk I/O error"])
+def test_a_cache_of_hashes_that_cannot_be_opened_now_is_kept(tmp_path, monkeypatch, said):
+    wav = tmp_path / "a.wav"
+    wav.touch()
+    os.utime(wav, (1, 1))
+    with HashCache(tmp_path / "hashes.sqlite") as cache:
+        cache.of(wav, lambda: Known("ab" * 32, 1.0))
+    with monkeypatch.context() as patch:
+        patch.setattr(HashCache, "_opened", lambda _: (_ for _ in ()).throw(sqlite3.OperationalError(said)))
+        with HashCache(tmp_path / "hashes.sqlite") as cache:
+            assert cache.get(wav) is None
+    with HashCache(tmp_path / "hashes.sqlite") as cache:
+        assert cache.get(wav) == Known("ab" * 32, 1.0)
+
+
+def test_tables_pages_and_cards_in_a_read_only_folder_are_one_error_that_names_the_file(tmp_path, read_only):
+    read_only(tmp_path)
+    writers = {
+        "t.csv": lambda path: write_csv(path, []),
+        "results.md": lambda path: atomic_write(path, "text"),
+        "a.png": lambda path: plot_confusion(path, torch.ones(2, 3, dtype=torch.int64), LABELS, "toy"),
+        "classifier.safetensors": lambda path: write_folder(path.parent, b"", "", {}),
+        "adapter.safetensors": lambda path: export_adapter(path.parent, WAPTransformer(8, n_heads=2), {"layer": 1}, {}),
+    }
+    for name, write in writers.items():
+        with pytest.raises(WriteError, match=rf"{name}: cannot be written \(.*\)\. Change its permissions, or choose"):
+            write(tmp_path / name)
 
 
 # A clock that goes backwards.

@@ -11,6 +11,7 @@ import sys
 import pytest
 import torch
 import yaml
+from markdown_it import MarkdownIt
 from toy_corpora import utterance, write_wav
 
 from speechbrain_mifuse.command_line import file_arguments
@@ -40,7 +41,7 @@ NAMES = [*FORMULAS, "a,b", 'a"b', "a\nb", "a\rb", "a;b", "'tis.wav", "-5", "+1e3
 
 def tokens(text):
     """What a reader of Markdown makes of a page, without the text in it."""
-    parser = pytest.importorskip("markdown_it").MarkdownIt("gfm-like", {"html": True, "linkify": False})
+    parser = MarkdownIt("gfm-like", {"html": True, "linkify": False})
     found = []
     for token in parser.parse(text):
         inline = [child.type for child in token.children or () if child.type != "text"]
@@ -89,7 +90,7 @@ def test_a_name_with_markup_changes_no_page_of_results(name, tmp_path):
 
 @pytest.mark.parametrize("name", MARKUP)
 def test_escaped_text_is_read_as_the_text_that_it_was(name):
-    parser = pytest.importorskip("markdown_it").MarkdownIt("gfm-like", {"linkify": False})
+    parser = MarkdownIt("gfm-like", {"linkify": False})
     for written in (markdown(name), code_span(name)):
         (inline,) = [token for token in parser.parse(f"- {written}") if token.type == "inline"]
         assert "".join(child.content for child in inline.children).strip() == shown(name).strip()

@@ -224,12 +224,22 @@ def test_overrides_of_the_python_call_cannot_be_read_from_the_folder(folder):
         EmotionRecognizer.from_hparams(folder, overrides={"no_such_key": 1})
 
 
-def test_everything_that_the_page_points_to_is_there():
-    text = PAGE.read_text(encoding="utf-8")
+@pytest.mark.parametrize("name", ["security.md", "reliability.md"])
+def test_everything_that_the_page_points_to_is_there(name):
+    text = (ROOT / "docs" / name).read_text(encoding="utf-8")
     named = re.findall(r"\b(test_\w+)::(test_\w+)", text)
     assert len(named) > 15
-    files = {path.stem: path.read_text(encoding="utf-8") for path in (ROOT / "tests" / "unit").glob("test_*.py")}
+    paths = [path for folder in ("unit", "recipes") for path in (ROOT / "tests" / folder).glob("test_*.py")]
+    files = {path.stem: path.read_text(encoding="utf-8") for path in paths}
     assert not [name for file, name in named if not re.search(rf"^(async )?def {name}\(", files[file], re.MULTILINE)]
     for module, thing in re.findall(r"`(\w+(?:/\w+)*\.py):(\w+)`", text):
         code = (ROOT / "speechbrain_mifuse" / module).read_text(encoding="utf-8")
         assert re.search(rf"\b(def|class) {thing}\b|^{thing}\b.*=", code, re.MULTILINE), (module, thing)
+
+
+def test_each_claim_of_the_page_on_reliability_names_the_test_that_holds_it():
+    text = (ROOT / "docs" / "reliability.md").read_text(encoding="utf-8")
+    claims, limits = text.split("\n## Not protected from\n")
+    entries = re.findall(r"(?m)^- .*(?:\n  .*)*", claims)
+    assert len(entries) > 25 and not [entry for entry in entries if not re.search(r"\[test_\w+::test_\w+", entry)]
+    assert "no test holds them" in limits
