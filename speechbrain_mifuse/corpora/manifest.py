@@ -1100,6 +1100,38 @@ def bounded_bytes(path: str | Path, max_bytes: int | None = None) -> bytes:
     return content
 
 
+def held_bytes(path: str | Path) -> int:
+    """Count the bytes that a file holds, without its holes: a sparse file can claim any size.
+
+    Parameters
+    ----------
+    path : str or pathlib.Path
+        The file.
+
+    Returns
+    -------
+    int
+        Bytes; all of them where the file system knows no holes.
+
+    Example
+    -------
+    >>> path = Path(tempfile.mkdtemp()) / "weights.bin"
+    >>> _ = path.write_bytes(b"weights")
+    >>> held_bytes(path)
+    7
+    """
+    size = Path(path).stat().st_size
+    if not hasattr(os, "SEEK_DATA"):
+        return size
+    held = end = 0
+    with open(path, "rb", buffering=0) as file, contextlib.suppress(OSError):  # raised behind the last data
+        while end < size:
+            start = os.lseek(file.fileno(), end, os.SEEK_DATA)
+            end = os.lseek(file.fileno(), start, os.SEEK_HOLE)
+            held += end - start
+    return held
+
+
 def json_object(path: Path, max_bytes: int | None = None) -> dict:
     """Read a JSON object in which no key stands twice and every number is finite and of usual length.
 
