@@ -1164,19 +1164,48 @@ def json_object(path: Path, max_bytes: int | None = None) -> dict:
     ValueError: the key 'emo' stands twice in one object
     """
     try:
+        return strict_object(bounded_bytes(path, max_bytes))
+    except FileNotFoundError:
+        raise
+    except OSError as error:
+        raise ValueError(error.strerror or str(error)) from None
+
+
+def strict_object(text: str | bytes) -> dict:
+    """Decode a JSON object in which no key stands twice and every number is finite and of usual length.
+
+    Parameters
+    ----------
+    text : str or bytes
+        JSON.
+
+    Returns
+    -------
+    dict
+        Its content.
+
+    Raises
+    ------
+    ValueError
+        If it is something else; the message says what.
+
+    Example
+    -------
+    >>> strict_object('{"created": NaN}')
+    Traceback (most recent call last):
+    ...
+    ValueError: NaN is no number
+    """
+    try:
         found = json.loads(
-            bounded_bytes(path, max_bytes),
+            text,
             object_pairs_hook=_distinct,
             parse_constant=_no_number,
             parse_int=_short_int,
             parse_float=_finite_float,
         )
-    except FileNotFoundError:
-        raise
     except RecursionError:
         raise ValueError("nested too deeply") from None
-    except OSError as error:
-        raise ValueError(error.strerror or str(error)) from None
     if not isinstance(found, dict):
         raise ValueError("not a JSON object")
     return found
