@@ -6,7 +6,9 @@ brackets for a Python expression.
 
 from __future__ import annotations
 
+import itertools
 import math
+import operator
 import os
 import re
 import unicodedata
@@ -444,10 +446,16 @@ class DualEncoderAbout(_Open):
     trained_on: dict[Text, Any] | list[Text] = []
 
 
+# Bounds on what an encoder computes of each second: real ones have 50 frames, up to 20 heads, and 102 channels for each
+# sample behind their first convolution.
+MAX_HEADS, MIN_SAMPLES_PER_FRAME, MAX_CHANNELS_PER_SAMPLE = 64, 160, 1024
+# Endings of files of weights.
+WEIGHT_SUFFIXES = (".safetensors", ".bin", ".ckpt", ".pt")
 # Attention that needs no code from elsewhere: transformers takes other names for repositories of kernels.
 OWN_ATTENTION = (None, "eager", "sdpa")
 Convolution = Annotated[list[Annotated[int, Field(ge=1, le=10_000)]], Field(min_length=1, max_length=100)]
 LayerCount = Annotated[int, Field(ge=0, le=MAX_LAYERS)]
+Heads = Annotated[int, Field(ge=1, le=MAX_HEADS)]
 
 
 class EncoderConfig(_Open):
@@ -461,6 +469,8 @@ class EncoderConfig(_Open):
     encoder_layers: LayerCount = 1
     decoder_layers: LayerCount = 1
     num_adapter_layers: LayerCount = 1
+    num_attention_heads: Heads = 1
+    encoder_attention_heads: Heads = 1
     conv_dim: Convolution = [1]
     conv_kernel: Convolution = [1]
     conv_stride: Convolution = [1]
@@ -475,7 +485,26 @@ class EncoderConfig(_Open):
             raise ValueError("quantization_config: encoders are not quantized here")
         if math.prod(self.conv_stride) > 100_000:
             raise ValueError("conv_stride: more than 100000 samples a frame")
+        if "conv_stride" in self.model_fields_set and math.prod(self.conv_stride) < MIN_SAMPLES_PER_FRAME:
+            raise ValueError(f"conv_stride: fewer than {MIN_SAMPLES_PER_FRAME} samples a frame")
+        strides = itertools.accumulate(self.conv_stride, operator.mul)
+        # Of different lengths when one of the two is left to its default.
+        if any(size > MAX_CHANNELS_PER_SAMPLE * stride for size, stride in zip(self.conv_dim, strides, strict=False)):
+            raise ValueError(f"conv_dim: more than {MAX_CHANNELS_PER_SAMPLE} channels a sample")
         _bound_numbers(values)
+        return self
+
+
+class WeightIndex(_Open):
+    """`model.safetensors.index.json`: which file holds which weight."""
+
+    weight_map: dict[str, str]
+
+    @model_validator(mode="after")
+    def _beside_it(self):
+        for name in set(self.weight_map.values()):
+            if "/" in name or "\\" in name or not name.endswith(WEIGHT_SUFFIXES):
+                raise ValueError(f"weight_map: {ascii(name)[:100]} is not a file of weights in the same folder")
         return self
 
 
@@ -483,9 +512,10 @@ class FeatureExtractorConfig(_Open):
     """`preprocessor_config.json` of a speech encoder."""
 
     sampling_rate: Annotated[int, Field(ge=1000, le=1_000_000)] = 16000
-    feature_size: Annotated[int, Field(ge=1, le=10_000)] = 1
-    n_fft: Annotated[int, Field(ge=2, le=MAX_SIZE)] = 400
-    hop_length: Annotated[int, Field(ge=1, le=MAX_SIZE)] = 160
+    feature_size: Annotated[int, Field(ge=1, le=1000)] = 1
+    n_fft: Annotated[int, Field(ge=2, le=10_000)] = 400
+    # A second convolution of Whisper halves the frames.
+    hop_length: Annotated[int, Field(ge=MIN_SAMPLES_PER_FRAME // 2, le=MAX_SIZE)] = 160
     chunk_length: Annotated[int, Field(ge=1, le=3600)] = 30
 
     @model_validator(mode="after")

@@ -1141,6 +1141,38 @@ def bounded_bytes(path: str | Path, max_bytes: int | None = None) -> bytes:
     return content
 
 
+def held_bytes(path: str | Path) -> int:
+    """Count the bytes that a file holds, without its holes: a sparse file can claim any size.
+
+    Parameters
+    ----------
+    path : str or pathlib.Path
+        The file.
+
+    Returns
+    -------
+    int
+        Bytes; all of them where the file system knows no holes.
+
+    Example
+    -------
+    >>> path = Path(tempfile.mkdtemp()) / "weights.bin"
+    >>> _ = path.write_bytes(b"weights")
+    >>> held_bytes(path)
+    7
+    """
+    size = Path(path).stat().st_size
+    if not hasattr(os, "SEEK_DATA"):
+        return size
+    held = end = 0
+    with open(path, "rb", buffering=0) as file, contextlib.suppress(OSError):  # raised behind the last data
+        while end < size:
+            start = os.lseek(file.fileno(), end, os.SEEK_DATA)
+            end = os.lseek(file.fileno(), start, os.SEEK_HOLE)
+            held += end - start
+    return held
+
+
 def json_object(path: Path, max_bytes: int | None = None) -> dict:
     """Read a JSON object in which no key stands twice and every number is finite and of usual length.
 
@@ -1173,19 +1205,48 @@ def json_object(path: Path, max_bytes: int | None = None) -> dict:
     ValueError: the key 'emo' stands twice in one object
     """
     try:
+        return strict_object(bounded_bytes(path, max_bytes))
+    except FileNotFoundError:
+        raise
+    except OSError as error:
+        raise ValueError(error.strerror or str(error)) from None
+
+
+def strict_object(text: str | bytes) -> dict:
+    """Decode a JSON object in which no key stands twice and every number is finite and of usual length.
+
+    Parameters
+    ----------
+    text : str or bytes
+        JSON.
+
+    Returns
+    -------
+    dict
+        Its content.
+
+    Raises
+    ------
+    ValueError
+        If it is something else; the message says what.
+
+    Example
+    -------
+    >>> strict_object('{"created": NaN}')
+    Traceback (most recent call last):
+    ...
+    ValueError: NaN is no number
+    """
+    try:
         found = json.loads(
-            bounded_bytes(path, max_bytes),
+            text,
             object_pairs_hook=_distinct,
             parse_constant=_no_number,
             parse_int=_short_int,
             parse_float=_finite_float,
         )
-    except FileNotFoundError:
-        raise
     except RecursionError:
         raise ValueError("nested too deeply") from None
-    except OSError as error:
-        raise ValueError(error.strerror or str(error)) from None
     if not isinstance(found, dict):
         raise ValueError("not a JSON object")
     return found

@@ -22,19 +22,35 @@ from speechbrain.integrations.huggingface.hubert import HuBERT
 from speechbrain.integrations.huggingface.wav2vec2 import Wav2Vec2
 from speechbrain.integrations.huggingface.wavlm import WavLM
 from speechbrain.integrations.huggingface.whisper import Whisper
-from transformers import AutoConfig, AutoModel
+from transformers import AutoConfig, AutoModel, FeatureExtractionMixin
 
+from speechbrain_mifuse.corpora.manifest import held_bytes
 from speechbrain_mifuse.errors import UserError
 from speechbrain_mifuse.features.demo_encoder import demo_encoder
-from speechbrain_mifuse.folder_schema import EncoderConfig, FeatureExtractorConfig, checked, plain_json
+from speechbrain_mifuse.folder_schema import (
+    WEIGHT_SUFFIXES,
+    EncoderConfig,
+    FeatureExtractorConfig,
+    WeightIndex,
+    checked,
+    plain_json,
+)
 from speechbrain_mifuse.progress import quiet_loading
 
 # Written by transformers itself: they change with its version or with the folder, never with the features.
 _VOLATILE = ("_name_or_path", "architectures", "dtype", "torch_dtype", "transformers_version")
 
-# Files of weights, and how many weights may be described for each byte of them: a folder may lack a decoder.
-WEIGHT_SUFFIXES = (".safetensors", ".bin", ".ckpt", ".pt")
+# How many weights may be described for each byte of files of weights: a folder may lack a decoder.
 MIN_WEIGHTS, MAX_WEIGHTS_PER_BYTE = 10_000_000, 4
+
+# Files of a folder that transformers reads as JSON; the processor's can replace the feature extractor's.
+SCHEMAS = {
+    "config.json": EncoderConfig,
+    "preprocessor_config.json": FeatureExtractorConfig,
+    "processor_config.json": None,
+    "model.safetensors.index.json": WeightIndex,
+    "pytorch_model.bin.index.json": WeightIndex,
+}
 
 
 class FrozenEncoder(torch.nn.Module):
@@ -286,15 +302,22 @@ def load_wrapper(source, save_path=None, freeze=False):
     save_path = str(save_path) if save_path else str(constants.HF_HUB_CACHE)
     is_folder = _check_folder(source)
     with contextlib.nullcontext() if is_folder else _hub_errors(source):
-        config = AutoConfig.from_pretrained(source, cache_dir=save_path)
+        # Left to its default, transformers asks at the terminal whether code of the model may run.
+        config = AutoConfig.from_pretrained(source, cache_dir=save_path, trust_remote_code=False)
     if config.model_type not in FAMILIES:
         known = ", ".join(sorted(FAMILIES))
         raise ValueError(f"encoder {source!r}: unknown model_type {config.model_type!r}; known ones: {known}")
+    content = {**json.loads(config.to_json_string()), "attn_implementation": config._attn_implementation}
+    advice = "Use another encoder."
+    checked(EncoderConfig, content, f"encoder {source!r}: config.json", UserError, advice)
+    with contextlib.nullcontext() if is_folder else _hub_errors(source):
+        # From whichever of its files transformers prefers.
+        content, _ = FeatureExtractionMixin.get_feature_extractor_dict(source, cache_dir=save_path)
+    checked(
+        FeatureExtractorConfig, content, f"encoder {source!r}: feature extractor", UserError, "Use another encoder."
+    )
     if is_folder:
         _check_size(config, pathlib.Path(source).expanduser())
-    else:
-        content = {**json.loads(config.to_json_string()), "attn_implementation": config._attn_implementation}
-        checked(EncoderConfig, content, f"encoder {source!r}: config.json", UserError, "Use another encoder.")
     with quiet_loading(), contextlib.nullcontext() if is_folder else _hub_errors(source):
         wrapper = FAMILIES[config.model_type].wrapper(source, save_path, freeze=freeze)
     return wrapper.float()
@@ -319,19 +342,28 @@ def _check_folder(source):
 
 def _check_configuration(folder):
     """Refuse a folder whose configuration is not plain data of sensible sizes."""
-    for name, schema in (("config.json", EncoderConfig), ("preprocessor_config.json", FeatureExtractorConfig)):
+    # Where PEFT is installed, transformers would change the weights by this file.
+    if (folder / "adapter_config.json").exists():
+        raise ValueError(f"{folder / 'adapter_config.json'}: adapters of PEFT are not supported; merge it first")
+    for name, schema in SCHEMAS.items():
+        if not (folder / name).exists():
+            continue
         try:
             content = plain_json(folder / name)
         except ValueError as error:
             raise ValueError(f"{folder / name}: {error}") from None
-        checked(schema, content, folder / name, UserError, "Save the encoder there again.")
+        if schema is not None:
+            checked(schema, content, folder / name, UserError, "Save the encoder there again.")
+    for path in folder.iterdir():
+        if path.suffix in WEIGHT_SUFFIXES and not path.is_file():
+            raise ValueError(f"{path}: not a regular file")
 
 
 def _check_size(config, folder):
     """Refuse an architecture whose weights the folder cannot hold: missing ones would be made up, at any size."""
     with quiet_loading(), torch.device("meta"):
         count = sum(weight.numel() for weight in AutoModel.from_config(config).parameters())
-    held = sum(path.stat().st_size for path in folder.iterdir() if path.suffix in WEIGHT_SUFFIXES and path.is_file())
+    held = sum(held_bytes(path) for path in folder.iterdir() if path.suffix in WEIGHT_SUFFIXES)
     if count > MIN_WEIGHTS + MAX_WEIGHTS_PER_BYTE * held:
         raise ValueError(
             f"{folder / 'config.json'}: describes {count} weights, and the folder has {held} bytes of them"

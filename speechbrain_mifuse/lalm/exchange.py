@@ -24,7 +24,7 @@ from pathlib import Path
 from typing import IO
 
 from speechbrain_mifuse import __version__
-from speechbrain_mifuse.corpora.manifest import replacing
+from speechbrain_mifuse.corpora.manifest import encodable, replacing, strict_object
 from speechbrain_mifuse.errors import UserError
 from speechbrain_mifuse.lalm.answer import KINDS, SAMPLE_KINDS
 from speechbrain_mifuse.lalm.integrity import SUM_TOLERANCE
@@ -35,6 +35,10 @@ from speechbrain_mifuse.progress import progress
 FORMAT = "speechbrain-mifuse labels"
 VERSION = 1
 
+# Bytes of a line: an answer has a few thousand, and its reply up to 2**18 characters.
+MAX_LINE_BYTES = 32 * 2**20
+# Of sample indices and attempts, whose sums over a store must not leave 64 bits; of seconds since 1970.
+MAX_COUNT, MAX_TIME = 2**31, 253_000_000_000
 # So many digits of a query's digest tell the queries of a file apart.
 ID_DIGITS = 16
 
@@ -237,10 +241,21 @@ def merge(shards: Sequence[str | Path], into: str | Path, show_progress: bool = 
         )
         for store, query, _ in parts:
             for entry in store.entries(query):
-                outcome = copy(query, entry)
+                outcome = copy(query, _merged(store, entry, len(query.labels)))
                 taken.count(outcome, lambda store=store, entry=entry: f"{store.path}: {_named(entry)}")
                 bar.update()
     return taken
+
+
+def _merged(store: LabelStore, entry: Entry, classes: int) -> Entry:
+    """Check an answer of another store as one of an export."""
+    fields = {name: value for name, value in entry._asdict().items() if value is not None or name not in _LEFT_OUT}
+    if entry.probs is not None:
+        fields["probs"] = list(entry.probs)
+    try:
+        return _checked_entry(fields, classes)
+    except ValueError as error:
+        raise StoreError(f"label store {store.path}: {_named(entry)}: {error}. Leave this store out.") from None
 
 
 def _header(queries: Iterable[Query]) -> str:
@@ -317,15 +332,13 @@ def _lines(path: Path) -> Iterator[tuple[int, dict]]:
     number = 0
     try:
         with gzip.open(path, "rb") if path.suffix == ".gz" else path.open("rb") as file:
-            for number, line in enumerate(file, start=1):
-                fields = json.loads(line)
-                if not isinstance(fields, dict):
-                    raise StoreError(f"{path}:{number}: not a JSON object.")
-                yield number, fields
+            while line := file.readline(MAX_LINE_BYTES + 1):
+                number += 1
+                if len(line) > MAX_LINE_BYTES:
+                    raise StoreError(f"{path}:{number}: a line of more than {MAX_LINE_BYTES} bytes.")
+                yield number, strict_object(line)
     except (OSError, EOFError, zlib.error) as error:
         raise StoreError(f"{path}: cannot be read ({error}).") from None
-    except RecursionError:
-        raise StoreError(f"{path}:{number}: nested too deeply.") from None
     except ValueError as error:  # also text that is not UTF-8, and numbers of thousands of digits
         raise StoreError(f"{path}:{number}: not a line of JSON ({error}).") from None
 
@@ -347,7 +360,7 @@ def _queries(header: Mapping) -> dict[str, Query]:
 def _query(name: str, about: Mapping) -> Query:
     try:
         query = Query(**about)
-    except (UserError, TypeError, AttributeError) as error:
+    except (UserError, TypeError) as error:
         raise ValueError(f"query {name}: {error}") from None
     if _id(query) != name:
         raise ValueError(f"query {name} was changed: its fields have the id {_id(query)}")
@@ -364,12 +377,12 @@ def _number(value: object) -> bool:
     return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
 
 
-def _count(least: int) -> Callable[[object], bool]:
-    return lambda value: isinstance(value, int) and not isinstance(value, bool) and least <= value < 2**63
+def _count(least: int, below: int) -> Callable[[object], bool]:
+    return lambda value: isinstance(value, int) and not isinstance(value, bool) and least <= value < below
 
 
 def _text(value: object) -> bool:
-    return isinstance(value, str)
+    return isinstance(value, str) and encodable(value)
 
 
 def _reply(value: object) -> bool:
@@ -384,25 +397,25 @@ def _usage(value: object) -> bool:
     """Whether it is the usage of an answer, with those of answers that it replaced inside it."""
     while isinstance(value, dict) and "replaced" in value:
         value = value["replaced"]
-    return isinstance(value, dict)
+    return isinstance(value, dict) and _text(json.dumps(value, ensure_ascii=False))
 
 
 # What a field must be, and what stands for one that is left out (nothing does where there is none).
 _FIELDS: dict[str, tuple[Callable[[object], bool], str]] = {
     "audio": (lambda v: _text(v) and re.fullmatch("[0-9a-f]{64}", v) is not None, "64 hexadecimal digits"),
-    "k": (_count(0), "a whole number from 0"),
+    "k": (_count(0, MAX_COUNT), f"a whole number from 0 to {MAX_COUNT - 1}"),
     "utt_id": (_text, "text"),
     "kind": (lambda v: v in KINDS, f"one of {', '.join(KINDS)}"),
     "probs": (lambda v: isinstance(v, list) and all(map(_number, v)), "a list of numbers"),
     "label_mass": (lambda v: _number(v) and 0 <= v <= 1, "a number from 0 to 1"),
-    "attempts": (_count(1), "a whole number from 1"),
+    "attempts": (_count(1, MAX_COUNT), f"a whole number from 1 to {MAX_COUNT - 1}"),
     "reason": (_text, "text"),
-    "seed": (_count(-(2**63)), "a whole number"),
-    "created": (_number, "seconds since 1970"),
+    "seed": (_count(-(2**63), 2**63), "a whole number of 64 bits"),
+    "created": (lambda v: _number(v) and 0 <= v < MAX_TIME, "seconds since 1970, before the year 9999"),
     "served_model": (_text, "text"),
     "system_fingerprint": (_text, "text"),
     "usage": (_usage, "an object"),
-    "raw": (_reply, "an object in JSON as text"),
+    "raw": (lambda v: _text(v) and _reply(v), "an object in JSON as text"),
 }
 _LEFT_OUT = {name: None for name in ("probs", "label_mass", "seed", "served_model", "system_fingerprint", "usage")}
 _LEFT_OUT |= {"utt_id": "", "reason": ""}
@@ -412,18 +425,22 @@ def _checked(fields: dict, queries: Mapping[str, Query]) -> tuple[Query, Entry]:
     name = fields.pop("query", None)
     if not isinstance(name, str) or name not in queries:
         raise ValueError(f"query {name!r} is not in the header")
+    missing = _FIELDS.keys() - fields.keys() - _LEFT_OUT.keys()
+    if missing:
+        raise ValueError(f"{', '.join(sorted(missing))} missing")
+    return queries[name], _checked_entry(fields, len(queries[name].labels))
+
+
+def _checked_entry(fields: Mapping, classes: int) -> Entry:
     for field, value in fields.items():
         if field not in _FIELDS:
             raise ValueError(f"unknown field {field!r}")
         fits, what = _FIELDS[field]
         if not fits(value):
-            raise ValueError(f"{field} must be {what}, not {value!r}")
-    missing = _FIELDS.keys() - fields.keys() - _LEFT_OUT.keys()
-    if missing:
-        raise ValueError(f"{', '.join(sorted(missing))} missing")
+            raise ValueError(f"{field} must be {what}, not {ascii(value)[:200]}")
     entry = Entry(**{**_LEFT_OUT, **fields})
-    _check_probs(entry, len(queries[name].labels))
-    return queries[name], entry
+    _check_probs(entry, classes)
+    return entry
 
 
 def _check_probs(entry: Entry, classes: int) -> None:

@@ -16,6 +16,8 @@ logger = logging.getLogger(__name__)
 
 # A file written a moment ago may be written again within the resolution of its time stamp.
 SETTLED = 2.0
+# The end of a rollback journal of SQLite that names a journal of several files.
+_JOURNAL_MAGIC = bytes.fromhex("d9d505f920a163d7")
 _TABLE = "files (path TEXT PRIMARY KEY, size INTEGER, mtime_ns INTEGER, sha256 TEXT, seconds REAL) WITHOUT ROWID"
 
 
@@ -156,6 +158,8 @@ class HashCache:
             self._db.execute("INSERT OR REPLACE INTO files VALUES (?, ?, ?, ?, ?)", row)
 
     def _opened(self) -> sqlite3.Connection:
+        if foreign_journal(self.path) is not None:
+            raise sqlite3.DatabaseError("its journal names another file")
         db = sqlite3.connect(self.path, timeout=10, isolation_level=None, check_same_thread=False)
         try:
             # Losing entries to a power cut is harmless; waiting for the disk on each is not.
@@ -169,7 +173,7 @@ class HashCache:
         return db
 
     def _anew(self) -> sqlite3.Connection:
-        for ending in ("", "-wal", "-shm"):
+        for ending in ("", "-journal", "-wal", "-shm"):
             with contextlib.suppress(OSError):
                 os.unlink(f"{self.path}{ending}")
         try:
@@ -182,6 +186,33 @@ class HashCache:
         db = sqlite3.connect(":memory:", isolation_level=None, check_same_thread=False)
         db.execute(f"CREATE TABLE {_TABLE}")
         return db
+
+
+def foreign_journal(path: str | Path) -> Path | None:
+    """Find a rollback journal of a transaction over several files: SQLite would delete the file that it names.
+
+    Parameters
+    ----------
+    path : str or pathlib.Path
+        A database of this package, whose transactions are over one file.
+
+    Returns
+    -------
+    pathlib.Path or None
+        The journal; `None` if there is none of the kind.
+
+    Example
+    -------
+    >>> foreign_journal("/nowhere") is None
+    True
+    """
+    database = Path(path).resolve()
+    journal = database.with_name(f"{database.name}-journal")
+    if not journal.is_file():
+        return None
+    with open(journal, "rb") as file:
+        file.seek(max(file.seek(0, os.SEEK_END) - len(_JOURNAL_MAGIC), 0))
+        return journal if file.read() == _JOURNAL_MAGIC else None
 
 
 def file_stamp(wav: str | Path) -> tuple[int, int] | None:

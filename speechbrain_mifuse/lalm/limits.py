@@ -326,7 +326,7 @@ def retry_after(headers: Mapping[str, str], now: Callable[[], float] = time.time
         return seconds if 0 <= seconds < math.inf else None
     try:
         return max(email.utils.parsedate_to_datetime(headers.get("retry-after", "")).timestamp() - now(), 0.0)
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, OverflowError):
         return None
 
 

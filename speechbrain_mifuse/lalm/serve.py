@@ -46,6 +46,8 @@ MAX_LONG_RECORDINGS = 8
 # Characters of text in a request.
 MAX_TEXT = 100_000
 MAX_CHOICES = 128
+# Characters of the key of a JSON object that is asked for.
+MAX_LABEL_KEY = 200
 # A request of the largest size may hold so many values at most: empty lists take thirty times their text.
 MAX_VALUES = 2**16
 KEY_VARIABLE = "MIFUSE_SERVE_KEY"
@@ -572,6 +574,8 @@ def _label_key(response_format: dict) -> str | None:
     if not isinstance(schema, dict) or len(schema) != 1:
         return None
     ((key, value),) = schema.items()
+    if len(key) > MAX_LABEL_KEY:  # every choice repeats it
+        raise RequestError(f"response_format: a property's name of more than {MAX_LABEL_KEY} characters")
     return key if isinstance(value, dict) and "enum" in value else None
 
 

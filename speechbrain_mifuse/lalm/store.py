@@ -20,8 +20,11 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
+from speechbrain_mifuse.audio import shown
+from speechbrain_mifuse.corpora.manifest import encodable
 from speechbrain_mifuse.errors import UserError
 from speechbrain_mifuse.lalm.answer import KINDS, SAMPLE_KINDS, Response
+from speechbrain_mifuse.lalm.hashes import foreign_journal
 from speechbrain_mifuse.lalm.limits import used_tokens
 from speechbrain_mifuse.lalm.profile import Tokens
 from speechbrain_mifuse.lalm.prompt import Prompt
@@ -29,6 +32,9 @@ from speechbrain_mifuse.lalm.prompt import Prompt
 logger = logging.getLogger(__name__)
 
 SCHEMA_VERSION = 1
+
+# What a row of another program, or a damaged one, may raise.
+_UNREADABLE = (ValueError, TypeError, AttributeError, OverflowError, RecursionError)
 
 # Seconds that a lock of another process is waited for, and after how many the user is told.
 NOT_WRITTEN = "Check free space and permissions of its folder, then run again: what is stored is kept."
@@ -187,6 +193,12 @@ class Query:
     prompt: str = dataclasses.field(default="", compare=False)
 
     def __post_init__(self):
+        texts = {name: getattr(self, name) for name in ("prompt_hash", "model", "base_url", "endpoint", "prompt")}
+        texts |= {"endpoint": self.endpoint or "", "sampling": "" if isinstance(self.sampling, Mapping) else None}
+        texts |= {"labels": "" if _are_labels(self.labels) else None}
+        for name, value in texts.items():
+            if not isinstance(value, str) or not encodable(value):
+                raise UserError(f"{name}: of a type or with characters that no query has")
         base_url = clean_base_url(self.base_url)
         object.__setattr__(self, "labels", tuple(self.labels))
         object.__setattr__(self, "base_url", base_url)
@@ -395,6 +407,12 @@ class LabelStore:
     def __init__(self, path: str | Path, read_only: bool = False):
         self.path, self.read_only = Path(path), read_only
         self._lock = threading.Lock()
+        journal = foreign_journal(path)
+        if journal is not None:
+            raise StoreError(
+                f"{journal}: names another file for SQLite to delete, which no label store of ours does. Remove it, "
+                "and check the store with `speechbrain-mifuse labels check`."
+            )
         name = self._read_only_address() if read_only else self.path
         try:
             self._db = sqlite3.connect(
@@ -548,18 +566,24 @@ class LabelStore:
         counts: dict[int, dict[str, int]] = {}
         for number, kind, count in self.read("SELECT query_id, kind, COUNT(*) FROM answers GROUP BY query_id, kind"):
             counts.setdefault(number, dict.fromkeys(KINDS, 0))[kind] = count
-        bills = self._bills()
-        return [
-            QuerySummary(
-                number,
-                Query(prompt_hash, json.loads(labels), model, base_url, json.loads(sampling), endpoint, prompt),
-                counts.get(number, dict.fromkeys(KINDS, 0)),
-                *(recordings, k, attempts, first, last),
-                *(bills.get((number, batch), Tokens()) for batch in (False, True)),
-            )
-            for number, prompt_hash, labels, model, base_url, sampling, endpoint, prompt, *rest in self.read(_QUERIES)
-            for recordings, k, attempts, first, last in (rest,)
-        ]
+        rows = self.read(_QUERIES)
+        try:
+            bills = self._bills()
+            return [
+                QuerySummary(
+                    number,
+                    Query(prompt_hash, json.loads(labels), model, base_url, json.loads(sampling), endpoint, prompt),
+                    counts.get(number, dict.fromkeys(KINDS, 0)),
+                    *(recordings, k, attempts, first, last),
+                    *(bills.get((number, batch), Tokens()) for batch in (False, True)),
+                )
+                for number, prompt_hash, labels, model, base_url, sampling, endpoint, prompt, *rest in rows
+                for recordings, k, attempts, first, last in (rest,)
+            ]
+        except StoreError:
+            raise
+        except (UserError, *_UNREADABLE) as error:
+            raise self._unreadable("a query", error) from None
 
     def recordings(self, query: Query) -> dict[str, str]:
         """Content hashes by utterance id, of all utterances that a query was asked for.
@@ -600,8 +624,20 @@ class LabelStore:
             number = self._query_id(query)
         last: tuple[bytes, int] = (b"", -1)
         while rows := self.read(_ENTRIES, (number, *last, _LOAD_BLOCK)):
-            yield from map(_entry, rows)
+            yield from map(self._decoded, rows)
             last = rows[-1][:2]
+
+    def _decoded(self, row: tuple) -> Entry:
+        try:
+            return _entry(row)
+        except _UNREADABLE as error:
+            raise self._unreadable("an answer", error) from None
+
+    def _unreadable(self, what: str, error: Exception) -> StoreError:
+        return StoreError(
+            f"label store {self.path}: {what} cannot be read ({error}). Restore the file from a copy; "
+            "`speechbrain-mifuse labels check` names what is damaged."
+        )
 
     @contextlib.contextmanager
     def copying(self) -> Iterator[Callable[[Query, Entry], str]]:
@@ -666,7 +702,7 @@ class LabelStore:
         digest = bytes.fromhex(entry.audio)
         found = self._db.execute(_FIND, (number, entry.k, digest)).fetchone()
         if found is not None:
-            stored = _entry(found)
+            stored = self._decoded(found)
             if stored.is_sample:
                 return "conflict" if entry.is_sample and _said(entry) != _said(stored) else "same"
             if not entry.is_sample and _newness(entry) <= _newness(stored):
@@ -695,6 +731,8 @@ class LabelStore:
                     f"{self.path}: not a label store of schema version {SCHEMA_VERSION} (found {version}). "
                     "Name another file, or open it with the version of speechbrain_mifuse that wrote it."
                 )
+            if version:
+                self._refuse_other_schema()
             self._db.execute("PRAGMA temp_store = MEMORY")
             self._db.execute(f"PRAGMA mmap_size = {_MAPPED_BYTES}")
             if self.read_only and not version:
@@ -706,6 +744,16 @@ class LabelStore:
                 self._create()
         except sqlite3.Error as error:
             raise self._error(error, "Name a new file or a label store.") from None
+
+    def _refuse_other_schema(self):
+        """Refuse triggers, views and expressions, which would run while the store is read or written."""
+        rows = self._db.execute("SELECT sql FROM sqlite_master WHERE name NOT LIKE 'sqlite!_%' ESCAPE '!'")
+        wanted = {_words(statement) for statement in _SCHEMA.split(";") if statement.strip()}
+        found = [_words(sql) for (sql,) in rows if isinstance(sql, str)]
+        other = next((sql for sql in found if sql not in wanted), None)
+        if other is not None or len(found) != len(wanted):
+            what = f"has {shown(other[:80])!r}" if other is not None else "lacks a table"
+            raise StoreError(f"{self.path}: no label store ({what}). Name another file.")
 
     def _create(self):
         with self._transaction():
@@ -811,6 +859,18 @@ class LabelStore:
         elif any(words in str(error) for words in ("unable to open", "readonly")):
             remedy = "Check that its folder exists and that both are writable (permissions, a read-only mount)."
         return StoreError(f"label store {self.path}: {error}. {remedy}")
+
+
+def _are_labels(labels: object) -> bool:
+    return (
+        isinstance(labels, (list, tuple))
+        and bool(labels)
+        and all(isinstance(label, str) and encodable(label) for label in labels)
+    )
+
+
+def _words(sql: str) -> str:
+    return " ".join(sql.split())
 
 
 def _is_locked(error: sqlite3.Error) -> bool:

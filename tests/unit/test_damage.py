@@ -624,6 +624,13 @@ def test_the_pace_of_requests_and_what_a_server_asks_for_do_not_follow_a_clock_t
     assert retry_after({"retry-after": "Thu, 01 Jan 1970 00:01:00 GMT"}, now=lambda: 3600.0) == 0.0
 
 
+@pytest.mark.parametrize(
+    "date", ["Thu, 01 Jan {} 00:00:00 GMT", "Thu, 01 Jan 1970 {}:00:00 GMT", "Thu, 01 Jan 1970 00:00:00 +{}"]
+)
+def test_a_date_beyond_every_calendar_asks_for_no_wait(date):
+    assert retry_after({"retry-after": date.format("9" * 20)}) is None
+
+
 # Two runs in one folder.
 
 

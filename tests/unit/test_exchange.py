@@ -140,10 +140,10 @@ def without(line, field):
 
 WRONG = {
     "not JSON": (5, lambda line: line[:30], r":5: not a line of JSON"),
-    "a list": (5, lambda line: "[]", r":5: not a JSON object"),
+    "a list": (5, lambda line: "[]", r":5: not a line of JSON \(not a JSON object"),
     "other sum": (4, lambda line: changed(line, probs=[0.5, 0.5, 0.5, 0]), r":4: .*do not sum to 1"),
     "negative": (4, lambda line: changed(line, probs=[1.5, -0.5, 0, 0]), r":4: .*negative"),
-    "not a number": (4, lambda line: changed(line, probs=[float("nan"), 1, 0, 0]), r":4: probs must be"),
+    "not a number": (4, lambda line: changed(line, probs=[float("nan"), 1, 0, 0]), r":4: .*NaN is no number"),
     "too few": (4, lambda line: changed(line, probs=[0.5, 0.5]), r":4: 2 probabilities for 4 labels"),
     "unknown kind": (4, lambda line: changed(line, kind="guess"), r":4: kind must be one of distribution"),
     "refusal with probabilities": (4, lambda line: changed(line, kind="refusal"), r":4: .*'refusal' with prob"),

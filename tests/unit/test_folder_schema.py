@@ -1,6 +1,7 @@
 """Files of a model folder that do not fit: each is one error that names the file and the key."""
 
 import json
+import os
 import re
 import struct
 
@@ -166,6 +167,27 @@ ENCODER = {
     "no rate": ("preprocessor_config.json", {"sampling_rate": 0}, "preprocessor_config.json: sampling_rate"),
     "features without an end": ("preprocessor_config.json", {"feature_size": 10**12}, "feature_size"),
     "code of its own": ("preprocessor_config.json", {"auto_map": {"AutoFeatureExtractor": "a.B"}}, "auto_map"),
+    "a window beyond all memory": ("preprocessor_config.json", {"n_fft": 100_000, "hop_length": 100}, "n_fft"),
+    "frames without an end": ("preprocessor_config.json", {"hop_length": 1}, "hop_length"),
+    "attention beyond all memory": ("config.json", {"encoder_attention_heads": 1000}, "encoder_attention_heads"),
+    "a frame for every sample": ("config.json", {"conv_stride": [1]}, "conv_stride: fewer than 160"),
+    "channels beyond all memory": ("config.json", {"conv_dim": [9000], "conv_stride": [2, 500]}, "conv_dim"),
+    "an adapter that changes it": ("adapter_config.json", {"peft_type": "LORA"}, "adapter_config.json: .*PEFT"),
+    "another feature extractor": (
+        "processor_config.json",
+        {"feature_extractor": {"feature_extractor_type": "WhisperFeatureExtractor", "feature_size": 10**6}},
+        "feature extractor: feature_size",
+    ),
+    "code of another feature extractor": (
+        "processor_config.json",
+        {"feature_extractor": {"feature_extractor_type": "A", "auto_map": {"AutoFeatureExtractor": "a.B"}}},
+        "feature extractor: auto_map",
+    ),
+    "a part that never ends": (
+        "model.safetensors.index.json",
+        {"weight_map": {"a": "../../../../../../dev/zero"}},
+        "model.safetensors.index.json: weight_map",
+    ),
 }
 
 
@@ -173,8 +195,37 @@ ENCODER = {
 def test_an_encoder_whose_configuration_does_not_fit_is_one_error_naming_the_key(what, folder):
     name, changes, match = ENCODER[what]
     path = folder / "encoder" / name
-    path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
+    before = json.loads(path.read_text()) if path.exists() else {}
+    path.write_text(json.dumps({**before, **changes}))
     refused(folder, match)
+
+
+@pytest.mark.parametrize("name", ["processor_config.json", "model.safetensors.index.json"])
+def test_a_file_beside_the_configuration_is_not_read_whatever_its_size(name, folder):
+    with open(folder / "encoder" / name, "wb") as file:
+        file.truncate(2**40)
+    refused(folder, f"{name}: more than 1000000 bytes")
+
+
+def test_a_named_pipe_among_the_weights_of_an_encoder_is_refused(folder):
+    os.mkfifo(folder / "encoder" / "part.safetensors")
+    refused(folder, "part.safetensors: not a regular file")
+
+
+def test_a_file_of_holes_makes_no_room_for_weights_that_are_not_there(folder):
+    path = folder / "encoder" / "config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "encoder_layers": 200, "d_model": 2**12}))
+    with open(folder / "encoder" / "more.bin", "wb") as file:
+        file.truncate(2**42)
+    refused(folder, "config.json: describes .* bytes")
+
+
+def test_weights_made_of_holes_are_refused_before_memory_for_them_is_allocated(folder):
+    header = json.dumps({"weight": {"dtype": "F32", "shape": [2**28, 2**10], "data_offsets": [0, 2**40]}}).encode()
+    path = folder / "classifier.safetensors"
+    path.write_bytes(struct.pack("<Q", len(header)) + header)
+    os.truncate(path, 8 + len(header) + 2**40)
+    refused(folder, "classifier.safetensors: cannot be loaded .*holes")
 
 
 @pytest.mark.parametrize(("pattern", "value", "match"), [(r"layers: \[1\]", "layers: [9]", r"layers=\[9\]")])

@@ -7,6 +7,7 @@ import json
 import logging
 import resource
 import sqlite3
+import struct
 import zlib
 
 import pytest
@@ -16,12 +17,13 @@ from lalm_support import LABELS, completion, scripted_server, tone, write_tones
 
 from speechbrain_mifuse.lalm import batch as batch_module
 from speechbrain_mifuse.lalm import exchange
+from speechbrain_mifuse.lalm.answer import Answer, Response
 from speechbrain_mifuse.lalm.batch import BatchJob
 from speechbrain_mifuse.lalm.client import LalmClient, LalmError
 from speechbrain_mifuse.lalm.collect import collect, encode_wav
 from speechbrain_mifuse.lalm.limits import known_usage
 from speechbrain_mifuse.lalm.prompt import Prompt
-from speechbrain_mifuse.lalm.store import LabelStore, Query, StoreError
+from speechbrain_mifuse.lalm.store import LabelStore, Query, Record, StoreError
 
 KEY = "a-key-of-nobody-0123456789"
 GOOD = json.dumps(completion("sad")).encode()
@@ -364,6 +366,14 @@ LINE = {"query": "q", "audio": "0" * 64, "k": 0, "kind": "label", "probs": [1, 0
         json.dumps({**LINE, "raw": "[" * 100_000}).encode(),
         json.dumps({**LINE, "raw": "[]"}).encode(),
         json.dumps({**LINE, "usage": {"replaced": "x"}}).encode(),
+        json.dumps({**LINE, "usage": {"prompt_tokens": float("nan")}}).encode(),
+        json.dumps({**LINE, "usage": {"\ud800": 1}}).encode(),
+        json.dumps({**LINE, "raw": '{"text": "\ud800"}'}).encode(),
+        json.dumps({**LINE, "utt_id": "\ud800"}).encode(),
+        json.dumps({**LINE, "created": 1e300}).encode(),
+        json.dumps({**LINE, "created": 10**400}).encode(),
+        json.dumps({**LINE, "attempts": 2**63 - 1}).encode(),
+        json.dumps({**LINE, "k": 2**63 - 1}).encode(),
     ],
 )
 @pytest.mark.parametrize("place", [1, 2])
@@ -376,3 +386,124 @@ def test_a_hostile_line_of_an_export_is_one_error_with_its_place(tmp_path, line,
         (tmp_path / "a.jsonl").write_bytes(b"\n".join(([header] if place == 2 else []) + [line, b""]))
         with pytest.raises(StoreError, match=f"a.jsonl:{place}: "):
             exchange.import_file(tmp_path / "a.jsonl", store, show_progress=False)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"prompt": 5},
+        {"prompt": "\ud800"},
+        {"model": ["m"]},
+        {"model": "\ud800"},
+        {"endpoint": {"a": 1}},
+        {"base_url": 5},
+        {"labels": [1, 2]},
+        {"labels": [["a"], ["b"]]},
+        {"labels": []},
+        {"sampling": [1]},
+        {"sampling": None},
+        {"sampling": {"a": {"b": float("inf")}}},
+    ],
+    ids=str,
+)
+def test_a_hostile_query_of_an_export_is_one_error(tmp_path, changes):
+    about = {"prompt_hash": "0" * 64, "labels": ["angry", "sad"], "model": "m", "base_url": "http://127.0.0.1/v1"}
+    about |= {"sampling": {"temperature": 1}, "prompt": "p", **changes}
+    header = {"format": exchange.FORMAT, "version": exchange.VERSION, "queries": {"0" * 16: about}}
+    (tmp_path / "a.jsonl").write_text(f'{json.dumps(header)}\n{{"answers": 0}}\n')
+    with LabelStore(tmp_path / "a.sqlite") as store, pytest.raises(StoreError, match=r"a\.jsonl:1: "):
+        exchange.import_file(tmp_path / "a.jsonl", store, show_progress=False)
+
+
+def test_a_line_without_end_is_left_after_few_megabytes(tmp_path, monkeypatch):
+    monkeypatch.setattr(exchange, "MAX_LINE_BYTES", 2**20)
+    with gzip.open(tmp_path / "a.jsonl.gz", "wb") as file:
+        for _ in range(64):
+            file.write(b" " * 2**20)
+    with LabelStore(tmp_path / "a.sqlite") as store, pytest.raises(StoreError, match=r"a\.jsonl\.gz:1: a line of more"):
+        exchange.import_file(tmp_path / "a.jsonl.gz", store, show_progress=False)
+
+
+# A label store of somebody else.
+
+
+@pytest.fixture
+def stranger(tmp_path):
+    """A store with one sample, to be changed behind its back."""
+    query = Query.of(Prompt(("angry", "sad"), "label"), "m", "http://127.0.0.1:9/v1", {"temperature": 1.0})
+    path = tmp_path / "stranger.sqlite"
+    with LabelStore(path) as store:
+        store.put_many(query, [Record("ab" * 32, 0, "u", Response(Answer("distribution", (0.5, 0.5)), "{}"))])
+    return path
+
+
+def changed(path, *statements):
+    with contextlib.closing(sqlite3.connect(path)) as database:
+        for statement in statements:
+            database.execute(statement)
+        database.commit()
+
+
+SCHEMAS = {
+    "a trigger": ["CREATE TRIGGER t AFTER INSERT ON answers BEGIN DELETE FROM answers; END"],
+    "a view in the place of a table": [
+        "ALTER TABLE audio RENAME TO other",
+        "CREATE VIEW audio AS WITH RECURSIVE r(n) AS (SELECT 1 UNION ALL SELECT n + 1 FROM r) SELECT * FROM r",
+    ],
+    "an expression": ["CREATE INDEX i ON answers (length(zeroblob(900000000)))"],
+    "a missing table": ["DROP TABLE audio"],
+}
+
+
+@pytest.mark.parametrize("what", SCHEMAS)
+@pytest.mark.parametrize("read_only", [True, False])
+def test_a_label_store_that_would_run_something_is_refused(stranger, what, read_only):
+    # An index by an expression is computed when it is made, and made here without rows.
+    changed(stranger, "DELETE FROM answers", *SCHEMAS[what])
+    with pytest.raises(StoreError, match=r"stranger\.sqlite: no label store"):
+        LabelStore.existing(stranger, read_only)
+
+
+ROWS = {
+    "probabilities beyond 1": "probs = x'0000a0400000a0c0'",
+    "probabilities that are no numbers": "probs = x'0000c07f0000c07f'",
+    "too few probabilities": "probs = x'0000803f'",
+    "half a number": "probs = x'00'",
+    "text in place of probabilities": "probs = 'text'",
+    "an unknown kind": "kind = 'evil'",
+    "more attempts than can be added up": "attempts = 9223372036854775807",
+    "a time beyond every calendar": "created = 1e300",
+    "bytes in place of an utterance": "utt_id = x'ff'",
+    "a reply that is none": "raw = 'text'",
+    "usage that is none": "usage = 'text'",
+    "usage that is a list": "usage = '[1]'",
+}
+
+
+@pytest.mark.parametrize("what", ROWS)
+def test_a_wrong_answer_in_a_label_store_of_somebody_else_is_merged_nowhere(stranger, tmp_path, what):
+    changed(stranger, f"UPDATE answers SET {ROWS[what]}")
+    with pytest.raises(StoreError, match=r"stranger\.sqlite"):
+        exchange.merge([stranger], tmp_path / "all.sqlite", show_progress=False)
+    with LabelStore(tmp_path / "all.sqlite") as store:
+        assert store.queries() == []
+
+
+def test_a_journal_beside_a_label_store_deletes_no_other_file(stranger, tmp_path):
+    """SQLite rolls a journal back that lies beside a database, and deletes the journal over several files it names."""
+    changed(stranger, "PRAGMA journal_mode = DELETE")
+    victim = tmp_path / "victim.txt"
+    victim.write_text("precious")
+    size = int.from_bytes(stranger.read_bytes()[16:18], "big")
+    pages = stranger.stat().st_size // size
+    magic = bytes.fromhex("d9d505f920a163d7")
+    first = struct.pack(">8s5I", magic, 0, 0, pages, 512, size)
+    name = str(victim).encode()
+    last = struct.pack(f">I{len(name)}sII8s", 2**30 // size + 1, name, len(name), sum(name), magic)
+    (tmp_path / "stranger.sqlite-journal").write_bytes(first.ljust(512, b"\0") + last)
+    with pytest.raises(StoreError, match=r"stranger\.sqlite-journal: names another file"):
+        LabelStore.existing(stranger, read_only=True)
+    assert victim.exists()
+    # SQLite alone deletes it, so that this test can fail.
+    changed(stranger, "SELECT * FROM answers")
+    assert not victim.exists()

@@ -198,6 +198,10 @@ def test_models_are_listed(api):
         ({"messages": [{"role": "user", "content": "hello"}]}, "input_audio"),
         ({"messages": "hello"}, "messages"),
         ({"messages": [{"role": "user", "content": "!" * 100_001}]}, "more than 100000 characters of text"),
+        (
+            {"response_format": {"json_schema": {"schema": {"properties": {"k" * 201: {"enum": []}}}}}},
+            "response_format: a property's name of more than 200",
+        ),
         ({"messages": [{"role": 3, "content": "hello"}]}, "role: must be text"),
         ({"messages": [{"role": "user", "content": [{"type": ["text"], "text": "hello"}]}]}, "type: must be text"),
         ({"messages": [{"role": "user", "content": [{"type": "text", "text": {}}]}]}, "text: must be text"),

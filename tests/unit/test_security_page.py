@@ -91,7 +91,9 @@ def test_code_in_the_weights_of_an_encoder_is_refused(mark, tmp_path, toy_encode
     assert not mark.exists()
 
 
-def test_python_that_comes_with_an_encoder_is_not_run(mark, tmp_path, toy_encoder):
+def test_python_that_comes_with_an_encoder_is_not_run(mark, tmp_path, toy_encoder, monkeypatch):
+    # transformers asks at the terminal, unless it is told not to.
+    monkeypatch.setattr("builtins.input", lambda _: "y")
     encoder = shutil.copytree(toy_encoder, tmp_path / "encoder")
     config = json.loads((encoder / "config.json").read_text())
     config |= {"model_type": "mine", "auto_map": {"AutoConfig": "mine.Config", "AutoModel": "mine.Model"}}
