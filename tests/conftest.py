@@ -1,5 +1,6 @@
 """What tests of several folders share: small corpora, a tiny encoder, and stored frames that can be learned from."""
 
+import gc
 import hashlib
 import logging
 import os
@@ -14,6 +15,12 @@ import pytest
 import toy_corpora
 
 from speechbrain_mifuse.features.store import FeatureStore
+
+
+def pytest_collection_finish():
+    """Take what was imported out of the garbage collector's walks: SpeechBrain starts one for each Whisper encoder."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(scope="session")
