@@ -19,9 +19,9 @@ from typing import Annotated, Any, Literal
 import yaml
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 
-from speechbrain_mifuse.audio import shown
 from speechbrain_mifuse.corpora.manifest import bounded_bytes, json_object
 from speechbrain_mifuse.errors import UserError
+from speechbrain_mifuse.texts import shown
 
 # Bounds on one file: bytes (PyYAML reads about 50 kB a second), and lists or mappings inside each other.
 MAX_YAML_BYTES, MAX_JSON_BYTES, MAX_DEPTH = 100_000, 1_000_000, 30

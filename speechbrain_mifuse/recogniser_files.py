@@ -19,6 +19,7 @@ from speechbrain_mifuse.errors import UserError
 from speechbrain_mifuse.features.encoder import FrozenEncoder
 from speechbrain_mifuse.features.store import difference
 from speechbrain_mifuse.folder_schema import (
+    MAX_YAML_BYTES,
     TAGS,
     ClassifierSizes,
     RecognizerAbout,
@@ -556,7 +557,7 @@ def recogniser_digest(folder: str | Path) -> str:
     """
     folder = Path(folder)
     try:
-        content = [bounded_bytes(folder / name) for name in (WEIGHTS, SETTINGS)]
+        content = [bounded_bytes(folder / WEIGHTS), bounded_bytes(folder / SETTINGS, MAX_YAML_BYTES)]
     except (OSError, ValueError):
         raise RecogniserError(f"{folder}: no whole recogniser there. {GIVE_WHOLE}") from None
     return hashlib.sha256(b"".join(content)).hexdigest()[:16]

@@ -26,11 +26,12 @@ from pathlib import Path
 from typing import IO
 
 from speechbrain_mifuse import __version__
-from speechbrain_mifuse.audio import BadAudio, duration, shown
+from speechbrain_mifuse.audio import BadAudio, duration
 from speechbrain_mifuse.audio_files import ENDINGS
 from speechbrain_mifuse.corpora.splits import balanced_groups
 from speechbrain_mifuse.errors import UserError, writing
 from speechbrain_mifuse.progress import progress
+from speechbrain_mifuse.texts import shown
 
 logger = logging.getLogger(__name__)
 
@@ -49,6 +50,8 @@ Splits = Mapping[str, float] | Mapping[str, Sequence[str]]
 MANY = 5000
 # Seconds that an entry may claim.
 LONGEST_LENGTH = 1e9
+# Bytes of a file from which on it must hold data; file systems that compress make holes of zeros.
+MAX_SPARSE_BYTES = 100_000_000
 # Digits of a whole number in a JSON file: reading thousands of them takes long, and no length or count has so many.
 LONGEST_INT = 40
 # Reasons shown in the log; all are in skipped.json.
@@ -1121,7 +1124,7 @@ def bounded_bytes(path: str | Path, max_bytes: int | None = None) -> bytes:
     FileNotFoundError
         If there is none.
     ValueError
-        If it is larger, or not a regular file.
+        If it is larger, not a regular file, or a large one that holds next to no data.
 
     Example
     -------
@@ -1132,13 +1135,41 @@ def bounded_bytes(path: str | Path, max_bytes: int | None = None) -> bytes:
     ...
     ValueError: more than 5 bytes
     """
-    if not stat.S_ISREG(os.stat(path).st_mode):
-        raise ValueError("not a regular file")
+    refuse_unreadable(path)
     with open(path, "rb") as file:
         content = file.read(-1 if max_bytes is None else max_bytes + 1)
     if max_bytes is not None and len(content) > max_bytes:
         raise ValueError(f"more than {max_bytes} bytes")
     return content
+
+
+def refuse_unreadable(path: str | Path) -> None:
+    """Refuse what is no regular file, and a file made of holes, which takes memory and no disk.
+
+    Parameters
+    ----------
+    path : str or pathlib.Path
+        A file.
+
+    Raises
+    ------
+    FileNotFoundError
+        If there is none.
+    ValueError
+        If it is one of these.
+
+    Example
+    -------
+    >>> refuse_unreadable(os.devnull)
+    Traceback (most recent call last):
+    ...
+    ValueError: not a regular file
+    """
+    status = os.stat(path)
+    if not stat.S_ISREG(status.st_mode):
+        raise ValueError("not a regular file")
+    if status.st_size > MAX_SPARSE_BYTES and held_bytes(path) < status.st_size // 2:
+        raise ValueError(f"most of its {status.st_size} bytes are holes without data")
 
 
 def held_bytes(path: str | Path) -> int:

@@ -8,9 +8,9 @@ from collections import Counter
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 
-from speechbrain_mifuse.audio import shown
 from speechbrain_mifuse.audio_files import ENDINGS
 from speechbrain_mifuse.corpora.manifest import CorpusError, by_stem
+from speechbrain_mifuse.texts import shown
 
 logger = logging.getLogger(__name__)
 

@@ -6,7 +6,7 @@ import logging
 from collections import Counter
 from collections.abc import Mapping
 
-from speechbrain_mifuse.audio import shown
+from speechbrain_mifuse.texts import shown
 
 logger = logging.getLogger(__name__)
 

@@ -9,7 +9,7 @@ import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from speechbrain_mifuse.corpora.manifest import CorpusError
+from speechbrain_mifuse.corpora.manifest import CorpusError, bounded_bytes
 from speechbrain_mifuse.texts import csv_value, shown
 
 SEPARATORS = (",", ";", "\t")
@@ -85,10 +85,10 @@ def read_table(
 def _decoded(table: Path) -> str:
     """Text of a table: UTF-8, or UTF-16 where a byte order mark says so."""
     try:
-        data = table.read_bytes()
+        data = bounded_bytes(table)
         utf16 = data.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE))
         return data.decode("utf-16" if utf16 else "utf-8-sig")
-    except (OSError, UnicodeDecodeError) as error:
+    except (OSError, ValueError) as error:
         reason = getattr(error, "strerror", None) or error
         raise CorpusError(
             f"{table}: cannot be read ({reason}). Save it in UTF-8 (in Excel: 'CSV UTF-8'), or restore it."

@@ -74,7 +74,8 @@ class FrozenTextEncoder:
             raise UserError(f"--text_encoder: '{source}' is no sentence encoder of BERT's form. Pass another one.")
         self.model = model.eval().requires_grad_(False)
         self.dim = int(model.config.hidden_size)
-        self.max_tokens = token_limit(model.config, self.tokenizer, folder)
+        with one_loading_error(self.source):
+            self.max_tokens = token_limit(model.config, self.tokenizer, folder)
         raw = type(model.config).get_config_dict(where, local_files_only=folder is not None)[0]
         self._digest = digest_of(raw, self.tokenizer.get_vocab(), model)
 

@@ -8,9 +8,8 @@ import re
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
-import yaml
-
 from speechbrain_mifuse.errors import UserError
+from speechbrain_mifuse.folder_schema import plain_yaml
 
 Labels = tuple[str, ...]
 
@@ -341,8 +340,8 @@ def read_profile(path: str | Path | None, **given) -> Profile:
     if path is None:
         return Profile.of(None, **given)
     try:
-        values = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
-    except (OSError, ValueError, yaml.YAMLError) as error:
+        values = plain_yaml(path)
+    except ValueError as error:
         raise UserError(
             f"--profile {path}: cannot be read: {error}. Name a file such as hparams/lalm/openai.yaml"
         ) from None

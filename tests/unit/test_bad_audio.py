@@ -21,6 +21,7 @@ from speechbrain_mifuse import audio
 from speechbrain_mifuse.audio import BadAudio, content_hash, duration, load_audio, resampled, shown
 from speechbrain_mifuse.corpora.folder import list_folder, prepare_folder
 from speechbrain_mifuse.corpora.manifest import CorpusError, atomic_write, read_manifest
+from speechbrain_mifuse.corpora.tables import read_table
 from speechbrain_mifuse.features.encoder import FrozenEncoder
 from speechbrain_mifuse.features.extract import FrameReader, extract
 from speechbrain_mifuse.inference import EmotionRecognizer, Recognition
@@ -278,6 +279,20 @@ def test_a_table_that_does_not_fit_is_one_error_that_names_it(tmp_path, content,
     (tmp_path / "a.wav").touch()
     with pytest.raises(CorpusError, match=rf"labels.csv.*({says})"):
         list_folder(tmp_path)
+
+
+@pytest.mark.parametrize("what", ["a named pipe", "a device", "a file of holes"])
+def test_a_table_without_an_end_is_one_error_that_names_it(tmp_path, what):
+    table = tmp_path / "labels.csv"
+    if what == "a named pipe":
+        os.mkfifo(table)
+    elif what == "a device":
+        table.symlink_to("/dev/zero")
+    else:
+        table.touch()
+        os.truncate(table, 2**42)
+    with pytest.raises(CorpusError, match=r"labels\.csv: cannot be read \((not a regular file|most of its)"):
+        read_table(table, {"file": (), "emo": ()})
 
 
 # (d) Recognising.

@@ -15,7 +15,7 @@ from speechbrain_mifuse.inference import EmotionRecognizer
 from speechbrain_mifuse.nnet.adapter_files import AdapterError, export_adapter, load_adapter
 from speechbrain_mifuse.nnet.dual_encoder import DualEncoder
 from speechbrain_mifuse.nnet.wap_transformer import WAPTransformer
-from speechbrain_mifuse.recogniser_files import RecogniserError, load_classifier, read_about
+from speechbrain_mifuse.recogniser_files import RecogniserError, load_classifier, read_about, recogniser_digest
 from speechbrain_mifuse.zero_shot.own_dual_encoder import (
     DualEncoderError,
     export_dual_encoder,
@@ -156,6 +156,13 @@ def test_a_named_pipe_or_a_folder_in_the_place_of_a_file_is_refused(folder):
         read_about("/dev")
 
 
+@pytest.mark.parametrize("name", ["hyperparams.yaml", "classifier.safetensors"])
+def test_the_identity_of_a_folder_is_not_taken_from_files_of_holes(name, folder):
+    os.truncate(folder / name, 2**42)
+    with pytest.raises(RecogniserError, match="no whole recogniser"):
+        recogniser_digest(folder)
+
+
 # The encoder.
 
 ENCODER = {
@@ -200,11 +207,12 @@ def test_an_encoder_whose_configuration_does_not_fit_is_one_error_naming_the_key
     refused(folder, match)
 
 
+@pytest.mark.parametrize("size", [2**25, 2**40])
 @pytest.mark.parametrize("name", ["processor_config.json", "model.safetensors.index.json"])
-def test_a_file_beside_the_configuration_is_not_read_whatever_its_size(name, folder):
+def test_a_file_beside_the_configuration_is_not_read_whatever_its_size(name, size, folder):
     with open(folder / "encoder" / name, "wb") as file:
-        file.truncate(2**40)
-    refused(folder, f"{name}: more than 1000000 bytes")
+        file.truncate(size)
+    refused(folder, f"{name}: (more than 1000000 bytes|most of its)")
 
 
 def test_a_named_pipe_among_the_weights_of_an_encoder_is_refused(folder):

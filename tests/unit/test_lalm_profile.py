@@ -9,7 +9,7 @@ from hyperpyyaml import load_hyperpyyaml
 
 from speechbrain_mifuse.errors import UserError
 from speechbrain_mifuse.lalm.answer import Reply
-from speechbrain_mifuse.lalm.profile import AUDIO_PARTS, CONSTRAINTS, Price, Profile, Tokens
+from speechbrain_mifuse.lalm.profile import AUDIO_PARTS, CONSTRAINTS, Price, Profile, Tokens, read_profile
 from speechbrain_mifuse.lalm.prompt import ANSWER_FORMS, Prompt
 from speechbrain_mifuse.pipeline import profile_of, question_of
 
@@ -150,3 +150,12 @@ def test_answers_to_shuffled_questions_are_read_in_the_fixed_order():
 def test_a_question_that_varies_is_not_sent_as_it_is():
     with pytest.raises(UserError, match="at"):
         Prompt(LABELS, shuffle_labels=True).messages("x")
+
+
+@pytest.mark.parametrize("content", ["[" * 5000, "model: &a [x]\ntemplate: *a", "model: !!python/name:os.system"])
+def test_a_file_that_is_no_plain_profile_is_one_error_of_one_line(tmp_path, content):
+    path = tmp_path / "profile.yaml"
+    path.write_text(content)
+    with pytest.raises(UserError, match=r"--profile .*profile\.yaml: cannot be read: line ") as caught:
+        read_profile(path)
+    assert "\n" not in str(caught.value)
