@@ -12,7 +12,7 @@ export PIP_CONSTRAINT = $(LOCK)
 export PIP_BUILD_CONSTRAINT = $(LOCK)
 endif
 
-.PHONY: demo test lock newest table ablations weighting other_seeds skew norms sensitivity adapter zsfuse bench faults fuzz docs clean
+.PHONY: demo test test_long lock newest table ablations weighting other_seeds skew norms sensitivity adapter zsfuse bench faults fuzz docs clean
 
 $(VENV)/.installed: pyproject.toml $(LOCK)
 	$(PYTHON) -m venv $(VENV)
@@ -27,6 +27,10 @@ test: $(VENV)/.installed
 	$(RUN) -m ruff check .
 	$(RUN) -m ruff format --check .
 	$(RUN) -m pytest -n auto --maxprocesses 4 --dist loadfile --no-loadscope-reorder
+
+# Further forms of what the default tests hold: every pair and row, more processes, disks and sizes.
+test_long: $(VENV)/.installed
+	$(RUN) -m pytest -m long -n auto --maxprocesses 4
 
 # Write constraints.txt anew: the newest versions within the bounds, for Python 3.10 to 3.12 in one file.
 lock:

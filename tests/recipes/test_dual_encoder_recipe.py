@@ -68,7 +68,9 @@ def open_flags(toy_folder, toy_encoder):
     return {"data_folder": toy_folder, "encoder": toy_encoder, "encoder_layers": "[0, 1]", "layer": 1}
 
 
-@pytest.mark.parametrize("corpus", list(TRAINED_ON))
+@pytest.mark.parametrize(
+    "corpus", [pytest.param(name, marks=pytest.mark.long if name in ("nEMO", "EmoDB") else []) for name in TRAINED_ON]
+)
 def test_it_runs_as_its_registry_row_says_and_trains_on_other_corpora_than_the_target(
     corpus, tree, open_flags, tmp_path
 ):

@@ -121,7 +121,7 @@ def require_as_unbroken(bench, folder):
     assert sorted(key for key in {*left, *unbroken.left} if left.get(key) != unbroken.left.get(key)) == []
 
 
-@pytest.mark.parametrize("kind", [SmallDisk, SmallFiles])
+@pytest.mark.parametrize("kind", [pytest.param(SmallDisk, marks=pytest.mark.long), SmallFiles])
 def test_on_a_disk_that_fills_up_again_and_again_each_run_ends_in_one_line_and_the_last_as_an_unbroken_one(
     kind, bench, tmp_path
 ):
@@ -142,6 +142,7 @@ def test_on_a_disk_that_fills_up_again_and_again_each_run_ends_in_one_line_and_t
         disk.close()
 
 
+@pytest.mark.long
 def test_whichever_file_does_not_reach_the_disk_the_same_command_goes_on_to_the_same_results(bench, tmp_path):
     refused = 0
     folder = tmp_path / "run"

@@ -30,7 +30,9 @@ def run_with_one_take(*arguments):
     processes.run_script(*arguments)
 
 
-@pytest.mark.parametrize("name", OWN_FLAGS)
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=pytest.mark.long if name in PAIRS[1:] else []) for name in OWN_FLAGS]
+)
 def test_a_row_runs_as_it_says(name, toy_folder, toy_encoder, tmp_path_factory, tmp_path):
     row = ROWS[f"hparams/{name}.yaml"]
     flags = {"encoder": toy_encoder, "encoder_layers": "[0, 1]", "device": "cpu", "output_folder": tmp_path / "out"}

@@ -85,7 +85,9 @@ def about(folder, role):
     return json.loads((folder / "manifests" / role / "corpus.json").read_text())
 
 
-@pytest.mark.parametrize("pair", PAPER_PAIRS)
+@pytest.mark.parametrize(
+    "pair", [pytest.param(pair, marks=[] if pair == "msp2iem" else pytest.mark.long) for pair in PAPER_PAIRS]
+)
 def test_a_pair_of_the_paper_runs_from_its_header_to_results(pair, run, request):
     folder = (
         request.getfixturevalue("typed")[0]

@@ -119,6 +119,7 @@ def test_adaptation_by_every_kind_of_method(world):
     assert ["serving" in Path(f"{two}_{rank}.log.out").read_text() for rank in (0, 1)] == [True, False]
 
 
+@pytest.mark.long
 def test_arms_with_a_pretrained_adapter(world):
     flags = {
         "adapter": TINY,
@@ -134,11 +135,13 @@ def test_arms_with_a_pretrained_adapter(world):
     both(world, "adapter", "recipes/EmoDB/adapter/train.py", "hparams/adapter_emodb.yaml", 1, **flags)
 
 
+@pytest.mark.long
 def test_dual_encoder(world):
     flags = {"text_encoder": world[0] / "text", "number_of_epochs": 3, "batch_size": 11, "frame_average": 1, **ENCODER}
     both(world, "dual", "recipes/EmoDB/dual_encoder/train.py", "hparams/dual_encoder_emodb.yaml", 1, **flags)
 
 
+@pytest.mark.long
 def test_late_fusion(world):
     inner = {"encoder": world[1]["encoder"], **ENCODER, "text_encoder": world[0] / "text", "frame_average": 1}
     inner |= {"number_of_epochs": 3, "batch_size": 11}

@@ -135,14 +135,14 @@ def test_what_is_done_is_not_done_again(compared, tree, toy_folder, toy_encoder)
     assert {path: path.stat().st_mtime_ns for path in output.glob("fold_*/**/predictions.json")} == before
 
 
-@pytest.mark.parametrize("corpus", ["RAVDESS", "nEMO"])
+@pytest.mark.parametrize("corpus", ["RAVDESS", pytest.param("nEMO", marks=pytest.mark.long)])
 def test_an_open_corpus_runs_as_its_registry_row_says(corpus, tree, toy_folder, toy_encoder, tmp_path):
     flags = open_flags(tree, toy_folder, toy_encoder, corpus)
     status, said, missing = run(tree, corpus, tmp_path / "out", flags)
     assert status == 0 and not missing, said
 
 
-@pytest.mark.parametrize("corpus", ["IEMOCAP", "MSP-Podcast"])
+@pytest.mark.parametrize("corpus", ["IEMOCAP", pytest.param("MSP-Podcast", marks=pytest.mark.long)])
 def test_a_licensed_corpus_runs_with_a_clap_of_transformers(corpus, tree, tmp_path):
     flags = {"data_folder": tree / "paper", "encoder": tree / "hubert", "encoder_layers": "[2]", "layer": 2}
     status, said, missing = run(tree, corpus, tmp_path / "out", {**flags, "alm": tree / "clap"})

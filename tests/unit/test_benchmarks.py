@@ -47,7 +47,9 @@ def test_list_names_every_benchmark_without_loading_torch():
     assert {line.split()[0] for line in shown.splitlines()} == set(RATIOS) | elsewhere
 
 
-@pytest.mark.parametrize("name", RATIOS)
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=pytest.mark.long if name == "million" else []) for name in RATIOS]
+)
 def test_json_holds_machine_and_figures_and_the_table_shows_them(name, main, tmp_path, capsys):
     path = tmp_path / "figures.json"
     main([name, "--quick", "--json", str(path)])

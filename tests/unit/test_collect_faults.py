@@ -227,7 +227,7 @@ def test_a_key_in_the_environment_is_in_no_file_that_a_run_leaves_behind(tmp_pat
         handler.close()
     files = [path for path in tmp_path.rglob("*") if path.is_file()]
     assert {"labels.sqlite", "labels.jsonl", "log.txt"} <= {path.name for path in files}
-    assert (tmp_path / "log.txt").stat().st_size > 1000
+    assert (tmp_path / "log.txt").stat().st_size > 100
     assert not [path for path in files if KEY.encode() in path.read_bytes()]
     assert KEY not in "".join(capfd.readouterr()) and KEY in os.environ.values()
 
