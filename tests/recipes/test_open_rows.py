@@ -20,6 +20,7 @@ PAIRS = ("emodb2rav", "rav2nemo", "emodb2nemo", "rav2emodb", "nemo2emodb")
 QUICK = "{number_of_epochs: 4, batch_size: 12, learning_rate: 0.01}"
 PAIR_FLAGS = {"layer": 0, "teacher_layer": 1, "source_classifier": QUICK, "teacher_classifier": QUICK}
 CLASSIFIERS = ("classifier_ravdess", "classifier_nemo")
+SHORT = ("demo", "emodb2rav", "classifier_ravdess")
 OWN_FLAGS = {**{name: PAIR_FLAGS for name in ("demo", *PAIRS)}, **{name: {"layer": 1} for name in CLASSIFIERS}}
 
 
@@ -31,7 +32,7 @@ def run_with_one_take(*arguments):
 
 
 @pytest.mark.parametrize(
-    "name", [pytest.param(name, marks=pytest.mark.long if name in PAIRS[1:] else []) for name in OWN_FLAGS]
+    "name", [pytest.param(name, marks=[] if name in SHORT else pytest.mark.long) for name in OWN_FLAGS]
 )
 def test_a_row_runs_as_it_says(name, toy_folder, toy_encoder, tmp_path_factory, tmp_path):
     row = ROWS[f"hparams/{name}.yaml"]

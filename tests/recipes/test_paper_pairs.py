@@ -192,7 +192,12 @@ def registered(path):
         return list(csv.DictReader(file))
 
 
-@pytest.mark.parametrize("corpus", ["IEMOCAP", "MSP-IMPROV", "MSP-Podcast", "CREMA-D"])
+LONG = pytest.mark.long
+
+
+@pytest.mark.parametrize(
+    "corpus", ["IEMOCAP", *(pytest.param(name, marks=LONG) for name in ("MSP-IMPROV", "MSP-Podcast", "CREMA-D"))]
+)
 def test_a_classifier_is_trained_as_its_registry_row_says(corpus, run, tmp_path):
     rows = registered(ROOT / "tests" / "recipes" / f"{corpus}.csv")
     row = next(row for row in rows if "classifier" in row["Script_file"])
