@@ -16,7 +16,7 @@ import secrets
 import time
 import urllib.parse
 import wave
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import NamedTuple
 
 import aiohttp
@@ -39,7 +39,7 @@ from speechbrain_mifuse.lalm.limits import (
 )
 from speechbrain_mifuse.lalm.profile import NO_TOKENS, Profile, Tokens
 from speechbrain_mifuse.lalm.prompt import Prompt
-from speechbrain_mifuse.lalm.redaction import keep_requests_out_of_logs, redacted, short
+from speechbrain_mifuse.lalm.redaction import keep_requests_out_of_logs, redacted, redactor, short
 from speechbrain_mifuse.lalm.store import clean_base_url
 
 logger = logging.getLogger(__name__)
@@ -462,17 +462,18 @@ class LalmClient:
             One for each choice, without the key, should the server have echoed it.
         """
         # Of a reply, only known fields of known types are kept, without secrets that the server may have echoed.
-        usage = known_usage(completion.get("usage"))
+        usage, clean = known_usage(completion.get("usage")), redactor()
+        model, fingerprint = (short(completion.get(name), clean) for name in ("model", "system_fingerprint"))
         responses = []
         for position, choice in enumerate(_items(completion.get("choices"))[:n]):
-            reply = reply_of(choice)
+            reply = reply_of(choice, clean)
             response = Response(
                 answer=prompt.parse(reply),
                 raw=reply.to_json(),
                 seed=None if seed is None else seed + position,
                 usage=usage if position == 0 else None,
-                served_model=short(completion.get("model")),
-                system_fingerprint=short(completion.get("system_fingerprint")),
+                served_model=model,
+                system_fingerprint=fingerprint,
             )
             responses.append(response)
         return responses
@@ -804,13 +805,15 @@ def _beginning(text: str) -> str:
     return " ".join(text.split())
 
 
-def reply_of(choice) -> Reply:
+def reply_of(choice, clean: Callable[[str], str] | None = None) -> Reply:
     """Translate a choice of a chat completion, tolerating fields that lesser servers leave out or fill otherwise.
 
     Parameters
     ----------
     choice : mapping or openai.types.chat.chat_completion.Choice
         One choice, decoded from JSON or as the openai package gives it.
+    clean : callable, optional
+        A `redactor`, where there are many choices.
 
     Returns
     -------
@@ -821,22 +824,23 @@ def reply_of(choice) -> Reply:
     >>> reply_of({"message": {"content": "angry"}, "finish_reason": "stop"})
     Reply(text='angry', finish_reason='stop', refusal=None, top_logprobs=None, reasoning=None)
     """
+    clean = clean or redactor()
     message = _get(choice, "message")
     ended, refusal = _get(choice, "finish_reason"), _get(message, "refusal")
     # An answer may come as the arguments of a function call; beside content, both must agree.
     text = "\n".join(part for part in (_text(_get(message, "content")), *_arguments(message)) if part.strip())
     return Reply(
-        text=_kept(text),
-        finish_reason=None if ended is None else short(ended),
-        refusal=_kept(refusal if isinstance(refusal, str) else "refused") if refusal else None,
-        top_logprobs=_first_token(_get(choice, "logprobs")),
-        reasoning=None if text else _reasoning(message),
+        text=_kept(text, clean),
+        finish_reason=None if ended is None else short(ended, clean),
+        refusal=_kept(refusal if isinstance(refusal, str) else "refused", clean) if refusal else None,
+        top_logprobs=_first_token(_get(choice, "logprobs"), clean),
+        reasoning=None if text else _reasoning(message, clean),
     )
 
 
-def _kept(text: str) -> str:
+def _kept(text: str, clean: Callable[[str], str]) -> str:
     """Give what is kept of a text: without secrets, and bounded."""
-    return redacted(text)[:_LONGEST_TEXT]
+    return clean(text)[:_LONGEST_TEXT]
 
 
 def _arguments(message) -> list[str]:
@@ -853,9 +857,9 @@ def _as_json(value: object) -> str:
         return ""
 
 
-def _reasoning(message) -> str | None:
+def _reasoning(message, clean) -> str | None:
     found = (_get(message, name) for name in ("reasoning_content", "reasoning", "thinking"))
-    return next((_kept(text) for text in found if isinstance(text, str) and text.strip()), None)
+    return next((_kept(text, clean) for text in found if isinstance(text, str) and text.strip()), None)
 
 
 def _get(thing, name: str):
@@ -917,12 +921,12 @@ def _text(content) -> str:
     return "".join(text for text in texts if isinstance(text, str))
 
 
-def _first_token(logprobs) -> tuple[tuple[str, float], ...] | None:
+def _first_token(logprobs, clean) -> tuple[tuple[str, float], ...] | None:
     """Alternatives for the first token that is not blank or a quotation mark."""
     for position in _items(_get(logprobs, "content")):
-        if short(_get(position, "token")).strip(" \t\r\n\"'`*Ġ▁"):
+        if short(_get(position, "token"), clean).strip(" \t\r\n\"'`*Ġ▁"):
             pairs = [(_get(item, "token"), _get(item, "logprob")) for item in _items(_get(position, "top_logprobs"))]
             # An alternative without a number says nothing: it must not count as certain.
             known = [(token, p) for token, p in pairs if isinstance(token, str) and type(p) in (int, float)]
-            return tuple((short(token), float(p)) for token, p in known[:_MOST_TOKENS] if abs(p) < 1e300) or None
+            return tuple((short(token, clean), float(p)) for token, p in known[:_MOST_TOKENS] if abs(p) < 1e300) or None
     return None

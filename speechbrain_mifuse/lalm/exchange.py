@@ -28,7 +28,7 @@ from speechbrain_mifuse.corpora.manifest import encodable, replacing, strict_obj
 from speechbrain_mifuse.errors import UserError
 from speechbrain_mifuse.lalm.answer import KINDS, SAMPLE_KINDS
 from speechbrain_mifuse.lalm.integrity import SUM_TOLERANCE
-from speechbrain_mifuse.lalm.redaction import redacted
+from speechbrain_mifuse.lalm.redaction import redactor
 from speechbrain_mifuse.lalm.store import Entry, LabelStore, Query, StoreError
 from speechbrain_mifuse.progress import progress
 
@@ -127,14 +127,14 @@ def export(
     """
     known = {summary.query: sum(summary.counts.values()) for summary in store.queries()}
     chosen = list(known if queries is None else queries)
-    written = 0
+    clean, written = redactor(), 0
     total = sum(known.get(query, 0) for query in chosen)
     with (
         _replacing(Path(path)) as write,
         progress(total=total, unit="answer", desc="export", disable=not show_progress) as bar,
     ):
         header = _header(chosen)
-        if redacted(header) != header:
+        if clean(header) != header:
             raise StoreError(
                 f"{store.path}: the model, endpoint, prompt or a sampling parameter of a query holds what looks like a "
                 "key. Nothing was exported: such a query cannot be given away."
@@ -143,7 +143,7 @@ def export(
         for query in chosen:
             name = _id(query)
             for entry in store.entries(query):
-                write(redacted(_line(name, entry, with_ids)))
+                write(clean(_line(name, entry, with_ids)))
                 written += 1
                 bar.update()
         write(_dumps({"answers": written}))

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import functools
 import logging
 import os
 import re
+from collections.abc import Callable
 
 # Whatever the environment calls a key, and what looks like one of the usual providers. Shorter values are placeholders
 # such as "EMPTY", whose removal would only damage the text.
@@ -38,20 +38,49 @@ def redacted(text: str) -> str:
     >>> redacted("Incorrect API key provided: sk-0123456789abcdefXYZ.")
     'Incorrect API key provided: ***.'
     """
-    text = text.encode("utf-8", "backslashreplace").decode()
-    for secret in _longest_first(tuple(os.environ.items())):
-        text = text.replace(secret, "***")
-    # Most texts hold nothing of the kind, and looking for its marks takes a tenth of the time.
-    return _SECRET_LOOKS.sub("***", text) if any(mark in text for mark in _SECRET_MARKS) else text
+    return redactor()(text)
 
 
-def short(name: object) -> str:
+def redactor() -> Callable[[str], str]:
+    """Make the function that `redacted` is, with the environment as it is now: reading it takes longer than all else.
+
+    Returns
+    -------
+    callable
+        For many texts at a time.
+
+    Example
+    -------
+    >>> clean = redactor()
+    >>> clean("Bearer abcdefghij0123456789"), clean("angry")
+    ('***', 'angry')
+    """
+    found = {
+        value
+        for name, value in os.environ.items()
+        if _SECRET_NAMES.search(name.upper()) and len(value) >= _SHORTEST_SECRET
+    }
+    secrets = sorted(found, key=len, reverse=True)
+
+    def clean(text: str) -> str:
+        text = text.encode("utf-8", "backslashreplace").decode()
+        for secret in secrets:
+            text = text.replace(secret, "***")
+        # Most texts hold nothing of the kind, and looking for its marks takes a tenth of the time.
+        return _SECRET_LOOKS.sub("***", text) if any(mark in text for mark in _SECRET_MARKS) else text
+
+    return clean
+
+
+def short(name: object, clean: Callable[[str], str] = redacted) -> str:
     """Give what is kept of a name or number that a server sent.
 
     Parameters
     ----------
     name : object
         Decoded JSON.
+    clean : callable
+        A `redactor`, where there are many names.
 
     Returns
     -------
@@ -64,7 +93,7 @@ def short(name: object) -> str:
     ('gpt-audio', '404', '', '')
     """
     if isinstance(name, str):
-        return redacted(name)[:_LONGEST_NAME]
+        return clean(name)[:_LONGEST_NAME]
     return str(name) if type(name) is int and abs(name) < 10**18 else ""
 
 
@@ -81,11 +110,3 @@ def keep_requests_out_of_logs() -> None:
         logger = logging.getLogger(name)
         if logger.level < logging.WARNING:
             logger.setLevel(logging.WARNING)
-
-
-@functools.lru_cache(maxsize=4)
-def _longest_first(environment: tuple[tuple[str, str], ...]) -> list[str]:
-    secrets = {
-        value for name, value in environment if _SECRET_NAMES.search(name.upper()) and len(value) >= _SHORTEST_SECRET
-    }
-    return sorted(secrets, key=len, reverse=True)
