@@ -12,10 +12,11 @@ import email.policy
 import http.server
 import json
 import random
-import threading
 import time
 import urllib.parse
 from collections.abc import Callable
+
+from serving import serving
 
 EXPIRED = {"code": "batch_expired", "message": "not executed before the completion window expired"}
 
@@ -172,11 +173,5 @@ def simulated_batch_server(answer: Callable[[dict], tuple[int, dict] | None], **
         def handle_error(self, *args):
             pass
 
-    server = Server(("127.0.0.1", 0), Handler)
-    threading.Thread(target=server.serve_forever, args=(0.02,), daemon=True).start()
-    state.url = f"http://127.0.0.1:{server.server_address[1]}/v1"
-    try:
+    with serving(Server(("127.0.0.1", 0), Handler)) as state.url:
         yield state
-    finally:
-        server.shutdown()
-        server.server_close()

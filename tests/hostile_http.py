@@ -2,8 +2,9 @@
 
 import contextlib
 import socketserver
-import threading
 import time
+
+from serving import serving
 
 
 def reply(body, headers=(), status="200 OK"):
@@ -38,13 +39,8 @@ def raw_server(script):
         allow_reuse_address = True
         request_queue_size = 64
 
-    server = Server(("127.0.0.1", 0), Handler)
-    threading.Thread(target=server.serve_forever, args=(0.02,), daemon=True).start()
-    try:
-        yield f"http://127.0.0.1:{server.server_address[1]}/v1", seen
-    finally:
-        server.shutdown()
-        server.server_close()
+    with serving(Server(("127.0.0.1", 0), Handler)) as url:
+        yield url, seen
 
 
 def forever(piece, pause=0.0):

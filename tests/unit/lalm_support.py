@@ -3,11 +3,11 @@
 import contextlib
 import http.server
 import json
-import threading
 
 import numpy as np
 import soundfile
 import torch
+from serving import serving
 
 LABELS = ("angry", "happy", "neutral", "sad")
 
@@ -105,10 +105,5 @@ def scripted_server(script, models=("m",)):
         def handle_error(self, *args):
             pass
 
-    server = Server(("127.0.0.1", 0), Handler)
-    threading.Thread(target=server.serve_forever, args=(0.02,), daemon=True).start()
-    try:
-        yield f"http://127.0.0.1:{server.server_address[1]}/v1", requests
-    finally:
-        server.shutdown()
-        server.server_close()
+    with serving(Server(("127.0.0.1", 0), Handler)) as url:
+        yield url, requests
