@@ -125,7 +125,9 @@ def test_two_processes_train_to_the_same_loss_curve_as_one(tree, trained):
         assert second == pytest.approx(first, rel=0.01, abs=1e-4)
 
 
-@pytest.mark.parametrize("corpus", ["RAVDESS", "nEMO", "EmoDB"])
+@pytest.mark.parametrize(
+    "corpus", ["RAVDESS", *(pytest.param(name, marks=pytest.mark.long) for name in ("nEMO", "EmoDB"))]
+)
 def test_an_open_corpus_runs_as_its_registry_row_says(corpus, toy_folder, toy_encoder, tmp_path):
     with (ROOT / "tests" / "recipes" / f"{corpus}.csv").open(newline="", encoding="utf-8") as file:
         row = next(row for row in csv.DictReader(file) if "adapter" in row["Script_file"])

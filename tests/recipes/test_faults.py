@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 BENCHMARKS = Path(__file__).resolve().parents[2] / "benchmarks"
-KILLS = {"mifuse": 2, "adapter": 1}
+KILLS = {"mifuse": 1, "adapter": 1}
 
 
 @pytest.fixture(scope="module")
@@ -20,7 +20,10 @@ def bench(tmp_path_factory):
     return faults, faults.Bench(scratch, scratch / "kept" / "runs.jsonl")
 
 
-@pytest.mark.parametrize(("recipe", "kills"), KILLS.items())
+@pytest.mark.parametrize(
+    ("recipe", "kills"),
+    [("mifuse", KILLS["mifuse"]), pytest.param("adapter", KILLS["adapter"], marks=pytest.mark.long)],
+)
 def test_killed_at_random_moments_the_same_command_ends_with_the_same_weights_and_tables(bench, recipe, kills):
     _, runs = bench
     runs.kill_and_repeat(recipe, kills)
@@ -44,7 +47,7 @@ def test_begun_twice_at_once_in_one_folder_both_are_right_or_one_is_refused_in_o
 def test_a_benchmark_that_is_stopped_goes_on_with_what_it_has(bench, tmp_path):
     faults, runs = bench
     again = faults.Bench(tmp_path, runs.kept)
-    assert again.records == runs.records and len(again.records) >= 3
+    assert again.records == runs.records and len(again.records) >= 2
     again.kill_and_repeat("mifuse", KILLS["mifuse"])
     assert again.records == runs.records
 

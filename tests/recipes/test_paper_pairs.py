@@ -19,6 +19,7 @@ from speechbrain_mifuse.inference import EmotionRecognizer
 from speechbrain_mifuse.lalm.serve import EmotionServer
 
 ROOT = Path(__file__).parents[2]
+LONG = pytest.mark.long
 PAPER_PAIRS = ("imp2iem", "msp2iem", "iem2imp", "msp2imp", "iem2msp", "imp2msp")
 MODEL = "Qwen/Qwen2-Audio-7B-Instruct"
 METHODS = ["lalm_zero_shot", "mi_fuse"]
@@ -85,9 +86,7 @@ def about(folder, role):
     return json.loads((folder / "manifests" / role / "corpus.json").read_text())
 
 
-@pytest.mark.parametrize(
-    "pair", [pytest.param(pair, marks=[] if pair == "msp2iem" else pytest.mark.long) for pair in PAPER_PAIRS]
-)
+@pytest.mark.parametrize("pair", [pytest.param(pair, marks=[] if pair == "msp2iem" else LONG) for pair in PAPER_PAIRS])
 def test_a_pair_of_the_paper_runs_from_its_header_to_results(pair, run, request):
     folder = (
         request.getfixturevalue("typed")[0]
@@ -127,6 +126,7 @@ def test_the_default_teacher_is_asked_by_its_name_and_no_corpus_but_the_target_i
     assert not (found / "teacher").exists() and not (found / "source").exists()
 
 
+@LONG
 def test_corpora_may_lie_at_different_places(typed, run, tmp_path):
     names = ("IEMOCAP_full_release", "MSP-PODCAST-Publish-1.12", "MSP-IMPROV")
     places = [tmp_path / str(number) / name for number, name in enumerate(names)]
@@ -158,6 +158,7 @@ def test_partitions_to_adapt_to_are_a_flag(run, typed):
 OPEN = {"encoder_layers": "[0, 1]", "layer": 0, "teacher_layer": 1, **TRAINING}
 
 
+@LONG
 def test_crema_d_is_adapted_to(run, toy_folder, toy_encoder, tmp_path):
     data = shutil.copytree(toy_folder, tmp_path / "data")
     write_crema_d(data / "CREMA-D")
@@ -190,9 +191,6 @@ def registered(path):
     """Rows of a registry file."""
     with path.open(newline="", encoding="utf-8") as file:
         return list(csv.DictReader(file))
-
-
-LONG = pytest.mark.long
 
 
 @pytest.mark.parametrize(

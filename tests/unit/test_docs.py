@@ -432,6 +432,7 @@ def test_the_licence_is_the_one_that_is_named():
     assert 'license = "Apache-2.0"' in (ROOT / "pyproject.toml").read_text(encoding="utf-8")
 
 
+@pytest.mark.long
 def test_the_site_builds_without_a_warning_and_loads_nothing_from_elsewhere(tmp_path):
     missing = [name for name in ("mkdocs", "material", "mkdocstrings", "griffe") if not importlib.util.find_spec(name)]
     if missing:

@@ -333,7 +333,7 @@ def test_a_corpus_folder_is_found_in_any_case_and_one_beside_is_said(tmp_path, c
 # Real speech.
 
 
-@pytest.mark.parametrize("with_speakers", [True, False])
+@pytest.mark.parametrize("with_speakers", [True, pytest.param(False, marks=pytest.mark.long)])
 def test_real_nemo_as_a_tree_of_class_folders_is_split_with_every_class_in_its_share(
     with_speakers, real_corpora, tmp_path
 ):
