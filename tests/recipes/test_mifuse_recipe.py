@@ -393,9 +393,10 @@ KILLS = [
 ]
 
 
-def test_a_run_killed_at_every_stage_ends_as_an_unbroken_one(finished, recipe, tmp_path):
+@pytest.mark.parametrize("kills", [KILLS[::2], pytest.param(KILLS[1::2], marks=pytest.mark.long)])
+def test_a_run_killed_at_every_stage_ends_as_an_unbroken_one(kills, finished, recipe, tmp_path):
     cache = {"MIFUSE_CACHE": str(tmp_path / "cache")}
-    for killed_at in KILLS:
+    for killed_at in kills:
         assert recipe(tmp_path / "out", killed_at=killed_at, environment=cache).status == -9, killed_at
     outcome = recipe(tmp_path / "out", environment=cache)
     assert outcome.status == 0, outcome.out + outcome.err
@@ -403,7 +404,7 @@ def test_a_run_killed_at_every_stage_ends_as_an_unbroken_one(finished, recipe, t
     assert results(tmp_path / "out", "mi_fuse") == results(finished, "mi_fuse")
 
 
-@pytest.mark.parametrize("method", ["mi_fuse", "nrc"])
+@pytest.mark.parametrize("method", ["mi_fuse", pytest.param("nrc", marks=pytest.mark.long)])
 def test_a_killed_adaptation_goes_on_from_its_checkpoint(method, finished, recipe, tmp_path):
     ready = shutil.copytree(finished, tmp_path / "out", ignore=shutil.ignore_patterns(method))
     killed = ("speechbrain_mifuse.brains.adaptation", "AdaptationBrain.on_fit_batch_end", 35)

@@ -20,7 +20,7 @@ PAIRS = ("emodb2rav", "rav2nemo", "emodb2nemo", "rav2emodb", "nemo2emodb")
 QUICK = "{number_of_epochs: 4, batch_size: 12, learning_rate: 0.01}"
 PAIR_FLAGS = {"layer": 0, "teacher_layer": 1, "source_classifier": QUICK, "teacher_classifier": QUICK}
 CLASSIFIERS = ("classifier_ravdess", "classifier_nemo")
-SHORT = ("demo", "emodb2rav", "classifier_ravdess")
+SHORT = ("demo", "classifier_ravdess")
 OWN_FLAGS = {**{name: PAIR_FLAGS for name in ("demo", *PAIRS)}, **{name: {"layer": 1} for name in CLASSIFIERS}}
 
 

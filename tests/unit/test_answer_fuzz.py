@@ -16,7 +16,7 @@ from speechbrain_mifuse.lalm.client import LalmClient, reply_of
 from speechbrain_mifuse.lalm.prompt import ANSWER_FORMS, Prompt
 
 LABELS = ("angry", "happy", "neutral", "sad")
-CASES = 20_000
+CASES = 10_000
 
 
 def read(form, text, labels=LABELS, **fields):
