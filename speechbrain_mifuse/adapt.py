@@ -99,29 +99,7 @@ def run(
     overrides: Mapping,
     run_opts: Mapping | None,
 ) -> Adapted:
-    """Do what `adapt` does, with overrides as a command line gives them.
-
-    Parameters
-    ----------
-    source, wav_folder, teacher, output_folder, run_opts
-        As for `adapt`.
-    overrides : mapping
-        As `overrides_of` gives.
-
-    Returns
-    -------
-    Adapted
-
-    Raises
-    ------
-    UserError
-        As for `adapt`.
-
-    Example
-    -------
-    >>> run.__name__  # runs in `speechbrain-mifuse adapt`
-    'run'
-    """
+    """Do what `adapt` does, with overrides as a command line gives them."""
     import speechbrain as sb
 
     from speechbrain_mifuse.preflight import require_ready
@@ -155,27 +133,7 @@ def run(
 
 
 def require_recordings(wav_folder: str | Path, given: Collection[str]) -> None:
-    """Refuse recordings that are not there, before anything is paid for.
-
-    Parameters
-    ----------
-    wav_folder : str or pathlib.Path
-        Of the recordings.
-    given : collection of str
-        Keys of the recipe that the user set.
-
-    Raises
-    ------
-    UserError
-        Naming the folder.
-
-    Example
-    -------
-    >>> require_recordings("/nowhere", [])
-    Traceback (most recent call last):
-    ...
-    speechbrain_mifuse.errors.UserError: /nowhere: no such folder of recordings.
-    """
+    """Refuse recordings that are not there, before anything is paid for."""
     if "data_folder" in given:
         raise UserError("--data_folder: the recordings are named once, as the first argument.")
     if not Path(wav_folder).is_dir():
@@ -183,27 +141,7 @@ def require_recordings(wav_folder: str | Path, given: Collection[str]) -> None:
 
 
 def source_settings(folder: str | Path, about: Mapping) -> dict:
-    """Take the settings of a run from the recogniser that it starts from.
-
-    Parameters
-    ----------
-    folder : str or pathlib.Path
-        The recogniser's.
-    about : mapping
-        What it says of itself.
-
-    Returns
-    -------
-    dict
-        Values of the recipe's keys.
-
-    Example
-    -------
-    >>> source_settings("/nowhere", {"labels": []})
-    Traceback (most recent call last):
-    ...
-    speechbrain_mifuse.recogniser_files.RecogniserError: /nowhere/hyperparams.yaml: ...
-    """
+    """Take the settings of a run from the recogniser that it starts from."""
     from speechbrain_mifuse.pipeline import corpus_of
     from speechbrain_mifuse.recogniser_files import SETTINGS, read_settings
 
@@ -229,32 +167,7 @@ def source_settings(folder: str | Path, about: Mapping) -> dict:
 
 
 def teacher_settings(teacher: str | Path, source: str | Path, labels: list) -> dict:
-    """Say how the teacher is reached.
-
-    Parameters
-    ----------
-    teacher : str or pathlib.Path
-        URL or folder.
-    source : str or pathlib.Path
-        Folder of the source.
-    labels : list of str
-        The source's.
-
-    Returns
-    -------
-    dict
-        Values of the recipe's keys, and `teacher_recogniser` for a folder.
-
-    Raises
-    ------
-    UserError
-        If it is neither, is the source itself, or knows other classes.
-
-    Example
-    -------
-    >>> teacher_settings("http://127.0.0.1:8000/v1", "source", ["angry"])
-    {'lalm_base_url': 'http://127.0.0.1:8000/v1'}
-    """
+    """Say how the teacher is reached."""
     from speechbrain_mifuse.pipeline import corpus_of
     from speechbrain_mifuse.recogniser_files import read_about, recogniser_digest
 
@@ -274,28 +187,7 @@ def teacher_settings(teacher: str | Path, source: str | Path, labels: list) -> d
 
 
 def require_model(base_url: str | None, given: Collection[str]) -> None:
-    """Refuse to ask an API elsewhere for the model that a recogniser served on this machine is called.
-
-    Parameters
-    ----------
-    base_url : str or None
-        Of the teacher, if it is an API.
-    given : collection of str
-        Keys of the recipe that the user set.
-
-    Raises
-    ------
-    UserError
-        Naming the flag.
-
-    Example
-    -------
-    >>> require_model("http://127.0.0.1:8000/v1", [])
-    >>> require_model("https://api.openai.com/v1", [])
-    Traceback (most recent call last):
-    ...
-    speechbrain_mifuse.errors.UserError: --lalm_model: name the model that https://api.openai.com/v1 is to be asked for.
-    """
+    """Refuse to ask an API elsewhere for the model that a recogniser served on this machine is called."""
     from speechbrain_mifuse.lalm.client import is_loopback
 
     # A provider's profile may name its model.
@@ -305,31 +197,7 @@ def require_model(base_url: str | None, given: Collection[str]) -> None:
 
 
 def trained_method(hparams: Mapping) -> str:
-    """Name of the one method that is asked for, if it trains a student.
-
-    Parameters
-    ----------
-    hparams : mapping
-        The recipe's.
-
-    Returns
-    -------
-    str
-        A key of its methods.
-
-    Raises
-    ------
-    UserError
-        If there are several, or it trains nothing.
-
-    Example
-    -------
-    >>> from speechbrain_mifuse.adaptation.references import SourceOnly
-    >>> trained_method({"method": "source_only", "adaptation": {"methods": {"source_only": SourceOnly()}}})
-    Traceback (most recent call last):
-    ...
-    speechbrain_mifuse.errors.UserError: --method: name one method that trains a student, not source_only.
-    """
+    """Name of the one method that is asked for, if it trains a student."""
     from speechbrain_mifuse.pipeline import chosen_methods
 
     names = chosen_methods(hparams)
@@ -339,22 +207,7 @@ def trained_method(hparams: Mapping) -> str:
 
 
 def run_recipe(hparams: Mapping, names: list[str], run_opts: Mapping | None) -> None:
-    """Go through the steps of the adaptation recipe.
-
-    Parameters
-    ----------
-    hparams : mapping
-        The recipe's.
-    names : list of str
-        Methods.
-    run_opts : mapping or None
-        SpeechBrain's run options.
-
-    Example
-    -------
-    >>> run_recipe.__name__  # runs in `speechbrain-mifuse adapt`
-    'run_recipe'
-    """
+    """Go through the steps of the adaptation recipe."""
     from speechbrain_mifuse import pipeline
     from speechbrain_mifuse.brains import adaptation
     from speechbrain_mifuse.mifuse_recipe import dataio_prepare
@@ -375,32 +228,7 @@ def run_recipe(hparams: Mapping, names: list[str], run_opts: Mapping | None) -> 
 
 
 def judged(folder: Path, method: str, labels: list) -> dict:
-    """Judge an adaptation without labels, and write what was found.
-
-    Parameters
-    ----------
-    folder : pathlib.Path
-        Of the run.
-    method : str
-        What was run beside both teachers.
-    labels : list of str
-        The classes.
-
-    Returns
-    -------
-    dict
-        As `judge` gives.
-
-    Example
-    -------
-    >>> import tempfile
-    >>> folder = Path(tempfile.mkdtemp())
-    >>> for name in ("source_only", "lalm_zero_shot", "mi_fuse"):
-    ...     (folder / name).mkdir()
-    ...     _ = (folder / name / "predictions.json").write_text('{"folder-a": [0.9, 0.1], "folder-b": [0.2, 0.8]}')
-    >>> judged(folder, "mi_fuse", ["angry", "sad"])["figures"]["changed"]
-    0.0
-    """
+    """Judge an adaptation without labels, and write what was found."""
     import torch
 
     from speechbrain_mifuse.corpora.manifest import atomic_write
@@ -422,24 +250,7 @@ def judged(folder: Path, method: str, labels: list) -> dict:
 
 
 def keep_verdict(folder: Path, method: str, results: Mapping, verdict: Mapping) -> None:
-    """Put a verdict where people look: on the run's page and on the model card of what was exported.
-
-    Parameters
-    ----------
-    folder : pathlib.Path
-        Of the run; holds `verdict.json`.
-    method : str
-        What was run beside both teachers.
-    results : mapping
-        The method's `results.json`.
-    verdict : mapping
-        As `judge` gives.
-
-    Example
-    -------
-    >>> keep_verdict.__name__  # runs in `speechbrain-mifuse adapt`
-    'keep_verdict'
-    """
+    """Put a verdict where people look: on the run's page and on the model card of what was exported."""
     from speechbrain_mifuse.evaluation.report import write_report
     from speechbrain_mifuse.recogniser_files import write_card
 

@@ -106,31 +106,7 @@ def load_audio(
 
 @contextlib.contextmanager
 def opened(path: str | Path) -> Iterator[soundfile.SoundFile]:
-    """Open a recording; what a decoder says against it becomes an error that names it.
-
-    Parameters
-    ----------
-    path : str or pathlib.Path
-        Any file that libsndfile or ffmpeg reads.
-
-    Yields
-    ------
-    soundfile.SoundFile
-        With a sample rate and a length that a recording may have.
-
-    Raises
-    ------
-    BadAudio
-        If it cannot be opened or read, or its header is none of a recording.
-
-    Example
-    -------
-    >>> with opened("/tmp"):
-    ...     pass
-    Traceback (most recent call last):
-    ...
-    speechbrain_mifuse.audio.BadAudio: /tmp: cannot be read as audio (no regular file). Remove or replace the file.
-    """
+    """Open a recording; what a decoder says against it becomes an error that names it."""
     remedy = "Remove or replace the file."
     try:
         # Stores and tables hold text.
@@ -238,28 +214,7 @@ def _at_full_scale(wave: np.ndarray, peak: float, path: str | Path) -> np.ndarra
 
 
 def nothing_varies(wave: torch.Tensor, channels: int = 1) -> bool:
-    """Whether a waveform holds nothing to be heard: digital silence, a constant offset, or one bit of noise.
-
-    That is so if it stays within one step of 16-bit samples to each side, or takes on three values close together, as
-    silence in 8-bit, A-law and mu-law samples does.
-
-    Parameters
-    ----------
-    wave : torch.Tensor
-        `[samples]`, full scale 1.0, as it was recorded: resampling makes more values of few.
-    channels : int
-        How many it is the average of: more values come of them.
-
-    Returns
-    -------
-    bool
-
-    Example
-    -------
-    >>> toggling = torch.tensor([8.0, -8.0]).repeat(100) / 32768
-    >>> nothing_varies(torch.full((100,), 0.5)), nothing_varies(toggling), nothing_varies(torch.linspace(-1, 1, 100))
-    (True, True, False)
-    """
+    """Whether a waveform holds nothing to be heard: digital silence, a constant offset, or one bit of noise."""
     if not len(wave):
         return True
     # Unlike torch, numpy starts no threads for so little.
@@ -315,31 +270,7 @@ def _filtered(padded: torch.Tensor, places: torch.Tensor, rate: int, new_rate: i
 
 
 def duration(path: str | Path) -> float:
-    """Length of a recording in seconds: from its header, or by reading it where the header only estimates.
-
-    Parameters
-    ----------
-    path : str or pathlib.Path
-        Any file that libsndfile or ffmpeg reads.
-
-    Returns
-    -------
-    float
-        Seconds.
-
-    Raises
-    ------
-    BadAudio
-        If the header cannot be read, announces no samples, or is none of a recording.
-
-    Example
-    -------
-    >>> import tempfile, soundfile, numpy
-    >>> path = tempfile.mkdtemp() + "/one_second.wav"
-    >>> soundfile.write(path, numpy.zeros(8000), 8000)
-    >>> duration(path)
-    1.0
-    """
+    """Length of a recording in seconds: from its header, or by reading it where the header only estimates."""
     with opened(path) as file:
         frames = sum(map(len, _blocks(file, None, path))) if length_is_estimated(file) else file.frames
         if frames == 0:
@@ -386,43 +317,11 @@ def trim_silence(wave: torch.Tensor, threshold_db: float | None = 40.0, frame: i
 
 
 def content_hash(wave: torch.Tensor) -> str:
-    """SHA-256 of a waveform as 16-bit PCM: the identity of what is heard, whatever the container.
-
-    Parameters
-    ----------
-    wave : torch.Tensor
-        Waveform `[samples]`, full scale 1.0.
-
-    Returns
-    -------
-    str
-        64 hexadecimal digits.
-
-    Example
-    -------
-    >>> content_hash(torch.zeros(10))[:8]
-    'de47c9b2'
-    """
+    """SHA-256 of a waveform as 16-bit PCM: the identity of what is heard, whatever the container."""
     return hashlib.sha256(pcm16(wave).tobytes()).hexdigest()
 
 
 def pcm16(wave: torch.Tensor) -> np.ndarray:
-    """Waveform as little-endian 16-bit samples, clipped at full scale.
-
-    Parameters
-    ----------
-    wave : torch.Tensor
-        Waveform `[samples]`, full scale 1.0.
-
-    Returns
-    -------
-    numpy.ndarray
-        `[samples]` of dtype `<i2`.
-
-    Example
-    -------
-    >>> pcm16(torch.tensor([0.5, 2.0])).tolist()
-    [16384, 32767]
-    """
+    """Waveform as little-endian 16-bit samples, clipped at full scale."""
     scaled = (wave.detach().cpu().double() * 32768).round().clamp(-32768, 32767)
     return scaled.numpy().astype("<i2")

@@ -67,34 +67,7 @@ class _Sequential(soundfile.SoundFile):
 
 @contextlib.contextmanager
 def open_recording(path: str, longest: float) -> Iterator[soundfile.SoundFile]:
-    """Open a recording by the first decoder that knows its content; the ending of its name decides nothing.
-
-    Parameters
-    ----------
-    path : str
-        A file.
-    longest : float
-        Seconds of which a decoder need not give more.
-
-    Yields
-    ------
-    soundfile.SoundFile
-
-    Raises
-    ------
-    Unreadable
-        If no decoder knows the content.
-    OSError, RuntimeError, TypeError, ValueError
-        As soundfile.
-
-    Example
-    -------
-    >>> folder = tempfile.mkdtemp()
-    >>> soundfile.write(folder + "/a.wav", [0.0, 0.5], 8000)
-    >>> with open_recording(folder + "/a.wav", 3600.0) as file:
-    ...     file.frames
-    2
-    """
+    """Open a recording by the first decoder that knows its content; the ending of its name decides nothing."""
     # Opening a named pipe would wait forever.
     status = os.stat(path)
     if not stat.S_ISREG(status.st_mode):
@@ -116,60 +89,17 @@ def open_recording(path: str, longest: float) -> Iterator[soundfile.SoundFile]:
 
 
 def length_is_estimated(file: soundfile.SoundFile) -> bool:
-    """Whether the number of frames must be counted by reading: it is unknown, or estimated from the bit rate.
-
-    Parameters
-    ----------
-    file : soundfile.SoundFile
-        Open.
-
-    Returns
-    -------
-    bool
-
-    Example
-    -------
-    >>> buffer = io.BytesIO()
-    >>> soundfile.write(buffer, [0.0, 0.5], 8000, format="WAV")
-    >>> length_is_estimated(soundfile.SoundFile(io.BytesIO(buffer.getvalue())))
-    False
-    """
+    """Whether the number of frames must be counted by reading: it is unknown, or estimated from the bit rate."""
     return length_is_unknown(file) or file.subtype.startswith("MPEG")
 
 
 def length_is_unknown(file: soundfile.SoundFile) -> bool:
-    """Whether the header gives no number of frames, as in a FLAC file that was written to a pipe.
-
-    Parameters
-    ----------
-    file : soundfile.SoundFile
-        Open.
-
-    Returns
-    -------
-    bool
-
-    Example
-    -------
-    >>> from types import SimpleNamespace
-    >>> length_is_unknown(SimpleNamespace(frames=2**63 - 1))
-    True
-    """
+    """Whether the header gives no number of frames, as in a FLAC file that was written to a pipe."""
     return file.frames >= _UNKNOWN
 
 
 def has_ffmpeg() -> bool:
-    """Whether there is an ffmpeg to decode what libsndfile cannot.
-
-    Returns
-    -------
-    bool
-
-    Example
-    -------
-    >>> has_ffmpeg() == (shutil.which("ffmpeg") is not None)
-    True
-    """
+    """Whether there is an ffmpeg to decode what libsndfile cannot."""
     return shutil.which("ffmpeg") is not None
 
 

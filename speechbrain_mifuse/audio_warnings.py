@@ -21,20 +21,7 @@ _blocks = 0
 
 
 def warn_of(recording: str, what: str) -> None:
-    """Warn of a recording, unless that was done before; inside `summarized`, at its end.
-
-    Parameters
-    ----------
-    recording : str
-        Its name.
-    what : str
-        What it has, in words that suit one recording and many.
-
-    Example
-    -------
-    >>> with summarized():
-    ...     warn_of("a.wav", "2 channels, averaged.")
-    """
+    """Warn of a recording, unless that was done before; inside `summarized`, at its end."""
     with _lock:
         key = hash((recording, what))
         if key in _seen:
@@ -48,14 +35,7 @@ def warn_of(recording: str, what: str) -> None:
 
 @contextlib.contextmanager
 def summarized() -> Iterator[None]:
-    """Gather the warnings of a block, in all threads, to one line of each kind.
-
-    Example
-    -------
-    >>> with summarized():
-    ...     warn_of("b.wav", "2 channels, averaged.")
-    ...     warn_of("c.wav", "2 channels, averaged.")
-    """
+    """Gather the warnings of a block, in all threads, to one line of each kind."""
     global _blocks
     with _lock:
         _blocks += 1

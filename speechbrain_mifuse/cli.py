@@ -19,25 +19,7 @@ from speechbrain_mifuse.recogniser_commands import add_adapt, add_device, add_pr
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Run a command.
-
-    Parameters
-    ----------
-    arguments : sequence of str, optional
-        Of the command line; the process's own by default.
-
-    Raises
-    ------
-    SystemExit
-        With status 2 after one clear error, 0 after `--help` or `--version`.
-
-    Example
-    -------
-    >>> main(["--version"])
-    Traceback (most recent call last):
-    ...
-    SystemExit: 0
-    """
+    """Run a command."""
     parser = argparse.ArgumentParser(prog="speechbrain-mifuse", description="Speech emotion recognition tools.")
     parser.add_argument("--version", action="version", version=f"speechbrain-mifuse {__version__}")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
@@ -70,20 +52,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 def add_serve(commands) -> None:
-    """Add the command `serve`.
-
-    Parameters
-    ----------
-    commands : argparse action
-        As `ArgumentParser.add_subparsers` gives.
-
-    Example
-    -------
-    >>> parser = argparse.ArgumentParser()
-    >>> add_serve(parser.add_subparsers())
-    >>> parser.parse_args(["serve", "results/nemo2rav/1/source/recogniser"]).host
-    '127.0.0.1'
-    """
+    """Add the command `serve`."""
     serve = commands.add_parser(
         "serve",
         help="serve a recogniser behind an OpenAI-compatible API",
@@ -149,20 +118,7 @@ def add_serve(commands) -> None:
 
 
 def add_sweep(commands) -> None:
-    """Add the command `sweep`.
-
-    Parameters
-    ----------
-    commands : argparse action
-        As `ArgumentParser.add_subparsers` gives.
-
-    Example
-    -------
-    >>> parser = argparse.ArgumentParser()
-    >>> add_sweep(parser.add_subparsers())
-    >>> parser.parse_args(["sweep", "nemo2rav", "--seeds", "1-3"]).seeds
-    '1-3'
-    """
+    """Add the command `sweep`."""
     sweep = commands.add_parser(
         "sweep",
         help="run pairs x methods x seeds and write the tables",
@@ -193,20 +149,7 @@ def add_sweep(commands) -> None:
 
 
 def add_report(commands) -> None:
-    """Add the command `report`.
-
-    Parameters
-    ----------
-    commands : argparse action
-        As `ArgumentParser.add_subparsers` gives.
-
-    Example
-    -------
-    >>> parser = argparse.ArgumentParser()
-    >>> add_report(parser.add_subparsers())
-    >>> parser.parse_args(["report", "results/nemo2rav/1"]).folder
-    PosixPath('results/nemo2rav/1')
-    """
+    """Add the command `report`."""
     report = commands.add_parser(
         "report",
         help="write one HTML page about a run or a sweep",
@@ -220,20 +163,7 @@ def add_report(commands) -> None:
 
 
 def add_collect(commands) -> None:
-    """Add the command `collect`.
-
-    Parameters
-    ----------
-    commands : argparse action
-        As `ArgumentParser.add_subparsers` gives.
-
-    Example
-    -------
-    >>> parser = argparse.ArgumentParser()
-    >>> add_collect(parser.add_subparsers())
-    >>> parser.parse_args(["collect", "hparams/nemo2rav.yaml", "--dry_run"]).dry_run
-    True
-    """
+    """Add the command `collect`."""
     collect = commands.add_parser(
         "collect",
         help="ask a language model for the answers that a recipe needs, or only plan it",
@@ -251,20 +181,7 @@ def add_collect(commands) -> None:
 
 
 def add_probe(commands) -> None:
-    """Add the command `probe`.
-
-    Parameters
-    ----------
-    commands : argparse action
-        As `ArgumentParser.add_subparsers` gives.
-
-    Example
-    -------
-    >>> parser = argparse.ArgumentParser()
-    >>> add_probe(parser.add_subparsers())
-    >>> parser.parse_args(["probe", "--lalm_model", "m"]).samples
-    5
-    """
+    """Add the command `probe`."""
     probe = commands.add_parser(
         "probe",
         help="ask an API about itself: does it hear audio, honour n, seed, constraints, ...",
@@ -283,89 +200,26 @@ def add_probe(commands) -> None:
 
 
 def positive(text: str) -> int:
-    """Read a number of at least 1.
-
-    Parameters
-    ----------
-    text : str
-        Of the command line.
-
-    Returns
-    -------
-    int
-        The number.
-
-    Raises
-    ------
-    argparse.ArgumentTypeError
-        If it is none.
-
-    Example
-    -------
-    >>> positive("2")
-    2
-    """
+    """Read a number of at least 1."""
     if not text.isdecimal() or int(text) < 1:
         raise argparse.ArgumentTypeError(f"'{text}' is no number of at least 1")
     return int(text)
 
 
 def names(text: str) -> list[str]:
-    """Split a list of names at commas.
-
-    Parameters
-    ----------
-    text : str
-        Of the command line.
-
-    Returns
-    -------
-    list of str
-        Each once.
-
-    Example
-    -------
-    >>> names("shot, nrc")
-    ['shot', 'nrc']
-    """
+    """Split a list of names at commas."""
     return list(dict.fromkeys(name.strip() for name in text.split(",") if name.strip()))
 
 
 def run_recipes(options: argparse.Namespace) -> None:
-    """Print the registered recipes.
-
-    Parameters
-    ----------
-    options : argparse.Namespace
-        `match`.
-
-    Example
-    -------
-    >>> run_recipes(argparse.Namespace(match="no such corpus"))
-    Traceback (most recent call last):
-    ...
-    speechbrain_mifuse.registry.RegistryError: --match: none of the ... recipes contains 'no such corpus'.
-    """
+    """Print the registered recipes."""
     from speechbrain_mifuse.registry import listing, repository_root
 
     print(listing(repository_root(), options.match))
 
 
 def run_sweep(options: argparse.Namespace) -> None:
-    """Run a sweep and write its tables, or do one half of it.
-
-    Parameters
-    ----------
-    options : argparse.Namespace
-        As `add_sweep` defines, and `flags`, what stood after `--`.
-
-    Example
-    -------
-    >>> run_sweep(argparse.Namespace(seeds="five", flags=[]))
-    Traceback (most recent call last):
-    ...
-    speechbrain_mifuse.errors.UserError: --seeds: 'five' is no list of seeds such as 1-5 or 1,2,3.
-    """
+    """Run a sweep and write its tables, or do one half of it."""
     from speechbrain_mifuse import sweep
     from speechbrain_mifuse.registry import repository_root
 
@@ -388,45 +242,14 @@ def run_sweep(options: argparse.Namespace) -> None:
 
 
 def run_report(options: argparse.Namespace) -> None:
-    """Write the page of a run or a sweep, and print its path.
-
-    Parameters
-    ----------
-    options : argparse.Namespace
-        As `add_report` defines.
-
-    Example
-    -------
-    >>> run_report(argparse.Namespace(folder=Path("/nowhere"), output=None))
-    Traceback (most recent call last):
-    ...
-    speechbrain_mifuse.errors.UserError: /nowhere: no results of an adaptation below it. ...
-    """
+    """Write the page of a run or a sweep, and print its path."""
     from speechbrain_mifuse.evaluation.report import write_report
 
     print(write_report(options.folder, options.output))
 
 
 def run_collect(options: argparse.Namespace) -> None:
-    """Collect the answers that a recipe needs, or only plan it.
-
-    Parameters
-    ----------
-    options : argparse.Namespace
-        As `add_collect` defines, and `flags`, those of the recipe.
-
-    Raises
-    ------
-    SystemExit
-        With status 130 after Ctrl-C.
-
-    Example
-    -------
-    >>> run_collect(argparse.Namespace(yaml=Path("none.yaml"), flags=[], budget=None, deadline=None, dry_run=True))
-    Traceback (most recent call last):
-    ...
-    speechbrain_mifuse.errors.UserError: none.yaml: no such file. The recipe's YAML file comes first, ...
-    """
+    """Collect the answers that a recipe needs, or only plan it."""
     if not options.yaml.is_file():
         raise UserError(f"{options.yaml}: no such file. The recipe's YAML file comes first, as hparams/nemo2rav.yaml")
     from speechbrain_mifuse.pipeline import chosen_methods, collect_answers
@@ -440,22 +263,7 @@ def run_collect(options: argparse.Namespace) -> None:
 
 
 def run_probe(options: argparse.Namespace) -> None:
-    """Probe an API, print its card, and hold it against what a collection needs.
-
-    Parameters
-    ----------
-    options : argparse.Namespace
-        As `add_probe` defines.
-
-    Example
-    -------
-    >>> parser = argparse.ArgumentParser()
-    >>> add_probe(parser.add_subparsers())
-    >>> run_probe(parser.parse_args(["probe", "--lalm_base_url", "http://127.0.0.1:9/v1"]))
-    Traceback (most recent call last):
-    ...
-    speechbrain_mifuse.errors.UserError: --lalm_model: name the model to be asked
-    """
+    """Probe an API, print its card, and hold it against what a collection needs."""
     from speechbrain_mifuse.audio import load_audio
     from speechbrain_mifuse.corpora.manifest import atomic_write
     from speechbrain_mifuse.lalm import probe
@@ -485,20 +293,7 @@ def run_probe(options: argparse.Namespace) -> None:
 
 
 def run_serve(options: argparse.Namespace) -> None:
-    """Serve a recogniser until SIGTERM or Ctrl-C.
-
-    Parameters
-    ----------
-    options : argparse.Namespace
-        As `add_serve` defines. The key of the clients comes from the environment alone.
-
-    Example
-    -------
-    >>> run_serve(argparse.Namespace(source="/nowhere"))
-    Traceback (most recent call last):
-    ...
-    speechbrain_mifuse.errors.UserError: /nowhere: no folder of a recogniser here. ...
-    """
+    """Serve a recogniser until SIGTERM or Ctrl-C."""
     import logging
 
     from speechbrain_mifuse.lalm.client import is_loopback

@@ -14,34 +14,7 @@ _FLAG = re.compile(r"-h|--[A-Za-z_][A-Za-z0-9_-]*(=.*)?", re.DOTALL)
 
 
 def file_arguments(words: Sequence[str]) -> list[str]:
-    """Give words of a command line with `./` before each existing file whose name begins with a dash.
-
-    A shell puts such a name for `*.wav`, and no parser of flags could tell it from a flag. Words behind `--` are left
-    as they are.
-
-    Parameters
-    ----------
-    words : sequence of str
-        Behind the name of the command.
-
-    Returns
-    -------
-    list of str
-
-    Raises
-    ------
-    UserError
-        If a word is neither a flag nor a file, or both.
-
-    Example
-    -------
-    >>> file_arguments(["a.wav", "--csv", "found.csv", "--threshold", "-0.5", "--", "-x.wav"])
-    ['a.wav', '--csv', 'found.csv', '--threshold', '-0.5', '--', '-x.wav']
-    >>> file_arguments(["-x.wav"])
-    Traceback (most recent call last):
-    ...
-    speechbrain_mifuse.errors.UserError: -x.wav: neither a flag nor an existing file. For a file write ./-x.wav
-    """
+    """Give words of a command line with `./` before each existing file whose name begins with a dash."""
     words = list(words)
     end = words.index("--") if "--" in words else len(words)
     return [*(_file_or_flag(word) for word in words[:end]), *words[end:]]

@@ -38,27 +38,7 @@ class WriteError(OSError, UserError):
 
     @classmethod
     def of(cls, error: OSError, path: str | Path, advice: str = "") -> WriteError:
-        """Say that a path cannot be written.
-
-        Parameters
-        ----------
-        error : OSError
-            Why.
-        path : str or pathlib.Path
-            What was to be written.
-        advice : str
-            What to do about it, where that is known better than by the reason alone.
-
-        Returns
-        -------
-        WriteError
-            To be raised.
-
-        Example
-        -------
-        >>> print(WriteError.of(OSError(errno.ENOSPC, "No space left on device"), "out/results.json"))
-        out/results.json: cannot be written (No space left on device). Free some space, or ...
-        """
+        """Say that a path cannot be written."""
         found = cls(error.errno, error.strerror or str(error), str(path))
         found.advice = advice or _advice(error)
         return found
@@ -74,28 +54,7 @@ def _advice(error: OSError) -> str:
 
 @contextlib.contextmanager
 def writing(path: str | Path, advice: str = ""):
-    """Turn what the system says against writing a file inside the block into a `WriteError` that names it.
-
-    Parameters
-    ----------
-    path : str or pathlib.Path
-        A file, or a folder whose files are written.
-    advice : str
-        As for `WriteError.of`.
-
-    Raises
-    ------
-    WriteError
-        In place of any other `OSError`.
-
-    Example
-    -------
-    >>> with writing("/dev/full"), open("/dev/full", "w") as file:
-    ...     print("text", file=file)
-    Traceback (most recent call last):
-    ...
-    speechbrain_mifuse.errors.WriteError: /dev/full: cannot be written (No space left on device). Free some space, ...
-    """
+    """Turn what the system says against writing a file inside the block into a `WriteError` that names it."""
     try:
         yield
     except WriteError:
@@ -106,23 +65,7 @@ def writing(path: str | Path, advice: str = ""):
 
 @contextlib.contextmanager
 def one_clear_error():
-    """Turn a `UserError`, and whatever a disk says against writing, into one line on standard error and status 2.
-
-    This is the edge of every program here: inside, nothing that is printed or logged commands a terminal.
-
-    Raises
-    ------
-    SystemExit
-        With status 2, in place of the error.
-
-    Example
-    -------
-    >>> with one_clear_error():
-    ...     raise UserError("corpus not found: pass --data_folder")
-    Traceback (most recent call last):
-    ...
-    SystemExit: 2
-    """
+    """Turn a `UserError`, and whatever a disk says against writing, into one line on standard error and status 2."""
     error: BaseException | None = None
     with _harmless_output():
         try:
@@ -211,21 +154,7 @@ def _harmless_output() -> Iterator[None]:
 
 @contextlib.contextmanager
 def stopped_by_ctrl_c():
-    """Turn Ctrl-C inside the block into one line on standard error and exit status 130, for work that resumes.
-
-    Raises
-    ------
-    SystemExit
-        With status 130, in place of `KeyboardInterrupt`.
-
-    Example
-    -------
-    >>> with stopped_by_ctrl_c():
-    ...     raise KeyboardInterrupt
-    Traceback (most recent call last):
-    ...
-    SystemExit: 130
-    """
+    """Turn Ctrl-C inside the block into one line on standard error and exit status 130, for work that resumes."""
     try:
         yield
     except KeyboardInterrupt:
@@ -234,25 +163,7 @@ def stopped_by_ctrl_c():
 
 
 def require_device(name: str) -> None:
-    """Refuse a device that torch cannot use here.
-
-    Parameters
-    ----------
-    name : str
-        As torch calls it.
-
-    Raises
-    ------
-    UserError
-        With torch's reason.
-
-    Example
-    -------
-    >>> require_device("cuda:99")
-    Traceback (most recent call last):
-    ...
-    speechbrain_mifuse.errors.UserError: --device: cuda:99 cannot be used here (...). Leave --device out, or pass cpu.
-    """
+    """Refuse a device that torch cannot use here."""
     import torch
 
     try:
@@ -263,27 +174,7 @@ def require_device(name: str) -> None:
 
 
 def require_writable(folder: str | Path, flag: str) -> None:
-    """Make a folder, and refuse one that cannot be written or whose disk is nearly full.
-
-    Parameters
-    ----------
-    folder : str or pathlib.Path
-        To be written to.
-    flag : str
-        What names it, for the message.
-
-    Raises
-    ------
-    UserError
-        With the reason.
-
-    Example
-    -------
-    >>> require_writable("/dev/null/results", "--output_folder")
-    Traceback (most recent call last):
-    ...
-    speechbrain_mifuse.errors.UserError: --output_folder: /dev/null/results cannot be written (Not a directory). ...
-    """
+    """Make a folder, and refuse one that cannot be written or whose disk is nearly full."""
     try:
         Path(folder).mkdir(parents=True, exist_ok=True)
         # Modes do not say what a read-only disk or the superuser may do; a file does.

@@ -11,20 +11,7 @@ from speechbrain_mifuse.errors import UserError, stopped_by_ctrl_c
 
 
 def add_extract(commands) -> None:
-    """Add the command `extract`.
-
-    Parameters
-    ----------
-    commands : argparse action
-        As `ArgumentParser.add_subparsers` gives.
-
-    Example
-    -------
-    >>> parser = argparse.ArgumentParser()
-    >>> add_extract(parser.add_subparsers())
-    >>> parser.parse_args(["extract", "hparams/nemo2rav.yaml", "--shard", "2/4"]).shard
-    '2/4'
-    """
+    """Add the command `extract`."""
     extract = commands.add_parser(
         "extract",
         help="encode the recordings that a recipe needs, on one machine or a part on each of several",
@@ -42,22 +29,7 @@ def add_extract(commands) -> None:
 
 
 class Wanted(NamedTuple):
-    """A corpus whose frames a recipe needs.
-
-    Parameters
-    ----------
-    name : str
-        The corpus's name.
-    prepare : callable
-        Writes its manifests.
-    manifests : pathlib.Path
-        Their folder.
-
-    Example
-    -------
-    >>> Wanted("toy", print, Path("manifests")).name
-    'toy'
-    """
+    """A corpus whose frames a recipe needs."""
 
     name: str
     prepare: Callable[[], None]
@@ -65,23 +37,7 @@ class Wanted(NamedTuple):
 
 
 def wanted_corpora(hparams: Mapping) -> Iterator[Wanted]:
-    """List the corpora whose frames a recipe stores.
-
-    Parameters
-    ----------
-    hparams : mapping
-        The recipe's: of roles (`prepare_target`, ...), of `sources`, or of folds (`prepare`).
-
-    Yields
-    ------
-    Wanted
-
-    Example
-    -------
-    >>> hparams = {"prepare": print, "source": "toy", "manifests": "manifests"}
-    >>> [str(corpus.manifests) for corpus in wanted_corpora(hparams)]
-    ['manifests/fold_1']
-    """
+    """List the corpora whose frames a recipe stores."""
     from speechbrain_mifuse.corpora.folds import fold_folder
 
     for role, is_needed in ROLES.items():
@@ -113,27 +69,7 @@ ROLES: dict[str, Callable[[Mapping], bool]] = {
 
 
 def run_extract(options: argparse.Namespace) -> None:
-    """Store the frames that a recipe needs, or a part of them.
-
-    Parameters
-    ----------
-    options : argparse.Namespace
-        As `add_extract` defines, and `flags`, those of the recipe.
-
-    Raises
-    ------
-    UserError
-        If the shard is none, or the recipe stores no frames.
-    SystemExit
-        With status 130 after Ctrl-C.
-
-    Example
-    -------
-    >>> run_extract(argparse.Namespace(yaml=Path("none.yaml"), flags=[], shard=None))
-    Traceback (most recent call last):
-    ...
-    speechbrain_mifuse.errors.UserError: none.yaml: no such file. The recipe's YAML file comes first, ...
-    """
+    """Store the frames that a recipe needs, or a part of them."""
     if not options.yaml.is_file():
         raise UserError(f"{options.yaml}: no such file. The recipe's YAML file comes first, as hparams/nemo2rav.yaml")
     from speechbrain_mifuse.features.shards import Shard
@@ -152,29 +88,7 @@ def run_extract(options: argparse.Namespace) -> None:
 
 
 def extracted(corpus: Wanted, reader, feature_folder: str | None, shard=None) -> str:
-    """Prepare a corpus and fill its store.
-
-    Parameters
-    ----------
-    corpus : Wanted
-        The corpus.
-    reader : FrameReader
-        Makes the frames.
-    feature_folder : str or None
-        As for `fill_store`.
-    shard : Shard, optional
-        Only this part.
-
-    Returns
-    -------
-    str
-        What is where now.
-
-    Example
-    -------
-    >>> extracted.__name__  # runs in `tests/unit/test_extract_sharded.py`
-    'extracted'
-    """
+    """Prepare a corpus and fill its store."""
     from speechbrain_mifuse.brains.training import one_at_a_time
     from speechbrain_mifuse.features.extract import fill_store
 

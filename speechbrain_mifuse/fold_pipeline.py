@@ -26,63 +26,14 @@ from speechbrain_mifuse.texts import markdown
 
 
 def chosen_among(value, known: Sequence, flag: str) -> list:
-    """Read a flag as `known_ones` does, or as `all` of them.
-
-    Parameters
-    ----------
-    value, known, flag
-        As for `known_ones`.
-
-    Returns
-    -------
-    list
-        In the order given.
-
-    Raises
-    ------
-    UserError
-        As `known_ones` does.
-
-    Example
-    -------
-    >>> chosen_among("all", [1, 2], "--fold"), chosen_among(2, [1, 2], "--fold")
-    ([1, 2], [2])
-    """
+    """Read a flag as `known_ones` does, or as `all` of them."""
     if isinstance(value, str) and value == "all":
         return list(known)
     return known_ones(value, known, flag)
 
 
 def chosen_parts(hparams: Mapping, arms: Mapping) -> tuple[list[str], list[int], list[int | str]]:
-    """Read which part of a comparison is asked for.
-
-    Parameters
-    ----------
-    hparams : mapping
-        `arm`, `fold`, `folds`, `labels_per_class`.
-    arms : mapping
-        Known arms, by name.
-
-    Returns
-    -------
-    names : list of str
-        Arms.
-    folds : list of int
-        Numbers of folds, from 1.
-    amounts : list of int or str
-        Labels per class: numbers, or `all`.
-
-    Raises
-    ------
-    UserError
-        If an arm or a fold is unknown.
-
-    Example
-    -------
-    >>> hparams = {"arm": "scratch", "fold": "all", "folds": [["01"], ["02"]], "labels_per_class": 20}
-    >>> chosen_parts(hparams, {"scratch": None})
-    (['scratch'], [1, 2], [20])
-    """
+    """Read which part of a comparison is asked for."""
     names = chosen_among(hparams["arm"], list(arms), "--arm")
     folds = chosen_among(hparams["fold"], list(range(1, len(hparams["folds"]) + 1)), "--fold")
     amounts = hparams["labels_per_class"]
@@ -90,53 +41,13 @@ def chosen_parts(hparams: Mapping, arms: Mapping) -> tuple[list[str], list[int],
 
 
 def fold_front(hparams: Mapping, fold: int, reader: FrameReader) -> StoredFrames:
-    """Fill the feature store with a fold's utterances and read frames from it.
-
-    Parameters
-    ----------
-    hparams : mapping
-        The recipe's.
-    fold : int
-        Number of the fold.
-    reader : FrameReader
-        Makes the frames.
-
-    Returns
-    -------
-    StoredFrames
-        The front; the folds of a corpus share one store.
-
-    Example
-    -------
-    >>> fold_front.__name__  # runs in `recipes/RAVDESS/adapter/train.py`
-    'fold_front'
-    """
+    """Fill the feature store with a fold's utterances and read frames from it."""
     options = {**hparams, "source_manifests": fold_folder(hparams["manifests"], fold)}
     return open_front(options, "source", hparams["layer"], reader)
 
 
 def adapter_run(hparams: Mapping, fold: int, seed: int, labels_per_class: int | str) -> Run:
-    """Describe one run of an adapter comparison.
-
-    Parameters
-    ----------
-    hparams : mapping
-        The recipe's.
-    fold, seed : int
-        Number of the fold, training seed.
-    labels_per_class : int or str
-        A number or `all`.
-
-    Returns
-    -------
-    Run
-        With what its records shall say of corpus, protocol and encoder.
-
-    Example
-    -------
-    >>> adapter_run.__name__  # runs in `recipes/RAVDESS/adapter/train.py`
-    'adapter_run'
-    """
+    """Describe one run of an adapter comparison."""
     norm, folds = chosen_norm(hparams), hparams["folds"]
     about = {
         "corpus": hparams["source"],
@@ -154,36 +65,7 @@ def adapter_run(hparams: Mapping, fold: int, seed: int, labels_per_class: int | 
 def pretrained_adapter(
     hparams: Mapping, run: Run, name: str, front: StoredFrames, run_opts: Mapping | None = None
 ) -> Path:
-    """Pretrain an adapter on a fold's audio without labels, or find it pretrained.
-
-    Parameters
-    ----------
-    hparams : mapping
-        The recipe's.
-    run : Run
-        Fold and seed.
-    name : str
-        A key of `pretrainings`.
-    front : StoredFrames
-        Reads the frames.
-    run_opts : mapping, optional
-        SpeechBrain's run options.
-
-    Returns
-    -------
-    pathlib.Path
-        Folder of the adapter.
-
-    Raises
-    ------
-    UserError
-        If `pretrain_on` names a split that no fold has.
-
-    Example
-    -------
-    >>> pretrained_adapter.__name__  # runs in `recipes/RAVDESS/adapter/pretrain.py`
-    'pretrained_adapter'
-    """
+    """Pretrain an adapter on a fold's audio without labels, or find it pretrained."""
     splits = chosen_among(hparams["pretrain_on"], ["train", "test"], "--pretrain_on")
     manifests = [unlabelled(run.manifests / f"{split}.json") for split in splits]
     prosody = functools.partial(stored_prosody, hparams, manifests)
@@ -192,25 +74,7 @@ def pretrained_adapter(
 
 
 def stored_prosody(hparams: Mapping, manifests: Sequence[Path]) -> dict[str, torch.Tensor]:
-    """Prosodic functionals of every utterance of some manifests, from a store that is filled where it lacks any.
-
-    Parameters
-    ----------
-    hparams : mapping
-        `source`, `trim_db`, `feature_folder`.
-    manifests : sequence of pathlib.Path
-        Manifests.
-
-    Returns
-    -------
-    dict of str to torch.Tensor
-        `[P]` by utterance id.
-
-    Example
-    -------
-    >>> stored_prosody.__name__  # runs in `recipes/RAVDESS/adapter/pretrain.py`
-    'stored_prosody'
-    """
+    """Prosodic functionals of every utterance of some manifests, from a store that is filled where it lacks any."""
     reader = ProsodyReader(hparams["trim_db"])
     store = fill_store(f"{hparams['source']}-prosody", manifests, reader, hparams["feature_folder"])
     rows = {key for path in manifests for key in encoded_rows(path, store)}
@@ -218,29 +82,7 @@ def stored_prosody(hparams: Mapping, manifests: Sequence[Path]) -> dict[str, tor
 
 
 def arm_summary(hparams: Mapping, records: Sequence[Mapping], arms: Sequence[str], name: str) -> str:
-    """Bring a comparison together: `results.json`, `results.md` and a CSV file in the output folder.
-
-    Parameters
-    ----------
-    hparams : mapping
-        The recipe's.
-    records : sequence of mapping
-        As `train_arm` gives.
-    arms : sequence of str
-        In the order of the table.
-    name : str
-        Of the CSV file.
-
-    Returns
-    -------
-    str
-        The table.
-
-    Example
-    -------
-    >>> arm_summary.__name__  # runs in `recipes/RAVDESS/adapter/train.py`
-    'arm_summary'
-    """
+    """Bring a comparison together: `results.json`, `results.md` and a CSV file in the output folder."""
     folder = Path(hparams["output_folder"])
     write_csv(folder / f"{name}.csv", records, COLUMNS)
     atomic_write(folder / "results.json", json.dumps(list(records), indent=1))

@@ -53,20 +53,7 @@ PRETRAINER = {
 
 
 class PlainYamlLoader(yaml.SafeLoader):
-    """Reads YAML of bounded depth into plain data, without anchors and without tags other than those given.
-
-    Parameters
-    ----------
-    text : str
-        YAML.
-    tags : collection of str
-        Tags that are allowed; the value behind one is taken as if it had none.
-
-    Example
-    -------
-    >>> PlainYamlLoader("{a: !ref <b>, c: '(1, 2)', d: 1e-05}", {"!ref"}).get_single_data()
-    {'a': '<b>', 'c': '(1, 2)', 'd': 1e-05}
-    """
+    """Reads YAML of bounded depth into plain data, without anchors and without tags other than those given."""
 
     def __init__(self, text: str, tags: Collection[str] = ()):
         super().__init__(text)
@@ -131,35 +118,7 @@ def _refused(reason: str, at: yaml.Node | yaml.Event) -> yaml.MarkedYAMLError:
 
 
 def plain_yaml(path: str | Path, tags: Collection[str] = ()) -> Any:
-    """Read a YAML file as plain data.
-
-    Parameters
-    ----------
-    path : str or pathlib.Path
-        The file.
-    tags : collection of str
-        Tags that are allowed.
-
-    Returns
-    -------
-    object
-        Mappings, lists, strings, numbers, booleans and None.
-
-    Raises
-    ------
-    ValueError
-        If the file cannot be read, is too large or is not such YAML; the message says why, in one line.
-
-    Example
-    -------
-    >>> import tempfile
-    >>> path = Path(tempfile.mkdtemp()) / "mine.yaml"
-    >>> _ = path.write_text("a: !apply:os.getcwd []")
-    >>> plain_yaml(path)
-    Traceback (most recent call last):
-    ...
-    ValueError: line 1: the tag '!apply:os.getcwd' is not allowed
-    """
+    """Read a YAML file as plain data."""
     try:
         return PlainYamlLoader(bounded_bytes(path, MAX_YAML_BYTES).decode("utf-8"), tags).get_single_data()
     except yaml.MarkedYAMLError as error:
@@ -177,33 +136,7 @@ def _shortened(reason: object) -> str:
 
 
 def plain_json(path: str | Path) -> dict:
-    """Read a JSON object of bounded size and depth.
-
-    Parameters
-    ----------
-    path : str or pathlib.Path
-        The file.
-
-    Returns
-    -------
-    dict
-        Its content.
-
-    Raises
-    ------
-    ValueError
-        If the file cannot be read, is too large or is not such JSON; the message says why.
-
-    Example
-    -------
-    >>> import tempfile
-    >>> path = Path(tempfile.mkdtemp()) / "about.json"
-    >>> _ = path.write_text('{"temperature": NaN}')
-    >>> plain_json(path)
-    Traceback (most recent call last):
-    ...
-    ValueError: NaN is no number
-    """
+    """Read a JSON object of bounded size and depth."""
     try:
         content = json_object(Path(path), MAX_JSON_BYTES)
     except FileNotFoundError as error:
@@ -222,38 +155,7 @@ def plain_json(path: str | Path) -> dict:
 def checked(
     schema: type[BaseModel], content: Any, place: str | Path, problem: type[UserError], advice: str
 ) -> BaseModel:
-    """Compare data with a schema.
-
-    Parameters
-    ----------
-    schema : type
-        A pydantic model.
-    content : object
-        Plain data.
-    place : str or pathlib.Path
-        Where it comes from, for the message.
-    problem : type
-        Class of the error.
-    advice : str
-        What to do about it, for the message.
-
-    Returns
-    -------
-    pydantic.BaseModel
-        The values.
-
-    Raises
-    ------
-    UserError
-        Of the class `problem`, naming the file and the first key that does not fit.
-
-    Example
-    -------
-    >>> checked(AdapterSizes, {"input_size": 8, "dropout": 2}, "about.json", UserError, "Train it again.")
-    Traceback (most recent call last):
-    ...
-    speechbrain_mifuse.errors.UserError: about.json: dropout: Input should be less than 1 (given: 2). Train it again.
-    """
+    """Compare data with a schema."""
     try:
         return schema.model_validate(content)
     except ValidationError as error:

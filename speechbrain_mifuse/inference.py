@@ -810,30 +810,7 @@ def _windowing(window_s: float | None, hop_s: float | None, smooth_s: float | No
 
 
 def recordings_in(folder: str | Path) -> list[Path]:
-    """List the recordings below a folder.
-
-    Parameters
-    ----------
-    folder : str or pathlib.Path
-        The folder.
-
-    Returns
-    -------
-    list of pathlib.Path
-        By path; without hidden files and folders.
-
-    Raises
-    ------
-    UserError
-        If there is no such folder or no recording in it.
-
-    Example
-    -------
-    >>> recordings_in("/nowhere")
-    Traceback (most recent call last):
-    ...
-    speechbrain_mifuse.errors.UserError: /nowhere: no such folder.
-    """
+    """List the recordings below a folder."""
     root = Path(folder)
     if not root.is_dir():
         raise UserError(f"{folder}: no such folder.")
@@ -844,27 +821,7 @@ def recordings_in(folder: str | Path) -> list[Path]:
 
 
 def shrinking_groups(items: Sequence, largest: Callable[[], int], workers: int) -> Iterator[Sequence]:
-    """Cut a list into groups that get smaller towards its end, so that all workers come to an end together.
-
-    Parameters
-    ----------
-    items : sequence
-        Anything that can be sliced.
-    largest : callable
-        Gives the most items of the next group.
-    workers : int
-        How many work on the groups.
-
-    Yields
-    ------
-    sequence
-        Consecutive items, at least one.
-
-    Example
-    -------
-    >>> [len(group) for group in shrinking_groups(range(20), lambda: 4, 2)]
-    [4, 4, 3, 2, 1, 1, 1, 1, 1, 1, 1]
-    """
+    """Cut a list into groups that get smaller towards its end, so that all workers come to an end together."""
     place = 0
     while place < len(items):
         group = items[place : place + max(1, min(largest(), (len(items) - place) // (2 * workers)))]
@@ -873,50 +830,14 @@ def shrinking_groups(items: Sequence, largest: Callable[[], int], workers: int) 
 
 
 def in_order(function: Callable, items: Iterable) -> Iterator:
-    """Apply a function to many things, several at a time, and hand the results out in order.
-
-    Parameters
-    ----------
-    function : callable
-        Takes an item.
-    items : iterable
-        Read only a little ahead of what was handed out.
-
-    Yields
-    ------
-    object
-        Results.
-
-    Example
-    -------
-    >>> list(in_order(len, ["a", "bc"]))
-    [1, 2]
-    """
+    """Apply a function to many things, several at a time, and hand the results out in order."""
     with one_core_threads() as pool:
         yield from ahead(pool, function, items, AHEAD)
 
 
 @contextlib.contextmanager
 def one_core_threads(count: int = ENCODING_THREADS) -> Iterator[ThreadPoolExecutor]:
-    """Start threads whose tensor operations use one core each, and leave those of all other threads as they are.
-
-    Parameters
-    ----------
-    count : int
-        How many.
-
-    Yields
-    ------
-    concurrent.futures.ThreadPoolExecutor
-        At the end, what it has not begun is dropped.
-
-    Example
-    -------
-    >>> before = torch.get_num_threads()
-    >>> with one_core_threads(2) as pool:
-    ...     pool.submit(torch.get_num_threads).result(), torch.get_num_threads() == before
-    (1, True)
-    """
+    """Start threads whose tensor operations use one core each, and leave those of all other threads as they are."""
     started = threading.Barrier(count)
     pool = ThreadPoolExecutor(count, initializer=_take_one_core)
     with _starting:

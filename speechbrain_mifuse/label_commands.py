@@ -10,20 +10,7 @@ from speechbrain_mifuse.errors import UserError, stopped_by_ctrl_c
 
 
 def add_labels(commands) -> None:
-    """Add the command `labels`.
-
-    Parameters
-    ----------
-    commands : argparse action
-        As `ArgumentParser.add_subparsers` gives.
-
-    Example
-    -------
-    >>> parser = argparse.ArgumentParser()
-    >>> add_labels(parser.add_subparsers())
-    >>> parser.parse_args(["labels", "merge", "a.sqlite", "b.sqlite", "--into", "all.sqlite"]).shards
-    [PosixPath('a.sqlite'), PosixPath('b.sqlite')]
-    """
+    """Add the command `labels`."""
     labels = commands.add_parser("labels", help="look into, check, export, import and merge stores of answers")
     steps = labels.add_subparsers(required=True, metavar="WHAT")
     show = _step(steps, "show", run_show, "list what was asked, with counts, refusals and tokens")
@@ -59,20 +46,7 @@ def add_labels(commands) -> None:
 
 
 def add_batch(commands) -> None:
-    """Add the command `batch`.
-
-    Parameters
-    ----------
-    commands : argparse action
-        As `ArgumentParser.add_subparsers` gives.
-
-    Example
-    -------
-    >>> parser = argparse.ArgumentParser()
-    >>> add_batch(parser.add_subparsers())
-    >>> parser.parse_args(["batch", "poll", "hparams/iem2msp.yaml"]).step
-    'poll'
-    """
+    """Add the command `batch`."""
     batch = commands.add_parser(
         "batch",
         help="collect answers by the Batch API: within a day, at half the price",
@@ -96,34 +70,7 @@ def _step(steps, name: str, run, about: str) -> argparse.ArgumentParser:
 
 
 def chosen(store, prefix: str):
-    """Find the query that a user means.
-
-    Parameters
-    ----------
-    store : LabelStore
-        Where it is.
-    prefix : str
-        Beginning of its id; nothing where there is only one.
-
-    Returns
-    -------
-    QuerySummary
-
-    Raises
-    ------
-    UserError
-        If none or several fit.
-
-    Example
-    -------
-    >>> import tempfile
-    >>> from speechbrain_mifuse.lalm.store import LabelStore
-    >>> with LabelStore(tempfile.mkdtemp() + "/labels.sqlite") as store:
-    ...     chosen(store, "ab")
-    Traceback (most recent call last):
-    ...
-    speechbrain_mifuse.errors.UserError: --query 'ab' fits none of the 0 queries of ...
-    """
+    """Find the query that a user means."""
     known = store.queries()
     found = [summary for summary in known if summary.query.digest.startswith(prefix)]
     if len(found) != 1:
@@ -136,25 +83,7 @@ def chosen(store, prefix: str):
 
 
 def described(summary) -> str:
-    """Describe a query and what is stored of it, in a few lines.
-
-    Parameters
-    ----------
-    summary : QuerySummary
-        As `LabelStore.queries` gives.
-
-    Returns
-    -------
-    str
-
-    Example
-    -------
-    >>> from speechbrain_mifuse.lalm.profile import Tokens
-    >>> from speechbrain_mifuse.lalm.store import Query, QuerySummary
-    >>> query = Query("0" * 64, ("angry", "sad"), "m", "http://127.0.0.1/v1", {"temperature": 1})
-    >>> print(described(QuerySummary(1, query, {"label": 0}, 0, 0, 0, None, None, Tokens(), Tokens())).splitlines()[0])
-    query ...: m at http://127.0.0.1/v1
-    """
+    """Describe a query and what is stored of it, in a few lines."""
     query, counts = summary.query, summary.counts
     kinds = ", ".join(f"{count} {kind}" for kind, count in counts.items() if count) or "no answer"
     total = sum(counts.values())
@@ -175,20 +104,7 @@ def described(summary) -> str:
 
 
 def run_show(options: argparse.Namespace) -> None:
-    """Print every query of a store.
-
-    Parameters
-    ----------
-    options : argparse.Namespace
-        `store`.
-
-    Example
-    -------
-    >>> run_show(argparse.Namespace(store="nowhere.sqlite"))
-    Traceback (most recent call last):
-    ...
-    speechbrain_mifuse.lalm.store.StoreError: label store nowhere.sqlite: no such file. ...
-    """
+    """Print every query of a store."""
     from speechbrain_mifuse.lalm.store import LabelStore
 
     with LabelStore.existing(options.store, read_only=True) as store:
@@ -196,25 +112,7 @@ def run_show(options: argparse.Namespace) -> None:
 
 
 def run_check(options: argparse.Namespace) -> None:
-    """Print what is wrong with a store.
-
-    Parameters
-    ----------
-    options : argparse.Namespace
-        `store`.
-
-    Raises
-    ------
-    SystemExit
-        With status 1 if anything is.
-
-    Example
-    -------
-    >>> run_check(argparse.Namespace(store="nowhere.sqlite"))
-    Traceback (most recent call last):
-    ...
-    speechbrain_mifuse.lalm.store.StoreError: label store nowhere.sqlite: no such file. ...
-    """
+    """Print what is wrong with a store."""
     from speechbrain_mifuse.lalm.integrity import check
     from speechbrain_mifuse.lalm.store import LabelStore
 
@@ -226,20 +124,7 @@ def run_check(options: argparse.Namespace) -> None:
 
 
 def run_export(options: argparse.Namespace) -> None:
-    """Export a store.
-
-    Parameters
-    ----------
-    options : argparse.Namespace
-        `store`, `file`, `query`, `no_ids`.
-
-    Example
-    -------
-    >>> run_export(argparse.Namespace(store="nowhere.sqlite"))
-    Traceback (most recent call last):
-    ...
-    speechbrain_mifuse.lalm.store.StoreError: label store nowhere.sqlite: no such file. ...
-    """
+    """Export a store."""
     from speechbrain_mifuse.lalm.exchange import export
     from speechbrain_mifuse.lalm.store import LabelStore
 
@@ -250,26 +135,7 @@ def run_export(options: argparse.Namespace) -> None:
 
 
 def run_import(options: argparse.Namespace) -> None:
-    """Import exports, each whole or not at all.
-
-    Parameters
-    ----------
-    options : argparse.Namespace
-        `files`, `into`.
-
-    Raises
-    ------
-    SystemExit
-        With status 1 after conflicts.
-
-    Example
-    -------
-    >>> import tempfile
-    >>> run_import(argparse.Namespace(files=["nowhere.jsonl"], into=tempfile.mkdtemp() + "/labels.sqlite"))
-    Traceback (most recent call last):
-    ...
-    speechbrain_mifuse.lalm.store.StoreError: nowhere.jsonl: cannot be read ...
-    """
+    """Import exports, each whole or not at all."""
     from speechbrain_mifuse.lalm.exchange import import_file
     from speechbrain_mifuse.lalm.store import LabelStore
 
@@ -284,25 +150,7 @@ def run_import(options: argparse.Namespace) -> None:
 
 
 def run_merge(options: argparse.Namespace) -> None:
-    """Merge stores.
-
-    Parameters
-    ----------
-    options : argparse.Namespace
-        `shards`, `into`.
-
-    Raises
-    ------
-    SystemExit
-        With status 1 after conflicts.
-
-    Example
-    -------
-    >>> run_merge(argparse.Namespace(shards=["nowhere.sqlite"], into="all.sqlite"))
-    Traceback (most recent call last):
-    ...
-    speechbrain_mifuse.lalm.store.StoreError: label store nowhere.sqlite: no such file. ...
-    """
+    """Merge stores."""
     from speechbrain_mifuse.lalm.exchange import merge
 
     taken = merge(options.shards, options.into)
@@ -312,20 +160,7 @@ def run_merge(options: argparse.Namespace) -> None:
 
 
 def run_report(options: argparse.Namespace) -> None:
-    """Write the teacher report and print its table.
-
-    Parameters
-    ----------
-    options : argparse.Namespace
-        `store`, `manifest`, `output`, `query`, `source`, `profile`.
-
-    Example
-    -------
-    >>> run_report(argparse.Namespace(store="nowhere.sqlite", profile=None))
-    Traceback (most recent call last):
-    ...
-    speechbrain_mifuse.lalm.store.StoreError: label store nowhere.sqlite: no such file. ...
-    """
+    """Write the teacher report and print its table."""
     from speechbrain_mifuse.evaluation.teacher_report import report_store
     from speechbrain_mifuse.lalm.profile import read_profile
     from speechbrain_mifuse.lalm.store import LabelStore
@@ -361,25 +196,7 @@ STEPS = {"make": _make, "submit": _submit, "poll": _poll, "ingest": _ingest, "ru
 
 
 def run_batch(options: argparse.Namespace) -> None:
-    """Do one step of a recipe's batch job, or go on to its end.
-
-    Parameters
-    ----------
-    options : argparse.Namespace
-        As `add_batch` defines, and `flags`, those of the recipe.
-
-    Raises
-    ------
-    SystemExit
-        With status 130 after Ctrl-C.
-
-    Example
-    -------
-    >>> run_batch(argparse.Namespace(yaml=Path("none.yaml")))
-    Traceback (most recent call last):
-    ...
-    speechbrain_mifuse.errors.UserError: none.yaml: no such file. The recipe's YAML file comes after the step, ...
-    """
+    """Do one step of a recipe's batch job, or go on to its end."""
     if not options.yaml.is_file():
         raise UserError(
             f"{options.yaml}: no such file. The recipe's YAML file comes after the step, as hparams/nemo2rav.yaml"

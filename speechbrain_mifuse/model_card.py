@@ -18,23 +18,7 @@ ENCODERS = {"demo": "Whisper tiny.en (trained for English speech recognition)"}
 
 
 def encoder_told(source: str | Path) -> str:
-    """Name an encoder in results and on cards.
-
-    Parameters
-    ----------
-    source : str or pathlib.Path
-        As `--encoder` takes it.
-
-    Returns
-    -------
-    str
-        Of a folder only its name: where it lies says nothing to others, and may be nobody's business.
-
-    Example
-    -------
-    >>> encoder_told("demo"), encoder_told("facebook/hubert-base-ls960"), encoder_told("/home/anna/hubert")
-    ('Whisper tiny.en (trained for English speech recognition)', 'facebook/hubert-base-ls960', 'hubert')
-    """
+    """Name an encoder in results and on cards."""
     local = Path(source).is_absolute() or Path(source).is_dir()
     return ENCODERS.get(str(source), Path(source).name if local else str(source))
 
@@ -100,28 +84,7 @@ LIMITS = (
 
 
 def trained_card(about: Mapping) -> str:
-    """Write the card of a classifier that was trained with labels.
-
-    Parameters
-    ----------
-    about : mapping
-        What goes to its `about.json`: `labels`, and if known `corpus`, `encoder`, `counts`, `validation`.
-
-    Returns
-    -------
-    str
-        Markdown.
-
-    Example
-    -------
-    >>> print(trained_card({"labels": ["angry", "sad"], "corpus": "ravdess", "code_version": "0"}))
-    ---
-    ...
-    # Speech emotion recogniser: ravdess
-    ...
-    - ravdess: Licence: CC BY-NC-SA 4.0.
-    ...
-    """
+    """Write the card of a classifier that was trained with labels."""
     corpus = markdown(about.get("corpus", "a corpus that is not recorded here"))
     counts = ", ".join(f"{count} {markdown(label)}" for label, count in (about.get("counts") or {}).items())
     training = [f"Trained with labels on {corpus}{f' ({counts})' if counts else ''}, speakers apart from those below."]
@@ -153,32 +116,7 @@ def trained_card(about: Mapping) -> str:
 
 
 def adapted_card(about: Mapping, record: Mapping) -> str:
-    """Write the card of a student that was adapted to a target.
-
-    Parameters
-    ----------
-    about : mapping
-        Its `about.json`.
-    record : mapping
-        Its `results.json`, and `warnings`, if there are signs without labels that something went wrong.
-
-    Returns
-    -------
-    str
-        Markdown.
-
-    Example
-    -------
-    >>> record = {"method": "mi_fuse", "source": "nemo", "target": "folder", "teacher": "emodb", "encoder": "toy",
-    ...           "n_train": 9, "n_test": 9, "seed": 1, "protocol": "4 classes", "selection": "last step", "UA": None}
-    >>> print(adapted_card({"labels": ["angry", "sad"], "code_version": "0", "temperature": 1.0}, record))
-    ---
-    ...
-    # Speech emotion recogniser: nemo adapted to folder
-    ...
-    Not scored: the recordings it was adapted to have no labels. Nothing is known of how well it does.
-    ...
-    """
+    """Write the card of a student that was adapted to a target."""
     names = [record[role] for role in ("source", "teacher", "target")]
     source, teacher, target = map(markdown, names)
     labelled = record["method"] == "oracle"
@@ -215,46 +153,12 @@ def adapted_card(about: Mapping, record: Mapping) -> str:
 
 
 def too_few(count: int | None, by_class: Mapping[str, int] | None = None) -> bool:
-    """Tell whether there are too few labeled recordings to speak of a calibration or an interval.
-
-    Parameters
-    ----------
-    count : int or None
-        Recordings; `None` where it is not known.
-    by_class : mapping of str to int, optional
-        How many of each class.
-
-    Returns
-    -------
-    bool
-
-    Example
-    -------
-    >>> too_few(4), too_few(50), too_few(50, {"angry": 46, "sad": 4}), too_few(None)
-    (True, False, True, False)
-    """
+    """Tell whether there are too few labeled recordings to speak of a calibration or an interval."""
     return (count is not None and count < MIN_LABELED) or any(n < MIN_PER_CLASS for n in (by_class or {}).values())
 
 
 def scores_told(record: Mapping) -> str:
-    """Say UA with its interval, and WA.
-
-    Parameters
-    ----------
-    record : mapping
-        `UA`, `WA` and, if known, `ci95`, in [0, 1], `test_speakers`, how many it is over, and `n` or `n_test`, how many
-        recordings.
-
-    Returns
-    -------
-    str
-        In percent.
-
-    Example
-    -------
-    >>> scores_told({"UA": 0.5, "WA": 0.6, "ci95": [0.4, 0.65]})
-    'UA 50.0 % (95 % interval over speakers 40.0 to 65.0), WA 60.0 %'
-    """
+    """Say UA with its interval, and WA."""
     interval, speakers = "", record.get("test_speakers")
     if too_few(record.get("n_test", record.get("n"))):
         interval = " (too few recordings for an interval)"
@@ -267,25 +171,7 @@ def scores_told(record: Mapping) -> str:
 
 
 def calibration_told(about: Mapping, fitted: str) -> str:
-    """Say what the probabilities are worth.
-
-    Parameters
-    ----------
-    about : mapping
-        `temperature`.
-    fitted : str
-        How it was found, where it is not 1.
-
-    Returns
-    -------
-    str
-        A sentence.
-
-    Example
-    -------
-    >>> calibration_told({}, "guessed")
-    'Probabilities are not calibrated (temperature 1): use their order, not their size.'
-    """
+    """Say what the probabilities are worth."""
     temperature = about.get("temperature", 1.0)
     if temperature == 1.0:
         return "Probabilities are not calibrated (temperature 1): use their order, not their size."
@@ -293,25 +179,7 @@ def calibration_told(about: Mapping, fitted: str) -> str:
 
 
 def licence_told(name: str) -> str:
-    """Say what is known of a corpus's licence: the sentence about it at the head of its module.
-
-    Parameters
-    ----------
-    name : str
-        Of the corpus, as recipes call it.
-
-    Returns
-    -------
-    str
-        One line.
-
-    Example
-    -------
-    >>> licence_told("nemo")
-    'nemo: Licence: CC BY-NC-SA 4.0.'
-    >>> licence_told("some-model")
-    'some-model: no corpus of this package; ask whoever gave it to you.'
-    """
+    """Say what is known of a corpus's licence: the sentence about it at the head of its module."""
     folder = Path(corpora.__file__).parent
     for module in (folder / f"{name}.py", folder / f"{name.rpartition('_')[0]}.py"):
         if re.fullmatch(r"\w+", module.stem) and module.is_file():
@@ -322,21 +190,5 @@ def licence_told(name: str) -> str:
 
 
 def bullets(lines: Iterable[str]) -> str:
-    r"""Format a list.
-
-    Parameters
-    ----------
-    lines : iterable of str
-        Its entries.
-
-    Returns
-    -------
-    str
-        Markdown; says so when there is none.
-
-    Example
-    -------
-    >>> bullets(["a", "b"])
-    '- a\n- b'
-    """
+    r"""Format a list."""
     return "\n".join(f"- {line}" for line in lines) or "- not recorded"

@@ -73,58 +73,12 @@ EVERY_REQUEST = ("openai", "httpx", "httpx2", "httpcore", "httpcore2", "speechbr
 
 
 def chosen_methods(hparams: Mapping) -> list[str]:
-    """Names of the methods that `method` asks for: one, or a list.
-
-    Parameters
-    ----------
-    hparams : mapping
-        `method` and `adaptation[methods]`.
-
-    Returns
-    -------
-    list of str
-        In the order asked for.
-
-    Raises
-    ------
-    UserError
-        If a name is unknown; the message lists the known ones.
-
-    Example
-    -------
-    >>> chosen_methods({"method": "mi_fuse", "adaptation": {"methods": {"mi_fuse": None}}})
-    ['mi_fuse']
-    """
+    """Names of the methods that `method` asks for: one, or a list."""
     return known_ones(hparams["method"], hparams["adaptation"]["methods"], "--method")
 
 
 def known_ones(value, known: Collection, flag: str) -> list:
-    """Read a flag that takes one of several things, or a list of them.
-
-    Parameters
-    ----------
-    value
-        What was given.
-    known : collection
-        What there is.
-    flag : str
-        For the message.
-
-    Returns
-    -------
-    list
-        In the order given.
-
-    Raises
-    ------
-    UserError
-        If something is unknown; the message lists what is known.
-
-    Example
-    -------
-    >>> known_ones([2, 1], [1, 2], "--fold"), known_ones(2, [1, 2], "--fold")
-    ([2, 1], [2])
-    """
+    """Read a flag that takes one of several things, or a list of them."""
     chosen = list(value) if isinstance(value, Sequence) and not isinstance(value, str) else [value]
     unknown = [one for one in chosen if one not in known]
     if unknown:
@@ -133,24 +87,7 @@ def known_ones(value, known: Collection, flag: str) -> list:
 
 
 def require_labels(hparams: Mapping, names: Sequence[str]) -> None:
-    """Refuse a method that uses the target's labels where there are none, before anything long is begun.
-
-    Parameters
-    ----------
-    hparams : mapping
-        `adaptation[methods]`, `target`, `target_manifests`.
-    names : sequence of str
-        Chosen methods.
-
-    Raises
-    ------
-    UserError
-        Naming the method and what to do.
-
-    Example
-    -------
-    >>> require_labels({"adaptation": {"methods": {}}}, [])
-    """
+    """Refuse a method that uses the target's labels where there are none, before anything long is begun."""
     wanting = [name for name in names if hparams["adaptation"]["methods"][name].uses_labels]
     if not wanting:
         return
@@ -163,54 +100,13 @@ def require_labels(hparams: Mapping, names: Sequence[str]) -> None:
 
 
 def device_of(run_opts: Mapping | None) -> str:
-    """Give the device of a run.
-
-    Parameters
-    ----------
-    run_opts : mapping or None
-        SpeechBrain's run options.
-
-    Returns
-    -------
-    str
-        The CPU where they name none.
-
-    Example
-    -------
-    >>> device_of({"device": "cuda:0"}), device_of({"device": None}), device_of(None)
-    ('cuda:0', 'cpu', 'cpu')
-    """
+    """Give the device of a run."""
     # Options read from a command line hold the key in any case.
     return (run_opts or {}).get("device") or "cpu"
 
 
 def open_reader(hparams: Mapping, run_opts: Mapping | None = None) -> FrameReader:
-    """Build the frozen encoder with its preprocessing, on the device of the run.
-
-    Parameters
-    ----------
-    hparams : mapping
-        `encoder`, `encoder_layers`, `trim_db`, `frame_average`.
-    run_opts : mapping, optional
-        SpeechBrain's run options; `device` is read.
-
-    Returns
-    -------
-    FrameReader
-        Makes frames of recordings.
-
-    Raises
-    ------
-    UserError
-        If the encoder cannot be loaded.
-
-    Example
-    -------
-    >>> open_reader({"encoder": "./no-such-folder", "encoder_layers": None})
-    Traceback (most recent call last):
-    ...
-    speechbrain_mifuse.errors.UserError: --encoder: ...
-    """
+    """Build the frozen encoder with its preprocessing, on the device of the run."""
     try:
         encoder = FrozenEncoder(hparams["encoder"], hparams["encoder_layers"])
     except (OSError, ValueError) as error:
@@ -220,67 +116,13 @@ def open_reader(hparams: Mapping, run_opts: Mapping | None = None) -> FrameReade
 
 
 def store_frames(hparams: Mapping, role: str, reader: FrameReader) -> FeatureStore:
-    """Fill the feature store of the corpus that plays a role.
-
-    Parameters
-    ----------
-    hparams : mapping
-        `feature_folder`, `<role>` (the corpus's name) and `<role>_manifests`.
-    role : str
-        `target`, `source` or `teacher`.
-    reader : FrameReader
-        Makes the frames.
-
-    Returns
-    -------
-    FeatureStore
-        With every readable utterance of the role's manifests.
-
-    Raises
-    ------
-    StoreError
-        If the folder holds frames of another kind.
-
-    Example
-    -------
-    >>> store_frames.__name__  # runs in `recipes/RAVDESS/mifuse/train.py`
-    'store_frames'
-    """
+    """Fill the feature store of the corpus that plays a role."""
     manifests = sorted(Path(hparams[f"{role}_manifests"]).glob("*_unlabelled.json"))
     return fill_store(hparams[role], manifests, reader, hparams["feature_folder"])
 
 
 def open_front(hparams: Mapping, role: str, layer: int | None, reader: FrameReader) -> StoredFrames:
-    """Fill the feature store of the corpus that plays a role and read frames from it, speaker-normalised if asked for.
-
-    Parameters
-    ----------
-    hparams : mapping
-        As for `store_frames` and `chosen_norm`.
-    role : str
-        `target`, `source` or `teacher`; the frames of the latter are never normalised.
-    layer : int or None
-        Which of the stored layers; all of them for `None`.
-    reader : FrameReader
-        Makes the frames.
-
-    Returns
-    -------
-    StoredFrames
-        The front.
-
-    Raises
-    ------
-    UserError
-        If the speaker normalisation is unknown.
-
-    Example
-    -------
-    >>> open_front({"speaker_norm": "mine"}, "target", 2, None)
-    Traceback (most recent call last):
-    ...
-    speechbrain_mifuse.errors.UserError: --speaker_norm: 'mine' is none of none, known, clustered.
-    """
+    """Fill the feature store of the corpus that plays a role and read its frames, speaker-normalised if asked."""
     norm = chosen_norm(hparams) if role in NORMALISED_ROLES else None
     store = store_frames(hparams, role, reader)
     if norm is None:
@@ -290,87 +132,19 @@ def open_front(hparams: Mapping, role: str, layer: int | None, reader: FrameRead
 
 
 def chosen_front(hparams: Mapping, run_opts: Mapping | None = None) -> StoredFrames | FinetunedEncoder:
-    """Build where a classifier's frames come from, by the name in `features`.
-
-    Parameters
-    ----------
-    hparams : mapping
-        `features` and `fronts`, and what the chosen one needs.
-    run_opts : mapping, optional
-        SpeechBrain's run options.
-
-    Returns
-    -------
-    StoredFrames or FinetunedEncoder
-        The front.
-
-    Raises
-    ------
-    UserError
-        If the name is unknown.
-
-    Example
-    -------
-    >>> chosen_front({"features": "live", "fronts": {"stored": None, "finetune": None}})
-    Traceback (most recent call last):
-    ...
-    speechbrain_mifuse.errors.UserError: --features: 'live' is none of stored, finetune.
-    """
+    """Build where a classifier's frames come from, by the name in `features`."""
     if hparams["features"] not in hparams["fronts"]:
         raise UserError(f"--features: '{hparams['features']}' is none of {', '.join(hparams['fronts'])}.")
     return hparams["fronts"][hparams["features"]](hparams, run_opts)
 
 
 def stored_front(hparams: Mapping, run_opts: Mapping | None = None) -> StoredFrames:
-    """Fill the store of the source corpus and read frames from it.
-
-    Parameters
-    ----------
-    hparams : mapping
-        The recipe's.
-    run_opts : mapping, optional
-        SpeechBrain's run options.
-
-    Returns
-    -------
-    StoredFrames
-        The front.
-
-    Example
-    -------
-    >>> stored_front.__name__  # runs in `recipes/RAVDESS/classifier/train.py`
-    'stored_front'
-    """
+    """Fill the store of the source corpus and read frames from it."""
     return open_front(hparams, "source", hparams["layer"], open_reader(hparams, run_opts))
 
 
 def finetuned_front(hparams: Mapping, run_opts: Mapping | None = None) -> FinetunedEncoder:
-    """Load the encoder to be trained along.
-
-    Parameters
-    ----------
-    hparams : mapping
-        The recipe's.
-    run_opts : mapping, optional
-        SpeechBrain's run options.
-
-    Returns
-    -------
-    FinetunedEncoder
-        The front.
-
-    Raises
-    ------
-    UserError
-        If the encoder cannot be loaded, or speaker normalisation is asked for, which needs frames that stay the same.
-
-    Example
-    -------
-    >>> finetuned_front({"encoder": "./no-such-folder", "trim_db": None, "speaker_norm": "none"})
-    Traceback (most recent call last):
-    ...
-    speechbrain_mifuse.errors.UserError: --encoder: ...
-    """
+    """Load the encoder to be trained along."""
     if chosen_norm(hparams) is not None:
         raise UserError(
             f"--speaker_norm {hparams['speaker_norm']}: the frames of an encoder that is trained along change all the "
@@ -383,56 +157,14 @@ def finetuned_front(hparams: Mapping, run_opts: Mapping | None = None) -> Finetu
 
 
 def source_recogniser(hparams: Mapping, reader: FrameReader, run_opts: Mapping | None = None) -> Path:
-    """Find the source recogniser that the user names, or train one on the source corpus.
-
-    Parameters
-    ----------
-    hparams : mapping
-        The recipe's.
-    reader : FrameReader
-        Makes the frames.
-    run_opts : mapping, optional
-        SpeechBrain's run options.
-
-    Returns
-    -------
-    pathlib.Path
-        Its folder.
-
-    Example
-    -------
-    >>> source_recogniser({"source_recogniser": "given"}, None)
-    PosixPath('given')
-    """
+    """Find the source recogniser that the user names, or train one on the source corpus."""
     if hparams["source_recogniser"] is not None:
         return Path(hparams["source_recogniser"])
     return trained_recogniser(hparams, "source", reader, run_opts)
 
 
 def trained_recogniser(hparams: Mapping, role: str, reader: FrameReader, run_opts: Mapping | None = None) -> Path:
-    """Store the frames of a prepared corpus and train its classifier; each step is skipped when done.
-
-    Parameters
-    ----------
-    hparams : mapping
-        The recipe's; `prepare_role` must have been called.
-    role : str
-        `source` or `teacher`.
-    reader : FrameReader
-        Makes the frames.
-    run_opts : mapping, optional
-        SpeechBrain's run options.
-
-    Returns
-    -------
-    pathlib.Path
-        Folder of the recogniser.
-
-    Example
-    -------
-    >>> trained_recogniser.__name__  # runs in `recipes/RAVDESS/mifuse/train.py`
-    'trained_recogniser'
-    """
+    """Store the frames of a prepared corpus and train its classifier; each step is skipped when done."""
     classifier = hparams[f"{role}_classifier"]
     folder = Path(classifier["output_folder"])
     folder.mkdir(parents=True, exist_ok=True)
@@ -442,25 +174,7 @@ def trained_recogniser(hparams: Mapping, role: str, reader: FrameReader, run_opt
 
 
 def prepare_role(hparams: Mapping, role: str) -> None:
-    """Prepare the corpus that a classifier is trained on, and make sure that it has an example of each class.
-
-    Parameters
-    ----------
-    hparams : mapping
-        The recipe's.
-    role : str
-        `source` or `teacher`.
-
-    Raises
-    ------
-    UserError
-        If the corpus is not found or does not suffice.
-
-    Example
-    -------
-    >>> prepare_role.__name__  # runs in `recipes/RAVDESS/mifuse/train.py`
-    'prepare_role'
-    """
+    """Prepare the corpus that a classifier is trained on, and make sure that it has an example of each class."""
     classifier = hparams[f"{role}_classifier"]
     folder = Path(classifier["output_folder"])
     folder.mkdir(parents=True, exist_ok=True)
@@ -472,42 +186,14 @@ def prepare_role(hparams: Mapping, role: str) -> None:
 
 
 class Answers:
-    """The language model's stored samples by utterance; none for an utterance that it was not asked about.
-
-    Parameters
-    ----------
-    samples : Samples or None
-        As `LabelStore.load` gives.
-    keys : sequence of str
-        Utterance ids in the order of the samples.
-    k, n_classes : int
-        Shape of an empty answer.
-    teacher : mapping, optional
-        Fingerprint of the audio-text model that answered, of JSON's types; `None` for an API or if nobody was asked.
-
-    Example
-    -------
-    >>> Answers(None, [], k=5, n_classes=4).of("t-a")["lalm_mask"].any()
-    tensor(False)
-    """
+    """The language model's stored samples by utterance; none for an utterance that it was not asked about."""
 
     def __init__(self, samples, keys: Sequence[str], k: int, n_classes: int, teacher: Mapping | None = None):
         self.samples, self.row, self.teacher = samples, {key: row for row, key in enumerate(keys)}, teacher
         self.nothing = {"lalm": torch.zeros(k, n_classes), "lalm_mask": torch.zeros(k, dtype=torch.bool)}
 
     def of(self, utt_id: str) -> dict[str, torch.Tensor]:
-        """Give the samples of one utterance.
-
-        Parameters
-        ----------
-        utt_id : str
-            Utterance id.
-
-        Returns
-        -------
-        dict of str to torch.Tensor
-            `lalm` `[K, C]` and `lalm_mask` `[K]`.
-        """
+        """Give the samples of one utterance."""
         if utt_id not in self.row:
             return self.nothing
         row = self.row[utt_id]
@@ -541,11 +227,6 @@ def ask_teacher(
     ------
     LalmError
         If the API is down or refuses the key.
-
-    Example
-    -------
-    >>> ask_teacher.__name__  # runs in `recipes/RAVDESS/mifuse/train.py`
-    'ask_teacher'
     """
     wavs = wanted_recordings(hparams, names, store)
     k, labels = hparams["lalm_samples"], hparams["labels"]
@@ -565,27 +246,7 @@ def ask_teacher(
 def collected(
     hparams: Mapping, wavs: Mapping[str, str], hashes: Mapping[str, str], serve, endpoint: str | None
 ) -> Samples:
-    """Fill the label store of a run and load what it needs from there.
-
-    Parameters
-    ----------
-    hparams : mapping
-        The recipe's.
-    wavs, hashes : mapping of str to str
-        File and content hash by utterance id.
-    serve, endpoint
-        As `teacher_api` gives.
-
-    Returns
-    -------
-    Samples
-        In the order of `hashes`.
-
-    Example
-    -------
-    >>> collected.__name__  # runs in `recipes/RAVDESS/mifuse/train.py`
-    'collected'
-    """
+    """Fill the label store of a run and load what it needs from there."""
     with LabelStore(hparams["label_store"]) as answers:
         query, told = fill_label_store(hparams, wavs, hashes, answers, serve, endpoint)
         logger.info(told)
@@ -593,33 +254,7 @@ def collected(
 
 
 def zero_shot_teacher(hparams: Mapping, run_opts: Mapping | None = None) -> AudioTextModel:
-    """Load the audio-text model that is the teacher on this machine, in the place of an API.
-
-    Parameters
-    ----------
-    hparams : mapping
-        `teacher_alm` (folder of a dual encoder, or folder or hub id of a CLAP-like model) and
-        `teacher_alm_trust_remote_code` (whether Python that comes with it may run).
-    run_opts : mapping, optional
-        SpeechBrain's run options; `device` is read.
-
-    Returns
-    -------
-    AudioTextModel
-        On the device of the run.
-
-    Raises
-    ------
-    UserError
-        If no model is named, it cannot be loaded, or it was trained with the target's labels.
-
-    Example
-    -------
-    >>> zero_shot_teacher({"teacher_alm": None})
-    Traceback (most recent call last):
-    ...
-    speechbrain_mifuse.errors.UserError: --teacher dual_encoder: which one? Pass --teacher_alm FOLDER, ...
-    """
+    """Load the audio-text model that is the teacher on this machine, in the place of an API."""
     if hparams["teacher_alm"] is None:
         raise UserError(
             f"--teacher {ZERO_SHOT}: which one? Pass --teacher_alm FOLDER, as recipes/*/dual_encoder/train.py writes "
@@ -632,33 +267,7 @@ def zero_shot_teacher(hparams: Mapping, run_opts: Mapping | None = None) -> Audi
 
 
 def zero_shot_samples(hparams: Mapping, model: AudioTextModel, keys: Sequence[str]) -> Samples:
-    """Let an audio-text model answer about recordings.
-
-    Parameters
-    ----------
-    hparams : mapping
-        `teacher_prompts`, `labels`, `lalm_samples`, `target_manifests`, `target`, `feature_folder`.
-    model : AudioTextModel
-        As `zero_shot_teacher` gives.
-    keys : sequence of str
-        Utterance ids.
-
-    Returns
-    -------
-    Samples
-        Distributions, none missing: the same for every seed of a run. Cosines are standardised over the adaptation set,
-        without labels.
-
-    Raises
-    ------
-    UserError
-        If the model does not know a class.
-
-    Example
-    -------
-    >>> zero_shot_samples.__name__  # runs in `tests/unit/test_zero_shot_teacher.py`
-    'zero_shot_samples'
-    """
+    """Let an audio-text model answer about recordings."""
     manifests = [unlabelled(f"{hparams['target_manifests']}/{split}.json") for split in ("adapt", "test")]
     store = embed_manifests(model, manifests, 1, hparams["feature_folder"], hparams["target"])
     reference = list(encoded_rows(manifests[0], store))
@@ -669,28 +278,7 @@ def zero_shot_samples(hparams: Mapping, model: AudioTextModel, keys: Sequence[st
 
 
 def wanted_recordings(hparams: Mapping, names: Sequence[str], store: FeatureStore | None = None) -> dict[str, str]:
-    """List the target's recordings that some method needs answers about.
-
-    Parameters
-    ----------
-    hparams : mapping
-        The recipe's; the target must be prepared.
-    names : sequence of str
-        Chosen methods.
-    store : FeatureStore, optional
-        Frames of the target; utterances without any are left out.
-
-    Returns
-    -------
-    dict of str to str
-        File by utterance id.
-
-    Example
-    -------
-    >>> from speechbrain_mifuse.adaptation.shot import Shot
-    >>> wanted_recordings({"adaptation": {"methods": {"shot": Shot()}}, "target_manifests": "none"}, ["shot"])
-    {}
-    """
+    """List the target's recordings that some method needs answers about."""
     methods = hparams["adaptation"]["methods"]
     splits = sorted({split for name in names for split in methods[name].answers_for})
     paths = [unlabelled(f"{hparams['target_manifests']}/{split}.json") for split in splits]
@@ -698,29 +286,7 @@ def wanted_recordings(hparams: Mapping, names: Sequence[str], store: FeatureStor
 
 
 def profile_of(hparams: Mapping) -> Profile:
-    """Give the provider's profile, with what flags say otherwise.
-
-    Parameters
-    ----------
-    hparams : mapping
-        `lalm_profile` (a mapping, usually an included file of `hparams/lalm`), `lalm_base_url`, `lalm_model`,
-        `lalm_answer_form`, `lalm_concurrency`.
-
-    Returns
-    -------
-    Profile
-
-    Raises
-    ------
-    UserError
-        If a value cannot be used.
-
-    Example
-    -------
-    >>> flags = {"lalm_base_url": None, "lalm_model": "m", "lalm_answer_form": "label", "lalm_concurrency": 2}
-    >>> profile_of({"lalm_profile": {"name": "ours", "answer_form": "distribution"}, **flags}).answer_form
-    'label'
-    """
+    """Give the provider's profile, with what flags say otherwise."""
     flags = {name: hparams[f"lalm_{name}"] for name in ("base_url", "model", "answer_form", "concurrency")}
     values = hparams.get("lalm_profile") or {}
     if flags["base_url"] is None and values.get("base_url") is not None:
@@ -729,29 +295,7 @@ def profile_of(hparams: Mapping) -> Profile:
 
 
 def question_of(hparams: Mapping, profile: Profile) -> Prompt:
-    """Give the question that the language model is asked.
-
-    Parameters
-    ----------
-    hparams : mapping
-        `labels`; `lalm_prompts` (templates in place of the usual one, taken in turn) and `lalm_shuffle_labels`.
-    profile : Profile
-        Forms of audio and answer.
-
-    Returns
-    -------
-    Prompt
-
-    Raises
-    ------
-    UserError
-        If labels and forms do not go together, or a template lacks a place.
-
-    Example
-    -------
-    >>> question_of({"labels": ["angry", "sad"], "lalm_prompts": ["{labels}: {answer}"]}, Profile()).text()[:10]
-    'angry, sad'
-    """
+    """Give the question that the language model is asked."""
     forms = {"audio_part": profile.audio_part, "constraint": profile.constraint}
     template, *variants = hparams.get("lalm_prompts") or [DEFAULT_TEMPLATE]
     forms.update(variants=variants, shuffle_labels=bool(hparams.get("lalm_shuffle_labels")))
@@ -759,65 +303,13 @@ def question_of(hparams: Mapping, profile: Profile) -> Prompt:
 
 
 def query_of(hparams: Mapping, profile: Profile, base_url: str, endpoint: str | None = None) -> Query:
-    """Give the key of the answers in the label store.
-
-    Parameters
-    ----------
-    hparams : mapping
-        The recipe's.
-    profile : Profile
-        Who is asked.
-    base_url : str
-        Where.
-    endpoint : str, optional
-        Identity of whoever answers, where it is not the address.
-
-    Returns
-    -------
-    Query
-
-    Example
-    -------
-    >>> profile = Profile(model="m", sampling={"max_tokens": 50})
-    >>> query_of({"labels": ["angry", "sad"], "lalm_temperature": 1.0}, profile, LOOPBACK).sampling_json
-    '{"max_tokens": 50, "seed": 0, "temperature": 1}'
-    """
+    """Give the key of the answers in the label store."""
     sampling = {"temperature": hparams["lalm_temperature"], "seed": 0, **profile.sampling}
     return Query.of(question_of(hparams, profile), profile.model, base_url, sampling, endpoint)
 
 
 def client_of(hparams: Mapping, profile: Profile, base_url: str, answers: LabelStore, query: Query) -> LalmClient:
-    """Make the client, with a budget from which stored answers to the same query are deducted.
-
-    Parameters
-    ----------
-    hparams : mapping
-        `lalm_budget`.
-    profile : Profile
-        Who is asked.
-    base_url : str
-        Where.
-    answers : LabelStore
-        Knows what was spent.
-    query : Query
-        On what.
-
-    Returns
-    -------
-    LalmClient
-
-    Raises
-    ------
-    UserError
-        If there is a budget without prices or without a limit on the length of an answer.
-
-    Example
-    -------
-    >>> client_of({"lalm_budget": 1.0}, Profile(model="m"), LOOPBACK, None, None)
-    Traceback (most recent call last):
-    ...
-    speechbrain_mifuse.errors.UserError: --lalm_budget needs prices: ...
-    """
+    """Make the client, with a budget from which stored answers to the same query are deducted."""
     limit = hparams.get("lalm_budget")
     budget = Budget(limit, profile.price)
     if limit is not None and profile.output_limit(profile.sampling) is None:
@@ -829,29 +321,7 @@ def client_of(hparams: Mapping, profile: Profile, base_url: str, answers: LabelS
 
 
 def require_capabilities(hparams: Mapping, profile: Profile, longest: float | None = None) -> None:
-    """Hold what a collection needs against the server's capability card, if there is one.
-
-    Parameters
-    ----------
-    hparams : mapping
-        `lalm_card`, and what the collection needs.
-    profile : Profile
-        Who is asked.
-    longest : float, optional
-        Seconds of the longest recording.
-
-    Raises
-    ------
-    UserError
-        If the server lacks something, with the remedy.
-
-    Example
-    -------
-    >>> require_capabilities({"lalm_card": "/nowhere/card.json"}, Profile())
-    Traceback (most recent call last):
-    ...
-    speechbrain_mifuse.errors.UserError: /nowhere/card.json: no capability card: ...
-    """
+    """Hold what a collection needs against the server's capability card, if there is one."""
     if hparams.get("lalm_card") is None:
         return
     card, varied = read_card(hparams["lalm_card"]), question_of(hparams, profile).varies
@@ -864,36 +334,7 @@ def require_capabilities(hparams: Mapping, profile: Profile, longest: float | No
 def fill_label_store(
     hparams: Mapping, wavs: Mapping[str, str], hashes: Mapping[str, str], answers: LabelStore, serve, endpoint
 ) -> tuple[Query, str]:
-    """Ask for what the label store lacks.
-
-    Parameters
-    ----------
-    hparams : mapping
-        The recipe's.
-    wavs, hashes : mapping of str to str
-        File and content hash by utterance id.
-    answers : LabelStore
-        The store.
-    serve, endpoint : callable, str or None
-        As `teacher_api` gives.
-
-    Returns
-    -------
-    Query
-        The key of the answers.
-    str
-        What was done.
-
-    Raises
-    ------
-    LalmError
-        If the API is down or refuses the key, or budget or deadline end it.
-
-    Example
-    -------
-    >>> fill_label_store.__name__  # runs in `recipes/RAVDESS/mifuse/train.py`
-    'fill_label_store'
-    """
+    """Ask for what the label store lacks."""
     profile, k = profile_of(hparams), hparams["lalm_samples"]
     query = query_of(hparams, profile, profile.base_url or LOOPBACK, endpoint)
     if not missing_answers(answers, query, hashes, k):
@@ -910,31 +351,7 @@ def fill_label_store(
 
 
 def collect_answers(hparams: Mapping, names: Sequence[str], run_opts: Mapping | None = None, dry_run=False) -> None:
-    """Print the plan and collect the answers that a recipe needs, without training or encoding anything.
-
-    Only a teacher that is served on this machine is trained first, if it is not yet.
-
-    Parameters
-    ----------
-    hparams : mapping
-        The recipe's.
-    names : sequence of str
-        Chosen methods.
-    run_opts : mapping, optional
-        SpeechBrain's run options.
-    dry_run : bool
-        Stop after the plan; nothing is asked.
-
-    Raises
-    ------
-    UserError
-        If no chosen method needs answers, the teacher is no language model, or a step fails.
-
-    Example
-    -------
-    >>> collect_answers.__name__  # runs in `speechbrain-mifuse collect`
-    'collect_answers'
-    """
+    """Print the plan and collect the answers that a recipe needs, without training or encoding anything."""
     if hparams["teacher"] == ZERO_SHOT:
         raise UserError(f"--teacher {ZERO_SHOT}: it answers within the recipe itself, and nothing is to be collected.")
     run_on_main(hparams["prepare_target"])
@@ -962,26 +379,7 @@ def collect_answers(hparams: Mapping, names: Sequence[str], run_opts: Mapping | 
 
 
 def planned(hparams: Mapping, known: Mapping[str, Known], store: Path) -> Plan:
-    """Plan a collection by what a label store lacks, making none and training no teacher.
-
-    Parameters
-    ----------
-    hparams : mapping
-        The recipe's.
-    known : mapping of str to Known
-        Content hash and length by utterance id.
-    store : pathlib.Path
-        The label store; it may be missing.
-
-    Returns
-    -------
-    Plan
-
-    Example
-    -------
-    >>> planned.__name__  # runs in `speechbrain-mifuse collect`
-    'planned'
-    """
+    """Plan a collection by what a label store lacks, making none and training no teacher."""
     profile, endpoint = profile_of(hparams), None
     if profile.base_url is None:
         try:
@@ -996,60 +394,14 @@ def planned(hparams: Mapping, known: Mapping[str, Known], store: Path) -> Plan:
 
 
 def missing_answers(answers: LabelStore, query: Query, hashes: Mapping[str, str], k: int) -> list[str]:
-    """List utterances that lack samples, asked about or not.
-
-    Parameters
-    ----------
-    answers : LabelStore
-        The store.
-    query : Query
-        The key.
-    hashes : mapping of str to str
-        Content hash by utterance id.
-    k : int
-        Samples wanted.
-
-    Returns
-    -------
-    list of str
-        Utterance ids.
-
-    Example
-    -------
-    >>> missing_answers.__name__  # runs in `recipes/RAVDESS/mifuse/train.py`
-    'missing_answers'
-    """
+    """List utterances that lack samples, asked about or not."""
     have = answers.have(query)
     return [key for key, audio in hashes.items() if any((audio, i) not in have for i in range(k))]
 
 
 @contextlib.contextmanager
 def teacher_api(hparams: Mapping, reader: FrameReader, run_opts: Mapping | None = None):
-    """Say who answers, and how to reach it: the API that the user names, or a classifier served here.
-
-    Parameters
-    ----------
-    hparams : mapping
-        The recipe's; `teacher_recogniser`, if there is any, names a classifier that was trained elsewhere.
-    reader : FrameReader
-        Makes frames, should a teacher have to be trained.
-    run_opts : mapping, optional
-        SpeechBrain's run options.
-
-    Yields
-    ------
-    serve : callable
-        Gives a context manager of the base URL; a local server starts only when it is entered.
-    endpoint : str or None
-        Identity of whoever answers: `None` for the URL itself, else one that follows the served weights.
-
-    Example
-    -------
-    >>> with teacher_api({"lalm_base_url": "http://127.0.0.1:9/v1"}, None) as (serve, endpoint):
-    ...     with serve() as base_url:
-    ...         print(base_url, endpoint)
-    http://127.0.0.1:9/v1 None
-    """
+    """Say who answers, and how to reach it: the API that the user names, or a classifier served here."""
     if hparams["lalm_base_url"] is not None:
         yield (lambda: contextlib.nullcontext(hparams["lalm_base_url"])), None
         return
@@ -1059,45 +411,14 @@ def teacher_api(hparams: Mapping, reader: FrameReader, run_opts: Mapping | None 
 
 @contextlib.contextmanager
 def served(folder: Path, model_name: str):
-    """Serve a recogniser on a free port of the loopback interface.
-
-    Parameters
-    ----------
-    folder : pathlib.Path
-        Of the recogniser.
-    model_name : str
-        Name it answers to.
-
-    Yields
-    ------
-    str
-        Base URL.
-
-    Example
-    -------
-    >>> served.__name__  # runs in `recipes/RAVDESS/mifuse/train.py`
-    'served'
-    """
+    """Serve a recogniser on a free port of the loopback interface."""
     with EmotionServer(EmotionRecognizer.from_hparams(folder), model_name) as server:
         logger.info("serving %s at %s", folder, server.base_url)
         yield server.base_url
 
 
 def report_answers(samples, temperature: float) -> None:
-    """Log how many samples there are and of what kind; warn when mutual information loses its meaning.
-
-    Parameters
-    ----------
-    samples : Samples
-        As `LabelStore.load` gives.
-    temperature : float
-        tau of the fusion.
-
-    Example
-    -------
-    >>> report_answers.__name__  # runs in `recipes/RAVDESS/mifuse/train.py`
-    'report_answers'
-    """
+    """Log how many samples there are and of what kind; warn when mutual information loses its meaning."""
     present = samples.mask.sum().item()
     logger.info("teacher: %d samples of %d wanted", present, samples.mask.numel())
     one_hot = single_label_share(samples.probs, samples.mask)
@@ -1113,28 +434,7 @@ def report_answers(samples, temperature: float) -> None:
 def report(
     hparams: Mapping, name: str, predictions: Mapping, n_train: int, teacher_model: Mapping | None = None
 ) -> None:
-    """Score one method's predictions and write its results; here the target's labels are opened, if there are any.
-
-    A student that was exported as a recogniser gets its model card, which says how it was scored.
-
-    Parameters
-    ----------
-    hparams : mapping
-        The recipe's.
-    name : str
-        The method.
-    predictions : mapping
-        As `adapt` gives.
-    n_train : int
-        Size of the adaptation set.
-    teacher_model : mapping, optional
-        Fingerprint of the audio-text model that was the teacher, as `Answers` has it.
-
-    Example
-    -------
-    >>> report.__name__  # runs in `recipes/RAVDESS/mifuse/train.py`
-    'report'
-    """
+    """Score one method's predictions and write its results; here the target's labels are opened, if there are any."""
     method, target = hparams["adaptation"]["methods"][name], Path(hparams["target_manifests"])
     folder, rule = Path(hparams["output_folder"]) / name, hparams["adaptation"]["selection"]
     norm = chosen_norm(hparams)
@@ -1170,72 +470,19 @@ def report(
 
 
 def source_name(hparams: Mapping) -> str:
-    """Say what the source recognizer was trained on.
-
-    Parameters
-    ----------
-    hparams : mapping
-        `source`, `source_recogniser`.
-
-    Returns
-    -------
-    str
-        The corpus of the recognizer that is given, else of the one that is trained here.
-
-    Example
-    -------
-    >>> source_name({"source": "ravdess", "source_recogniser": None})
-    'ravdess'
-    """
+    """Say what the source recognizer was trained on."""
     folder = hparams["source_recogniser"]
     return hparams["source"] if folder is None else corpus_of(folder, read_recogniser(folder))
 
 
 def corpus_of(folder: str | Path, about: Mapping) -> str:
-    """Name what a recognizer was trained on.
-
-    Parameters
-    ----------
-    folder : str or pathlib.Path
-        The recognizer's.
-    about : mapping
-        What it says of itself.
-
-    Returns
-    -------
-    str
-        The corpus; for a folder of an earlier version, which does not say, the folder above it.
-
-    Example
-    -------
-    >>> corpus_of("results/a/recogniser", {"corpus": "nemo"}), corpus_of("results/a/recogniser", {})
-    ('nemo', 'a')
-    """
+    """Name what a recognizer was trained on."""
     # Not as an expression: the name becomes a value in YAML.
     return about.get("corpus", Path(folder).resolve().parent.name.lstrip("!("))
 
 
 def teacher_name(hparams: Mapping) -> str:
-    """Say who the teacher is.
-
-    Parameters
-    ----------
-    hparams : mapping
-        `teacher`, `teacher_alm`, `lalm_base_url`, `lalm_model`.
-
-    Returns
-    -------
-    str
-        The corpus of a classifier that is served here, an audio-text model (`dual_encoder` for our own, else the name
-        of its folder or hub id), or the API's model.
-
-    Example
-    -------
-    >>> teacher_name({"teacher": "emodb", "lalm_base_url": None})
-    'emodb'
-    >>> teacher_name({"teacher": "dual_encoder", "teacher_alm": "laion/clap-htsat-unfused"})
-    'clap-htsat-unfused'
-    """
+    """Say who the teacher is."""
     if hparams["teacher"] == ZERO_SHOT:
         # A run of which no method asks the teacher need not say which model it would be.
         return ZERO_SHOT if hparams["teacher_alm"] is None else alm_name(hparams["teacher_alm"])
@@ -1243,24 +490,7 @@ def teacher_name(hparams: Mapping) -> str:
 
 
 def copy_told(about: Mapping) -> str:
-    """Say in what a target differs from the whole published corpus, as far as is known.
-
-    Parameters
-    ----------
-    about : mapping
-        Content of its `corpus.json`.
-
-    Returns
-    -------
-    str
-        Empty where nothing is to be said.
-
-    Example
-    -------
-    >>> copy_told({"keep": {"sad": 0.2}, "release_check": {"matches": False, "total_found": 80, "unusable": 2,
-    ...                                                    "total_expected": 5531}})
-    'not the published release (78 of 5531 utterances), of the adaptation set only 20 % of sad kept'
-    """
+    """Say in what a target differs from the whole published corpus, as far as is known."""
     told, check = [], about.get("release_check") or {"matches": True}
     if not check["matches"]:
         usable = check["total_found"] - check.get("unusable", 0)
@@ -1270,31 +500,7 @@ def copy_told(about: Mapping) -> str:
 
 
 def protocol(labels: Sequence[str], manifests: Path, norm=None) -> str:
-    """Say how the target was split, how many of its speakers are known, and what was done with them.
-
-    Parameters
-    ----------
-    labels : sequence of str
-        The classes.
-    manifests : pathlib.Path
-        Folder of `adapt` and `test`.
-    norm : KnownSpeakers or FoundSpeakers, optional
-        Speaker normalisation.
-
-    Returns
-    -------
-    str
-        Number of classes and speakers, whether the two sets share any, recordings without a known speaker.
-
-    Example
-    -------
-    >>> import tempfile
-    >>> folder = Path(tempfile.mkdtemp())
-    >>> for name, text in (("corpus", '{"data_root": "/toy"}'), ("adapt_unlabelled", "{}"), ("test_unlabelled", "{}")):
-    ...     atomic_write(folder / f"{name}.json", text)
-    >>> protocol(["angry", "sad"], folder)
-    'speaker-independent, 2 classes, 0 speakers to adapt, 0 others to test'
-    """
+    """Say how the target was split, how many of its speakers are known, and what was done with them."""
     paths = [unlabelled(manifests / f"{split}.json") for split in ("adapt", "test")]
     splits = [read_manifest(path) for path in paths]
     adapt, test = (known_speakers(rows) for rows in splits)
@@ -1310,26 +516,7 @@ def protocol(labels: Sequence[str], manifests: Path, norm=None) -> str:
 
 
 def summary(hparams: Mapping, names: Sequence[str]) -> str:
-    """Bring the results of a run together: `results.json`, `results.md` and `report.html` in the output folder.
-
-    Parameters
-    ----------
-    hparams : mapping
-        The recipe's.
-    names : sequence of str
-        Methods of this run. One gives its own record in `results.json`, several a list of records; `results.md` and
-        `report.html` also show methods that earlier runs left in the same folder.
-
-    Returns
-    -------
-    str
-        The table.
-
-    Example
-    -------
-    >>> summary.__name__  # runs in `recipes/RAVDESS/mifuse/train.py`
-    'summary'
-    """
+    """Bring the results of a run together: `results.json`, `results.md` and `report.html` in the output folder."""
     folder = Path(hparams["output_folder"])
     records = [json.loads((folder / name / "results.json").read_text()) for name in names]
     atomic_write(folder / "results.json", json.dumps(records if len(records) > 1 else records[0], indent=1))

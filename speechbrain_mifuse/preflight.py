@@ -65,28 +65,7 @@ ANSWER_KEYS = (
 
 
 def require_ready(hparams: Mapping, names: Sequence[str] = (), run_opts: Mapping | None = None) -> None:
-    """Make sure that a recipe can run to its end, as far as that can be known before it begins.
-
-    Parameters
-    ----------
-    hparams : mapping
-        Of any recipe.
-    names : sequence of str
-        Chosen methods or arms.
-    run_opts : mapping, optional
-        SpeechBrain's run options.
-
-    Raises
-    ------
-    UserError
-        If a folder cannot be written, holds the work of other settings, or a model or server that is named cannot be
-        used.
-
-    Example
-    -------
-    >>> import tempfile
-    >>> require_ready({"output_folder": tempfile.mkdtemp()})
-    """
+    """Make sure that a recipe can run to its end, as far as that can be known before it begins."""
     if "speaker_norm" in hparams:
         chosen_norm(hparams)
     _require_files(hparams)
@@ -119,27 +98,7 @@ def _require_files(hparams: Mapping) -> None:
 
 
 def require_source(hparams: Mapping, reader: FrameReader | None = None) -> None:
-    """Make sure that the source recognizer, if one is given, can be adapted with these settings.
-
-    Parameters
-    ----------
-    hparams : mapping
-        `source_recogniser`, `labels`, `layer`, and what `chosen_norm` reads.
-    reader : FrameReader, optional
-        Makes the frames; the encoder is compared only if it is given.
-
-    Raises
-    ------
-    UserError
-        If the folder is not complete, or its classifier knows other classes or reads other frames.
-
-    Example
-    -------
-    >>> require_source({"source_recogniser": "/nowhere", "labels": ["angry", "sad"]})
-    Traceback (most recent call last):
-    ...
-    speechbrain_mifuse.errors.UserError: --source_recogniser: /nowhere: no whole recogniser there ...
-    """
+    """Make sure that the source recognizer, if one is given, can be adapted with these settings."""
     folder = hparams["source_recogniser"]
     if folder is None:
         return
@@ -174,26 +133,7 @@ def _whole_recogniser(folder: str | Path, flag: str) -> dict:
 
 
 def require_teacher(hparams: Mapping, names: Sequence[str], run_opts: Mapping | None = None) -> None:
-    """Make sure that the teacher can be asked, if a chosen method needs its answers.
-
-    Parameters
-    ----------
-    hparams : mapping
-        The recipe's.
-    names : sequence of str
-        Chosen methods.
-    run_opts : mapping, optional
-        SpeechBrain's run options.
-
-    Raises
-    ------
-    UserError
-        If the model cannot be loaded, the server cannot be reached, or its key, address or a form does not fit.
-
-    Example
-    -------
-    >>> require_teacher({"adaptation": {"methods": {}}}, [])
-    """
+    """Make sure that the teacher can be asked, if a chosen method needs its answers."""
     if not any(hparams["adaptation"]["methods"][name].answers_for for name in names):
         return
     if hparams["teacher"] == ZERO_SHOT:
@@ -216,25 +156,7 @@ def require_teacher(hparams: Mapping, names: Sequence[str], run_opts: Mapping | 
 
 
 def require_api(base_url: str) -> None:
-    """Make sure that an API can be reached and that there is a key for it.
-
-    Parameters
-    ----------
-    base_url : str
-        Its address.
-
-    Raises
-    ------
-    UserError
-        If nothing listens there, or it is elsewhere and `OPENAI_API_KEY` is not set.
-
-    Example
-    -------
-    >>> require_api("http://127.0.0.1:9/v1")
-    Traceback (most recent call last):
-    ...
-    speechbrain_mifuse.errors.UserError: --lalm_base_url http://127.0.0.1:9/v1: cannot be reached (...). ...
-    """
+    """Make sure that an API can be reached and that there is a key for it."""
     if not is_loopback(base_url) and not os.environ.get("OPENAI_API_KEY"):
         raise UserError(f"--lalm_base_url {base_url}: set the environment variable OPENAI_API_KEY to a key of it.")
     address = urllib.parse.urlsplit(base_url)
@@ -312,27 +234,7 @@ def _require_same_data(hparams: Mapping, keys: Sequence[str]) -> None:
 
 
 def require_data(hparams: Mapping, names: Sequence[str], reader: FrameReader) -> None:
-    """Prepare the corpora that an adaptation recipe trains on, and make sure that all of its data suffice.
-
-    Parameters
-    ----------
-    hparams : mapping
-        The recipe's; the target must be prepared.
-    names : sequence of str
-        Chosen methods.
-    reader : FrameReader
-        Makes the frames.
-
-    Raises
-    ------
-    UserError
-        If a corpus has too few recordings, lacks a class, or the source recognizer reads other frames.
-
-    Example
-    -------
-    >>> require_data.__name__  # runs in `recipes/RAVDESS/mifuse/train.py`
-    'require_data'
-    """
+    """Prepare the corpora that an adaptation recipe trains on, and make sure that all of its data suffice."""
     require_labels(hparams, names)
     require_source(hparams, reader)
     _require_enough_to_adapt(hparams, names)
@@ -345,27 +247,7 @@ def require_data(hparams: Mapping, names: Sequence[str], reader: FrameReader) ->
 
 
 def require_recordings_to_adapt_to(hparams: Mapping, names: Sequence[str], store: FeatureStore) -> None:
-    """Make sure that enough of the target could be encoded, before a teacher is asked about it.
-
-    Parameters
-    ----------
-    hparams : mapping
-        The recipe's.
-    names : sequence of str
-        Chosen methods.
-    store : FeatureStore
-        Frames of the target.
-
-    Raises
-    ------
-    UserError
-        If a split holds no usable recording, or the adaptation set only one.
-
-    Example
-    -------
-    >>> require_recordings_to_adapt_to.__name__  # runs in `recipes/RAVDESS/mifuse/train.py`
-    'require_recordings_to_adapt_to'
-    """
+    """Make sure that enough of the target could be encoded, before a teacher is asked about it."""
     _require_enough_to_adapt(hparams, names, store)
 
 
@@ -385,46 +267,12 @@ def _require_enough_to_adapt(hparams: Mapping, names: Sequence[str], store: Feat
 
 
 def require_folds(hparams: Mapping, folds: Sequence[int]) -> None:
-    """Make sure that every fold has enough to train on.
-
-    Parameters
-    ----------
-    hparams : mapping
-        Of a recipe that compares arms; its corpus must be prepared.
-    folds : sequence of int
-        Numbers of the folds.
-
-    Raises
-    ------
-    UserError
-        If a fold's training set has one recording or one class.
-
-    Example
-    -------
-    >>> require_folds({}, [])
-    """
+    """Make sure that every fold has enough to train on."""
     for fold in folds:
         path = fold_folder(hparams["manifests"], fold) / "train.json"
         require_trainable([row.get("emo") for row in read_manifest(path).values()], str(path), ())
 
 
 def require_comparison(hparams: Mapping, arms: Mapping) -> None:
-    """Refuse names in `compare_to` that are not arms; they are needed only in the last table.
-
-    Parameters
-    ----------
-    hparams : mapping
-        `compare_to`.
-    arms : mapping
-        Known arms, by name.
-
-    Raises
-    ------
-    UserError
-        Naming the flag.
-
-    Example
-    -------
-    >>> require_comparison({"compare_to": ["scratch"]}, {"scratch": None})
-    """
+    """Refuse names in `compare_to` that are not arms; they are needed only in the last table."""
     known_ones(hparams["compare_to"], arms, "--compare_to")

@@ -11,44 +11,14 @@ from tqdm import tqdm
 
 
 def progress(iterable=None, **options) -> tqdm:
-    """Show progress on standard error: ten times a second on a terminal, else one line every ten seconds.
-
-    Parameters
-    ----------
-    iterable : iterable, optional
-        What is gone through; without it, call `update` on the bar.
-    **options
-        As for `tqdm.tqdm` (`desc`, `total`, `unit`, ...).
-
-    Returns
-    -------
-    tqdm.tqdm
-        The bar.
-
-    Example
-    -------
-    >>> list(progress([1, 2], disable=True))
-    [1, 2]
-    """
+    """Show progress on standard error: ten times a second on a terminal, else one line every ten seconds."""
     on_terminal = sys.stderr.isatty()
     return tqdm(iterable, mininterval=0.1 if on_terminal else 10.0, dynamic_ncols=on_terminal, **options)
 
 
 @contextlib.contextmanager
 def quiet(*loggers: str):
-    """Pass only warnings of some loggers inside the block: what they say of every epoch or request hides the rest.
-
-    Parameters
-    ----------
-    *loggers : str
-        Names; loggers below them inherit.
-
-    Example
-    -------
-    >>> with quiet("speechbrain.utils.epoch_loop"):
-    ...     logging.getLogger("speechbrain.utils.epoch_loop").isEnabledFor(logging.INFO)
-    False
-    """
+    """Pass only warnings of some loggers inside the block: what they say of every epoch or request hides the rest."""
     levels = {name: logging.getLogger(name).level for name in loggers}
     for name in levels:
         logging.getLogger(name).setLevel(logging.WARNING)

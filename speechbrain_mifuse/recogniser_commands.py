@@ -19,20 +19,7 @@ UNSURE = "unsure"
 
 
 def add_predict(commands) -> None:
-    """Add the command `predict`.
-
-    Parameters
-    ----------
-    commands : argparse action
-        As `ArgumentParser.add_subparsers` gives.
-
-    Example
-    -------
-    >>> parser = argparse.ArgumentParser()
-    >>> add_predict(parser.add_subparsers())
-    >>> parser.parse_args(["predict", "a.wav", "--source", "recogniser"]).paths
-    [PosixPath('a.wav')]
-    """
+    """Add the command `predict`."""
     predict = commands.add_parser(
         "predict",
         help="recognise the emotion of recordings",
@@ -58,20 +45,7 @@ def add_predict(commands) -> None:
 
 
 def add_device(command: argparse.ArgumentParser) -> None:
-    """Add the flags `--device` and `--precision`.
-
-    Parameters
-    ----------
-    command : argparse.ArgumentParser
-        Of a command that loads a recogniser.
-
-    Example
-    -------
-    >>> parser = argparse.ArgumentParser()
-    >>> add_device(parser)
-    >>> parser.parse_args(["--device", "cpu"])
-    Namespace(device='cpu', precision='fp32')
-    """
+    """Add the flags `--device` and `--precision`."""
     command.add_argument("--device", metavar="NAME", help="as cpu or cuda:0 (default: a GPU if there is one)")
     command.add_argument(
         "--precision", choices=("fp32", "bf16"), default="fp32", help="of the encoder; bf16 is for GPUs (default: fp32)"
@@ -79,20 +53,7 @@ def add_device(command: argparse.ArgumentParser) -> None:
 
 
 def add_adapt(commands) -> None:
-    """Add the command `adapt`.
-
-    Parameters
-    ----------
-    commands : argparse action
-        As `ArgumentParser.add_subparsers` gives.
-
-    Example
-    -------
-    >>> parser = argparse.ArgumentParser()
-    >>> add_adapt(parser.add_subparsers())
-    >>> parser.parse_args(["adapt", "--source", "a", "--teacher", "b", "recordings"]).wav_folder
-    PosixPath('recordings')
-    """
+    """Add the command `adapt`."""
     adapt = commands.add_parser(
         "adapt",
         help="adapt a recogniser to a folder of unlabelled recordings",
@@ -114,27 +75,7 @@ def add_adapt(commands) -> None:
 
 
 def run_predict(options: argparse.Namespace) -> None:
-    """Recognise recordings and print or write what was found.
-
-    Parameters
-    ----------
-    options : argparse.Namespace
-        As `add_predict` defines.
-
-    Raises
-    ------
-    SystemExit
-        With status 1 if no recording could be read, 130 after Ctrl-C.
-
-    Example
-    -------
-    >>> parser = argparse.ArgumentParser()
-    >>> add_predict(parser.add_subparsers())
-    >>> run_predict(parser.parse_args(["predict", "a.wav", "--source", "/nowhere"]))
-    Traceback (most recent call last):
-    ...
-    speechbrain_mifuse.errors.UserError: /nowhere: no folder of a recogniser here. ...
-    """
+    """Recognise recordings and print or write what was found."""
     # What cannot be used is said before anything is loaded, and not when all the work is done.
     require_recogniser(options.source)
     require_target(options)
@@ -157,44 +98,12 @@ def run_predict(options: argparse.Namespace) -> None:
 
 
 def has_table(options: argparse.Namespace) -> bool:
-    """Whether a table is written in place of the lines.
-
-    Parameters
-    ----------
-    options : argparse.Namespace
-        `csv`, `json`.
-
-    Returns
-    -------
-    bool
-
-    Example
-    -------
-    >>> has_table(argparse.Namespace(csv=None, json=Path("found.json")))
-    True
-    """
+    """Whether a table is written in place of the lines."""
     return options.csv is not None or options.json is not None
 
 
 def gather(recogniser, files: Sequence[Path], options: argparse.Namespace, found: list) -> None:
-    """Recognise recordings one after the other, and print what was found unless a table is asked for.
-
-    Parameters
-    ----------
-    recogniser : EmotionRecognizer
-        Loaded.
-    files : sequence of pathlib.Path
-        Recordings.
-    options : argparse.Namespace
-        As `add_predict` defines.
-    found : list
-        Gets a `Recognition` for each file as it comes, so that a stop loses none.
-
-    Example
-    -------
-    >>> gather.__name__  # runs in `speechbrain-mifuse predict`
-    'gather'
-    """
+    """Recognise recordings one after the other, and print what was found unless a table is asked for."""
     table = has_table(options)
     answers = recogniser.classify_files(files, options.window_s, options.hop_s, show_progress=table)
     with contextlib.closing(answers):
@@ -203,21 +112,7 @@ def gather(recogniser, files: Sequence[Path], options: argparse.Namespace, found
 
 
 def tell_table(options: argparse.Namespace, found: Sequence, wanted: int) -> None:
-    """Say on standard error which recordings a table leaves out, how many it holds, and where it is.
-
-    Parameters
-    ----------
-    options : argparse.Namespace
-        `csv` or `json`.
-    found : sequence of Recognition
-        What is in it.
-    wanted : int
-        Number of recordings that were asked for.
-
-    Example
-    -------
-    >>> tell_table(argparse.Namespace(csv=Path("found.csv"), json=None), [], 0)
-    """
+    """Say on standard error which recordings a table leaves out, how many it holds, and where it is."""
     unreadable = [one for one in found if one.error is not None]
     for one in unreadable:
         print(f"left out: {shown(one.error)}", file=sys.stderr)
@@ -227,25 +122,7 @@ def tell_table(options: argparse.Namespace, found: Sequence, wanted: int) -> Non
 
 
 def require_recogniser(source: str) -> None:
-    """Refuse what is no folder of a recogniser on this machine.
-
-    Parameters
-    ----------
-    source : str
-        What the user named.
-
-    Raises
-    ------
-    UserError
-        Saying how to get one.
-
-    Example
-    -------
-    >>> require_recogniser("someone/some-recogniser")
-    Traceback (most recent call last):
-    ...
-    speechbrain_mifuse.errors.UserError: someone/some-recogniser: no folder of a recogniser here. Name a local folder...
-    """
+    """Refuse what is no folder of a recogniser on this machine."""
     from speechbrain_mifuse.recogniser_files import recogniser_digest
 
     if not Path(source).is_dir():
@@ -258,25 +135,7 @@ def require_recogniser(source: str) -> None:
 
 
 def require_target(options: argparse.Namespace) -> None:
-    """Refuse a table's target that cannot be written; folders above it are made.
-
-    Parameters
-    ----------
-    options : argparse.Namespace
-        `csv`, `json`.
-
-    Raises
-    ------
-    UserError
-        Naming the flag.
-
-    Example
-    -------
-    >>> require_target(argparse.Namespace(csv=Path("/"), json=None))
-    Traceback (most recent call last):
-    ...
-    speechbrain_mifuse.errors.UserError: --csv: / is no file. Name the file to write.
-    """
+    """Refuse a table's target that cannot be written; folders above it are made."""
     for flag, path in (("--csv", options.csv), ("--json", options.json)):
         if path is None:
             continue
@@ -293,27 +152,7 @@ def require_target(options: argparse.Namespace) -> None:
 
 
 def load(options: argparse.Namespace):
-    """Load the recogniser on the device that is asked for.
-
-    Parameters
-    ----------
-    options : argparse.Namespace
-        `source`, `device`, `precision` and, where the command has them, `abstain_below` and `channel`.
-
-    Returns
-    -------
-    EmotionRecognizer
-
-    Raises
-    ------
-    UserError
-        If the device is not there.
-
-    Example
-    -------
-    >>> load.__name__  # runs in `speechbrain-mifuse predict` and `speechbrain-mifuse serve`
-    'load'
-    """
+    """Load the recogniser on the device that is asked for."""
     from speechbrain_mifuse.inference import EmotionRecognizer
 
     abstain_below = getattr(options, "abstain_below", None)
@@ -332,28 +171,7 @@ def load(options: argparse.Namespace):
 
 
 def recordings(paths: Sequence[Path]) -> list[Path]:
-    """Put the recordings below folders in the place of these.
-
-    Parameters
-    ----------
-    paths : sequence of pathlib.Path
-        Files and folders.
-
-    Returns
-    -------
-    list of pathlib.Path
-        Files, each once, in order.
-
-    Raises
-    ------
-    UserError
-        If a folder holds no recording.
-
-    Example
-    -------
-    >>> recordings([Path("b.wav"), Path("a.wav"), Path("b.wav")])
-    [PosixPath('b.wav'), PosixPath('a.wav')]
-    """
+    """Put the recordings below folders in the place of these."""
     from speechbrain_mifuse.inference import recordings_in
 
     found = [file for path in paths for file in (recordings_in(path) if path.is_dir() else [path])]
@@ -361,24 +179,7 @@ def recordings(paths: Sequence[Path]) -> list[Path]:
 
 
 def printed(answers: Iterable) -> Iterator:
-    r"""Print each answer as it comes: file, (start, end,) emotion, probability, separated by tabs.
-
-    Parameters
-    ----------
-    answers : iterable of Recognition
-        One per recording.
-
-    Yields
-    ------
-    Recognition
-        The same.
-
-    Example
-    -------
-    >>> from types import SimpleNamespace
-    >>> _ = list(printed([SimpleNamespace(path="a.wav", error="a.wav: cannot be read")]))
-    a.wav...none...a.wav: cannot be read
-    """
+    r"""Print each answer as it comes: file, (start, end,) emotion, probability, separated by tabs."""
     for one in answers:
         # A line break or a tab in a name would make other lines and columns.
         path = shown(one.path)
@@ -394,25 +195,7 @@ def printed(answers: Iterable) -> Iterator:
 
 
 def write_table(options: argparse.Namespace, labels: Sequence[str], found: Sequence) -> None:
-    r"""Write all answers at once, so that a file is never half there.
-
-    Parameters
-    ----------
-    options : argparse.Namespace
-        `csv` or `json`.
-    labels : sequence of str
-        Classes in their order.
-    found : sequence of Recognition
-        One per recording.
-
-    Example
-    -------
-    >>> import tempfile
-    >>> path = Path(tempfile.mkdtemp()) / "found.csv"
-    >>> write_table(argparse.Namespace(csv=path, json=None), ["angry", "sad"], [])
-    >>> path.read_text()
-    'file,start,end,label,probability,angry,sad\n'
-    """
+    r"""Write all answers at once, so that a file is never half there."""
     from speechbrain_mifuse.corpora.manifest import atomic_write
 
     read = [one for one in found if one.error is None]
@@ -428,25 +211,7 @@ def write_table(options: argparse.Namespace, labels: Sequence[str], found: Seque
 
 
 def as_csv(labels: Sequence[str], read: Sequence) -> str:
-    r"""Write answers as a table: a row for each recording, or for each stretch of it.
-
-    Parameters
-    ----------
-    labels : sequence of str
-        Classes.
-    read : sequence of Recognition
-        Without errors.
-
-    Returns
-    -------
-    str
-        CSV; `start` and `end` in seconds.
-
-    Example
-    -------
-    >>> as_csv(["angry"], [])
-    'file,start,end,label,probability,angry\n'
-    """
+    r"""Write answers as a table: a row for each recording, or for each stretch of it."""
     rows = [["file", "start", "end", "label", "probability", *labels]]
     for one in read:
         for start, end, label, probs in one.timeline.segments if one.timeline else [(0.0, one.seconds, *one[1:3])]:
@@ -456,28 +221,7 @@ def as_csv(labels: Sequence[str], read: Sequence) -> str:
 
 
 def as_json(one, labels: Sequence[str]) -> dict:
-    """Put an answer into JSON's types; an unsure label is `None`.
-
-    Parameters
-    ----------
-    one : Recognition
-        Without an error.
-    labels : sequence of str
-        Classes.
-
-    Returns
-    -------
-    dict
-        `file`, `seconds`, `label`, `probabilities` by class and, over time, `segments`.
-
-    Example
-    -------
-    >>> import torch
-    >>> from types import SimpleNamespace
-    >>> one = SimpleNamespace(path="a.wav", seconds=2.0, label="sad", probs=torch.tensor([0.25, 0.75]), timeline=None)
-    >>> as_json(one, ["angry", "sad"])["probabilities"]
-    {'angry': 0.25, 'sad': 0.75}
-    """
+    """Put an answer into JSON's types; an unsure label is `None`."""
     found = {
         "file": str(one.path),
         "seconds": one.seconds,
@@ -493,52 +237,12 @@ def as_json(one, labels: Sequence[str]) -> dict:
 
 
 def named(probs, labels: Sequence[str]) -> dict[str, float]:
-    """Probabilities by class, with six digits.
-
-    Parameters
-    ----------
-    probs : torch.Tensor
-        `[C]`.
-    labels : sequence of str
-        Classes.
-
-    Returns
-    -------
-    dict of str to float
-
-    Example
-    -------
-    >>> import torch
-    >>> named(torch.tensor([0.5, 0.5]), ["angry", "sad"])
-    {'angry': 0.5, 'sad': 0.5}
-    """
+    """Probabilities by class, with six digits."""
     return {label: round(value, 6) for label, value in zip(labels, probs.tolist(), strict=True)}
 
 
 def run_adapt(options: argparse.Namespace) -> None:
-    """Adapt a recogniser and print what came of it.
-
-    Parameters
-    ----------
-    options : argparse.Namespace
-        As `add_adapt` defines, and `flags`, those of the recipe.
-
-    Raises
-    ------
-    SystemExit
-        With status 130 after Ctrl-C.
-
-    Example
-    -------
-    >>> parser = argparse.ArgumentParser()
-    >>> add_adapt(parser.add_subparsers())
-    >>> options = parser.parse_args(["adapt", "--source", "/nowhere", "--teacher", "b", "recordings"])
-    >>> options.flags = []
-    >>> run_adapt(options)
-    Traceback (most recent call last):
-    ...
-    speechbrain_mifuse.errors.UserError: /nowhere: no folder of a recogniser here. ...
-    """
+    """Adapt a recogniser and print what came of it."""
     from speechbrain_mifuse.adapt import RECIPE, run
     from speechbrain_mifuse.evaluation.verdict import told
     from speechbrain_mifuse.settings import parse_arguments

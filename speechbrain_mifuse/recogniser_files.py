@@ -95,33 +95,7 @@ class RecogniserError(UserError):
 
 
 def read_settings(path: str | Path) -> RecognizerSettings:
-    """Read the YAML of a recogniser as plain data: nothing that it names is run.
-
-    Parameters
-    ----------
-    path : str or pathlib.Path
-        The YAML.
-
-    Returns
-    -------
-    RecognizerSettings
-        Its values.
-
-    Raises
-    ------
-    RecogniserError
-        If it cannot be read, or holds anything else than the YAML of an exported recogniser.
-
-    Example
-    -------
-    >>> import tempfile
-    >>> path = Path(tempfile.mkdtemp()) / "hyperparams.yaml"
-    >>> _ = path.write_text("labels: !apply:os.getcwd []")
-    >>> read_settings(path)
-    Traceback (most recent call last):
-    ...
-    speechbrain_mifuse.recogniser_files.RecogniserError: .../hyperparams.yaml: line 1: the tag '!apply:os.getcwd' ...
-    """
+    """Read the YAML of a recogniser as plain data: nothing that it names is run."""
     try:
         content = plain_yaml(path, TAGS)
     except ValueError as error:
@@ -137,40 +111,7 @@ def open_recogniser(
     download_only: bool = False,
     **fetching,
 ) -> dict | None:
-    """Build the parts of a recogniser from its folder or hub repository, of which no code is run.
-
-    Parameters
-    ----------
-    source : str or pathlib.Path
-        Local folder or hub repository.
-    overrides : mapping, optional
-        Changes to its YAML.
-    overrides_must_match : bool
-        Whether changes to a key that a recogniser does not have are an error; otherwise they are added.
-    hparams_file : str
-        Name of the YAML.
-    download_only : bool
-        Whether to fetch the files and build nothing.
-    **fetching
-        `savedir`, `local_strategy` and `fetch_config` of SpeechBrain's `fetch`.
-
-    Returns
-    -------
-    dict or None
-        What SpeechBrain's `Pretrained` takes as `hparams`.
-
-    Raises
-    ------
-    RecogniserError
-        If a file is missing or does not fit; the message names it and the key.
-
-    Example
-    -------
-    >>> open_recogniser("/nowhere")
-    Traceback (most recent call last):
-    ...
-    speechbrain_mifuse.recogniser_files.RecogniserError: /nowhere: no folder of a recogniser, ...
-    """
+    """Build the parts of a recogniser from its folder or hub repository, of which no code is run."""
     path = _fetched(hparams_file, source, **fetching)
     settings = read_settings(path)
     _refuse_disagreement(path, settings, source, **fetching)
@@ -263,37 +204,13 @@ def _build_classifier(sizes: ClassifierSizes, path: str | Path) -> EmotionClassi
 
 
 def own_encoder(source: str | Path) -> dict:
-    """Say where the encoder of a recogniser is, if it lies in its folder; its YAML names where it was exported to.
-
-    Parameters
-    ----------
-    source : str or pathlib.Path
-        Local folder or hub repository.
-
-    Returns
-    -------
-    dict
-        Changes to its YAML.
-
-    Example
-    -------
-    >>> own_encoder("/nowhere")
-    {}
-    """
+    """Say where the encoder of a recogniser is, if it lies in its folder; its YAML names where it was exported to."""
     encoder = Path(source) / "encoder"
     return {"encoder": {"source": str(encoder.resolve())}} if encoder.is_dir() else {}
 
 
 class FolderPretrainer(Pretrainer):
-    """SpeechBrain's `Pretrainer`, which finds weights beside the YAML wherever the process runs.
-
-    `foreign_class` passes no `pretrained_path`, and the YAML's own is `.`, the current folder for SpeechBrain.
-
-    Example
-    -------
-    >>> FolderPretrainer(loadables={}, paths={}).collect_files("/anywhere")
-    {}
-    """
+    """SpeechBrain's `Pretrainer`, which finds weights beside the YAML wherever the process runs."""
 
     def collect_files(self, default_source=None, **options):
         """Fetch the weights; see SpeechBrain's `Pretrainer.collect_files`."""
@@ -306,57 +223,14 @@ class FolderPretrainer(Pretrainer):
 
 
 def load_weights(module: torch.nn.Module, path: str | Path, end_of_epoch: bool = False) -> None:
-    """Load safetensors into a module; a hook for SpeechBrain's `Pretrainer`.
-
-    Parameters
-    ----------
-    module : torch.nn.Module
-        Receives the weights; all must fit.
-    path : str or pathlib.Path
-        A safetensors file.
-    end_of_epoch : bool
-        Part of the hook's signature, of no meaning here.
-
-    Raises
-    ------
-    RecogniserError
-        If the file is missing, damaged, or of another architecture.
-
-    Example
-    -------
-    >>> load_weights(torch.nn.Linear(1, 1), "missing.safetensors")
-    Traceback (most recent call last):
-    ...
-    speechbrain_mifuse.recogniser_files.RecogniserError: missing.safetensors: cannot be loaded ...
-    """
+    """Load safetensors into a module; a hook for SpeechBrain's `Pretrainer`."""
     load_all_weights(module, path, RecogniserError, EXPORT_AGAIN)
 
 
 def export_recogniser(
     folder: str | Path, classifier, front, hparams: Mapping, about: Mapping, temperature: float = 1.0
 ) -> None:
-    """Write a recogniser: weights, the YAML that builds it, what it was trained on, a model card.
-
-    Parameters
-    ----------
-    folder : str or pathlib.Path
-        Target folder.
-    classifier : EmotionClassifier
-        Trained.
-    front : StoredFrames or FinetunedEncoder
-        Decides the encoder: the stored frames' own, or the finetuned one, which is written too.
-    hparams : mapping
-        `labels`, `encoder`, `trim_db`.
-    about : mapping
-        Provenance, of JSON's types; `features` is the fingerprint of the frames.
-    temperature : float
-        What calibrates its probabilities (see `fit_temperature`).
-
-    Example
-    -------
-    >>> export_recogniser.__name__  # runs in `recipes/RAVDESS/classifier/train.py`
-    'export_recogniser'
-    """
+    """Write a recogniser: weights, the YAML that builds it, what it was trained on, a model card."""
     folder = Path(folder)
     # Absolute, because a recogniser is loaded from other folders than it was trained in.
     source = str(Path(hparams["encoder"]).resolve()) if Path(hparams["encoder"]).is_dir() else hparams["encoder"]
@@ -394,35 +268,7 @@ def export_recogniser(
 def export_student(
     folder: str | Path, source: str | Path, weights: bytes, about: Mapping, temperature: float = 1.0
 ) -> None:
-    """Write an adapted student as a recogniser: its source's folder with other weights and another temperature.
-
-    Its model card comes with its results; see `write_card`.
-
-    Parameters
-    ----------
-    folder : str or pathlib.Path
-        Target folder.
-    source : str or pathlib.Path
-        Folder of the recogniser that the student started from; older ones will do.
-    weights : bytes
-        The student's, as safetensors.
-    about : mapping
-        What to say of it beside what is known of the source, of JSON's types.
-    temperature : float
-        What calibrates its probabilities.
-
-    Raises
-    ------
-    RecogniserError
-        If the source's folder is not whole.
-
-    Example
-    -------
-    >>> export_student("student", "/nowhere", b"", {})
-    Traceback (most recent call last):
-    ...
-    speechbrain_mifuse.recogniser_files.RecogniserError: /nowhere: no whole recogniser there ...
-    """
+    """Write an adapted student as a recogniser: its source's folder with other weights and another temperature."""
     known = read_about(source)
     # Its text is taken over, hence must be that of a recogniser and of nothing else.
     read_settings(Path(source) / SETTINGS)
@@ -435,29 +281,7 @@ def export_student(
 
 
 def write_folder(folder: str | Path, weights: bytes, text: str, about: Mapping, card: str | None = None) -> None:
-    """Write the files of a recogniser.
-
-    Parameters
-    ----------
-    folder : str or pathlib.Path
-        Target folder.
-    weights : bytes
-        Safetensors.
-    text : str
-        YAML.
-    about : mapping
-        Provenance.
-    card : str, optional
-        Model card; one that is there stays by default.
-
-    Example
-    -------
-    >>> import tempfile
-    >>> folder = Path(tempfile.mkdtemp())
-    >>> write_folder(folder, b"", "labels: [angry]", {})
-    >>> sorted(path.name for path in folder.iterdir())
-    ['about.json', 'classifier.safetensors', 'custom.py', 'hyperparams.yaml']
-    """
+    """Write the files of a recogniser."""
     folder = Path(folder)
     atomic_write(folder / WEIGHTS, weights)
     atomic_write(folder / SETTINGS, text)
@@ -469,55 +293,12 @@ def write_folder(folder: str | Path, weights: bytes, text: str, about: Mapping, 
 
 
 def write_card(folder: str | Path, record: Mapping) -> None:
-    """Write the model card of an adapted student, from its results.
-
-    Parameters
-    ----------
-    folder : str or pathlib.Path
-        A folder that `export_student` wrote.
-    record : mapping
-        The method's `results.json`.
-
-    Raises
-    ------
-    RecogniserError
-        If the folder is not whole.
-
-    Example
-    -------
-    >>> write_card("/nowhere", {})
-    Traceback (most recent call last):
-    ...
-    speechbrain_mifuse.recogniser_files.RecogniserError: /nowhere: no whole recogniser there ...
-    """
+    """Write the model card of an adapted student, from its results."""
     atomic_write(Path(folder) / CARD, adapted_card(read_about(folder), record))
 
 
 def read_about(folder: str | Path) -> dict:
-    """Read what a recogniser's folder says of itself.
-
-    Parameters
-    ----------
-    folder : str or pathlib.Path
-        A folder that `export_recogniser` or `export_student` wrote.
-
-    Returns
-    -------
-    dict
-        With `labels`, `features` and `classifier` at least.
-
-    Raises
-    ------
-    RecogniserError
-        If the folder is not whole.
-
-    Example
-    -------
-    >>> read_about("/nowhere")
-    Traceback (most recent call last):
-    ...
-    speechbrain_mifuse.recogniser_files.RecogniserError: /nowhere: no whole recogniser there (...). ...
-    """
+    """Read what a recogniser's folder says of itself."""
     return _checked_about(Path(folder) / ABOUT).model_dump(exclude_unset=True)
 
 
@@ -531,30 +312,7 @@ def _checked_about(path: Path) -> RecognizerAbout:
 
 
 def recogniser_digest(folder: str | Path) -> str:
-    """Identity of a recogniser: SHA-256 over its weights and its YAML.
-
-    Parameters
-    ----------
-    folder : str or pathlib.Path
-        A folder that `export_recogniser` wrote.
-
-    Returns
-    -------
-    str
-        First 16 hexadecimal digits.
-
-    Raises
-    ------
-    RecogniserError
-        If the folder is not whole.
-
-    Example
-    -------
-    >>> recogniser_digest("/nowhere")
-    Traceback (most recent call last):
-    ...
-    speechbrain_mifuse.recogniser_files.RecogniserError: /nowhere: no whole recogniser ...
-    """
+    """Identity of a recogniser: SHA-256 over its weights and its YAML."""
     folder = Path(folder)
     try:
         content = [bounded_bytes(folder / WEIGHTS), bounded_bytes(folder / SETTINGS, MAX_YAML_BYTES)]
@@ -564,34 +322,7 @@ def recogniser_digest(folder: str | Path) -> str:
 
 
 def load_classifier(folder: str | Path, labels: Sequence[str], features: Mapping) -> EmotionClassifier:
-    """Build the classifier of a recogniser without its encoder, for frames that are stored already.
-
-    Parameters
-    ----------
-    folder : str or pathlib.Path
-        A folder that `export_recogniser` wrote.
-    labels : sequence of str
-        The label order that is wanted.
-    features : mapping
-        Fingerprint of the stored frames that it is to read.
-
-    Returns
-    -------
-    EmotionClassifier
-        With its weights.
-
-    Raises
-    ------
-    RecogniserError
-        If the folder is not whole, or its classifier knows other labels or reads another encoder's frames.
-
-    Example
-    -------
-    >>> load_classifier("/nowhere", ("angry",), {})
-    Traceback (most recent call last):
-    ...
-    speechbrain_mifuse.recogniser_files.RecogniserError: /nowhere: no whole recogniser there (...). ...
-    """
+    """Build the classifier of a recogniser without its encoder, for frames that are stored already."""
     folder = Path(folder)
     about = read_about(folder)
     found = {"labels": about["labels"], **{key: about["features"].get(key) for key in DECISIVE}}

@@ -31,33 +31,11 @@ class RegistryError(UserError):
 
 
 class Placeholder(str):
-    """Value of a key that the command line must fill.
-
-    Example
-    -------
-    >>> isinstance(Placeholder(), str)
-    True
-    """
+    """Value of a key that the command line must fill."""
 
 
 class PlainLoader(getattr(yaml, "CSafeLoader", yaml.SafeLoader)):
-    """Reads SpeechBrain's YAML without constructing anything: a tagged value is what stands behind the tag.
-
-    Only `!include:` is followed, and `!PLACEHOLDER` told apart.
-
-    Parameters
-    ----------
-    stream : str or file
-        YAML.
-    folder : pathlib.Path
-        Where included files are looked for.
-
-    Example
-    -------
-    >>> text = "{a: !ref <b>, c: !new:torch.nn.Linear {in_features: 1}, d: !PLACEHOLDER }"
-    >>> PlainLoader(text, Path(".")).get_single_data()
-    {'a': '<b>', 'c': {'in_features': 1}, 'd': ''}
-    """
+    """Reads SpeechBrain's YAML without constructing anything: a tagged value is what stands behind the tag."""
 
     def __init__(self, stream, folder: Path):
         super().__init__(stream)
@@ -85,31 +63,7 @@ PlainLoader.add_multi_constructor("!", PlainLoader.tagged)
 
 
 def plain_values(path: str | Path) -> dict:
-    r"""Read a SpeechBrain YAML file without constructing what its tags name.
-
-    Parameters
-    ----------
-    path : str or pathlib.Path
-        YAML file.
-
-    Returns
-    -------
-    dict
-        Its values; references stay as `<key>`, included files are merged in, and `<key[inner]>` is looked up in them.
-
-    Raises
-    ------
-    RegistryError
-        If the file is missing or no mapping in YAML.
-
-    Example
-    -------
-    >>> import tempfile
-    >>> path = Path(tempfile.mkdtemp()) / "toy.yaml"
-    >>> _ = path.write_text("seed: 1\nfolder: !ref results/<seed>\n")
-    >>> plain_values(path)
-    {'seed': 1, 'folder': 'results/<seed>'}
-    """
+    r"""Read a SpeechBrain YAML file without constructing what its tags name."""
     try:
         with open(path, encoding="utf-8") as file:
             values = PlainLoader(file, Path(path).parent).get_single_data()
@@ -121,25 +75,7 @@ def plain_values(path: str | Path) -> dict:
 
 
 def picked(value, values: Mapping):
-    """Look up a value that refers to one key of a mapping.
-
-    Parameters
-    ----------
-    value : object
-        Any value; what is no such reference is given back.
-    values : mapping
-        Where the mapping is.
-
-    Returns
-    -------
-    object
-        What the reference stands for.
-
-    Example
-    -------
-    >>> picked("<profile[model]>", {"profile": {"model": "m"}})
-    'm'
-    """
+    """Look up a value that refers to one key of a mapping."""
     found = PICKED.fullmatch(value) if isinstance(value, str) else None
     inner = values.get(found[1]) if found else None
     return inner[found[2]] if isinstance(inner, Mapping) and found[2] in inner else value
@@ -226,28 +162,7 @@ class Recipe:
 
 
 def repository_root(start: str | Path | None = None) -> Path:
-    """Find the repository: upwards from a folder, else where an editable install has it.
-
-    Parameters
-    ----------
-    start : str or pathlib.Path, optional
-        The current folder by default.
-
-    Returns
-    -------
-    pathlib.Path
-        The folder that holds `tests/recipes/` and `hparams/`.
-
-    Raises
-    ------
-    RegistryError
-        If there is none.
-
-    Example
-    -------
-    >>> (repository_root(Path(__file__).parent) / "recipes").is_dir()
-    True
-    """
+    """Find the repository: upwards from a folder, else where an editable install has it."""
     start = Path(start or Path.cwd()).resolve()
     for folder in (start, *start.parents, Path(__file__).resolve().parents[1]):
         if (folder / "hparams").is_dir() and next((folder / REGISTRY).glob("*.csv"), None):
@@ -295,30 +210,7 @@ def registered_recipes(root: str | Path) -> list[Recipe]:
 
 
 def adaptation_recipe(root: str | Path, pair: str) -> Recipe:
-    """Find the recipe of a pair of corpora.
-
-    Parameters
-    ----------
-    root : str or pathlib.Path
-        The repository.
-    pair : str
-        Name of its YAML file, with or without folder and ending.
-
-    Returns
-    -------
-    Recipe
-        The recipe.
-
-    Raises
-    ------
-    RegistryError
-        If there is none, or several; the message lists the known ones.
-
-    Example
-    -------
-    >>> adaptation_recipe(repository_root(Path(__file__).parent), "nemo2rav").data
-    'nemo -> ravdess, teacher emodb'
-    """
+    """Find the recipe of a pair of corpora."""
     known = [recipe for recipe in registered_recipes(root) if recipe.methods]
     found = [recipe for recipe in known if recipe.name == Path(pair).stem]
     if len(found) == 1:
@@ -331,32 +223,7 @@ def adaptation_recipe(root: str | Path, pair: str) -> Recipe:
 
 
 def listing(root: str | Path, match: str = "") -> str:
-    """List the registered recipes: command, data, encoder.
-
-    Parameters
-    ----------
-    root : str or pathlib.Path
-        The repository.
-    match : str
-        Only recipes whose lines contain this text, in whatever case.
-
-    Returns
-    -------
-    str
-        Two lines for each recipe, after one that says where to run them.
-
-    Raises
-    ------
-    RegistryError
-        If none matches.
-
-    Example
-    -------
-    >>> print(listing(repository_root(Path(__file__).parent), "NEMO2RAV"))
-    # Run these in ...
-    nemo2rav: nemo -> ravdess, teacher emodb; encoder demo, layer 2
-        python recipes/RAVDESS/mifuse/train.py hparams/nemo2rav.yaml
-    """
+    """List the registered recipes: command, data, encoder."""
     entries = [
         f"{recipe.name}: {recipe.data}; encoder {recipe.value('encoder')}, layer {recipe.value('layer')}\n"
         f"    {recipe.command}"

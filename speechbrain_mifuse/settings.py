@@ -44,24 +44,7 @@ CHECKED_ELSEWHERE = ("lalm_profile",)
 
 @dataclass(frozen=True)
 class Rule:
-    """What the value of a key must be.
-
-    Parameters
-    ----------
-    told : str
-        Completes "must be ...".
-    fits : callable
-        Tells whether a value does.
-    optional : bool
-        Whether `null` does, too.
-    reason : str
-        Why, where it is not plain; completes "..., because ...".
-
-    Example
-    -------
-    >>> COUNT.fits(0), COUNT.fits(1), COUNT.fits(True), COUNT.fits("ten")
-    (False, True, False, False)
-    """
+    """What the value of a key must be."""
 
     told: str
     fits: Callable[[object], bool]
@@ -162,32 +145,7 @@ RULES: dict[str, Rule] = {
 
 
 def parse_arguments(arguments: Sequence[str]) -> tuple[str, Mapping, dict]:
-    """Read the command line of a recipe, as SpeechBrain's `parse_arguments` does, but paths and names literally.
-
-    Parameters
-    ----------
-    arguments : sequence of str
-        The YAML file, then flags: run options of SpeechBrain, and keys of the YAML.
-
-    Returns
-    -------
-    hparams_file : str
-        YAML file.
-    run_opts : mapping
-        SpeechBrain's run options.
-    overrides : dict
-        Other values of the YAML's keys, for `read_hparams` and `create_experiment_directory`.
-
-    Raises
-    ------
-    UserError
-        If there is no YAML file, or a flag is given twice or without a value.
-
-    Example
-    -------
-    >>> parse_arguments(["toy.yaml", "--data_folder", "2024-05-01", "--layer=2", "--device", "cpu"])[2]
-    {'data_folder': '2024-05-01', 'layer': 2}
-    """
+    """Read the command line of a recipe, as SpeechBrain's `parse_arguments` does, but paths and names literally."""
     arguments = [*file_arguments(arguments[:1]), *arguments[1:]]
     if {"-h", "--help"}.intersection(arguments):
         sb.parse_arguments(["--help"])
@@ -223,28 +181,7 @@ def _flags(words: Sequence[str]) -> Iterator[tuple[str, list[str]]]:
 
 
 def overrides_of(flags: Mapping[str, object]) -> dict:
-    """Turn flags into values for a recipe's YAML.
-
-    Parameters
-    ----------
-    flags : mapping of str to object
-        By key: text as on a command line, or a value of JSON's types.
-
-    Returns
-    -------
-    dict
-        Values; what begins with `!` is a tag of SpeechBrain's YAML, and stays one.
-
-    Raises
-    ------
-    UserError
-        If a text is neither what its key takes nor YAML.
-
-    Example
-    -------
-    >>> overrides_of({"encoder": "yes", "labels": "[no, sad]", "layer": "2", "feature_folder": "null"})
-    {'encoder': 'yes', 'labels': ['no', 'sad'], 'layer': 2, 'feature_folder': None}
-    """
+    """Turn flags into values for a recipe's YAML."""
     return {key: _value(key, value) for key, value in flags.items()}
 
 
@@ -357,28 +294,7 @@ def read_hparams(path: str | Path, overrides: Mapping) -> dict:
 
 
 def check_flags(path: str | Path, flags: Sequence[str]) -> None:
-    """Do all the checks of `load_hparams`, and construct nothing.
-
-    Parameters
-    ----------
-    path, flags
-        As for `load_hparams`.
-
-    Raises
-    ------
-    UserError
-        As `load_hparams` does.
-
-    Example
-    -------
-    >>> import tempfile
-    >>> path = Path(tempfile.mkdtemp()) / "toy.yaml"
-    >>> _ = path.write_text("batch_size: 64")
-    >>> check_flags(path, ["--batch_size=1"])
-    Traceback (most recent call last):
-    ...
-    speechbrain_mifuse.errors.UserError: --batch_size 1: must be a whole number of at least 2, because ...
-    """
+    """Do all the checks of `load_hparams`, and construct nothing."""
     hparams_file, _, overrides = parse_arguments([str(path), *flags])
     with _named(path), open(hparams_file, encoding="utf-8") as file:
         _check(path, file, overrides)
@@ -408,26 +324,7 @@ def _named(path: str | Path):
 
 
 def require_known(path: str | Path, values, overrides: Mapping) -> None:
-    """Refuse keys that a recipe does not have, and name the nearest one that it has.
-
-    Parameters
-    ----------
-    path : str or pathlib.Path
-        YAML file, for the message.
-    values : mapping
-        What it holds.
-    overrides : mapping
-        What is to be set.
-
-    Raises
-    ------
-    UserError
-        Naming the flag.
-
-    Example
-    -------
-    >>> require_known("toy.yaml", {"seed": 1}, {"seed": 2})
-    """
+    """Refuse keys that a recipe does not have, and name the nearest one that it has."""
     if not isinstance(values, Mapping):
         raise UserError(f"{path}: holds no keys, so it is not the YAML file of a recipe.")
     for key, value in overrides.items():
@@ -459,27 +356,7 @@ def _reason(error: Exception) -> str:
 
 
 def check_values(values: Mapping, path: Sequence[str] = ()) -> None:
-    """Hold every value of a recipe's settings against `RULES`.
-
-    Parameters
-    ----------
-    values : mapping
-        Settings, references resolved and nothing constructed.
-    path : sequence of str
-        Keys on the way to them.
-
-    Raises
-    ------
-    UserError
-        Naming flag, value, and what is allowed.
-
-    Example
-    -------
-    >>> check_values({"batch_size": 64, "source_classifier": {"dropout": 1.5}})
-    Traceback (most recent call last):
-    ...
-    speechbrain_mifuse.errors.UserError: --source_classifier "{dropout: 1.5}": must be a number from 0 up to, ...
-    """
+    """Hold every value of a recipe's settings against `RULES`."""
     inner = []
     for key, value in values.items():
         if isinstance(value, Mapping):
@@ -515,28 +392,7 @@ def _check_together(values: Mapping) -> None:
 
 
 def require_layer(values: Mapping, key: str) -> None:
-    """Refuse a layer that is not among those whose frames are stored.
-
-    Parameters
-    ----------
-    values : mapping
-        A recipe's settings.
-    key : str
-        Of the layer.
-
-    Raises
-    ------
-    UserError
-        Naming both flags.
-
-    Example
-    -------
-    >>> require_layer({"layer": 2, "encoder_layers": [2, 3]}, "layer")
-    >>> require_layer({"teacher_layer": 4, "encoder_layers": [2, 3]}, "teacher_layer")
-    Traceback (most recent call last):
-    ...
-    speechbrain_mifuse.errors.UserError: --teacher_layer 4: is not stored. Add it to --encoder_layers, which is [2, 3].
-    """
+    """Refuse a layer that is not among those whose frames are stored."""
     used, stored = values.get(key), values.get("encoder_layers")
     stored = [stored] if _is(stored, int) else stored
     # Only the encoder can tell what is meant by a negative number.

@@ -62,30 +62,7 @@ GRACE_S, POLL_S = 5.0, 0.05
 
 @dataclass(frozen=True, eq=False)
 class Run:
-    """One recipe run: a pair with a seed, all methods.
-
-    Parameters
-    ----------
-    pair : str
-        Name of the pair.
-    seed : int
-        Training seed.
-    folder : pathlib.Path
-        Output folder.
-    command : tuple of str
-        The process's arguments.
-    environment : dict of str to str
-        Variables that it is given beyond those of this process.
-    results : tuple of pathlib.Path
-        What it writes.
-    code : str
-        Of the code that it runs; see `code_digest`.
-
-    Example
-    -------
-    >>> Run("a2b", 1, Path("out/a2b/1"), ("python", "train.py", "a b"), {"OMP_NUM_THREADS": "1"}, (), "").line()
-    "OMP_NUM_THREADS=1 python train.py 'a b'"
-    """
+    """One recipe run: a pair with a seed, all methods."""
 
     pair: str
     seed: int
@@ -121,28 +98,7 @@ class Run:
 
 @dataclass(frozen=True)
 class Plan:
-    """Pairs, methods, seeds and where everything goes.
-
-    Parameters
-    ----------
-    recipes : list of Recipe
-        One for each pair.
-    methods : list of str
-        In the order of the table.
-    seeds : list of int
-        Training seeds.
-    output : pathlib.Path
-        Folder of the runs.
-    flags : tuple of str
-        More flags of the recipe, for every run.
-    threads : int
-        Threads of a run.
-
-    Example
-    -------
-    >>> Plan([], ["mi_fuse"], [1], Path("out")).runs()
-    []
-    """
+    """Pairs, methods, seeds and where everything goes."""
 
     recipes: list[Recipe]
     methods: list[str]
@@ -198,23 +154,7 @@ class Plan:
 
 
 def audio_text_told(records: Sequence[Mapping]) -> str:
-    """Say that the teacher is an audio-text model, and which one, as far as results tell.
-
-    Parameters
-    ----------
-    records : sequence of mapping
-        Results of runs; `teacher_model` is the fingerprint of the model that was asked.
-
-    Returns
-    -------
-    str
-        Several weights, should the runs have asked different models.
-
-    Example
-    -------
-    >>> audio_text_told([{"teacher_model": {"weights": "0123456789abcdef" * 4}}, {"teacher_model": None}])
-    'an audio-text model on this machine (weights 0123456789abcdef)'
-    """
+    """Say that the teacher is an audio-text model, and which one, as far as results tell."""
     models = [record["teacher_model"] for record in records if record.get("teacher_model")]
     weights = " and ".join(dict.fromkeys(model["weights"][:16] for model in models))
     return f"an audio-text model on this machine{f' (weights {weights})' if weights else ''}"
@@ -281,70 +221,20 @@ def make_plan(
 
 
 def require_methods(plan: Plan, flag: str, names: Sequence[str]) -> None:
-    """Refuse names of methods that a sweep does not hold, before it spends hours on the others.
-
-    Parameters
-    ----------
-    plan : Plan
-        The sweep.
-    flag : str
-        Where the names come from.
-    names : sequence of str
-        Names.
-
-    Raises
-    ------
-    UserError
-        If one is unknown.
-
-    Example
-    -------
-    >>> require_methods(Plan([], ["shot"], [1], Path("out")), "--baselines", ["shot"])
-    """
+    """Refuse names of methods that a sweep does not hold, before it spends hours on the others."""
     unknown = [name for name in names if name not in plan.methods]
     if unknown:
         raise UserError(f"{flag}: {', '.join(unknown)} is none of the methods {', '.join(plan.methods)}.")
 
 
 def require_settings(plan: Plan) -> None:
-    """Refuse flags that a recipe of a sweep does not take, before the first run begins.
-
-    Parameters
-    ----------
-    plan : Plan
-        The sweep.
-
-    Raises
-    ------
-    UserError
-        Naming the flag.
-
-    Example
-    -------
-    >>> require_settings(Plan([], ["mi_fuse"], [1], Path("out")))
-    """
+    """Refuse flags that a recipe of a sweep does not take, before the first run begins."""
     for recipe in plan.recipes:
         check_flags(recipe.hparams, plan.flags)
 
 
 def flag_values(flags: Sequence[str]) -> dict[str, str]:
-    """Read flags of a command line: names without dashes, and their values as text.
-
-    Parameters
-    ----------
-    flags : sequence of str
-        `--key value` or `--key=value`.
-
-    Returns
-    -------
-    dict of str to str
-        Values by key; empty for a flag without one.
-
-    Example
-    -------
-    >>> flag_values(["--layer", "3", "--encoder=demo", "--noprogressbar"])
-    {'layer': '3', 'encoder': 'demo', 'noprogressbar': ''}
-    """
+    """Read flags of a command line: names without dashes, and their values as text."""
     found, key = {}, None
     for word in flags:
         if word.startswith("--"):
@@ -355,28 +245,7 @@ def flag_values(flags: Sequence[str]) -> dict[str, str]:
 
 
 def parse_seeds(text: str) -> list[int]:
-    """Read a list of seeds.
-
-    Parameters
-    ----------
-    text : str
-        Numbers and ranges, as `1-5` or `1,3,7-9`.
-
-    Returns
-    -------
-    list of int
-        Each once, ascending.
-
-    Raises
-    ------
-    UserError
-        If it is none.
-
-    Example
-    -------
-    >>> parse_seeds("7-8,1")
-    [1, 7, 8]
-    """
+    """Read a list of seeds."""
     ranges = [re.fullmatch(r"(\d+)(?:-(\d+))?", part.strip()) for part in text.split(",")]
     if not all(ranges):
         raise UserError(f"--seeds: '{text}' is no list of seeds such as 1-5 or 1,2,3.")
@@ -387,42 +256,14 @@ def parse_seeds(text: str) -> list[int]:
 
 
 def usable_cores() -> int:
-    """Count the cores that this process may use.
-
-    Returns
-    -------
-    int
-        At least 1.
-
-    Example
-    -------
-    >>> usable_cores() >= 1
-    True
-    """
+    """Count the cores that this process may use."""
     if hasattr(os, "sched_getaffinity"):
         return len(os.sched_getaffinity(0))
     return os.cpu_count() or 1
 
 
 def code_digest(recipe: Recipe) -> str:
-    """Version of the package with a hash of all that a run of a recipe executes and reads as settings.
-
-    Parameters
-    ----------
-    recipe : Recipe
-        Gives the script and the YAML's values, comments aside.
-
-    Returns
-    -------
-    str
-        As `0.1.0 1a2b3c4d5e6f`.
-
-    Example
-    -------
-    >>> from speechbrain_mifuse.registry import adaptation_recipe, repository_root
-    >>> code_digest(adaptation_recipe(repository_root(Path(__file__).parent), "nemo2rav")).split()[0] == __version__
-    True
-    """
+    """Version of the package with a hash of all that a run of a recipe executes and reads as settings."""
     digest = hashlib.sha256(json.dumps(recipe.values, sort_keys=True, default=str).encode())
     for path in (recipe.script, *sorted(Path(__file__).parent.rglob("*.py"))):
         digest.update(path.name.encode() + path.read_bytes())
@@ -430,47 +271,12 @@ def code_digest(recipe: Recipe) -> str:
 
 
 def write_commands(path: str | Path, runs: Sequence[Run]) -> None:
-    r"""Write one shell command per line, for a job array.
-
-    Parameters
-    ----------
-    path : str or pathlib.Path
-        File to write.
-    runs : sequence of Run
-        All runs, also those that are done: the line numbers stay.
-
-    Example
-    -------
-    >>> import tempfile
-    >>> path = Path(tempfile.mkdtemp()) / "commands.txt"
-    >>> write_commands(path, [Run("a2b", 1, Path("out"), ("python", "train.py"), {}, (), "")])
-    >>> path.read_text()
-    'python train.py\n'
-    """
+    r"""Write one shell command per line, for a job array."""
     atomic_write(path, "".join(run.line() + "\n" for run in runs))
 
 
 def advice(path: str | Path, plan: Plan) -> str:
-    """Say how to run a file of commands as a job array.
-
-    Parameters
-    ----------
-    path : str or pathlib.Path
-        The file.
-    plan : Plan
-        What it holds.
-
-    Returns
-    -------
-    str
-        Two lines or three.
-
-    Example
-    -------
-    >>> print(advice("commands.txt", Plan([], [], [], Path("out"))))
-    commands.txt: 0 commands; a job runs one by: bash -c "$(sed -n "${SLURM_ARRAY_TASK_ID}p" commands.txt)"
-    When all are done, the same sweep with --collect in place of --commands writes the tables.
-    """
+    """Say how to run a file of commands as a job array."""
     first, total = len(plan.recipes), len(plan.recipes) * len(plan.seeds)
     place = shlex.quote(str(path))
     lines = [f'{path}: {total} commands; a job runs one by: bash -c "$(sed -n "${{SLURM_ARRAY_TASK_ID}}p" {place})"']
@@ -482,25 +288,7 @@ def advice(path: str | Path, plan: Plan) -> str:
 
 @dataclass
 class Processes:
-    """Runs as processes, at most `jobs` at a time.
-
-    The first run of a pair goes alone: it fills what the others of the pair share (frames, the teacher, its answers),
-    so that no API is asked for the same twice.
-
-    Parameters
-    ----------
-    runs : sequence of Run
-        What to do, in this order.
-    jobs : int
-        Processes at a time.
-    leaderless : frozenset of str
-        Pairs of which a run was done before.
-
-    Example
-    -------
-    >>> Processes([], jobs=2).go()
-    []
-    """
+    """Runs as processes, at most `jobs` at a time."""
 
     runs: Sequence[Run]
     jobs: int
@@ -509,18 +297,7 @@ class Processes:
     running: dict[Run, subprocess.Popen] = field(default_factory=dict)
 
     def go(self) -> list[tuple[Run, int]]:
-        """Run all; a failed one does not stop the others.
-
-        Returns
-        -------
-        list of tuple
-            Failed runs with their exit status.
-
-        Raises
-        ------
-        KeyboardInterrupt
-            On Ctrl-C or SIGTERM, after the processes were stopped.
-        """
+        """Run all; a failed one does not stop the others."""
         waiting, failed = collections.deque(self.runs), []
         led = set(self.leaderless)
         with self._listening(), progress(total=len(self.runs), desc="sweep", unit="run", smoothing=0) as bar:
@@ -593,25 +370,7 @@ class Processes:
 
 
 def start(run: Run) -> subprocess.Popen:
-    r"""Start a run, its output in its log.
-
-    Parameters
-    ----------
-    run : Run
-        The run.
-
-    Returns
-    -------
-    subprocess.Popen
-        In a session of its own, so that a signal reaches all that it starts, and only through the sweep.
-
-    Example
-    -------
-    >>> import tempfile
-    >>> run = Run("a2b", 1, Path(tempfile.mkdtemp()) / "1", (sys.executable, "-c", "print(7)"), {}, (), "")
-    >>> start(run).wait(), run.log.read_text()
-    (0, '7\n')
-    """
+    r"""Start a run, its output in its log."""
     run.folder.mkdir(parents=True, exist_ok=True)
     # What is begun anew is not done.
     (run.folder / MARKER).unlink(missing_ok=True)
@@ -689,39 +448,7 @@ def _last_line(log: Path) -> str:
 def collect(
     plan: Plan, folder: str | Path, name: str, baselines: Sequence[str] = (), figure_methods: Sequence[str] = ()
 ) -> str:
-    """Write the tables, figures and page of a sweep from its runs' results, whoever ran them.
-
-    Parameters
-    ----------
-    plan : Plan
-        Pairs, methods, seeds.
-    folder : str or pathlib.Path
-        Where they go.
-    name : str
-        They are `NAME.csv`, `.md`, `.tex`, `.png`, `NAME_seeds.md`, `NAME_transfers.png`, and `NAME_selection.md` when
-        the runs kept snapshots. The page, `NAME.html`, goes into the folder of the runs.
-    baselines : sequence of str
-        Methods to compare with; by default source and API teacher and the student of that teacher, where they are.
-    figure_methods : sequence of str
-        Methods of `NAME_transfers.png`; by default a handful.
-
-    Returns
-    -------
-    str
-        What `NAME.md` holds.
-
-    Raises
-    ------
-    UserError
-        If a result is missing or the results do not belong together.
-
-    Example
-    -------
-    >>> collect(Plan([], [], [], Path("out")), "tables", "toy")
-    Traceback (most recent call last):
-    ...
-    speechbrain_mifuse.errors.UserError: no results to collect: name pairs, methods and seeds.
-    """
+    """Write the tables, figures and page of a sweep from its runs' results, whoever ran them."""
     paths = [path for run in plan.runs() for path in run.results]
     records = read_records(paths)
     if not records:
@@ -750,19 +477,7 @@ def collect(
 
 
 def write_selection(path: Path, records: Sequence[Mapping]) -> None:
-    """Write the report on selection without labels; without snapshots, leave no older one behind.
-
-    Parameters
-    ----------
-    path : pathlib.Path
-        File to write.
-    records : sequence of mapping
-        As `read_records` gives.
-
-    Example
-    -------
-    >>> write_selection(Path("no-such-file"), [])
-    """
+    """Write the report on selection without labels; without snapshots, leave no older one behind."""
     text = selection_table(records)
     if text:
         atomic_write(path, text)

@@ -18,23 +18,7 @@ _BLOCK = re.compile(r"^(?:(?=#+(?:\s|$)|[-+](?:\s|$)|--|=+\s*$)|(\d+)(?=[.)](?:\
 
 
 def shown(text: object) -> str:
-    r"""Give a text, such as a path, in one line that every terminal and file can hold.
-
-    Parameters
-    ----------
-    text : object
-        Its `str` may hold line breaks, control sequences, and bytes that are not text.
-
-    Returns
-    -------
-    str
-        The text itself wherever it can be printed.
-
-    Example
-    -------
-    >>> shown("żółw 1.wav"), shown("a\nb.wav")
-    ('żółw 1.wav', 'a\\nb.wav')
-    """
+    r"""Give a text, such as a path, in one line that every terminal and file can hold."""
     text = str(text)
     if text.isprintable():
         return text
@@ -42,130 +26,35 @@ def shown(text: object) -> str:
 
 
 def printable(text: str) -> str:
-    r"""Give a text of several lines without what commands a terminal, or makes it show something else.
-
-    Parameters
-    ----------
-    text : str
-        May hold escape sequences, characters that turn the direction of writing, and bytes that are not text.
-
-    Returns
-    -------
-    str
-        Line breaks and tabs stay.
-
-    Example
-    -------
-    >>> printable("a\tb\n\x1b[2Jc")
-    'a\tb\n\\x1b[2Jc'
-    """
+    r"""Give a text of several lines without what commands a terminal, or makes it show something else."""
     return re.sub(r"[^\n\t]+", lambda part: shown(part[0]), text)
 
 
 def one_line(message: object) -> str:
-    r"""Give an error message in one line; details, which the program indents by two spaces, stay below it.
-
-    Parameters
-    ----------
-    message : object
-        Its `str` may hold names with line breaks.
-
-    Returns
-    -------
-    str
-
-    Example
-    -------
-    >>> one_line("a\nerror: b: no such file"), one_line("2 runs failed:\n  a2b, seed 1")
-    ('a\\nerror: b: no such file', '2 runs failed:\n  a2b, seed 1')
-    """
+    r"""Give an error message in one line; details, which the program indents by two spaces, stay below it."""
     return "\n".join(map(shown, re.split(r"\n(?=  )", str(message))))
 
 
 def markdown(text: object) -> str:
-    r"""Escape text for a line, list or table of Markdown, where none of it is markup or HTML.
-
-    Parameters
-    ----------
-    text : object
-        Any text.
-
-    Returns
-    -------
-    str
-        One line; a name such as `mi_fuse` or `facebook/hubert-base-ls960` stays as it is.
-
-    Example
-    -------
-    >>> markdown("mi_fuse"), markdown("<b>|[x](javascript:1)"), markdown("--- a")
-    ('mi_fuse', '\\<b\\>\\|\\[x\\](javascript:1)', '\\--- a')
-    """
+    r"""Escape text for a line, list or table of Markdown, where none of it is markup or HTML."""
     # Spaces before it would make code of it, and two behind it a line break.
     return _BLOCK.sub(lambda found: f"{found[1] or ''}\\", markdown_cell(str(text).strip(" ")))
 
 
 def markdown_cell(text: object) -> str:
-    r"""Escape text for the middle of a line or a cell of Markdown, where it can begin no heading, list or rule.
-
-    Parameters
-    ----------
-    text : object
-        Any text.
-
-    Returns
-    -------
-    str
-        One line; spaces around the text stay.
-
-    Example
-    -------
-    >>> markdown_cell(" ± <b>"), markdown_cell("- a")
-    (' ± \\<b\\>', '- a')
-    """
+    r"""Escape text for the middle of a line or a cell of Markdown, where it can begin no heading, list or rule."""
     return _INLINE.sub(r"\\\g<0>", shown(text))
 
 
 def code_span(text: object) -> str:
-    r"""Write text as code within a line of Markdown.
-
-    Parameters
-    ----------
-    text : object
-        Any text.
-
-    Returns
-    -------
-    str
-        In as many backticks as it takes.
-
-    Example
-    -------
-    >>> code_span("mi_fuse"), code_span("a`b")
-    ('`mi_fuse`', '`` a`b ``')
-    """
+    r"""Write text as code within a line of Markdown."""
     text = shown(text)
     fence = "`" * (1 + max(map(len, re.findall("`+", text)), default=0))
     return f"{fence}{text}{fence}" if fence == "`" else f"{fence} {text} {fence}"
 
 
 def csv_text(rows: Iterable[Sequence]) -> str:
-    r"""Write a table as CSV in which no text is a formula to a spreadsheet.
-
-    Parameters
-    ----------
-    rows : iterable of sequence
-        Text, paths and numbers; a text that begins like a formula gets an apostrophe in front, see `csv_value`.
-
-    Returns
-    -------
-    str
-        With a line feed behind each row.
-
-    Example
-    -------
-    >>> csv_text([["file", "share"], ["=1+1.wav", -0.5], ["-x.wav", "-0.5000"]])
-    "file,share\n'=1+1.wav,-0.5\n'-x.wav,-0.5000\n"
-    """
+    r"""Write a table as CSV in which no text is a formula to a spreadsheet."""
     text = io.StringIO()
     plain = csv.writer(text, lineterminator="\n")
     # The plain one leaves a carriage return outside quotes, where it ends a row.
@@ -183,20 +72,5 @@ def _csv_cell(value):
 
 
 def csv_value(cell: str) -> str:
-    """Give the text that `csv_text` wrote into a cell.
-
-    Parameters
-    ----------
-    cell : str
-        As a reader of CSV gives it.
-
-    Returns
-    -------
-    str
-
-    Example
-    -------
-    >>> csv_value("'-x.wav"), csv_value("'tis.wav"), csv_value("-0.5")
-    ('-x.wav', "'tis.wav", '-0.5')
-    """
+    """Give the text that `csv_text` wrote into a cell."""
     return cell[1:] if cell.startswith("'") and _FORMULA.match(cell[1:]) else cell

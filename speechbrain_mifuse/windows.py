@@ -90,23 +90,7 @@ class Windowing(NamedTuple):
 
 
 def window_starts(samples: int, window: int, hop: int) -> list[int]:
-    """Where windows begin: every `hop`, and one more that ends with the recording.
-
-    Parameters
-    ----------
-    samples, window, hop : int
-        Lengths.
-
-    Returns
-    -------
-    list of int
-        At least one; nothing of the recording is left out.
-
-    Example
-    -------
-    >>> window_starts(10, 4, 2), window_starts(11, 4, 2), window_starts(3, 4, 2)
-    ([0, 2, 4, 6], [0, 2, 4, 6, 7], [0])
-    """
+    """Where windows begin: every `hop`, and one more that ends with the recording."""
     if samples <= window:
         return [0]
     starts = list(range(0, samples - window + 1, hop))
@@ -114,27 +98,7 @@ def window_starts(samples: int, window: int, hop: int) -> list[int]:
 
 
 def loud_share(wave: torch.Tensor, loudest: float, threshold_db: float | None) -> float:
-    """Share of a window that is not silence; none where nothing varies.
-
-    Parameters
-    ----------
-    wave : torch.Tensor
-        `[samples]`.
-    loudest : float
-        Greatest mean square of a piece of 25 ms in the whole recording.
-    threshold_db : float or None
-        Pieces so much below it are silence; `None` counts everything.
-
-    Returns
-    -------
-    float
-        In [0, 1].
-
-    Example
-    -------
-    >>> loud_share(torch.cat([torch.zeros(800), torch.ones(800)]), 1.0, 40.0), loud_share(torch.ones(800), 1.0, None)
-    (0.5, 0.0)
-    """
+    """Share of a window that is not silence; none where nothing varies."""
     if nothing_varies(wave):
         return 0.0
     if threshold_db is None:
@@ -143,55 +107,14 @@ def loud_share(wave: torch.Tensor, loudest: float, threshold_db: float | None) -
 
 
 def piece_powers(wave: torch.Tensor) -> torch.Tensor:
-    """Mean square of every 25 ms.
-
-    Parameters
-    ----------
-    wave : torch.Tensor
-        `[samples]`, at least one.
-
-    Returns
-    -------
-    torch.Tensor
-        `[pieces]`; a recording shorter than a piece is one, and a rest at the end takes no part.
-
-    Example
-    -------
-    >>> piece_powers(torch.cat([torch.zeros(400), torch.ones(450)])).tolist()
-    [0.0, 1.0]
-    """
+    """Mean square of every 25 ms."""
     whole = len(wave) // PIECE * PIECE
     pieces = wave[:whole].view(-1, PIECE) if whole else wave[None]
     return pieces.square().mean(1)
 
 
 def smoothed(probs: torch.Tensor, weights: torch.Tensor, centres: torch.Tensor, reach: float) -> torch.Tensor:
-    """Average each window with its neighbours, the nearer and the more speech in it the more.
-
-    `p'_i = sum_j k_ij w_j p_j / sum_j k_ij w_j` with `k_ij = max(0, 1 - |t_i - t_j| / reach)`.
-
-    Parameters
-    ----------
-    probs : torch.Tensor
-        `[N, C]`.
-    weights : torch.Tensor
-        `[N]`, share of speech.
-    centres : torch.Tensor
-        `[N]`, seconds, ascending.
-    reach : float
-        Seconds; 0 smooths nothing.
-
-    Returns
-    -------
-    torch.Tensor
-        `[N, C]`; all zero where there is no speech.
-
-    Example
-    -------
-    >>> probs = torch.tensor([[1.0, 0.0], [0.0, 1.0], [1.0, 0.0]])
-    >>> smoothed(probs, torch.ones(3), torch.tensor([0.0, 1.0, 2.0]), 2.0)[1].tolist()
-    [0.5, 0.5]
-    """
+    """Average each window with its neighbours, the nearer and the more speech in it the more."""
     found = torch.zeros_like(probs)
     first = torch.searchsorted(centres, centres - reach)
     last = torch.searchsorted(centres, centres + reach, right=True)
@@ -205,31 +128,7 @@ def smoothed(probs: torch.Tensor, weights: torch.Tensor, centres: torch.Tensor, 
 
 
 def stretches(centres: torch.Tensor, seconds: float, labels: Sequence, probs: torch.Tensor) -> list[Segment]:
-    """Put windows with the same answer together; each window stands for the time nearest to its centre.
-
-    Parameters
-    ----------
-    centres : torch.Tensor
-        `[N]`, seconds, ascending.
-    seconds : float
-        Length of the recording.
-    labels : sequence of str or None
-        Answer of each window.
-    probs : torch.Tensor
-        `[N, C]`.
-
-    Returns
-    -------
-    list of Segment
-        From 0 to the end without a gap; `probs` is the mean over the time.
-
-    Example
-    -------
-    >>> probs = torch.tensor([[0.9, 0.1], [0.7, 0.3], [0.2, 0.8]])
-    >>> found = stretches(torch.tensor([1.0, 2.0, 3.0]), 4.0, ["angry", "angry", "sad"], probs)
-    >>> [(part.start, part.end, part.label) for part in found]
-    [(0.0, 2.5, 'angry'), (2.5, 4.0, 'sad')]
-    """
+    """Put windows with the same answer together; each window stands for the time nearest to its centre."""
     edges = [0.0, *((centres[1:] + centres[:-1]) / 2).tolist(), float(seconds)]
     found: list[Segment] = []
     for label, row, start, end in zip(labels, probs, edges[:-1], edges[1:], strict=True):
@@ -243,35 +142,7 @@ def stretches(centres: torch.Tensor, seconds: float, labels: Sequence, probs: to
 
 
 def heard_windows(chunks: Iterable, window: int, hop: int) -> Iterator[tuple[int, torch.Tensor]]:
-    """Gather chunks of any size to what was heard last, every `hop` samples.
-
-    Parameters
-    ----------
-    chunks : iterable of array or torch.Tensor
-        `[samples]` each, of a type that `float_samples` takes.
-    window : int
-        Samples to keep.
-    hop : int
-        Samples between two updates.
-
-    Yields
-    ------
-    end : int
-        Samples heard so far.
-    wave : torch.Tensor
-        The last `window` of them, or all while there are fewer; at the end of the chunks, what is left.
-
-    Raises
-    ------
-    UserError
-        If a chunk is refused by `checked_waveform`.
-
-    Example
-    -------
-    >>> chunks = [torch.ones(3), torch.ones(4)]
-    >>> [(end, len(wave)) for end, wave in heard_windows(chunks, window=4, hop=2)]
-    [(2, 2), (4, 4), (6, 4), (7, 4)]
-    """
+    """Gather chunks of any size to what was heard last, every `hop` samples."""
     kept, end, due = torch.empty(0), 0, hop
     for number, chunk in enumerate(chunks):
         rest = checked_waveform(chunk, f"chunk {number}")
@@ -287,32 +158,7 @@ def heard_windows(chunks: Iterable, window: int, hop: int) -> Iterator[tuple[int
 
 
 def checked_waveform(samples, name: str) -> torch.Tensor:
-    """Convert one waveform to float32, and check it.
-
-    Parameters
-    ----------
-    samples : array or torch.Tensor
-        `[samples]`, of a type that `float_samples` takes.
-    name : str
-        What to call it in a message.
-
-    Returns
-    -------
-    torch.Tensor
-        `[samples]`, float32, on the CPU.
-
-    Raises
-    ------
-    UserError
-        If it has another shape, or its values are not finite or far beyond full scale.
-
-    Example
-    -------
-    >>> checked_waveform(torch.zeros(2, 4), "chunk 3")
-    Traceback (most recent call last):
-    ...
-    speechbrain_mifuse.errors.UserError: chunk 3: shape [2, 4] is not [samples]. Average the channels first.
-    """
+    """Convert one waveform to float32, and check it."""
     wave = float_samples(samples, name)
     if wave.dim() != 1:
         raise UserError(f"{name}: shape {list(wave.shape)} is not [samples]. Average the channels first.")
@@ -325,30 +171,7 @@ def checked_waveform(samples, name: str) -> torch.Tensor:
 
 
 def float_samples(samples, name: str) -> torch.Tensor:
-    """Convert samples of any shape to float32 with full scale 1.0.
-
-    Parameters
-    ----------
-    samples : array or torch.Tensor
-        Floating point, or integers as WAV files hold them: int16, int32, or uint8 with silence at 128.
-    name : str
-        What to call them in a message.
-
-    Returns
-    -------
-    torch.Tensor
-        The same shape, float32, on the CPU.
-
-    Raises
-    ------
-    UserError
-        If they are neither an array nor a tensor, or of another type.
-
-    Example
-    -------
-    >>> float_samples(torch.tensor([-32768, 16384], dtype=torch.int16), "wavs").tolist()
-    [-1.0, 0.5]
-    """
+    """Convert samples of any shape to float32 with full scale 1.0."""
     if isinstance(samples, np.ndarray):
         if samples.dtype.kind not in "fiu":
             raise UserError(f"{name}: {samples.dtype} is not a type of samples. {SAMPLE_TYPES}")

@@ -41,25 +41,7 @@ ALM = ("alm", "alm_window", "alm_trust_remote_code")
 
 
 def source_fronts(hparams: Mapping, reader: FrameReader) -> dict[str, StoredFrames]:
-    """Prepare the corpora that a dual encoder is trained on and store their frames.
-
-    Parameters
-    ----------
-    hparams : mapping
-        As `hparams/dual_encoder_ravdess.yaml` defines.
-    reader : FrameReader
-        Makes the frames.
-
-    Returns
-    -------
-    dict of str to StoredFrames
-        By corpus.
-
-    Example
-    -------
-    >>> source_fronts({"sources": {}}, None)
-    {}
-    """
+    """Prepare the corpora that a dual encoder is trained on and store their frames."""
     fronts = {}
     for name, source in hparams["sources"].items():
         run_on_main(source.prepare)
@@ -69,22 +51,7 @@ def source_fronts(hparams: Mapping, reader: FrameReader) -> dict[str, StoredFram
 
 
 class Trained:
-    """What is trained on the dual encoder's corpora with one seed: the dual encoder, and the plain classifier.
-
-    Parameters
-    ----------
-    hparams : mapping
-        The ZS-Fuse recipe's: `dual_encoder_recipe` and what it shares with that.
-    seed : int
-        Of both trainings.
-    run_opts : mapping, optional
-        SpeechBrain's run options.
-
-    Example
-    -------
-    >>> Trained.__name__  # runs in `recipes/RAVDESS/zsfuse/train.py`
-    'Trained'
-    """
+    """What is trained on the dual encoder's corpora with one seed: the dual encoder, and the plain classifier."""
 
     def __init__(self, hparams: Mapping, seed: int, run_opts: Mapping | None = None):
         folder = Path(hparams["output_folder"]) / f"dual_encoder_{seed}"
@@ -111,18 +78,7 @@ class Trained:
         return load_dual_encoder(folder).to(device_of(self.run_opts))
 
     def classifier_table(self, hparams: Mapping) -> ScoreTable:
-        """Log-probabilities of the plain classifier for every utterance of the target.
-
-        Parameters
-        ----------
-        hparams : mapping
-            The ZS-Fuse recipe's.
-
-        Returns
-        -------
-        ScoreTable
-            Over the classes that it was trained on.
-        """
+        """Log-probabilities of the plain classifier for every utterance of the target."""
         given = (self.hparams["dual_encoder"], self.sources, self.fronts, self.folder / "source_classifier")
         brain = train_source_classifier(*given, self.run_opts)
         manifests = [unlabelled(path) for path in target_manifests(hparams)]
@@ -134,61 +90,14 @@ class Trained:
 
 
 def target_manifests(hparams: Mapping) -> list[Path]:
-    """Give labelled manifests that hold every utterance of the target once.
-
-    Parameters
-    ----------
-    hparams : mapping
-        The recipe's.
-
-    Returns
-    -------
-    list of pathlib.Path
-        Training and test set of the first fold.
-
-    Example
-    -------
-    >>> [path.name for path in target_manifests({"manifests": "manifests"})]
-    ['train.json', 'test.json']
-    """
+    """Give labelled manifests that hold every utterance of the target once."""
     return [fold_folder(hparams["manifests"], 1) / f"{name}.json" for name in ("train", "test")]
 
 
 def score_tables(
     hparams: Mapping, wanted: Sequence[str], seed: int, run_opts: Mapping | None = None
 ) -> dict[str, dict[Amplification, ScoreTable]]:
-    """Score every utterance of the target for the chosen arms.
-
-    Parameters
-    ----------
-    hparams : mapping
-        The recipe's.
-    wanted : sequence of str
-        Which tables: `zero_shot`, `source_classifier`.
-    seed : int
-        Of what is trained on other corpora; of no influence on a model that is given.
-    run_opts : mapping, optional
-        SpeechBrain's run options.
-
-    Returns
-    -------
-    dict of str to dict
-        For each table, the scores by repeats of audio and text; a classifier knows only (1, 1).
-
-    Raises
-    ------
-    UserError
-        If the plain classifier is wanted beside a model that was trained elsewhere.
-
-    Example
-    -------
-    >>> score_tables({}, [], 1)
-    {}
-    >>> score_tables({"alm": "laion/clap-htsat-unfused"}, ["source_classifier"], 1)
-    Traceback (most recent call last):
-    ...
-    speechbrain_mifuse.errors.UserError: --arm: source_classifier_fused needs the corpora that --alm was trained on, ...
-    """
+    """Score every utterance of the target for the chosen arms."""
     zero_shot = functools.partial(zero_shot_tables, run_opts=run_opts)
     makers: dict[str, Callable] = {"zero_shot": zero_shot, "source_classifier": classifier_tables}
     if "source_classifier" in wanted and hparams["alm"] != OWN:
@@ -203,27 +112,7 @@ def score_tables(
 def zero_shot_tables(
     hparams: Mapping, trained: Trained | None, run_opts: Mapping | None = None
 ) -> dict[Amplification, ScoreTable]:
-    """Cosines of every utterance and class, at each number of repeats.
-
-    Parameters
-    ----------
-    hparams : mapping
-        The recipe's.
-    trained : Trained or None
-        Where our own dual encoder comes from; `None` for a model that is given.
-    run_opts : mapping, optional
-        SpeechBrain's run options; a model that is given computes on their `device`.
-
-    Returns
-    -------
-    dict of tuple to ScoreTable
-        By repeats of audio and text.
-
-    Example
-    -------
-    >>> zero_shot_tables.__name__  # runs in `recipes/RAVDESS/zsfuse/train.py`
-    'zero_shot_tables'
-    """
+    """Cosines of every utterance and class, at each number of repeats."""
     given = [hparams[key] for key in ALM]
     prompts = read_prompts(hparams["prompts"])  # before anything is trained
     model = trained.dual_encoder() if trained else open_alm(*given, device=device_of(run_opts))
@@ -241,24 +130,7 @@ def zero_shot_tables(
 
 
 def write_hearing(hparams: Mapping, model: AudioTextModel, prompts: PromptSet, labels: Sequence[str]) -> None:
-    """Write what each number of repeats makes a model hear and read, to `heard.md` of the output folder.
-
-    Parameters
-    ----------
-    hparams : mapping
-        The recipe's.
-    model : AudioTextModel
-        The model.
-    prompts : PromptSet
-        What it is asked with.
-    labels : sequence of str
-        Classes.
-
-    Example
-    -------
-    >>> write_hearing.__name__  # runs in `recipes/RAVDESS/zsfuse/train.py`
-    'write_hearing'
-    """
+    """Write what each number of repeats makes a model hear and read, to `heard.md` of the output folder."""
     lengths = [row["length"] for path in target_manifests(hparams) for row in read_manifest(unlabelled(path)).values()]
     rate, size = model.sample_rate, model.size
     given = (None if size is None else size / rate, rate, model.policy)
@@ -272,53 +144,12 @@ def write_hearing(hparams: Mapping, model: AudioTextModel, prompts: PromptSet, l
 
 
 def classifier_tables(hparams: Mapping, trained: Trained) -> dict[Amplification, ScoreTable]:
-    """Log-probabilities of the plain classifier; see `Trained.classifier_table`.
-
-    Parameters
-    ----------
-    hparams, trained
-        As for `zero_shot_tables`; the corpora of a model that is given are not known here.
-
-    Returns
-    -------
-    dict of tuple to ScoreTable
-        For (1, 1) alone.
-
-    Example
-    -------
-    >>> classifier_tables.__name__  # runs in `recipes/RAVDESS/zsfuse/train.py`
-    'classifier_tables'
-    """
+    """Log-probabilities of the plain classifier; see `Trained.classifier_table`."""
     return {(1, 1): trained.classifier_table(hparams)}
 
 
 def chosen_specialist(hparams: Mapping) -> tuple[Specialist, dict[str, Path]]:
-    """Give the specialist by its name, with the folder of its adapter.
-
-    Parameters
-    ----------
-    hparams : mapping
-        `specialist`, `adapter_folder` and `zsfuse[specialists]`.
-
-    Returns
-    -------
-    specialist : Specialist
-        What is pooled, and how.
-    adapters : dict of str to pathlib.Path
-        Folder of the pretrained adapter; empty where it starts at random.
-
-    Raises
-    ------
-    UserError
-        If the name is unknown.
-
-    Example
-    -------
-    >>> options = {"specialist": "adapter", "adapter_folder": None}
-    >>> options["zsfuse"] = {"specialists": {"adapter": Specialist(adapter=True, pretraining="given")}}
-    >>> chosen_specialist(options)[0].pretraining is None
-    True
-    """
+    """Give the specialist by its name, with the folder of its adapter."""
     specialists = hparams["zsfuse"]["specialists"]
     specialist = specialists[known_ones(hparams["specialist"], specialists, "--specialist")[0]]
     if hparams["adapter_folder"] is None:
@@ -327,53 +158,13 @@ def chosen_specialist(hparams: Mapping) -> tuple[Specialist, dict[str, Path]]:
 
 
 def specialist_front(hparams: Mapping, specialist: Specialist, fold: int, reader: FrameReader):
-    """Give what the specialist's classifier reads of a fold.
-
-    Parameters
-    ----------
-    hparams : mapping
-        The recipe's.
-    specialist : Specialist
-        As `chosen_specialist` gives.
-    fold : int
-        Number of the fold.
-    reader : FrameReader
-        Makes the frames.
-
-    Returns
-    -------
-    StoredFrames or StoredStatistics
-        The front.
-
-    Example
-    -------
-    >>> specialist_front.__name__  # runs in `recipes/RAVDESS/zsfuse/train.py`
-    'specialist_front'
-    """
+    """Give what the specialist's classifier reads of a fold."""
     front = fold_front(hparams, fold, reader)
     return front if specialist.front is None else specialist.front(front)
 
 
 def fusion_run(hparams: Mapping, fold: int, seed: int, labels_per_class: int | str) -> Run:
-    """Describe one run of a ZS-Fuse comparison.
-
-    Parameters
-    ----------
-    hparams : mapping
-        The recipe's.
-    fold, seed, labels_per_class
-        As for `adapter_run`.
-
-    Returns
-    -------
-    Run
-        With what its records shall say of corpus, protocol, encoder and scores.
-
-    Example
-    -------
-    >>> fusion_run.__name__  # runs in `recipes/RAVDESS/zsfuse/train.py`
-    'fusion_run'
-    """
+    """Describe one run of a ZS-Fuse comparison."""
     run = adapter_run({**hparams, "pretrain_on": []}, fold, seed, labels_per_class)
     about = {key: value for key, value in run.about.items() if key != "pretraining_audio"}
     model = (
@@ -385,29 +176,7 @@ def fusion_run(hparams: Mapping, fold: int, seed: int, labels_per_class: int | s
 
 
 def amplification_report(hparams: Mapping, tables: Mapping[int, Mapping[Amplification, ScoreTable]]) -> str:
-    """Write the whole grid of repeats: zero-shot UA with its difference to (1, 1), as Markdown, JSON and a heat map.
-
-    Repeats shift the scores of some classes against others', so the same is told of standardised scores: what is left
-    then is what the model hears better. No training takes part, so every utterance of the target is scored; classes
-    that the model does not know count as missed.
-
-    Parameters
-    ----------
-    hparams : mapping
-        The recipe's.
-    tables : mapping of int to mapping
-        Zero-shot scores by seed, then by repeats of audio and text.
-
-    Returns
-    -------
-    str
-        The table.
-
-    Example
-    -------
-    >>> amplification_report.__name__  # runs in `recipes/RAVDESS/zsfuse/train.py`
-    'amplification_report'
-    """
+    """Write the whole grid of repeats: zero-shot UA with its difference to (1, 1), as Markdown, JSON and a heat map."""
     folder = Path(hparams["output_folder"])
     rows = {key: row for path in target_manifests(hparams) for key, row in read_manifest(path).items()}
     classes = [label for label in hparams["labels"] if any(row["emo"] == label for row in rows.values())]
@@ -445,46 +214,12 @@ def amplification_report(hparams: Mapping, tables: Mapping[int, Mapping[Amplific
 
 
 def above(drawn: np.ndarray, first: np.ndarray) -> str:
-    """Tell the difference of two accuracies with its paired 95 % interval.
-
-    Parameters
-    ----------
-    drawn, first : numpy.ndarray
-        Rows of `amplified`.
-
-    Returns
-    -------
-    str
-        Text of a cell.
-
-    Example
-    -------
-    >>> above(np.array([52.0, 51.0, 51.0]), np.array([50.0, 50.0, 50.0]))
-    '+2.0 (+1.0 to +1.0)'
-    """
+    """Tell the difference of two accuracies with its paired 95 % interval."""
     return signed(drawn[0] - first[0], *np.percentile(drawn[1:] - first[1:], [2.5, 97.5]))
 
 
 def standardised(table: ScoreTable) -> ScoreTable:
-    """Standardise each class's scores over all utterances of the table, without labels (transductive).
-
-    Parameters
-    ----------
-    table : ScoreTable
-        Scores.
-
-    Returns
-    -------
-    ScoreTable
-        The same, of mean 0 and deviation 1 for each class.
-
-    Example
-    -------
-    >>> import torch
-    >>> table = ScoreTable(("sad",), {"t-a": torch.tensor([1.0]), "t-b": torch.tensor([3.0])})
-    >>> standardised(table).of(["t-a", "t-b"]).flatten().tolist()
-    [-1.0, 1.0]
-    """
+    """Standardise each class's scores over all utterances of the table, without labels (transductive)."""
     keys = list(table.values)
     scores = table.of(keys)
     return replace(table, values=dict(zip(keys, normalise_scores(scores, scores), strict=True)))
@@ -496,31 +231,7 @@ def amplified(
     rows: Mapping[str, Mapping],
     classes: Sequence[str],
 ) -> np.ndarray:
-    """Zero-shot UA at each number of repeats, and its bootstrap draws over speakers.
-
-    Parameters
-    ----------
-    tables : mapping of int to mapping
-        As for `amplification_report`.
-    pairs : sequence of tuple of int
-        N and M.
-    rows : mapping of str to mapping
-        Labelled manifest rows; those without scores count as missed.
-    classes : sequence of str
-        C classes.
-
-    Returns
-    -------
-    numpy.ndarray
-        `[pairs, 1 + draws]`, percent, mean over seeds; the first column is that of all utterances.
-
-    Example
-    -------
-    >>> import torch
-    >>> tables = {1: {(1, 1): ScoreTable(("angry", "sad"), {"t-a": torch.tensor([0.1, 0.2])})}}
-    >>> amplified(tables, [(1, 1)], {"t-a": {"emo": "sad", "speaker": "s"}}, ["sad"])[:, 0].tolist()
-    [100.0]
-    """
+    """Zero-shot UA at each number of repeats, and its bootstrap draws over speakers."""
     # Every seed decides about the same utterances, so the mean of their UA is that of their counts together.
     counts = np.stack(
         [sum(counts_by_speaker(by[pair].decisions(classes), rows, classes) for by in tables.values()) for pair in pairs]

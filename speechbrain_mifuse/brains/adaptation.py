@@ -44,26 +44,7 @@ DECISIVE = ("seed", "number_of_steps", "batch_size", "learning_rate", "ema_windo
 
 @register_checkpoint_hooks
 class Memory:
-    """A method's `state`, for the checkpointer.
-
-    Parameters
-    ----------
-    method : AdaptationMethod
-        Whose it is.
-    device : str
-        Where its tensors live.
-
-    Example
-    -------
-    >>> import tempfile
-    >>> method, path = AdaptationMethod(), tempfile.mktemp()
-    >>> method.state["seen"] = torch.tensor([3])
-    >>> Memory(method, "cpu").save(path)
-    >>> method.state = {}
-    >>> Memory(method, "cpu").load(path, end_of_epoch=True)
-    >>> method.state
-    {'seen': tensor([3])}
-    """
+    """A method's `state`, for the checkpointer."""
 
     def __init__(self, method: AdaptationMethod, device: str):
         self.method, self.device = method, device
@@ -85,11 +66,6 @@ class AdaptationBrain(ResumableBrain):
     Beyond `ResumableBrain`'s, `hparams` must hold `method` (an `AdaptationMethod`), `number_of_steps` (of the run),
     `passes` (K_S, Monte-Carlo dropout passes of the classifier teacher) and `ema` (from `ema_copy`). `look_at` gives it
     the whole sets, without which there are neither `rows` nor snapshots.
-
-    Example
-    -------
-    >>> issubclass(AdaptationBrain, ResumableBrain)
-    True
     """
 
     places: Mapping[str, int] | None = None
@@ -259,11 +235,6 @@ def adapt(
     -------
     dict of str to list of float
         Probabilities `[C]` by utterance id; an utterance that the predictor has no answer to is missing.
-
-    Example
-    -------
-    >>> adapt.__name__  # runs in `recipes/RAVDESS/mifuse/train.py`
-    'adapt'
     """
     method: AdaptationMethod = hparams["methods"][name]
     folder = Path(hparams["output_folder"]) / name
@@ -289,25 +260,7 @@ def adapt(
 
 
 def answer(brain: AdaptationBrain, folder: Path) -> dict[str, list[float]]:
-    """Write what a method that trains nothing predicts.
-
-    Parameters
-    ----------
-    brain : AdaptationBrain
-        Which has begun.
-    folder : pathlib.Path
-        The method's output folder.
-
-    Returns
-    -------
-    dict of str to list of float
-        As `adapt` gives.
-
-    Example
-    -------
-    >>> answer.__name__  # runs in `recipes/RAVDESS/mifuse/train.py`
-    'answer'
-    """
+    """Write what a method that trains nothing predicts."""
     found = brain.predictions()
     atomic_write(folder / "predictions.json", json.dumps(found))
     return found
@@ -316,32 +269,7 @@ def answer(brain: AdaptationBrain, folder: Path) -> dict[str, list[float]]:
 def finish(
     name: str, brain: AdaptationBrain, folder: Path, recogniser: str | Path, source: torch.Tensor, hidden: torch.Tensor
 ) -> dict[str, list[float]]:
-    """Export the preferred student and write what it predicts.
-
-    Parameters
-    ----------
-    name : str
-        The method.
-    brain : AdaptationBrain
-        After training.
-    folder : pathlib.Path
-        The method's output folder.
-    recogniser : str or pathlib.Path
-        Folder of the source recogniser.
-    source, hidden : torch.Tensor
-        Before training: the student's probabilities `[N, C]` of the adaptation set, its hidden units `[M, H]` of the
-        test set.
-
-    Returns
-    -------
-    dict of str to list of float
-        As `adapt` gives.
-
-    Example
-    -------
-    >>> finish.__name__  # runs in `recipes/RAVDESS/mifuse/train.py`
-    'finish'
-    """
+    """Export the preferred student and write what it predicts."""
     method, snapshots = brain.hparams.method, brain.snapshots
     weights = snapshots.weights.read_bytes()
     atomic_write(folder / "student.safetensors", weights)
@@ -359,29 +287,7 @@ def finish(
 
 
 def label_free_temperature(method: AdaptationMethod, survey: Survey, source: torch.Tensor) -> float:
-    """Temperature at which the student comes nearest to what its two teachers say together.
-
-    Parameters
-    ----------
-    method : AdaptationMethod
-        Gives their `consensus`; tells whether it asks the language model about the adaptation set: where not, there is
-        one teacher.
-    survey : Survey
-        Of the adaptation set, after training.
-    source : torch.Tensor
-        `[N, C]`, the student's probabilities before training: the source classifier's.
-
-    Returns
-    -------
-    float
-        For `tempered`; 1.0 where the language model said nothing.
-
-    Example
-    -------
-    >>> label_free_temperature(AdaptationMethod(), Survey(torch.zeros(2, 5, 4), torch.zeros(2, 5).bool(), None,
-    ...                        student=None), torch.ones(2, 4) / 4)
-    1.0
-    """
+    """Temperature at which the student comes nearest to what its two teachers say together."""
     answered = survey.lalm_available
     if "adapt" not in method.answers_for or not answered.any():
         return 1.0
@@ -390,27 +296,7 @@ def label_free_temperature(method: AdaptationMethod, survey: Survey, source: tor
 
 
 def plane(before: torch.Tensor, after: torch.Tensor) -> dict:
-    """Project vectors of two moments on the two directions in which all of them together differ most.
-
-    Each moment is centred on its own mean, or the first direction would show nothing but their distance.
-
-    Parameters
-    ----------
-    before, after : torch.Tensor
-        `[N, D]`, of the same utterances.
-
-    Returns
-    -------
-    dict
-        Of JSON's types: `before` and `after`, `[N, 2]`, and `explained`, the share of the variance that each direction
-        holds.
-
-    Example
-    -------
-    >>> before = torch.tensor([[0.0, 0.0, 1.0], [2.0, 0.0, 1.0]])
-    >>> plane(before, 3 * before + 1)
-    {'before': [[-1.0, 0.0], [1.0, 0.0]], 'after': [[-3.0, 0.0], [3.0, 0.0]], 'explained': [1.0, 0.0]}
-    """
+    """Project vectors of two moments on the two directions in which all of them together differ most."""
     both = torch.cat([before - before.mean(0), after - after.mean(0)]).double().cpu()
     variances, directions = torch.linalg.eigh(both.T @ both)
     directions = directions[:, [-1, -2]]
@@ -425,93 +311,23 @@ def plane(before: torch.Tensor, after: torch.Tensor) -> dict:
 
 
 def rounded(values: torch.Tensor) -> list[float]:
-    """Numbers for a file that is looked at, not computed with.
-
-    Parameters
-    ----------
-    values : torch.Tensor
-        `[N]`.
-
-    Returns
-    -------
-    list of float
-        With five decimals.
-
-    Example
-    -------
-    >>> rounded(torch.tensor([0.1234567]))
-    [0.12346]
-    """
+    """Numbers for a file that is looked at, not computed with."""
     return [round(value, 5) for value in values.tolist()]
 
 
 def adaptation_settings(hparams: Mapping, method: AdaptationMethod, front, recogniser: str | Path) -> dict:
-    """Everything but the data that decides the adapted weights.
-
-    Parameters
-    ----------
-    hparams, front, recogniser
-        As for `adapt`.
-    method : AdaptationMethod
-        The method.
-
-    Returns
-    -------
-    dict
-        Of JSON's types.
-
-    Example
-    -------
-    >>> adaptation_settings(dict.fromkeys(DECISIVE, 1), AdaptationMethod(), None, "/nowhere")
-    Traceback (most recent call last):
-    ...
-    AttributeError: 'NoneType' object has no attribute 'fingerprint'
-    """
+    """Everything but the data that decides the adapted weights."""
     chosen = chosen_settings(hparams, method)
     return {**chosen, "features": front.fingerprint, "source": recogniser_digest(recogniser)}
 
 
 def chosen_settings(hparams: Mapping, method: AdaptationMethod) -> dict:
-    """Give what a recipe says of the training, the part of `adaptation_settings` that is known before it begins.
-
-    Parameters
-    ----------
-    hparams, method
-        As for `adaptation_settings`.
-
-    Returns
-    -------
-    dict
-        Of JSON's types.
-
-    Example
-    -------
-    >>> chosen_settings(dict.fromkeys(DECISIVE, 1), AdaptationMethod())["passes"]
-    1
-    """
+    """Give what a recipe says of the training, the part of `adaptation_settings` that is known before it begins."""
     return {**{name: hparams[name] for name in DECISIVE}, **method.describe()}
 
 
 def fingerprint_answers(datasets: Mapping[str, DynamicItemDataset], answers_for: Sequence[str]) -> str:
-    """Hash of which utterances a run sees, what the language model said of them, and of labels where they are given.
-
-    Parameters
-    ----------
-    datasets : mapping of str to DynamicItemDataset
-        As for `adapt`.
-    answers_for : sequence of str
-        Datasets whose answers the method reads.
-
-    Returns
-    -------
-    str
-        Hexadecimal digits.
-
-    Example
-    -------
-    >>> len(fingerprint_answers({}, ()))
-    64
-    """
+    """Hash of which utterances a run sees, what the language model said of them, and of labels where they are given."""
     digest = hashlib.sha256()
     for name in sorted(datasets):
         for key, row in sorted(datasets[name].data.items()):
@@ -522,31 +338,7 @@ def fingerprint_answers(datasets: Mapping[str, DynamicItemDataset], answers_for:
 
 
 def make_brain(method, hparams: Mapping, student, utterances: int, folder: Path, run_opts) -> AdaptationBrain:
-    """Wire an `AdaptationBrain` with its EMA teacher, epoch counter, log and checkpointer.
-
-    Parameters
-    ----------
-    method : AdaptationMethod
-        The method.
-    hparams, run_opts
-        As for `adapt`.
-    student : EmotionClassifier
-        At its start.
-    utterances : int
-        Size of the adaptation set: with the batch size it turns steps into epochs.
-    folder : pathlib.Path
-        The method's output folder.
-
-    Returns
-    -------
-    AdaptationBrain
-        Ready to fit.
-
-    Example
-    -------
-    >>> make_brain.__name__  # runs in `recipes/RAVDESS/mifuse/train.py`
-    'make_brain'
-    """
+    """Wire an `AdaptationBrain` with its EMA teacher, epoch counter, log and checkpointer."""
     steps_per_epoch = max(utterances // hparams["batch_size"], 1)
     epochs = math.ceil(hparams["number_of_steps"] / steps_per_epoch)
     for part in method.frozen:

@@ -49,37 +49,7 @@ DECISIVE = (
 
 
 class LengthBatches(Sampler):
-    """Batches of utterances of similar length and about equal numbers of frames, dealt to a run's processes.
-
-    Utterances are sorted by their length, which a random factor blurs, and cut into parts of equal frames, which come
-    in random order. Every epoch has the same number of them. Each process gets every n-th utterance of the same batch,
-    so that a step sees the same utterances however many processes there are.
-
-    SpeechBrain's `DynamicBatchSampler` is not used: its buckets each end in a batch that is not full, so on a small
-    corpus few buckets mean padding (measured: 10 %) and many mean batches of a fraction of the size asked for.
-
-    Parameters
-    ----------
-    lengths : sequence of int
-        Frames of each utterance.
-    frames_per_batch : int
-        True frames of a batch over all processes, at most.
-    seed : int
-        Of the order; an epoch's order follows from it and the epoch.
-    blur : float
-        How much longer an utterance may be taken for than it is.
-
-    Raises
-    ------
-    UserError
-        When iterated, if a batch has fewer utterances than there are processes.
-
-    Example
-    -------
-    >>> batches = LengthBatches([5, 6, 20, 21] * 8, frames_per_batch=100, seed=1)
-    >>> len(batches), sorted(utterance for batch in batches for utterance in batch) == list(range(32))
-    (5, True)
-    """
+    """Batches of utterances of similar length and about equal numbers of frames, dealt to a run's processes."""
 
     def __init__(self, lengths: Sequence[int], frames_per_batch: int, seed: int, blur: float = 0.05):
         self.lengths = torch.tensor(lengths, dtype=torch.double)
@@ -87,23 +57,11 @@ class LengthBatches(Sampler):
         self.seed, self.blur, self.epoch = seed, blur, 0
 
     def set_epoch(self, epoch: int) -> None:
-        """Order the utterances anew.
-
-        Parameters
-        ----------
-        epoch : int
-            Epoch.
-        """
+        """Order the utterances anew."""
         self.epoch = epoch
 
     def batches(self) -> list[list[int]]:
-        """Give the epoch's batches, each whole.
-
-        Returns
-        -------
-        list of list of int
-            Places of utterances.
-        """
+        """Give the epoch's batches, each whole."""
         # Far enough apart that no epoch of one seed is an epoch of another.
         generator = torch.Generator().manual_seed(self.seed * 100003 + self.epoch)
         blurred = self.lengths * (1 + self.blur * torch.rand(len(self.lengths), generator=generator))
@@ -124,19 +82,7 @@ class LengthBatches(Sampler):
 
 @register_checkpoint_hooks
 class History:
-    """What each epoch told, kept with the checkpoints: curves of a resumed run have no gap.
-
-    Example
-    -------
-    >>> import tempfile
-    >>> history, path = History(), tempfile.mktemp()
-    >>> history.rows.append({"epoch": 1, "loss": 0.5})
-    >>> history.save(path)
-    >>> restored = History()
-    >>> restored.load(path, end_of_epoch=True)
-    >>> restored.rows
-    [{'epoch': 1, 'loss': 0.5}]
-    """
+    """What each epoch told, kept with the checkpoints: curves of a resumed run have no gap."""
 
     def __init__(self):
         self.rows: list[dict] = []
@@ -159,11 +105,6 @@ class AdapterBrain(ResumableBrain):
     of its adapter), `batches` (a `LengthBatches`), `schedule` (of the learning rate by step), `mask_share`,
     `mask_width` and `history`. Batches give `id`, `feats` and a vector for each objective that has prepared some. Every
     epoch is logged, every `log_interval`-th one saved.
-
-    Example
-    -------
-    >>> issubclass(AdapterBrain, ResumableBrain)
-    True
     """
 
     def on_stage_start(self, stage, epoch=None):
@@ -247,34 +188,7 @@ def unlabelled_dataset(
     vectors: Mapping[str, Mapping[str, torch.Tensor]] | None = None,
     layers: Sequence[int] = (),
 ) -> DynamicItemDataset:
-    """Frames of each utterance of some manifests, without any label.
-
-    Parameters
-    ----------
-    manifests : sequence of str or pathlib.Path
-        Manifests without labels.
-    front : StoredFrames
-        Reads the frames of the input's layer.
-    vectors : mapping of str to mapping, optional
-        Target vectors by utterance id, by the objective's name.
-    layers : sequence of int
-        Encoder layers that objectives ask for beside the input's.
-
-    Returns
-    -------
-    DynamicItemDataset
-        With `id`, `feats` and the objectives' names.
-
-    Raises
-    ------
-    UserError
-        If a manifest holds labels: an adapter is trained without.
-
-    Example
-    -------
-    >>> unlabelled_dataset.__name__  # runs in `recipes/RAVDESS/adapter/pretrain.py`
-    'unlabelled_dataset'
-    """
+    """Frames of each utterance of some manifests, without any label."""
     rows = {key: row for path in manifests for key, row in encoded_rows(path, front.store).items()}
     labelled = next((key for key, row in rows.items() if "emo" in row), None)
     if labelled is not None:
@@ -300,29 +214,7 @@ def unlabelled_dataset(
 def survey_utterances(
     manifests: Sequence[str | Path], front, prosody: Callable[[], Mapping[str, torch.Tensor]]
 ) -> tuple[UtteranceSurvey, torch.Tensor, torch.Tensor]:
-    """Go through a pretraining set once.
-
-    Parameters
-    ----------
-    manifests : sequence of str or pathlib.Path
-        Manifests without labels.
-    front : StoredFrames
-        Reads the frames.
-    prosody : callable
-        Gives prosodic functionals `[P]` by utterance id.
-
-    Returns
-    -------
-    survey : UtteranceSurvey
-        Statistics and speaker of each utterance.
-    mean, deviation : torch.Tensor
-        `[D]`, over all frames.
-
-    Example
-    -------
-    >>> survey_utterances.__name__  # runs in `recipes/RAVDESS/adapter/pretrain.py`
-    'survey_utterances'
-    """
+    """Go through a pretraining set once."""
     rows = {key: row for path in manifests for key, row in encoded_rows(path, front.store).items()}
     means, squares, counts = [], [], []
     for key, row in rows.items():
@@ -415,22 +307,7 @@ def pretrain(
 
 
 def finish(brain: AdapterBrain, folder: Path, settings: Mapping) -> None:
-    """Write the figures of a pretraining and the adapter, and remove the checkpoints, which are ten times its size.
-
-    Parameters
-    ----------
-    brain : AdapterBrain
-        Trained.
-    folder : pathlib.Path
-        Output folder.
-    settings : mapping
-        Provenance, of JSON's types.
-
-    Example
-    -------
-    >>> finish.__name__  # runs in `recipes/RAVDESS/adapter/pretrain.py`
-    'finish'
-    """
+    """Write the figures of a pretraining and the adapter, and remove the checkpoints, which are ten times its size."""
     rows, adapter = brain.hparams.history.rows, brain.modules.student.adapter
     plot_codebook(folder / "codebook.png", rows)
     plot_layer_weights(folder / "layer_weights.png", rows)
@@ -440,25 +317,7 @@ def finish(brain: AdapterBrain, folder: Path, settings: Mapping) -> None:
 
 
 def pretraining_settings(name: str, hparams: Mapping, manifests: Sequence[str | Path], front, seed: int) -> dict:
-    """Everything that decides the pretrained weights.
-
-    Parameters
-    ----------
-    name, hparams, manifests, front, seed
-        As for `pretrain`.
-
-    Returns
-    -------
-    dict
-        Of JSON's types.
-
-    Example
-    -------
-    >>> pretraining_settings("paper", {"pretrainings": {}}, [], None, 1)
-    Traceback (most recent call last):
-    ...
-    KeyError: 'paper'
-    """
+    """Everything that decides the pretrained weights."""
     objectives = {}
     for key, objective in hparams["pretrainings"][name].items():
         objectives |= described(key, objective)
@@ -477,25 +336,7 @@ def pretraining_settings(name: str, hparams: Mapping, manifests: Sequence[str | 
 def make_brain(
     name, hparams, manifests, front, folder, seed, prosody, run_opts
 ) -> tuple[AdapterBrain, DynamicItemDataset]:
-    """Wire an `AdapterBrain` with its objectives, teacher, batches, logs and checkpointer.
-
-    Parameters
-    ----------
-    name, hparams, manifests, front, folder, seed, prosody, run_opts
-        As for `pretrain`.
-
-    Returns
-    -------
-    brain : AdapterBrain
-        Ready to fit.
-    dataset : DynamicItemDataset
-        What it is fitted on.
-
-    Example
-    -------
-    >>> make_brain.__name__  # runs in `recipes/RAVDESS/adapter/pretrain.py`
-    'make_brain'
-    """
+    """Wire an `AdapterBrain` with its objectives, teacher, batches, logs and checkpointer."""
     folder.mkdir(parents=True, exist_ok=True)
     survey, mean, deviation = survey_utterances(manifests, front, prosody)
     objectives: dict[str, Objective] = {key: make() for key, make in hparams["pretrainings"][name].items()}

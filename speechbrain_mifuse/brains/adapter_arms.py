@@ -22,24 +22,7 @@ from speechbrain_mifuse.nnet.adapter_files import adapter_digest, load_adapter
 
 @dataclass(frozen=True)
 class Arm:
-    """One side of the comparison.
-
-    Parameters
-    ----------
-    classifier : callable
-        `AdapterClassifier` with what this arm sets.
-    adapter : bool
-        Whether there is a WAP-Transformer before the pooling.
-    pretraining : str, optional
-        A key of `pretrainings`: where its weights come from; random ones by default.
-    learning_rate : float, optional
-        Of the adapter, in the place of the `adapter_learning_rate` that all arms share.
-
-    Example
-    -------
-    >>> Arm(AdapterClassifier, adapter=True, pretraining="paper").pretraining
-    'paper'
-    """
+    """One side of the comparison."""
 
     classifier: Callable[..., AdapterClassifier] = AdapterClassifier
     adapter: bool = False
@@ -76,11 +59,6 @@ def train_arm(
     ------
     SettingsError
         If the folder holds a result got otherwise.
-
-    Example
-    -------
-    >>> train_arm.__name__  # runs in `recipes/RAVDESS/adapter/train.py`
-    'train_arm'
     """
     arm, folder = hparams["arms"][name], run.arm_folder(name)
     if arm.learning_rate is not None:
@@ -98,49 +76,13 @@ def train_arm(
 
 
 def arm_settings(arm: Arm, hparams: Mapping, run: Run, front, adapters: Mapping[str, Path]) -> dict:
-    """Everything that decides an arm's result.
-
-    Parameters
-    ----------
-    arm : Arm
-        The arm.
-    hparams, run, front, adapters
-        As for `train_arm`.
-
-    Returns
-    -------
-    dict
-        Of JSON's types.
-
-    Example
-    -------
-    >>> arm_settings(Arm(), {}, Run(Path(), Path("/nowhere"), 1, 1), None, {})
-    Traceback (most recent call last):
-    ...
-    FileNotFoundError: ...
-    """
+    """Everything that decides an arm's result."""
     found = {**shared_settings(hparams, run, front), **described("classifier", arm.classifier)}
     return {**found, **adapter_settings(arm, hparams, adapters)}
 
 
 def adapter_settings(arm: Arm, hparams: Mapping, adapters: Mapping[str, Path]) -> dict:
-    """Everything that decides an arm's adapter as it starts.
-
-    Parameters
-    ----------
-    arm, hparams, adapters
-        As for `arm_settings`.
-
-    Returns
-    -------
-    dict
-        Of JSON's types; empty without an adapter.
-
-    Example
-    -------
-    >>> adapter_settings(Arm(), {}, {})
-    {}
-    """
+    """Everything that decides an arm's adapter as it starts."""
     if not arm.adapter:
         return {}
     digest = None if arm.pretraining is None else adapter_digest(adapters[arm.pretraining])
@@ -148,23 +90,7 @@ def adapter_settings(arm: Arm, hparams: Mapping, adapters: Mapping[str, Path]) -
 
 
 def starting_adapter(arm: Arm, hparams: Mapping, run: Run, front, adapters: Mapping[str, Path]):
-    """Give an arm's adapter as it starts: none, random, or pretrained.
-
-    Parameters
-    ----------
-    arm, hparams, run, front, adapters
-        As for `arm_settings`.
-
-    Returns
-    -------
-    WAPTransformer or None
-        A random one standardises its input by the frames of the same training fold, as a pretrained one does.
-
-    Example
-    -------
-    >>> starting_adapter(Arm(), {}, None, None, {}) is None
-    True
-    """
+    """Give an arm's adapter as it starts: none, random, or pretrained."""
     if not arm.adapter:
         return None
     adapter = hparams["network"](input_size=front.dim)
@@ -179,24 +105,7 @@ def starting_adapter(arm: Arm, hparams: Mapping, run: Run, front, adapters: Mapp
 
 @torch.inference_mode()
 def look_inside(folder: Path, classifier: AdapterClassifier, front, run: Run, name: str, device) -> None:
-    """Draw the pooling's attention over one test utterance, where the pooling has any.
-
-    Parameters
-    ----------
-    folder : pathlib.Path
-        The arm's.
-    classifier : AdapterClassifier
-        Trained, in evaluation mode.
-    front, run, name
-        As for `train_arm`.
-    device : torch.device
-        Of the classifier.
-
-    Example
-    -------
-    >>> look_inside.__name__  # runs in `recipes/RAVDESS/adapter/train.py`
-    'look_inside'
-    """
+    """Draw the pooling's attention over one test utterance, where the pooling has any."""
     if not hasattr(classifier.pooling, "attention"):
         return
     rows = read_manifest(run.manifests / "test.json")

@@ -33,26 +33,7 @@ DECISIVE = ("finetuning_steps", "finetuning_batch_size", "finetuning_learning_ra
 
 @dataclass(frozen=True)
 class Run:
-    """One fold with one seed and one amount of labels.
-
-    Parameters
-    ----------
-    folder : pathlib.Path
-        Output folder of fold and seed; arms go below it.
-    manifests : pathlib.Path
-        Folder of the fold's `train.json` and `test.json`.
-    fold, seed : int
-        Number of the fold, from 1; training seed.
-    labels_per_class : int or str
-        How many labelled utterances of each class are trained on, or `all`.
-    about : mapping
-        What every record of the run shall say.
-
-    Example
-    -------
-    >>> Run(Path("out"), Path("manifests/fold_1"), 1, 1, 20).arm_folder("scratch").as_posix()
-    'out/labels_20/scratch'
-    """
+    """One fold with one seed and one amount of labels."""
 
     folder: Path
     manifests: Path
@@ -67,18 +48,7 @@ class Run:
         return self.manifests / "train.json", self.manifests / "test.json"
 
     def arm_folder(self, name: str) -> Path:
-        """Where an arm's results go.
-
-        Parameters
-        ----------
-        name : str
-            The arm.
-
-        Returns
-        -------
-        pathlib.Path
-            Its folder.
-        """
+        """Where an arm's results go."""
         return self.folder / f"labels_{self.labels_per_class}" / name
 
 
@@ -86,11 +56,6 @@ class FinetuningBrain(ClassifierBrain):
     """`ClassifierBrain` with a learning rate of its own for the adapter.
 
     `hparams` must also hold `adapter_learning_rate`.
-
-    Example
-    -------
-    >>> issubclass(FinetuningBrain, ClassifierBrain)
-    True
     """
 
     def init_optimizers(self):
@@ -106,34 +71,7 @@ class FinetuningBrain(ClassifierBrain):
 
 
 def few_labels(rows: Mapping[str, Mapping], per_class: int | str, seed: int) -> list[str]:
-    """Draw the same number of labelled utterances of every class; the draw depends on ids and seed alone.
-
-    Parameters
-    ----------
-    rows : mapping of str to mapping
-        Each with its `label`.
-    per_class : int or str
-        How many of each class, or `all`; a class with fewer gives all it has.
-    seed : int
-        Of the draw.
-
-    Returns
-    -------
-    list of str
-        Utterance ids, sorted.
-
-    Raises
-    ------
-    UserError
-        If it is neither a positive number nor `all`.
-
-    Example
-    -------
-    >>> rows = {f"t-{number}": {"label": number % 2} for number in range(10)}
-    >>> chosen = few_labels(rows, 2, seed=1)
-    >>> [sum(rows[key]["label"] == label for key in chosen) for label in (0, 1)]
-    [2, 2]
-    """
+    """Draw the same number of labelled utterances of every class; the draw depends on ids and seed alone."""
     if per_class == "all":
         return sorted(rows)
     if not isinstance(per_class, int) or per_class < 1:
@@ -146,127 +84,30 @@ def few_labels(rows: Mapping[str, Mapping], per_class: int | str, seed: int) -> 
 
 
 def sample_of(keys: Sequence[str], count: int, dice: random.Random) -> list[str]:
-    """Draw without replacement, all when there are too few.
-
-    Parameters
-    ----------
-    keys : sequence of str
-        What to draw from.
-    count : int
-        How many.
-    dice : random.Random
-        Source of chance.
-
-    Returns
-    -------
-    list of str
-        Drawn ones.
-
-    Example
-    -------
-    >>> sample_of(["a"], 3, random.Random(0))
-    ['a']
-    """
+    """Draw without replacement, all when there are too few."""
     return dice.sample(keys, min(count, len(keys)))
 
 
 def keep_only(dataset: DynamicItemDataset, keys: Sequence[str]) -> None:
-    """Leave some utterances in a dataset.
-
-    Parameters
-    ----------
-    dataset : DynamicItemDataset
-        Changed in place.
-    keys : sequence of str
-        Ids that stay, in the order they get.
-
-    Example
-    -------
-    >>> dataset = DynamicItemDataset({"t-a": {}, "t-b": {}})
-    >>> keep_only(dataset, ["t-b"])
-    >>> len(dataset)
-    1
-    """
+    """Leave some utterances in a dataset."""
     dataset.data = {key: dataset.data[key] for key in keys}
     dataset.data_ids = list(keys)
 
 
 def shared_settings(hparams: Mapping, run: Run, front) -> dict:
-    """Everything that decides an arm's result but the arm itself.
-
-    Parameters
-    ----------
-    hparams : mapping
-        What `DECISIVE` names, `labels` and `class_balanced`.
-    run : Run
-        Fold, seed, labels.
-    front : StoredFrames
-        Reads the frames.
-
-    Returns
-    -------
-    dict
-        Of JSON's types.
-
-    Example
-    -------
-    >>> shared_settings({}, Run(Path(), Path("/nowhere"), 1, 1), None)
-    Traceback (most recent call last):
-    ...
-    FileNotFoundError: ...
-    """
+    """Everything that decides an arm's result but the arm itself."""
     digests = [file_digest(path) for path in run.splits]
     found = {"manifests": digests, "seed": run.seed, "labels_per_class": run.labels_per_class}
     return {**found, **chosen_settings(hparams), "features": {**front.fingerprint, "layer": front.layer}}
 
 
 def chosen_settings(hparams: Mapping) -> dict:
-    """Give what a recipe says of the training, the part of `shared_settings` that is known before it begins.
-
-    Parameters
-    ----------
-    hparams : mapping
-        What `DECISIVE` names, `labels` and `class_balanced`.
-
-    Returns
-    -------
-    dict
-        Of JSON's types.
-
-    Example
-    -------
-    >>> sorted(chosen_settings(dict.fromkeys((*DECISIVE, "labels", "class_balanced"))))[0]
-    'adapter_learning_rate'
-    """
+    """Give what a recipe says of the training, the part of `shared_settings` that is known before it begins."""
     return {key: hparams[key] for key in (*DECISIVE, "labels", "class_balanced")}
 
 
 def found_done(folder: Path, settings: Mapping) -> dict | None:
-    """Read the record of an arm that is done already.
-
-    Parameters
-    ----------
-    folder : pathlib.Path
-        The arm's.
-    settings : mapping
-        What decides its result.
-
-    Returns
-    -------
-    dict or None
-        The record.
-
-    Raises
-    ------
-    SettingsError
-        If the folder holds a result got otherwise.
-
-    Example
-    -------
-    >>> import tempfile
-    >>> found_done(Path(tempfile.mkdtemp()), {"seed": 1}) is None
-    True
-    """
+    """Read the record of an arm that is done already."""
     if same_settings(folder / "settings.json", settings) and (folder / "results.json").exists():
         return json.loads((folder / "results.json").read_text())
     return None
@@ -282,43 +123,7 @@ def fit_and_predict(
     columns: Mapping[str, Mapping] | None = None,
     kind: type[FinetuningBrain] = FinetuningBrain,
 ) -> tuple[FinetuningBrain, dict[str, list[float]], int]:
-    """Train a classifier on a fold's training set and predict its test set.
-
-    The number of steps is fixed and the last one counts: nothing is selected, least of all on the test fold.
-
-    Parameters
-    ----------
-    name : str
-        The arm.
-    hparams : mapping
-        What `DECISIVE` names, `labels`, `class_balanced`, `finetuning_opt_class`.
-    run : Run
-        Fold, seed, labels.
-    front : StoredFrames
-        Reads the frames.
-    classifier : torch.nn.Module
-        Trained in place.
-    run_opts : mapping, optional
-        SpeechBrain's run options.
-    columns : mapping, optional
-        What else batches hold: by name, a tensor for each utterance id.
-    kind : type
-        The Brain's class.
-
-    Returns
-    -------
-    brain : FinetuningBrain
-        That has trained it.
-    predictions : dict of str to list of float
-        Probabilities `[C]` by utterance id.
-    n_train : int
-        Labelled utterances trained on.
-
-    Example
-    -------
-    >>> fit_and_predict.__name__  # runs in `recipes/RAVDESS/adapter/train.py`
-    'fit_and_predict'
-    """
+    """Train a classifier on a fold's training set and predict its test set."""
     train, test = (with_columns(labelled_dataset(path, front, hparams["labels"]), columns or {}) for path in run.splits)
     keep_only(train, few_labels(train.data, run.labels_per_class, run.seed))
     folder, size = run.arm_folder(name), hparams["finetuning_batch_size"]
@@ -330,26 +135,7 @@ def fit_and_predict(
 
 
 def with_columns(dataset: DynamicItemDataset, columns: Mapping[str, Mapping]) -> DynamicItemDataset:
-    """Add a value for each utterance to a dataset.
-
-    Parameters
-    ----------
-    dataset : DynamicItemDataset
-        Changed in place.
-    columns : mapping of str to mapping
-        Values by utterance id, by the name that batches know them under.
-
-    Returns
-    -------
-    DynamicItemDataset
-        The same.
-
-    Example
-    -------
-    >>> dataset = DynamicItemDataset({"t-a": {}}, output_keys=["id"])
-    >>> with_columns(dataset, {"scores": {"t-a": 0.5}})[0]
-    {'id': 't-a', 'scores': 0.5}
-    """
+    """Add a value for each utterance to a dataset."""
     for name, values in columns.items():
         dataset.add_dynamic_item(values.__getitem__, takes="id", provides=name)
     dataset.set_output_keys([*dataset.pipeline.output_mapping, *columns])
@@ -359,31 +145,7 @@ def with_columns(dataset: DynamicItemDataset, columns: Mapping[str, Mapping]) ->
 def make_brain(
     hparams: Mapping, run: Run, folder: Path, front, classifier, train, run_opts, kind: type[FinetuningBrain]
 ) -> FinetuningBrain:
-    """Wire a `FinetuningBrain`.
-
-    Parameters
-    ----------
-    hparams, run, front, run_opts
-        As for `fit_and_predict`.
-    folder : pathlib.Path
-        The arm's.
-    classifier : AdapterClassifier
-        To be trained.
-    train : DynamicItemDataset
-        What it is trained on.
-    kind : type
-        The Brain's class.
-
-    Returns
-    -------
-    FinetuningBrain
-        Ready to fit.
-
-    Example
-    -------
-    >>> make_brain.__name__  # runs in `recipes/RAVDESS/adapter/train.py`
-    'make_brain'
-    """
+    """Wire a `FinetuningBrain`."""
     steps_per_epoch = max(len(train) // min(hparams["finetuning_batch_size"], len(train)), 1)
     epochs = math.ceil(hparams["finetuning_steps"] / steps_per_epoch)
     counter = EpochCounter(epochs)
@@ -411,33 +173,7 @@ def make_brain(
 def write_record(
     folder: Path, name: str, hparams: Mapping, run: Run, predictions: Mapping, n_train: int, steps: int, **about
 ) -> dict:
-    """Score predictions on the test fold, write `results.json` and `confusion.png`, remove the checkpoints.
-
-    Parameters
-    ----------
-    folder : pathlib.Path
-        The arm's.
-    name, hparams, run
-        As for `fit_and_predict`.
-    predictions : mapping
-        Probabilities `[C]` by utterance id.
-    n_train : int
-        Labelled utterances trained on.
-    steps : int
-        Optimiser steps.
-    **about
-        What else the record shall say of the arm.
-
-    Returns
-    -------
-    dict
-        The record; fractions in [0, 1].
-
-    Example
-    -------
-    >>> write_record.__name__  # runs in `recipes/RAVDESS/adapter/train.py`
-    'write_record'
-    """
+    """Score predictions on the test fold, write `results.json` and `confusion.png`, remove the checkpoints."""
     scored = evaluate(predictions, run.manifests / "test.json", hparams["labels"])
     counts = scored.pop("counts")
     record = {

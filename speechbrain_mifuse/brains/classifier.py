@@ -34,25 +34,7 @@ DECISIVE = ("seed", "labels", "batch_size", "learning_rate", "number_of_epochs",
 
 
 def class_weights(labels: torch.Tensor, n_classes: int) -> torch.Tensor:
-    """Weights that let each class count the same: `N / (C N_c)`.
-
-    Parameters
-    ----------
-    labels : torch.Tensor
-        `[N]`, class indices.
-    n_classes : int
-        C.
-
-    Returns
-    -------
-    torch.Tensor
-        `[C]`; 0 for a class that does not occur.
-
-    Example
-    -------
-    >>> class_weights(torch.tensor([0, 0, 0, 1]), 2).tolist()
-    [0.666..., 2.0]
-    """
+    """Weights that let each class count the same: `N / (C N_c)`."""
     counts = torch.bincount(labels, minlength=n_classes).float()
     return torch.where(counts > 0, len(labels) / (n_classes * counts.clamp(min=1)), 0.0)
 
@@ -61,11 +43,6 @@ class ClassifierBrain(ResumableBrain):
     """Cross-entropy training of `modules.front` and `modules.classifier`.
 
     Beyond `ResumableBrain`'s, `hparams` must hold `class_weight`: `[C]` or `None`.
-
-    Example
-    -------
-    >>> issubclass(ClassifierBrain, ResumableBrain)
-    True
     """
 
     def compute_forward(self, batch, stage):
@@ -103,34 +80,7 @@ class ClassifierBrain(ResumableBrain):
 
 
 def labelled_dataset(manifest: str | Path, front, labels) -> DynamicItemDataset:
-    """Frames and class index of each utterance of a manifest.
-
-    Parameters
-    ----------
-    manifest : str or pathlib.Path
-        A labelled manifest.
-    front : StoredFrames or FinetunedEncoder
-        Reads `feats`.
-    labels : sequence of str
-        The fixed label order.
-
-    Returns
-    -------
-    DynamicItemDataset
-        With `id`, `feats`, `label`.
-
-    Raises
-    ------
-    CorpusError
-        If a label is unknown or no utterance is left.
-
-    Example
-    -------
-    >>> labelled_dataset("missing.json", None, ("angry",))
-    Traceback (most recent call last):
-    ...
-    speechbrain_mifuse.corpora.manifest.CorpusError: ...corpus.json: not found. Run the recipe's preparation first.
-    """
+    """Frames and class index of each utterance of a manifest."""
     rows = encoded_rows(manifest, getattr(front, "store", None))
     data = {key: {"wav": row["wav"], "label": label_index(labels, row, key)} for key, row in rows.items()}
     dataset = DynamicItemDataset(data)
@@ -164,11 +114,6 @@ def train_classifier(hparams: Mapping, front, run_opts=None) -> Path:
         If the output folder holds a classifier trained otherwise.
     UserError
         If there are fewer than two recordings to train on, or none of some class.
-
-    Example
-    -------
-    >>> train_classifier.__name__  # runs in `recipes/RAVDESS/classifier/train.py`
-    'train_classifier'
     """
     folder = Path(hparams["output_folder"])
     recogniser = folder / "recogniser"
@@ -188,24 +133,7 @@ def train_classifier(hparams: Mapping, front, run_opts=None) -> Path:
 
 
 def finish(brain: ClassifierBrain, hparams: Mapping, front, settings: Mapping, train: DynamicItemDataset) -> None:
-    """Score a trained classifier on held-out speakers and export it.
-
-    Parameters
-    ----------
-    brain : ClassifierBrain
-        Trained.
-    hparams, front
-        As for `train_classifier`.
-    settings : mapping
-        As `classifier_settings` gives.
-    train : DynamicItemDataset
-        What it was trained on.
-
-    Example
-    -------
-    >>> finish.__name__  # runs in `recipes/RAVDESS/classifier/train.py`
-    'finish'
-    """
+    """Score a trained classifier on held-out speakers and export it."""
     validation = validate(brain, hparams, front)
     counts = Counter(hparams["labels"][row["label"]] for row in train.data.values())
     about = {
@@ -219,25 +147,7 @@ def finish(brain: ClassifierBrain, hparams: Mapping, front, settings: Mapping, t
 
 
 def classifier_settings(hparams: Mapping, front) -> dict:
-    """Everything that decides the trained weights.
-
-    Parameters
-    ----------
-    hparams, front
-        As for `train_classifier`.
-
-    Returns
-    -------
-    dict
-        Of JSON's types.
-
-    Example
-    -------
-    >>> classifier_settings({}, None)
-    Traceback (most recent call last):
-    ...
-    KeyError: 'train_manifest'
-    """
+    """Everything that decides the trained weights."""
     manifest = file_digest(hparams["train_manifest"])
     features = front.fingerprint if hasattr(front, "store") else {"finetuned": hparams["encoder"]}
     adapter = {} if hparams["adapter"] is None else {"adapter": adapter_digest(hparams["adapter"])}
@@ -245,49 +155,12 @@ def classifier_settings(hparams: Mapping, front) -> dict:
 
 
 def chosen_settings(hparams: Mapping) -> dict:
-    """Give what a recipe says of the training, the part of `classifier_settings` that is known before it begins.
-
-    Parameters
-    ----------
-    hparams : mapping
-        As for `train_classifier`.
-
-    Returns
-    -------
-    dict
-        Of JSON's types.
-
-    Example
-    -------
-    >>> chosen_settings(dict.fromkeys(DECISIVE, 1))["seed"]
-    1
-    """
+    """Give what a recipe says of the training, the part of `classifier_settings` that is known before it begins."""
     return {name: hparams[name] for name in DECISIVE}
 
 
 def starting_classifier(hparams: Mapping, front) -> EmotionClassifier:
-    """Build the classifier as training starts: random weights, but for a pretrained adapter if one is named.
-
-    Parameters
-    ----------
-    hparams, front
-        As for `train_classifier`.
-
-    Returns
-    -------
-    EmotionClassifier
-        To be trained, the adapter included.
-
-    Raises
-    ------
-    AdapterError
-        If the adapter was trained on other frames.
-
-    Example
-    -------
-    >>> starting_classifier.__name__  # runs in `recipes/RAVDESS/classifier/train.py`
-    'starting_classifier'
-    """
+    """Build the classifier as training starts: random weights, but for a pretrained adapter if one is named."""
     sizes = {"input_size": front.dim, "n_classes": len(hparams["labels"]), "n_layers": front.n_layers}
     if hparams["adapter"] is None:
         return hparams["classifier"](**sizes)
@@ -299,27 +172,7 @@ def starting_classifier(hparams: Mapping, front) -> EmotionClassifier:
 
 
 def make_brain(hparams: Mapping, front, classifier, train, run_opts) -> ClassifierBrain:
-    """Wire a `ClassifierBrain` with its checkpointer.
-
-    Parameters
-    ----------
-    hparams, front, run_opts
-        As for `train_classifier`.
-    classifier : EmotionClassifier
-        To be trained.
-    train : DynamicItemDataset
-        Gives the class counts.
-
-    Returns
-    -------
-    ClassifierBrain
-        Ready to fit.
-
-    Example
-    -------
-    >>> make_brain.__name__  # runs in `recipes/RAVDESS/classifier/train.py`
-    'make_brain'
-    """
+    """Wire a `ClassifierBrain` with its checkpointer."""
     labels = torch.tensor([row["label"] for row in train.data.values()])
     weight = class_weights(labels, len(hparams["labels"])) if hparams["class_balanced"] else None
     recoverables = {"classifier": classifier, "counter": hparams["epoch_counter"]}
@@ -336,26 +189,7 @@ def make_brain(hparams: Mapping, front, classifier, train, run_opts) -> Classifi
 
 
 def validate(brain: ClassifierBrain, hparams: Mapping, front) -> dict:
-    """Score held-out speakers of the training corpus and keep the result beside the classifier.
-
-    Parameters
-    ----------
-    brain : ClassifierBrain
-        Trained.
-    hparams, front
-        As for `train_classifier`.
-
-    Returns
-    -------
-    dict
-        `UA`, `WA`, `macro_F1`, `n`, `counts` by class; `ci95` of UA over speakers; `temperature`, which makes these
-        labels most likely, and `nll` and `calibrated_nll`, in nats, without and with it (on what it was fitted to).
-
-    Example
-    -------
-    >>> validate.__name__  # runs in `recipes/RAVDESS/classifier/train.py`
-    'validate'
-    """
+    """Score held-out speakers of the training corpus and keep the result beside the classifier."""
     valid = labelled_dataset(hparams["valid_manifest"], front, hparams["labels"])
     by_key = brain.predict(valid, **frame_batches(batch_size=hparams["batch_size"]))
     probs = torch.tensor([by_key[key] for key in valid.data_ids])

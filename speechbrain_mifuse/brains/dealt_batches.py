@@ -16,18 +16,7 @@ from speechbrain_mifuse.nnet.across_processes import own_part
 
 
 class DealtBatches:
-    """Batches of places in a dataset of which a process reads its own part: other places come as `~place`.
-
-    Parameters
-    ----------
-    batches : iterable of list of int
-        Whole batches.
-
-    Example
-    -------
-    >>> list(DealtBatches([[2, 0], [1, 3]]))
-    [[2, 0], [1, 3]]
-    """
+    """Batches of places in a dataset of which a process reads its own part: other places come as `~place`."""
 
     def __init__(self, batches):
         self.batches = batches
@@ -42,19 +31,7 @@ class DealtBatches:
 
 
 class DealtDataset(Dataset):
-    """A dataset that reads no frames of the places that come as `~place`, and all else of them.
-
-    Parameters
-    ----------
-    dataset : DynamicItemDataset
-        Gives `feats` among others.
-
-    Example
-    -------
-    >>> dataset = DynamicItemDataset({"t-a": {"feats": torch.ones(2, 3)}}, [], ["id", "feats"])
-    >>> [len(DealtDataset(dataset)[place]["feats"]) for place in (0, ~0)]
-    [2, 0]
-    """
+    """A dataset that reads no frames of the places that come as `~place`, and all else of them."""
 
     def __init__(self, dataset: DynamicItemDataset):
         self.dataset = dataset
@@ -72,29 +49,7 @@ class DealtDataset(Dataset):
 
 
 def dealt_loader(dataset: DynamicItemDataset, batch_size: int) -> tuple[DataLoader, ReproducibleRandomSampler]:
-    """Load the batches that one process would, each process with its own part of the frames alone.
-
-    Parameters
-    ----------
-    dataset : DynamicItemDataset
-        The training set.
-    batch_size : int
-        Utterances in a batch of all processes together.
-
-    Returns
-    -------
-    loader : DataLoader
-        Its batches have `feats` of `own_part`, and all else of the whole batch.
-    sampler : ReproducibleRandomSampler
-        Must be told the epoch.
-
-    Example
-    -------
-    >>> dataset = DynamicItemDataset({f"t-{n}": {"feats": torch.ones(2, 3)} for n in range(5)}, [], ["id", "feats"])
-    >>> loader, sampler = dealt_loader(dataset, batch_size=2)
-    >>> [len(batch) for batch in loader]
-    [2, 2]
-    """
+    """Load the batches that one process would, each process with its own part of the frames alone."""
     # As `sb.Brain` shuffles in a single process.
     seed = os.environ.get("SB_GLOBAL_SEED")
     sampler = ReproducibleRandomSampler(dataset, **({} if seed is None else {"seed": int(seed)}))
@@ -104,21 +59,5 @@ def dealt_loader(dataset: DynamicItemDataset, batch_size: int) -> tuple[DataLoad
 
 
 def own_frames(items: list[torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
-    """Pad the frames that this process has read; see `pad_frames`.
-
-    Parameters
-    ----------
-    items : list of torch.Tensor
-        Of the whole batch.
-
-    Returns
-    -------
-    data, lengths : torch.Tensor
-        Of `own_part` of it.
-
-    Example
-    -------
-    >>> own_frames([torch.ones(2, 3)])[0].shape
-    torch.Size([1, 2, 3])
-    """
+    """Pad the frames that this process has read; see `pad_frames`."""
     return pad_frames(own_part(items))

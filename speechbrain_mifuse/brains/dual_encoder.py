@@ -43,83 +43,23 @@ DECISIVE += ("class_balanced", "positives", "layer")
 
 @dataclass(frozen=True)
 class Source:
-    """A labelled corpus that a dual encoder is trained on.
-
-    Parameters
-    ----------
-    prepare : callable
-        Writes the manifests `train.json` and `valid.json`, of different speakers.
-    manifests : str
-        Their folder.
-    gender : callable, optional
-        From a speaker to `female`, `male` or `None`, as far as the corpus's release tells.
-
-    Example
-    -------
-    >>> Source(print, "manifests/nemo").manifest("train").as_posix()
-    'manifests/nemo/train.json'
-    """
+    """A labelled corpus that a dual encoder is trained on."""
 
     prepare: Callable[[], None]
     manifests: str
     gender: Callable[[str], str | None] | None = None
 
     def manifest(self, split: str) -> Path:
-        """Path of a split.
-
-        Parameters
-        ----------
-        split : str
-            `train` or `valid`.
-
-        Returns
-        -------
-        pathlib.Path
-            Its manifest.
-        """
+        """Path of a split."""
         return Path(self.manifests) / f"{split}.json"
 
     def gender_of(self, row: Mapping) -> str | None:
-        """Gender of an utterance's speaker.
-
-        Parameters
-        ----------
-        row : mapping
-            Of a manifest.
-
-        Returns
-        -------
-        str or None
-            `None` where nothing tells it.
-        """
+        """Gender of an utterance's speaker."""
         return self.gender(row["speaker"]) if self.gender and row.get("speaker_known", True) else None
 
 
 class Captioner:
-    """The captions of a training set, embedded once, and which of them each utterance gets in an epoch.
-
-    Parameters
-    ----------
-    fitting : mapping of str to sequence of str
-        Captions that fit an utterance, by utterance id.
-    encode : callable
-        From texts to vectors `[texts, size]`; called once with every text that occurs.
-    seed : int
-        Of the draws.
-
-    Attributes
-    ----------
-    texts : list of str
-        Every caption that occurs, once.
-    vectors : torch.Tensor
-        `[texts, size]`.
-
-    Example
-    -------
-    >>> captioner = Captioner({"t-a": ["Sad.", "Gloomy."], "t-b": ["Sad."]}, lambda texts: torch.eye(len(texts)), 1)
-    >>> captioner.texts, captioner.draw(["t-a", "t-b"], epoch=1).tolist()
-    (['Sad.', 'Gloomy.'], [0, 0])
-    """
+    """The captions of a training set, embedded once, and which of them each utterance gets in an epoch."""
 
     def __init__(self, fitting: Mapping[str, Sequence[str]], encode: Callable, seed: int):
         self.texts = list(dict.fromkeys(text for texts in fitting.values() for text in texts))
@@ -130,20 +70,7 @@ class Captioner:
         self.vectors, self.seed = encode(self.texts), seed
 
     def draw(self, keys: Sequence[str], epoch: int) -> torch.Tensor:
-        """Draw a caption for each utterance.
-
-        Parameters
-        ----------
-        keys : sequence of str
-            Utterance ids.
-        epoch : int
-            The draw depends on id, epoch and seed alone, so a resumed run draws the same.
-
-        Returns
-        -------
-        torch.Tensor
-            `[keys]`, places in `texts`.
-        """
+        """Draw a caption for each utterance."""
         fitting = [self.fitting[key] for key in keys]
         drawn = [some[draw_caption(len(some), self.seed, epoch, key)] for key, some in zip(keys, fitting, strict=True)]
         return torch.tensor(drawn)
@@ -161,11 +88,6 @@ class DualEncoderBrain(ResumableBrain):
 
     Beyond `ResumableBrain`'s, `hparams` must hold `captioner`, `class_weight` (`[C]`) and `groups` (a value of
     `POSITIVES`). Batches give `id`, `pooled` (as `frame_statistics` gives) and `label`.
-
-    Example
-    -------
-    >>> issubclass(DualEncoderBrain, ResumableBrain)
-    True
     """
 
     def on_stage_start(self, stage, epoch=None):
@@ -250,53 +172,14 @@ def train_dual_encoder(hparams: Mapping, sources: Mapping[str, Source], fronts: 
 
 
 def finish(folder: Path, model: DualEncoderModel, about: Mapping, prompts, sources: Mapping, fronts: Mapping) -> None:
-    """Score a trained dual encoder on the held-out speakers of its sources and export it.
-
-    Parameters
-    ----------
-    folder : pathlib.Path
-        Output folder.
-    model : DualEncoderModel
-        Trained.
-    about : mapping
-        Provenance, of JSON's types.
-    prompts : PromptSet
-        What the classes are called.
-    sources, fronts
-        As for `train_dual_encoder`.
-
-    Example
-    -------
-    >>> finish.__name__  # runs in `recipes/RAVDESS/dual_encoder/train.py`
-    'finish'
-    """
+    """Score a trained dual encoder on the held-out speakers of its sources and export it."""
     validation = validate(model, prompts, sources, fronts)
     atomic_write(folder / "validation.json", json.dumps(validation, indent=1))
     export_dual_encoder(folder / "model", model.network, {**about, "validation": validation})
 
 
 def check_sources(target: str, sources: Mapping[str, Source], fronts: Mapping) -> None:
-    """Make sure that the target is no source and that all sources' frames are alike.
-
-    Parameters
-    ----------
-    target : str
-        Name of the target corpus.
-    sources, fronts
-        As for `train_dual_encoder`.
-
-    Raises
-    ------
-    UserError
-        If not.
-
-    Example
-    -------
-    >>> check_sources("ravdess", {}, {})
-    Traceback (most recent call last):
-    ...
-    speechbrain_mifuse.errors.UserError: sources: there is none. Name at least one corpus.
-    """
+    """Make sure that the target is no source and that all sources' frames are alike."""
     if not sources:
         raise UserError("sources: there is none. Name at least one corpus.")
     if target in sources:
@@ -310,51 +193,14 @@ def check_sources(target: str, sources: Mapping[str, Source], fronts: Mapping) -
 
 
 def frames_of(front) -> dict:
-    """Fingerprint of the frames that a front gives, with their layer.
-
-    Parameters
-    ----------
-    front : StoredFrames
-        The front.
-
-    Returns
-    -------
-    dict
-        Of JSON's types.
-
-    Example
-    -------
-    >>> from types import SimpleNamespace
-    >>> frames_of(SimpleNamespace(fingerprint={"dim": 8}, layer=2))
-    {'dim': 8, 'layer': 2}
-    """
+    """Fingerprint of the frames that a front gives, with their layer."""
     return {**front.fingerprint, "layer": front.layer}
 
 
 def dual_encoder_settings(
     hparams: Mapping, sources: Mapping[str, Source], fronts: Mapping, captions: CaptionSet, text_encoder
 ) -> dict:
-    """Everything that decides the trained weights.
-
-    Parameters
-    ----------
-    hparams, sources, fronts
-        As for `train_dual_encoder`.
-    captions : CaptionSet
-        What is trained on.
-    text_encoder : FrozenTextEncoder
-        What embeds it.
-
-    Returns
-    -------
-    dict
-        Of JSON's types.
-
-    Example
-    -------
-    >>> dual_encoder_settings.__name__  # runs in `recipes/RAVDESS/dual_encoder/train.py`
-    'dual_encoder_settings'
-    """
+    """Everything that decides the trained weights."""
     manifests = {name: file_digest(source.manifest("train")) for name, source in sources.items()}
     genders = {name: described("gender", source.gender)["gender"] for name, source in sources.items()}
     texts = {"forms": captions.forms, "people": captions.people, "words": captions.words}
@@ -374,39 +220,7 @@ def dual_encoder_settings(
 def training_set(
     labels: Sequence[str], sources: Mapping[str, Source], fronts: Mapping, captions: CaptionSet
 ) -> tuple[dict[str, dict], dict[str, tuple[str, ...]]]:
-    """Pool the frames of every training utterance, and say which captions fit it.
-
-    Neither changes during training, so an epoch reads no frames: of a large corpus only `[utterances, 2 D]` values stay
-    in memory.
-
-    Parameters
-    ----------
-    labels : sequence of str
-        The fixed label order.
-    sources, fronts
-        As for `train_dual_encoder`.
-    captions : CaptionSet
-        What is trained on.
-
-    Returns
-    -------
-    data : dict of str to dict
-        `pooled`, `label` and `source` by utterance id.
-    fitting : dict of str to tuple of str
-        Captions by utterance id.
-
-    Raises
-    ------
-    CorpusError
-        If a label is none of `labels`.
-    UserError
-        If there are no words for a label.
-
-    Example
-    -------
-    >>> training_set((), {}, {}, None)
-    ({}, {})
-    """
+    """Pool the frames of every training utterance, and say which captions fit it."""
     data, fitting = {}, {}
     for name, source in sources.items():
         rows = encoded_rows(source.manifest("train"), fronts[name].store)
@@ -423,34 +237,7 @@ def training_set(
 
 
 def make_brain(hparams: Mapping, data: Mapping[str, Mapping], captioner: Captioner, run_opts) -> DualEncoderBrain:
-    """Wire a `DualEncoderBrain` with its network and checkpointer.
-
-    Parameters
-    ----------
-    hparams, run_opts
-        As for `train_dual_encoder`.
-    data : mapping of str to mapping
-        As `training_set` gives.
-    captioner : Captioner
-        Gives captions.
-
-    Returns
-    -------
-    DualEncoderBrain
-        Ready to fit.
-
-    Raises
-    ------
-    UserError
-        If `positives` is unknown.
-
-    Example
-    -------
-    >>> make_brain({"positives": "speaker"}, {}, None, None)
-    Traceback (most recent call last):
-    ...
-    speechbrain_mifuse.errors.UserError: --positives: 'speaker' is none of caption, label.
-    """
+    """Wire a `DualEncoderBrain` with its network and checkpointer."""
     if hparams["positives"] not in POSITIVES:
         raise UserError(f"--positives: '{hparams['positives']}' is none of {', '.join(POSITIVES)}.")
     pooled = torch.stack([row["pooled"] for row in data.values()])
@@ -471,29 +258,7 @@ def make_brain(hparams: Mapping, data: Mapping[str, Mapping], captioner: Caption
 
 
 def trained_on(labels: Sequence[str], data: Mapping[str, Mapping], sources: Mapping, brain) -> dict:
-    """Say what a dual encoder was trained on and which classes it therefore knows.
-
-    Parameters
-    ----------
-    labels : sequence of str
-        The fixed label order.
-    data : mapping of str to mapping
-        As `training_set` gives.
-    sources : mapping
-        By name.
-    brain : DualEncoderBrain
-        Trained.
-
-    Returns
-    -------
-    dict
-        For `about.json`.
-
-    Example
-    -------
-    >>> trained_on.__name__  # runs in `recipes/RAVDESS/dual_encoder/train.py`
-    'trained_on'
-    """
+    """Say what a dual encoder was trained on and which classes it therefore knows."""
     counts = {name: Counter(labels[row["label"]] for row in data.values() if row["source"] == name) for name in sources}
     return {
         "classes_known": [label for label in labels if any(found[label] for found in counts.values())],
@@ -506,27 +271,7 @@ def trained_on(labels: Sequence[str], data: Mapping[str, Mapping], sources: Mapp
 
 
 def validate(model: DualEncoderModel, prompts: PromptSet, sources: Mapping[str, Source], fronts: Mapping) -> dict:
-    """Score held-out speakers of each source by prompts, as a target is scored: its classes alone, M = N = 1.
-
-    Parameters
-    ----------
-    model : DualEncoderModel
-        Trained.
-    prompts : PromptSet
-        Forms and words.
-    sources, fronts
-        As for `train_dual_encoder`.
-
-    Returns
-    -------
-    dict
-        `UA`, `WA`, `macro_F1`, `n` and `labels` by source.
-
-    Example
-    -------
-    >>> validate(None, None, {}, {})
-    {}
-    """
+    """Score held-out speakers of each source by prompts, as a target is scored: its classes alone, M = N = 1."""
     found = {}
     for name, source in sources.items():
         rows = encoded_rows(source.manifest("valid"), fronts[name].store)

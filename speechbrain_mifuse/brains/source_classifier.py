@@ -27,30 +27,7 @@ DECISIVE = ("seed", "target", "labels", "batch_size", "learning_rate", "weight_d
 
 
 def source_dataset(labels, sources: Mapping[str, Source], fronts: Mapping) -> DynamicItemDataset:
-    """Frames and class index of every training utterance of several corpora.
-
-    Parameters
-    ----------
-    labels : sequence of str
-        The fixed label order.
-    sources, fronts
-        As for `train_dual_encoder`.
-
-    Returns
-    -------
-    DynamicItemDataset
-        With `id`, `feats`, `label`.
-
-    Raises
-    ------
-    CorpusError
-        If a label is unknown or no utterance of a corpus is left.
-
-    Example
-    -------
-    >>> source_dataset.__name__  # runs in `recipes/RAVDESS/zsfuse/train.py`
-    'source_dataset'
-    """
+    """Frames and class index of every training utterance of several corpora."""
     data = {
         key: {"wav": row["wav"], "label": label_index(labels, row, key), "source": name}
         for name, source in sources.items()
@@ -89,11 +66,6 @@ def train_source_classifier(
     ------
     SettingsError
         If the folder holds one that was trained otherwise.
-
-    Example
-    -------
-    >>> train_source_classifier.__name__  # runs in `recipes/RAVDESS/zsfuse/train.py`
-    'train_source_classifier'
     """
     folder, front = Path(folder), next(iter(fronts.values()))
     digests = {name: file_digest(source.manifest("train")) for name, source in sources.items()}
@@ -128,27 +100,7 @@ def train_source_classifier(
 
 
 def classifier_scores(brain: ClassifierBrain, front, manifest: str | Path) -> dict[str, torch.Tensor]:
-    """Log-probabilities of the classifier's classes, which stand in the place of cosines.
-
-    Parameters
-    ----------
-    brain : ClassifierBrain
-        As `train_source_classifier` gives.
-    front : StoredFrames
-        Reads the frames of what is scored.
-    manifest : str or pathlib.Path
-        Its manifest; labels are not read.
-
-    Returns
-    -------
-    dict of str to torch.Tensor
-        `[S]` by utterance id.
-
-    Example
-    -------
-    >>> classifier_scores.__name__  # runs in `recipes/RAVDESS/zsfuse/train.py`
-    'classifier_scores'
-    """
+    """Log-probabilities of the classifier's classes, which stand in the place of cosines."""
     rows = encoded_rows(manifest, front.store)
     dataset = DynamicItemDataset({key: {"wav": row["wav"]} for key, row in rows.items()})
     dataset.add_dynamic_item(front.read, takes=["id", "wav"], provides="feats")

@@ -25,26 +25,7 @@ TENSORBOARD = importlib.util.find_spec("tensorboard") is not None
 
 
 class TrainLog(FileTrainLogger):
-    """SpeechBrain's text log, drawn by TensorBoard too.
-
-    SpeechBrain's own `TensorboardLogger` counts its calls, so a run that goes on after a kill would draw its curves
-    from the beginning again; here the epoch is the place on the axis.
-
-    Parameters
-    ----------
-    save_file : str or pathlib.Path
-        Text file; events go to `tensorboard` beside it.
-    precision : int
-        Decimal places of the text.
-
-    Example
-    -------
-    >>> import tempfile
-    >>> log = TrainLog(Path(tempfile.mkdtemp()) / "train_log.txt")
-    >>> log.log_stats({"epoch": 1}, train_stats={"loss": 1.5}, verbose=False)
-    >>> Path(log.save_file).read_text().strip()
-    'epoch: 1 - train loss: 1.50'
-    """
+    """SpeechBrain's text log, drawn by TensorBoard too."""
 
     def __init__(self, save_file: str | Path, precision: int = 2):
         super().__init__(save_file, precision)
@@ -61,17 +42,7 @@ class TrainLog(FileTrainLogger):
         test_stats: Mapping | None = None,
         verbose: bool = True,
     ) -> None:
-        """Write one line, and one point of each curve.
-
-        Parameters
-        ----------
-        stats_meta : mapping
-            With `epoch`.
-        train_stats, valid_stats, test_stats : mapping of str to float, optional
-            Statistics by name.
-        verbose : bool
-            Whether to log the line on the screen as well.
-        """
+        """Write one line, and one point of each curve."""
         with writing(self.save_file):
             super().log_stats(stats_meta, train_stats, valid_stats, test_stats, verbose)
         if TENSORBOARD:

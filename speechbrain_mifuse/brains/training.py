@@ -60,23 +60,7 @@ class CheckpointError(UserError):
 
 
 def file_crc(path: Path) -> int:
-    """CRC-32 of a file, once it is on the disk.
-
-    Parameters
-    ----------
-    path : pathlib.Path
-        A file, which need not fit into memory.
-
-    Returns
-    -------
-    int
-        The checksum.
-
-    Example
-    -------
-    >>> file_crc(Path(os.devnull))
-    0
-    """
+    """CRC-32 of a file, once it is on the disk."""
     found = 0
     with path.open("rb") as file:
         with contextlib.suppress(OSError):  # what is no file on a disk cannot be brought there
@@ -87,43 +71,10 @@ def file_crc(path: Path) -> int:
 
 
 class WholeCheckpointer(Checkpointer):
-    """A checkpointer that never loads a checkpoint whose writing was cut off, or that has changed on the disk.
-
-    SpeechBrain writes a checkpoint's meta file first, so a run that is killed while it saves leaves one that looks
-    whole. Here a mark is set last, and only what bears it counts. The mark holds checksums, as torch notices few of the
-    bits that flip in a file of weights. SpeechBrain loads and keeps the youngest checkpoint: here the last one is that,
-    whatever the clock says.
-
-    Example
-    -------
-    >>> import tempfile
-    >>> checkpointer = WholeCheckpointer(tempfile.mkdtemp(), {"layer": torch.nn.Linear(1, 1)})
-    >>> saved = checkpointer.save_checkpoint()
-    >>> (saved.path / WHOLE).unlink()
-    >>> checkpointer.list_checkpoints()
-    []
-    """
+    """A checkpointer that never loads a checkpoint whose writing was cut off, or that has changed on the disk."""
 
     def save_checkpoint(self, meta: Mapping | None = None, **options) -> Checkpoint | None:
-        """Save as SpeechBrain does, then mark the checkpoint as whole.
-
-        Parameters
-        ----------
-        meta : mapping, optional
-            What the meta file shall say.
-        **options
-            As for SpeechBrain's.
-
-        Returns
-        -------
-        Checkpoint or None
-            `None` on all processes but the main one.
-
-        Raises
-        ------
-        CheckpointError
-            If the disk is full or read-only; what was written of the checkpoint is removed.
-        """
+        """Save as SpeechBrain does, then mark the checkpoint as whole."""
         now = max([time.time(), *(found.meta["unixtime"] + TICK for found in self.list_checkpoints())])
         self._remove_torn()
         try:
@@ -140,49 +91,21 @@ class WholeCheckpointer(Checkpointer):
         return saved
 
     def save_and_keep_only(self, *args, **options) -> None:
-        """Save and delete as SpeechBrain does, at a cost that does not grow with the number of earlier checkpoints.
-
-        Parameters
-        ----------
-        *args, **options
-            As for SpeechBrain's.
-        """
+        """Save and delete as SpeechBrain does, at a cost that does not grow with the number of earlier checkpoints."""
         # SpeechBrain adds a key to the list that is its default value: it lists the folder twice more in each call.
         if len(args) < 6:
             options.setdefault("importance_keys", [])
         super().save_and_keep_only(*args, **options)
 
     def list_checkpoints(self) -> list[Checkpoint]:
-        """List the checkpoints that were written to the end.
-
-        Returns
-        -------
-        list of Checkpoint
-            In no order.
-
-        Raises
-        ------
-        CheckpointError
-            If the meta file of one is damaged.
-        """
+        """List the checkpoints that were written to the end."""
         whole = [folder for folder in self._list_checkpoint_dirs() if (folder / WHOLE).exists()]
         for folder in whole:
             require_intact(folder, (METAFNAME,))
         return self._construct_checkpoint_objects(whole)
 
     def load_checkpoint(self, checkpoint: Checkpoint) -> None:
-        """Load as SpeechBrain does, after a look at the checksums.
-
-        Parameters
-        ----------
-        checkpoint : Checkpoint
-            One of `list_checkpoints`.
-
-        Raises
-        ------
-        CheckpointError
-            If a file of it is damaged.
-        """
+        """Load as SpeechBrain does, after a look at the checksums."""
         require_intact(checkpoint.path)
         super().load_checkpoint(checkpoint)
 
@@ -196,32 +119,7 @@ class WholeCheckpointer(Checkpointer):
 
 
 def require_intact(folder: Path, names: tuple[str, ...] | None = None) -> None:
-    """Compare the files of a checkpoint with the checksums that its mark holds.
-
-    Parameters
-    ----------
-    folder : pathlib.Path
-        The checkpoint's.
-    names : tuple of str, optional
-        Files to look at; all by default.
-
-    Raises
-    ------
-    CheckpointError
-        If one has changed since it was written, or is missing.
-
-    Example
-    -------
-    >>> import tempfile
-    >>> folder = WholeCheckpointer(tempfile.mkdtemp(), {"layer": torch.nn.Linear(1, 1)}).save_checkpoint().path
-    >>> require_intact(folder)
-    >>> (folder / "layer.ckpt").write_bytes(b"")
-    0
-    >>> require_intact(folder)
-    Traceback (most recent call last):
-    ...
-    speechbrain_mifuse.brains.training.CheckpointError: .../layer.ckpt: damaged, its checksum differs. Delete ...
-    """
+    """Compare the files of a checkpoint with the checksums that its mark holds."""
     remedy = f"Delete {folder} and run again: what it held is trained anew."
     try:
         text = (folder / WHOLE).read_text()
@@ -246,19 +144,10 @@ class ResumableBrain(sb.Brain):
     Randomness is seeded anew from the seed and the epoch, so an epoch does not depend on how the ones before it were
     reached. `hparams` must hold `seed`, `epoch_counter`, `train_logger` and `log_interval` (epochs between two lines
     of the log, and between two checkpoints).
-
-    Example
-    -------
-    >>> issubclass(ResumableBrain, sb.Brain)
-    True
     """
 
     def _wrap_distributed(self):
-        """Leave the modules as they are, where SpeechBrain wraps them for DDP.
-
-        Batches are put together behind the pooling (`nnet.across_processes`), so that a batch normalisation or a loss
-        sees the whole batch, and methods are called that a wrapper would hide; `optimizers_step` averages.
-        """
+        """Leave the modules as they are, where SpeechBrain wraps them for DDP."""
 
     def fit_batch(self, batch):
         """Train one step; in a distributed run, on all processes' frames of the batch."""
@@ -318,36 +207,7 @@ class ResumableBrain(sb.Brain):
 
 
 def same_settings(path: str | Path, settings: Mapping) -> bool:
-    """Tell whether a folder's finished or begun work was done with these settings.
-
-    Parameters
-    ----------
-    path : str or pathlib.Path
-        Settings file; written when missing.
-    settings : mapping
-        Everything that decides the outcome, of JSON's types.
-
-    Returns
-    -------
-    bool
-        True if the file was there with equal content, False if it was just written.
-
-    Raises
-    ------
-    SettingsError
-        If it differs, which the message says in what.
-
-    Example
-    -------
-    >>> import tempfile
-    >>> path = Path(tempfile.mkdtemp()) / "settings.json"
-    >>> same_settings(path, {"seed": 1}), same_settings(path, {"seed": 1})
-    (False, True)
-    >>> same_settings(path, {"seed": 2})
-    Traceback (most recent call last):
-    ...
-    speechbrain_mifuse.brains.training.SettingsError: ... other settings (seed: 1 -> 2). ...
-    """
+    """Tell whether a folder's finished or begun work was done with these settings."""
     path, settings = Path(path), json.loads(json.dumps(settings))
     found = _read_settings(path)
     if found is None:
@@ -358,30 +218,7 @@ def same_settings(path: str | Path, settings: Mapping) -> bool:
 
 
 def require_unchanged(path: str | Path, wanted: Mapping, found: Mapping | None = None) -> None:
-    """Refuse a folder whose work was done with other settings.
-
-    Parameters
-    ----------
-    path : str or pathlib.Path
-        Settings file of the folder; without it, anything will do.
-    wanted : mapping
-        Settings of JSON's types: all that decide the outcome, or those that are known already.
-    found : mapping, optional
-        What the file holds, where that is known.
-
-    Raises
-    ------
-    SettingsError
-        Naming each setting with its old and its new value.
-
-    Example
-    -------
-    >>> require_unchanged("/nowhere/settings.json", {"seed": 1})
-    >>> require_unchanged("out/settings.json", {"seed": 2}, {"seed": 1})
-    Traceback (most recent call last):
-    ...
-    speechbrain_mifuse.brains.training.SettingsError: out holds work of other settings (seed: 1 -> 2). Pass another ...
-    """
+    """Refuse a folder whose work was done with other settings."""
     path = Path(path)
     found = _read_settings(path) if found is None else found
     if found is None:
@@ -425,31 +262,7 @@ def _is_digest(value) -> bool:
 
 
 def require_trainable(emotions: Sequence[str | None], where: str, labels: Sequence[str] | None = None) -> None:
-    """Refuse a training set from which nothing can be learned.
-
-    Parameters
-    ----------
-    emotions : sequence of str or None
-        Label of each recording that can be used.
-    where : str
-        What they are of, for the message.
-    labels : sequence of str, optional
-        Classes of which there must be an example; with none of them there must be two of any kind. Without `labels` no
-        label counts.
-
-    Raises
-    ------
-    UserError
-        If there are fewer than two recordings or classes, or a class has none.
-
-    Example
-    -------
-    >>> require_trainable([None, None], "recordings")
-    >>> require_trainable(["sad", "sad"], "corpus", ["angry", "sad"])
-    Traceback (most recent call last):
-    ...
-    speechbrain_mifuse.errors.UserError: corpus: no recording of 'angry' to train on. Add some, or leave it out ...
-    """
+    """Refuse a training set from which nothing can be learned."""
     if len(emotions) < 2:
         raise UserError(
             f"{where}: {len(emotions)} usable recording, and training needs two different ones at least. Add "
@@ -466,27 +279,7 @@ def require_trainable(emotions: Sequence[str | None], where: str, labels: Sequen
 
 
 def watched(counter: EpochCounter, bar):
-    """Epochs of a counter, shown on one bar (SpeechBrain's own draws one per epoch, and here epochs last a moment).
-
-    Parameters
-    ----------
-    counter : EpochCounter
-        May be restored from a checkpoint between this call and the first epoch.
-    bar : tqdm.tqdm
-        Updated after each epoch.
-
-    Yields
-    ------
-    int
-        Epoch.
-
-    Example
-    -------
-    >>> from tqdm import tqdm
-    >>> with tqdm(total=2, disable=True) as bar:
-    ...     list(watched(EpochCounter(2), bar))
-    [1, 2]
-    """
+    """Epochs of a counter, shown on one bar (SpeechBrain's own draws one per epoch, and here epochs last a moment)."""
     for epoch in counter:
         yield epoch
         bar.update(epoch - bar.n)
@@ -494,24 +287,7 @@ def watched(counter: EpochCounter, bar):
 
 @contextlib.contextmanager
 def one_at_a_time(path: str | Path, doing: str = "is at it"):
-    """Hold a lock that other runs respect; say so before waiting for it.
-
-    The first process of a distributed run holds it for all of them.
-
-    Parameters
-    ----------
-    path : str or pathlib.Path
-        Lock file; it stays behind, empty.
-    doing : str
-        What the other run does, for the log.
-
-    Example
-    -------
-    >>> import tempfile
-    >>> with one_at_a_time(Path(tempfile.mkdtemp()) / "lock"):
-    ...     print("alone")
-    alone
-    """
+    """Hold a lock that other runs respect; say so before waiting for it."""
     lock = FileLock(path)
     try:
         if if_main_process():
@@ -528,27 +304,7 @@ def one_at_a_time(path: str | Path, doing: str = "is at it"):
 
 @contextlib.contextmanager
 def alone_at(folder: Path):
-    """Let one run at a time train in a folder: two would delete each other's checkpoints.
-
-    The second waits, goes on from the last checkpoint of the first, and so finds everything trained.
-
-    Parameters
-    ----------
-    folder : pathlib.Path
-        Of the checkpoints; the lock lies beside it and stays behind, empty.
-
-    Raises
-    ------
-    WriteError
-        If it cannot be written to.
-
-    Example
-    -------
-    >>> import tempfile
-    >>> with alone_at(Path(tempfile.mkdtemp()) / "save"):
-    ...     print("alone")
-    alone
-    """
+    """Let one run at a time train in a folder: two would delete each other's checkpoints."""
     with contextlib.ExitStack() as held:
         with writing(folder):
             held.enter_context(one_at_a_time(folder.with_name(f"{folder.name}.lock"), "trains there"))
@@ -575,11 +331,6 @@ def fit(brain: sb.Brain, train, told: str, batch_size: int | None = None) -> Non
     ------
     UserError
         If a training set has fewer than two utterances.
-
-    Example
-    -------
-    >>> fit.__name__  # runs in `recipes/RAVDESS/mifuse/train.py`
-    'fit'
     """
     loader = {}
     if batch_size is not None:

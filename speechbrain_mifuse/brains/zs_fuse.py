@@ -37,84 +37,26 @@ Amplification = tuple[int, int]
 
 @dataclass(frozen=True)
 class ScoreTable:
-    """Scores of every utterance of a corpus by one model.
-
-    Parameters
-    ----------
-    labels : sequence of str
-        What the scores are for, in their order.
-    values : mapping of str to torch.Tensor
-        `[S]` by utterance id.
-    about : mapping
-        What decides them, of JSON's types.
-
-    Example
-    -------
-    >>> ScoreTable(("angry", "sad"), {"t-a": torch.tensor([0.1, 0.2])}).of(["t-a"]).shape
-    torch.Size([1, 2])
-    """
+    """Scores of every utterance of a corpus by one model."""
 
     labels: Sequence[str]
     values: Mapping[str, torch.Tensor]
     about: Mapping = field(default_factory=dict)
 
     def of(self, keys: Sequence[str]) -> torch.Tensor:
-        """Stack the scores of some utterances.
-
-        Parameters
-        ----------
-        keys : sequence of str
-            Utterance ids.
-
-        Returns
-        -------
-        torch.Tensor
-            `[keys, S]`.
-
-        Raises
-        ------
-        UserError
-            If one of them was not scored.
-        """
+        """Stack the scores of some utterances."""
         missing = [key for key in keys if key not in self.values]
         if missing:
             raise UserError(f"{len(missing)} utterances have no scores, as {missing[0]}. Score the corpus again.")
         return torch.stack([self.values[key] for key in keys])
 
     def classes_among(self, classes: Sequence[str]) -> list[int | None]:
-        """Find what each score is for.
-
-        Parameters
-        ----------
-        classes : sequence of str
-            Classes to decide between.
-
-        Returns
-        -------
-        list of int or None
-            Place of each score's label among the classes; `None` if it is none of them.
-
-        Example
-        -------
-        >>> ScoreTable(("sad", "bored"), {}).classes_among(["angry", "sad"])
-        [1, None]
-        """
+        """Find what each score is for."""
         places = {label: place for place, label in enumerate(classes)}
         return [places.get(label) for label in self.labels]
 
     def decisions(self, classes: Sequence[str]) -> dict[str, torch.Tensor]:
-        """Arrange the scores as predictions of classes, which the highest score decides.
-
-        Parameters
-        ----------
-        classes : sequence of str
-            C classes to decide between; one that no score is for is never decided for.
-
-        Returns
-        -------
-        dict of str to torch.Tensor
-            `[C]` by utterance id, as `counts_by_speaker` takes it; empty if no score is for any of the classes.
-        """
+        """Arrange the scores as predictions of classes, which the highest score decides."""
         found = self.classes_among(classes)
         of = [score for score, place in enumerate(found) if place is not None]
         into = [found[score] for score in of]
@@ -127,44 +69,14 @@ class ScoreTable:
 
 @dataclass(frozen=True)
 class Specialist(Arm):
-    """The foundation model's side: what is pooled to the vector that scores are fused with.
-
-    Parameters
-    ----------
-    classifier, adapter, pretraining
-        As for `Arm`.
-    front : callable, optional
-        From stored frames to what the classifier reads; the frames themselves by default.
-
-    Example
-    -------
-    >>> Specialist(adapter=True).front is None
-    True
-    """
+    """The foundation model's side: what is pooled to the vector that scores are fused with."""
 
     front: Callable | None = None
 
 
 @dataclass(frozen=True)
 class FusionArm:
-    """One side of the comparison.
-
-    Parameters
-    ----------
-    classifier : callable
-        `LateFusion` or one of its ablations, with what this arm sets.
-    scores : str
-        Whose scores it is given: a key of the score tables.
-    permuted : bool
-        A control: every utterance gets the scores of another one.
-    standardised : bool
-        Whether each class's scores are standardised over the training folds' recordings, without their labels.
-
-    Example
-    -------
-    >>> FusionArm(LateFusion, "zero_shot", permuted=True).permuted
-    True
-    """
+    """One side of the comparison."""
 
     classifier: Callable[..., torch.nn.Module] = LateFusion
     scores: str = "zero_shot"
@@ -173,13 +85,7 @@ class FusionArm:
 
 
 class FusionBrain(FinetuningBrain):
-    """`FinetuningBrain` whose classifier also reads each utterance's `scores`.
-
-    Example
-    -------
-    >>> issubclass(FusionBrain, FinetuningBrain)
-    True
-    """
+    """`FinetuningBrain` whose classifier also reads each utterance's `scores`."""
 
     def compute_forward(self, batch, stage):
         """Logits `[batch, C]` of one batch."""
@@ -188,29 +94,7 @@ class FusionBrain(FinetuningBrain):
 
 
 def chosen_amplification(grid: Mapping[Amplification, ScoreTable], run: Run, labels: Sequence[str]) -> Amplification:
-    """Choose the numbers of repeats whose zero-shot scores are best on the run's own labelled utterances.
-
-    The test set takes no part. Of equals, the fewest repeats.
-
-    Parameters
-    ----------
-    grid : mapping of tuple to ScoreTable
-        By repeats of the audio and of the text.
-    run : Run
-        Fold, seed, labels.
-    labels : sequence of str
-        Classes.
-
-    Returns
-    -------
-    tuple of int
-        N and M.
-
-    Example
-    -------
-    >>> chosen_amplification({(1, 1): None}, None, ())
-    (1, 1)
-    """
+    """Choose the numbers of repeats whose zero-shot scores are best on the run's own labelled utterances."""
     if len(grid) == 1:
         return next(iter(grid))
     rows, scored = read_manifest(run.splits[0]), next(iter(grid.values())).values
@@ -225,28 +109,7 @@ def chosen_amplification(grid: Mapping[Amplification, ScoreTable], run: Run, lab
 
 
 def dealt(table: ScoreTable, splits: Sequence[Sequence[str]], seed: int) -> ScoreTable:
-    """Deal every utterance the scores of another one of its split.
-
-    Parameters
-    ----------
-    table : ScoreTable
-        Honest scores.
-    splits : sequence of sequence of str
-        Utterance ids of each split.
-    seed : int
-        Of the deal.
-
-    Returns
-    -------
-    ScoreTable
-        The control.
-
-    Example
-    -------
-    >>> table = ScoreTable(("sad",), {key: torch.tensor([float(n)]) for n, key in enumerate("abc")})
-    >>> sorted(dealt(table, ["abc"], seed=1).of("abc").flatten().tolist())
-    [0.0, 1.0, 2.0]
-    """
+    """Deal every utterance the scores of another one of its split."""
     dice, values = random.Random(seed), {}
     for keys in splits:
         order = sorted(keys)
@@ -255,28 +118,7 @@ def dealt(table: ScoreTable, splits: Sequence[Sequence[str]], seed: int) -> Scor
 
 
 def prepared(arm: FusionArm, table: ScoreTable, run: Run) -> ScoreTable:
-    """Give an arm's scores as it reads them.
-
-    Parameters
-    ----------
-    arm : FusionArm
-        The arm.
-    table : ScoreTable
-        Of the whole corpus.
-    run : Run
-        The fold: its training set gives the statistics, and none of its labels is read.
-
-    Returns
-    -------
-    ScoreTable
-        The same, standardised or dealt to others if the arm says so.
-
-    Example
-    -------
-    >>> table = ScoreTable(("sad",), {})
-    >>> prepared(FusionArm(), table, None) is table
-    True
-    """
+    """Give an arm's scores as it reads them."""
     if not (arm.standardised or arm.permuted):
         return table
     splits = [[key for key in read_manifest(unlabelled(path)) if key in table.values] for path in run.splits]
@@ -325,11 +167,6 @@ def train_fusion_arm(
     ------
     SettingsError
         If the folder holds a result got otherwise.
-
-    Example
-    -------
-    >>> train_fusion_arm.__name__  # runs in `recipes/RAVDESS/zsfuse/train.py`
-    'train_fusion_arm'
     """
     arm, specialist, folder = hparams["arms"][name], hparams["specialist"], run.arm_folder(name)
     pair = chosen_amplification(tables[arm.scores], run, hparams["labels"])
@@ -352,29 +189,7 @@ def train_fusion_arm(
 def fusion_settings(
     arm: FusionArm, hparams: Mapping, run: Run, front, table: ScoreTable, adapters: Mapping[str, Path]
 ) -> dict:
-    """Everything that decides an arm's result.
-
-    Parameters
-    ----------
-    arm : FusionArm
-        The arm.
-    hparams, run, front, adapters
-        As for `train_fusion_arm`.
-    table : ScoreTable
-        The arm's scores.
-
-    Returns
-    -------
-    dict
-        Of JSON's types.
-
-    Example
-    -------
-    >>> fusion_settings(FusionArm(), {}, Run(Path(), Path("/nowhere"), 1, 1), None, None, {})
-    Traceback (most recent call last):
-    ...
-    FileNotFoundError: ...
-    """
+    """Everything that decides an arm's result."""
     found = {**shared_settings(hparams, run, front), **described("classifier", arm.classifier)}
     specialist: Specialist = hparams["specialist"]
     found |= described("specialist", specialist.classifier)

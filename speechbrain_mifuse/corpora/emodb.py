@@ -31,57 +31,14 @@ MEN = ("03", "10", "11", "12", "15")
 
 
 def list_emodb(data_folder: str | Path, label_map: Mapping[str, str | None] = LABEL_MAP) -> list[Utterance]:
-    """List the clips of some classes, by default the four common ones.
-
-    Parameters
-    ----------
-    data_folder : str or pathlib.Path
-        Folder that holds `wav`.
-    label_map : mapping of str to str or None
-        Class by emotion letter; `None` leaves one out.
-
-    Returns
-    -------
-    list of Utterance
-        One per clip.
-
-    Raises
-    ------
-    CorpusError
-        If most audio files are not named as the release's.
-
-    Example
-    -------
-    >>> import tempfile
-    >>> root = Path(tempfile.mkdtemp())
-    >>> (root / "wav").mkdir()
-    >>> (root / "wav" / "03a01Wa.wav").touch()
-    >>> [(u.utt_id, u.emo, u.speaker) for u in list_emodb(root)]
-    [('emodb-03a01Wa', 'angry', '03')]
-    """
+    """List the clips of some classes, by default the four common ones."""
     paths = (Path(data_folder) / "wav").glob("*")
     own = own_recordings("emodb", paths, NAME, label_map, SEVEN_CLASSES)
     return [Utterance(f"emodb-{wav.stem}", wav, emo, name["speaker"]) for wav, name, emo in own]
 
 
 def speaker_gender(speaker: str) -> str | None:
-    """Tell the gender that the release states for a speaker.
-
-    Parameters
-    ----------
-    speaker : str
-        As in a manifest.
-
-    Returns
-    -------
-    str or None
-        `female` or `male`; `None` where it is none of the ten.
-
-    Example
-    -------
-    >>> speaker_gender('03'), speaker_gender('08')
-    ('male', 'female')
-    """
+    """Tell the gender that the release states for a speaker."""
     return ("male" if speaker in MEN else "female") if speaker in SPEAKERS else None
 
 

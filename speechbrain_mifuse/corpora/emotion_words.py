@@ -94,23 +94,7 @@ LANGUAGES = {
 
 
 def plain(name: str) -> str:
-    """Give a name in the form in which names are compared.
-
-    Parameters
-    ----------
-    name : str
-        In any case and Unicode form.
-
-    Returns
-    -------
-    str
-        The same for names that differ in case, Unicode form and spaces alone.
-
-    Example
-    -------
-    >>> plain("Pleasant_Surprise "), plain("ZŁOŚĆ") == plain(unicodedata.normalize("NFD", "złość"))
-    ('pleasant surprise', True)
-    """
+    """Give a name in the form in which names are compared."""
     return re.sub(r"[\s_-]+", " ", unicodedata.normalize("NFC", name)).strip().casefold()
 
 
@@ -121,44 +105,12 @@ WORDS = {
 
 
 def emotion_of(word: str) -> str | None:
-    """Translate one word that is said to be an emotion, as in a column of labels.
-
-    Parameters
-    ----------
-    word : str
-        In any language of `LANGUAGES`; they agree where they share a word.
-
-    Returns
-    -------
-    str or None
-        Name of the emotion; `None` if the word is unknown.
-
-    Example
-    -------
-    >>> emotion_of("Anger"), emotion_of("fear"), emotion_of("hap"), emotion_of("purple")
-    ('angry', 'fearful', 'happy', None)
-    """
+    """Translate one word that is said to be an emotion, as in a column of labels."""
     return next((words[plain(word)] for words in WORDS.values() if plain(word) in words), None)
 
 
 def all_emotions(names: Collection[str]) -> dict[str, str] | None:
-    """Translate names of which nobody said that they are emotions: all of them, in one language, or none.
-
-    Parameters
-    ----------
-    names : collection of str
-        Of the folders of one level.
-
-    Returns
-    -------
-    dict of str to str or None
-        Emotion of each; `None` unless all are words of one language and name at least two emotions.
-
-    Example
-    -------
-    >>> all_emotions(["Anger", "sad"]), all_emotions(["neu", "alt"]), all_emotions(["Sad", "Miller"])
-    ({'Anger': 'angry', 'sad': 'sad'}, None, None)
-    """
+    """Translate names of which nobody said that they are emotions: all of them, in one language, or none."""
     for words in WORDS.values():
         if all(plain(name) in words for name in names):
             found = {name: words[plain(name)] for name in names}
@@ -167,23 +119,7 @@ def all_emotions(names: Collection[str]) -> dict[str, str] | None:
 
 
 def resembling(names: Collection[str]) -> dict[str, str]:
-    """Find the names that look like emotions, to say so where they are not enough to go by.
-
-    Parameters
-    ----------
-    names : collection of str
-        Of the folders of one level.
-
-    Returns
-    -------
-    dict of str to str
-        Emotion of each such name. A word inside a longer name, or an abbreviation, counts only beside a second one.
-
-    Example
-    -------
-    >>> resembling(["sad", "Miller"]), resembling(["01_angry", "02_happy"]), resembling(["neu", "alt"])
-    ({'sad': 'sad'}, {'01_angry': 'angry', '02_happy': 'happy'}, {})
-    """
+    """Find the names that look like emotions, to say so where they are not enough to go by."""
     alone, parts = {}, {}
     for name in names:
         emotion = emotion_of(name)

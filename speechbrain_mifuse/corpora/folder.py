@@ -58,34 +58,7 @@ COLUMNS = {
 
 
 def list_folder(data_folder: str | Path) -> list[Utterance]:
-    """List the recordings of a folder, and log what was understood of it.
-
-    Parameters
-    ----------
-    data_folder : str or pathlib.Path
-        The folder.
-
-    Returns
-    -------
-    list of Utterance
-        With a label each, or all without.
-
-    Raises
-    ------
-    CorpusError
-        If the table does not fit, if the names of the folders do not say for certain who speaks with which emotion, or
-        if more than half of the recordings would take no part without a table that says so.
-
-    Example
-    -------
-    >>> import tempfile
-    >>> root = Path(tempfile.mkdtemp()) / "mine"
-    >>> for name in ("anna/angry/1.ogg", "bert/sad/1.ogg"):
-    ...     (root / name).parent.mkdir(parents=True)
-    ...     (root / name).touch()
-    >>> [(u.utt_id, u.emo, u.speaker) for u in list_folder(root)]
-    [('folder-mine/anna/angry/1.ogg', 'angry', 'anna'), ('folder-mine/bert/sad/1.ogg', 'sad', 'bert')]
-    """
+    """List the recordings of a folder, and log what was understood of it."""
     root = Path(data_folder)
     found = [path.relative_to(root) for path in recordings_below(root)]
     table = find_table(root)
@@ -135,72 +108,19 @@ def _counts(counted: Counter) -> str:
 
 
 def one_spelling(names: Iterable[str]) -> dict[str, str]:
-    """Join names that differ in case, Unicode form or spaces alone, so that one speaker is never in two splits.
-
-    Parameters
-    ----------
-    names : iterable of str
-        Speakers, as folders or tables write them.
-
-    Returns
-    -------
-    dict of str to str
-        For each name the one that stands for it.
-
-    Example
-    -------
-    >>> one_spelling(["anna", "Anna", "bert"])
-    {'Anna': 'Anna', 'anna': 'Anna', 'bert': 'bert'}
-    """
+    """Join names that differ in case, Unicode form or spaces alone, so that one speaker is never in two splits."""
     kept = {}
     return {name: kept.setdefault(plain(name), unicodedata.normalize("NFC", name)) for name in sorted(set(names))}
 
 
 def stand_in(path: Path) -> str:
-    """Name a recording without a known speaker: fixed, and in an order that has nothing to do with its folders.
-
-    Parameters
-    ----------
-    path : pathlib.Path
-        Below the corpus's folder.
-
-    Returns
-    -------
-    str
-        The same wherever the folder lies.
-
-    Example
-    -------
-    >>> stand_in(Path("happiness/1.wav"))
-    'unknown-84b9837f757c'
-    """
+    """Name a recording without a known speaker: fixed, and in an order that has nothing to do with its folders."""
     # A name on disk may hold bytes that are no text.
     return f"unknown-{hashlib.sha256(os.fsencode(path.as_posix())).hexdigest()[:12]}"
 
 
 def find_table(root: Path) -> Path | None:
-    """Find the table of labels: in the folder itself, else in one folder below it.
-
-    Parameters
-    ----------
-    root : pathlib.Path
-        The folder.
-
-    Returns
-    -------
-    pathlib.Path or None
-        `None` if there is none.
-
-    Raises
-    ------
-    CorpusError
-        If there are several.
-
-    Example
-    -------
-    >>> find_table(Path("/nowhere")) is None
-    True
-    """
+    """Find the table of labels: in the folder itself, else in one folder below it."""
     tables = sorted(path for path in root.rglob("[lL]*") if path.name.lower() in TABLES and path.is_file())
     tables = [path for path in tables if not any(part[:1] == "." for part in path.relative_to(root).parts)]
     own = [path for path in tables if path.parent == root] or tables
@@ -211,36 +131,7 @@ def find_table(root: Path) -> Path | None:
 
 
 def read_labels(root: Path, table: Path, found: Sequence[Path]) -> Listing:
-    r"""Read a table of labels.
-
-    Parameters
-    ----------
-    root : pathlib.Path
-        The folder.
-    table : pathlib.Path
-        In it, or in a folder below.
-    found : sequence of pathlib.Path
-        Recordings, below the folder.
-
-    Returns
-    -------
-    Listing
-        A file that the table names and that is not there is in it too, and is reported when it is read.
-
-    Raises
-    ------
-    CorpusError
-        If a row cannot be right, naming its line, or if most rows do not fit.
-
-    Example
-    -------
-    >>> import tempfile
-    >>> root = Path(tempfile.mkdtemp())
-    >>> _ = (root / "Labels.csv").write_text("Filename;Emotion\n1.wav;anger\n2.wav;fear\n")
-    >>> listing = read_labels(root, root / "Labels.csv", [Path("1.wav"), Path("2.wav")])
-    >>> listing.rows, listing.outside
-    ([(PosixPath('1.wav'), 'angry', '')], Counter({'fearful': 1}))
-    """
+    r"""Read a table of labels."""
     rows = read_table(table, COLUMNS, optional=["speaker"])
     # Names from another system may be in another Unicode form; of two files that differ in it alone, each is found.
     lookup = {unicodedata.normalize("NFC", path.as_posix()): path for path in found}
@@ -317,25 +208,7 @@ def _add_labelled(listing: Listing, table: Path, rows: Mapping[Path, tuple[int, 
 
 
 def facts(data_folder: Path, utterances: list[Utterance]) -> Mapping:
-    """Count the recordings whose speaker is not known.
-
-    Parameters
-    ----------
-    data_folder : pathlib.Path
-        The folder.
-    utterances : list of Utterance
-        What `list_folder` found there.
-
-    Returns
-    -------
-    mapping
-        For `corpus.json`.
-
-    Example
-    -------
-    >>> facts(Path("/mine"), [Utterance("folder-mine/1.wav", Path("/mine/1.wav"), None, "1.wav", speaker_known=False)])
-    {'recordings_without_speaker': 1}
-    """
+    """Count the recordings whose speaker is not known."""
     return {"recordings_without_speaker": sum(not utterance.speaker_known for utterance in utterances)}
 
 

@@ -23,35 +23,7 @@ MAX_NAMES = 4
 
 
 def read_folder_names(root: Path, found: Sequence[Path]) -> Listing:
-    """Read emotions and speakers from the folders on the way to the recordings.
-
-    A level of folders gives the emotions only if every folder of it is named by an emotion, in one language, and at
-    least two emotions occur. The speakers are the one level that remains.
-
-    Parameters
-    ----------
-    root : pathlib.Path
-        The folder, for messages.
-    found : sequence of pathlib.Path
-        Recordings, below the folder.
-
-    Returns
-    -------
-    Listing
-        All recordings without an emotion if no folder is named like one.
-
-    Raises
-    ------
-    CorpusError
-        If folders look like emotions and yet do not say which level gives them, or who speaks.
-
-    Example
-    -------
-    >>> found = [Path("anna/angry/1.wav"), Path("bert/sad/1.wav"), Path("bert/fear/1.wav")]
-    >>> listing = read_folder_names(Path("mine"), found)
-    >>> listing.rows, dict(listing.outside)
-    ([(PosixPath('anna/angry/1.wav'), 'angry', 'anna'), (PosixPath('bert/sad/1.wav'), 'sad', 'bert')], {'fearful': 1})
-    """
+    """Read emotions and speakers from the folders on the way to the recordings."""
     levels = _levels(found)
     emotions = {at: all_emotions(names) or {} for at, names in enumerate(levels)}
     emotions = {at: words for at, words in emotions.items() if set(words.values()) & set(LABELS)}

@@ -10,30 +10,7 @@ from speechbrain_mifuse.corpora.manifest import CorpusError
 
 
 def fold_splits(folds: Sequence[Sequence[str]], fold: int) -> dict[str, list[str]]:
-    """Split of one fold: its own groups test, all others train.
-
-    Parameters
-    ----------
-    folds : sequence of sequence of str
-        Groups (speakers, sessions or official partitions) of each fold.
-    fold : int
-        Number of the fold, from 1.
-
-    Returns
-    -------
-    dict of str to list of str
-        `train` and `test`.
-
-    Raises
-    ------
-    CorpusError
-        If there is no such fold, a fold is empty, there is only one, or a group is in two.
-
-    Example
-    -------
-    >>> fold_splits([["01", "11"], ["04"], ["08"]], 2)
-    {'train': ['01', '11', '08'], 'test': ['04']}
-    """
+    """Split of one fold: its own groups test, all others train."""
     groups = [name for part in folds for name in part]
     doubled = [str(name) for name, times in Counter(groups).items() if times > 1]
     if len(folds) < 2 or not all(folds) or doubled:
@@ -47,25 +24,7 @@ def fold_splits(folds: Sequence[Sequence[str]], fold: int) -> dict[str, list[str
 
 
 def fold_folder(save_folder: str | Path, fold: int) -> Path:
-    """Where the manifests of one fold lie.
-
-    Parameters
-    ----------
-    save_folder : str or pathlib.Path
-        Of all folds.
-    fold : int
-        Number of the fold.
-
-    Returns
-    -------
-    pathlib.Path
-        Its folder.
-
-    Example
-    -------
-    >>> fold_folder("manifests", 2).as_posix()
-    'manifests/fold_2'
-    """
+    """Where the manifests of one fold lie."""
     return Path(save_folder) / f"fold_{fold}"
 
 

@@ -38,34 +38,7 @@ TURN = re.compile(r"\[[^]]*\]\s+((Ses\d\d)[FM]_\S+)_([FM])(\w+)\s+(\w+)\s+\[")
 
 
 def list_iemocap(data_folder: str | Path) -> list[Utterance]:
-    r"""List the turns of the four common classes.
-
-    Parameters
-    ----------
-    data_folder : str or pathlib.Path
-        Folder that holds `Session1 ... Session5`.
-
-    Returns
-    -------
-    list of Utterance
-        One per turn whose label is among the four classes.
-
-    Raises
-    ------
-    CorpusError
-        If a turn line cannot be read or names an unknown emotion.
-
-    Example
-    -------
-    >>> import tempfile
-    >>> root = Path(tempfile.mkdtemp())
-    >>> labels = root / "Session1" / "dialog" / "EmoEvaluation"
-    >>> labels.mkdir(parents=True)
-    >>> line = "[6.2 - 8.2]\tSes01F_impro01_M000\texc\t[2.5, 2.5, 2.5]\n"
-    >>> _ = (labels / "Ses01F_impro01.txt").write_text(line)
-    >>> [(u.utt_id, u.emo, u.speaker, u.session) for u in list_iemocap(root)]
-    [('iem-Ses01F_impro01_M000', 'happy', 'Ses01M', 'Ses01')]
-    """
+    r"""List the turns of the four common classes."""
     utterances, left_out = [], []
     for table in sorted(Path(data_folder).glob("Session[1-5]/dialog/EmoEvaluation/[!.]*.txt")):
         wavs = table.parents[2] / "sentences" / "wav"
@@ -88,70 +61,18 @@ def list_iemocap(data_folder: str | Path) -> list[Utterance]:
 
 
 def recording(folder: Path, name: str) -> Path:
-    """Path of a turn's recording, of whatever file type.
-
-    Parameters
-    ----------
-    folder : pathlib.Path
-        The dialogue's folder.
-    name : str
-        The turn's name.
-
-    Returns
-    -------
-    pathlib.Path
-        The release's `.wav`, or a file of the same name and another type where a copy was converted.
-
-    Example
-    -------
-    >>> recording(Path("/nowhere"), "Ses01F_impro01_F000").name
-    'Ses01F_impro01_F000.wav'
-    """
+    """Path of a turn's recording, of whatever file type."""
     wav = folder / f"{name}.wav"
     return wav if wav.exists() else by_stem(folder.glob(f"{name}.*")).get(name, wav)
 
 
 def facts(data_folder: Path, utterances: list[Utterance]) -> Mapping:
-    """Compare a copy with the published counts of the sessions.
-
-    Parameters
-    ----------
-    data_folder : pathlib.Path
-        The corpus's folder.
-    utterances : list of Utterance
-        What `list_iemocap` found there.
-
-    Returns
-    -------
-    mapping
-        For `corpus.json`.
-
-    Example
-    -------
-    >>> facts(Path("/nowhere"), [])["release_check"]["total_expected"]
-    5531
-    """
+    """Compare a copy with the published counts of the sessions."""
     return {"release_check": check_release("iemocap", utterances, "session", SESSIONS)}
 
 
 def speaker_gender(speaker: str) -> str | None:
-    """Tell the gender that the release states for a speaker.
-
-    Parameters
-    ----------
-    speaker : str
-        As in a manifest.
-
-    Returns
-    -------
-    str or None
-        `female` or `male`; `None` where it is no speaker's name.
-
-    Example
-    -------
-    >>> speaker_gender('Ses01M'), speaker_gender('Ses01F')
-    ('male', 'female')
-    """
+    """Tell the gender that the release states for a speaker."""
     return {"F": "female", "M": "male"}.get(speaker[-1:])
 
 

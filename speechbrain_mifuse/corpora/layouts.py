@@ -16,24 +16,7 @@ NEARLY_ALL = 0.95
 
 @dataclass
 class Listing:
-    """What is understood of a folder: who speaks with which emotion, by what evidence, and what takes no part.
-
-    Parameters
-    ----------
-    labels_from, speakers_from : str
-        The evidence, for the log.
-    rows : list of tuple
-        Path below the folder, emotion or `None`, speaker or an empty string.
-    outside : collections.Counter
-        Recordings of emotions outside the four classes, by emotion.
-    left_out : list of pathlib.Path
-        Recordings of which no emotion is known although others have one.
-
-    Example
-    -------
-    >>> Listing("file names", "file names").rows
-    []
-    """
+    """What is understood of a folder: who speaks with which emotion, by what evidence, and what takes no part."""
 
     labels_from: str
     speakers_from: str
@@ -42,17 +25,7 @@ class Listing:
     left_out: list[Path] = field(default_factory=list)
 
     def add(self, path: Path, emotion: str, speaker: str) -> None:
-        """Take a recording of a known emotion, or count it if it is not among the four classes.
-
-        Parameters
-        ----------
-        path : pathlib.Path
-            Below the folder.
-        emotion : str
-            Its emotion.
-        speaker : str
-            Empty if not known.
-        """
+        """Take a recording of a known emotion, or count it if it is not among the four classes."""
         if emotion in LABELS:
             self.rows.append((path, emotion, speaker))
         else:
@@ -61,25 +34,7 @@ class Listing:
 
 @dataclass(frozen=True)
 class Layout:
-    """How a corpus names its recordings.
-
-    Parameters
-    ----------
-    name : str
-        The corpus.
-    pattern : str
-        Regular expression of the end of a path, without the file's ending: groups `speaker` and `code`.
-    codes : mapping of str to str
-        Emotion by code, in lower case.
-    speakers : mapping of str to str
-        Speakers who are also written in another way.
-
-    Example
-    -------
-    >>> match = LAYOUTS[0].match("OAF_Fear/OAF_back_fear")
-    >>> match["speaker"], LAYOUTS[0].codes[match["code"]]
-    ('OAF', 'fearful')
-    """
+    """How a corpus names its recordings."""
 
     name: str
     pattern: str
@@ -87,18 +42,7 @@ class Layout:
     speakers: Mapping[str, str] = field(default_factory=dict)
 
     def match(self, path: str) -> re.Match | None:
-        """Match a recording's path.
-
-        Parameters
-        ----------
-        path : str
-            Below the folder, without the file's ending.
-
-        Returns
-        -------
-        re.Match or None
-            `None` unless the whole name fits.
-        """
+        """Match a recording's path."""
         return re.search(rf"(?:^|/)(?:{self.pattern})$", path)
 
 
@@ -140,23 +84,7 @@ LAYOUTS = (
 
 
 def read_file_names(found: Sequence[Path]) -> Listing | None:
-    """Read emotions and speakers from file names, where nearly all of them are those of one known corpus.
-
-    Parameters
-    ----------
-    found : sequence of pathlib.Path
-        Recordings, below the folder.
-
-    Returns
-    -------
-    Listing or None
-        With a recording that lies in two folders only once; `None` if the folder is none of `LAYOUTS`.
-
-    Example
-    -------
-    >>> read_file_names([Path("DC_sa01.wav"), Path("JE_h02.wav"), Path("KL_f03.wav")]).rows
-    [(PosixPath('DC_sa01.wav'), 'sad', 'DC'), (PosixPath('JE_h02.wav'), 'happy', 'JE')]
-    """
+    """Read emotions and speakers from file names, where nearly all of them are those of one known corpus."""
     names = {path: path.with_suffix("").as_posix() for path in found}
     for layout in LAYOUTS:
         matches = {path: match for path, name in names.items() if (match := layout.match(name))}

@@ -148,33 +148,7 @@ def atomic_write(path: str | Path, data: str | bytes) -> None:
 
 @contextlib.contextmanager
 def replacing(path: str | Path, advice: str = "") -> Iterator[IO[bytes]]:
-    """Write a file piece by piece; it appears under its name when the block ends, whole or not at all.
-
-    Parameters
-    ----------
-    path : str or pathlib.Path
-        Target; its folder is made when missing.
-    advice : str
-        As for `errors.WriteError.of`.
-
-    Yields
-    ------
-    file
-        Open for writing bytes.
-
-    Raises
-    ------
-    WriteError
-        If the system does not let it be written; what was there stays.
-
-    Example
-    -------
-    >>> path = Path(tempfile.mkdtemp()) / "a" / "b.txt"
-    >>> with replacing(path) as file:
-    ...     _ = file.write(b"text")
-    >>> path.read_text()
-    'text'
-    """
+    """Write a file piece by piece; it appears under its name when the block ends, whole or not at all."""
     path = Path(path)
     with writing(path, advice):
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -193,64 +167,12 @@ def replacing(path: str | Path, advice: str = "") -> Iterator[IO[bytes]]:
 
 
 def file_digest(path: str | Path) -> str:
-    """Identity of a file's content.
-
-    Parameters
-    ----------
-    path : str or pathlib.Path
-        A file that is read whole, as a manifest.
-
-    Returns
-    -------
-    str
-        SHA-256, hexadecimal.
-
-    Raises
-    ------
-    FileNotFoundError
-        If there is none.
-
-    Example
-    -------
-    >>> import os
-    >>> file_digest(os.devnull)[:8]
-    'e3b0c442'
-    """
+    """Identity of a file's content."""
     return hashlib.sha256(Path(path).read_bytes()).hexdigest()
 
 
 def find_corpus(folder_name: str, marker: str | Sequence[str], data_folder: str | Path | None = None) -> Path:
-    """Find a corpus's own folder from the folder that a user named.
-
-    That may be the corpus's folder, the folder that holds it under `folder_name`, or another corpus's folder beside it.
-    Only where none was named is the folder in the environment variable `MIFUSE_CORPORA` searched.
-
-    Parameters
-    ----------
-    folder_name : str
-        Usual name of the corpus's folder, as `ravdess`, in any case, or a glob pattern of it.
-    marker : str or sequence of str
-        Glob pattern that exists in every copy of the corpus, as `Actor_*`; one of them, if there are several.
-    data_folder : str or pathlib.Path, optional
-        What the user named.
-
-    Returns
-    -------
-    pathlib.Path
-        The corpus's folder.
-
-    Raises
-    ------
-    CorpusError
-        If it is not there, or twice; the message names the folder and `--data_folder`.
-
-    Example
-    -------
-    >>> root = Path(tempfile.mkdtemp())
-    >>> (root / "ravdess" / "Actor_01").mkdir(parents=True)
-    >>> find_corpus("ravdess", "Actor_*", root).name
-    'ravdess'
-    """
+    """Find a corpus's own folder from the folder that a user named."""
     markers = [marker] if isinstance(marker, str) else list(marker)
     given = data_folder or os.environ.get("MIFUSE_CORPORA")
     remedy = f"Pass {FLAGS} with the corpus's folder or the folder above it"
@@ -289,23 +211,7 @@ def _corpora_in(place: Path, folder_name: str, markers: Sequence[str]) -> list[P
 
 
 def by_stem(paths: Iterable[Path]) -> dict[str, Path]:
-    """Find recordings by their names without the ending: copies of a corpus convert the audio to other formats.
-
-    Parameters
-    ----------
-    paths : iterable of pathlib.Path
-        Files in any order; hidden ones, and what is no audio by its ending, are passed over.
-
-    Returns
-    -------
-    dict of str to pathlib.Path
-        By name, sorted; `.wav` goes before other formats, and the folder above before one below.
-
-    Example
-    -------
-    >>> by_stem([Path("a.flac"), Path("a.txt"), Path("a.wav"), Path(".b.wav")])
-    {'a': PosixPath('a.wav')}
-    """
+    """Find recordings by their names without the ending: copies of a corpus convert the audio to other formats."""
     audio = [path for path in paths if path.suffix.lower() in ENDINGS and not path.name.startswith(".")]
     found = {}
     for path in sorted(audio, key=lambda path: (path.suffix.lower() != ".wav", len(path.parts), path)):
@@ -365,32 +271,7 @@ def _require_shares(splits: Mapping[str, float], groups: int, kind: str) -> None
 def choose_partitions(
     known: Iterable[str], splits: Mapping[str, Sequence[str]], kind: str = "partition"
 ) -> dict[str, list[str]]:
-    """Give each split the official partitions, speakers or sessions that it asks for.
-
-    Parameters
-    ----------
-    known : iterable of str
-        Those of the corpus that hold labelled recordings.
-    splits : mapping of str to sequence of str
-        Those for each split.
-    kind : str
-        What they are, for the message.
-
-    Returns
-    -------
-    dict of str to list of str
-        Disjoint.
-
-    Raises
-    ------
-    CorpusError
-        If a partition is unknown or asked for twice, or a split asks for a share beside another's list.
-
-    Example
-    -------
-    >>> choose_partitions({"Train", "Test1"}, {"train": ["Train"], "valid": ["Test1"]})
-    {'train': ['Train'], 'valid': ['Test1']}
-    """
+    """Give each split the official partitions, speakers or sessions that it asks for."""
     if not all(isinstance(part, Sequence) and not isinstance(part, str) for part in splits.values()):
         raise CorpusError(f"splits: {dict(splits)} must be shares that add up to 1, or lists of {kind}s.")
     wanted = Counter(partition for part in splits.values() for partition in part)
@@ -410,41 +291,7 @@ def deal(
     group: str = "speaker",
     balanced: bool = False,
 ) -> tuple[str, dict[str, list[str]]]:
-    """Decide which speakers, sessions or official partitions each split gets.
-
-    Parameters
-    ----------
-    utterances : sequence of Utterance
-        All recordings that take part.
-    splits : mapping
-        For each split its share of the groups, or its list of official partitions; where the corpus has none, its list
-        of groups.
-    order : sequence of str
-        Groups in the fixed order in which they are dealt by shares; others follow, sorted by name. Recordings without
-        a known speaker come evenly between the speakers.
-    group : str
-        What stays together when dealt by shares: `speaker` or `session`.
-    balanced : bool
-        Whether a share is one of every class's recordings, whatever the order.
-
-    Returns
-    -------
-    kind : str
-        `speaker`, `session` or `partition`.
-    dealt : dict of str to list of str
-        Those of each split.
-
-    Raises
-    ------
-    CorpusError
-        If the corpus cannot be dealt so.
-
-    Example
-    -------
-    >>> two = [Utterance("t-a", Path("a.wav"), "sad", "1"), Utterance("t-b", Path("b.wav"), "sad", "2")]
-    >>> deal(two, {"train": 0.5, "test": 0.5}, order=("2", "1"))
-    ('speaker', {'train': ['2'], 'test': ['1']})
-    """
+    """Decide which speakers, sessions or official partitions each split gets."""
     if any(not isinstance(part, int | float) for part in splits.values()):
         kind = "partition" if any(utterance.partition for utterance in utterances) else group
         return kind, choose_partitions({getattr(u, kind) for u in utterances} - {None}, splits, kind)
@@ -462,53 +309,13 @@ def deal(
 
 
 def evenly(first: Sequence[str], second: Sequence[str]) -> list[str]:
-    """Join two lists so that any stretch of the whole holds about the same share of both.
-
-    Dealt one list after the other, speakers and recordings without one would end up in different splits.
-
-    Parameters
-    ----------
-    first, second : sequence of str
-        Disjoint, each in its own order, which stays.
-
-    Returns
-    -------
-    list of str
-        All of them.
-
-    Example
-    -------
-    >>> evenly(["a", "b"], ["1", "2", "3", "4"])
-    ['1', 'a', '2', '3', 'b', '4']
-    """
+    """Join two lists so that any stretch of the whole holds about the same share of both."""
     place = {name: (number + 0.5) / len(part) for part in (first, second) for number, name in enumerate(part)}
     return sorted(place, key=place.get)
 
 
 def leave_out_shared(placed: Mapping[str, Sequence[Utterance]]) -> tuple[dict[str, list[Utterance]], dict[str, str]]:
-    """Take out of a split the recordings of speakers who are in a later split as well.
-
-    Only official partitions can share a speaker. The earlier split is the one that is trained on or adapted to, so the
-    test set stays as the corpus publishes it.
-
-    Parameters
-    ----------
-    placed : mapping of str to sequence of Utterance
-        Recordings of each split, in the splits' order.
-
-    Returns
-    -------
-    kept : dict of str to list of Utterance
-        The same with no speaker in two splits.
-    left_out : dict of str to str
-        Reason by utterance id.
-
-    Example
-    -------
-    >>> a, b = Utterance("t-a", Path("a.wav"), "sad", "1"), Utterance("t-b", Path("b.wav"), "sad", "1")
-    >>> leave_out_shared({"train": [a], "test": [b]})[1]
-    {'t-a': "a.wav: its speaker 1 is also in split 'test', so it takes no part in 'train'."}
-    """
+    """Take out of a split the recordings of speakers who are in a later split as well."""
     kept, left_out, seen = {}, {}, {}
     for split in reversed(list(placed)):
         shared = [utterance for utterance in placed[split] if utterance.speaker in seen]
@@ -523,34 +330,7 @@ def leave_out_shared(placed: Mapping[str, Sequence[Utterance]]) -> tuple[dict[st
 
 
 def thin_out(utterances: Sequence[Utterance], keep: Mapping[str, float] | None) -> list[Utterance]:
-    """Keep only a share of some classes: a simulated skew of the classes.
-
-    Which recordings stay follows from the hashes of their ids: no seed, no directory order, and a smaller share keeps
-    a part of what a larger one keeps.
-
-    Parameters
-    ----------
-    utterances : sequence of Utterance
-        Recordings of one split.
-    keep : mapping of str to float or None
-        Share in [0, 1] that stays, by label; other labels stay whole.
-
-    Returns
-    -------
-    list of Utterance
-        In the given order.
-
-    Raises
-    ------
-    CorpusError
-        If a label is not among the recordings' or a share is none.
-
-    Example
-    -------
-    >>> four = [Utterance(f"t-{i}", Path(f"{i}.wav"), "sad", "1") for i in range(4)]
-    >>> len(thin_out(four, {"sad": 0.25})), len(thin_out(four, None))
-    (1, 4)
-    """
+    """Keep only a share of some classes: a simulated skew of the classes."""
     known = sorted({str(utterance.emo) for utterance in utterances if utterance.emo})
     dropped = set()
     for label, share in (keep or {}).items():
@@ -566,33 +346,7 @@ def thin_out(utterances: Sequence[Utterance], keep: Mapping[str, float] | None) 
 
 
 def check_release(corpus: str, utterances: Iterable[Utterance], by: str, expected: Mapping[str, int]) -> dict:
-    """Compare a copy of a corpus with the published counts, and say so where it differs.
-
-    A copy that differs is no error (a part of a corpus can be worked with), but its figures are not comparable with
-    published ones.
-
-    Parameters
-    ----------
-    corpus : str
-        Name for the message.
-    utterances : iterable of Utterance
-        What the corpus's file found.
-    by : str
-        What is counted: `session`, `emo` or `partition`.
-    expected : mapping of str to int
-        Published counts.
-
-    Returns
-    -------
-    dict
-        `counted_by, expected, found, total_expected, total_found, matches`, for `corpus.json`. Where labels stand in
-        tables these count labels, whether or not their recordings are there (see `with_unusable`).
-
-    Example
-    -------
-    >>> check_release("toy", [], "emo", {"sad": 2})["matches"]
-    False
-    """
+    """Compare a copy of a corpus with the published counts, and say so where it differs."""
     found = Counter(getattr(utterance, by) for utterance in utterances)
     found = {name: found[name] for name in sorted({*expected, *found})}
     matches = found == dict(expected)
@@ -618,25 +372,7 @@ def check_release(corpus: str, utterances: Iterable[Utterance], by: str, expecte
 
 
 def with_unusable(facts: Mapping, unusable: int) -> dict:
-    """Add how many recordings cannot be used, and bring it together with what `check_release` found in the labels.
-
-    Parameters
-    ----------
-    facts : mapping
-        For `corpus.json`, perhaps with a `release_check`.
-    unusable : int
-        Recordings, of those that the splits ask for, that cannot be used.
-
-    Returns
-    -------
-    dict
-        The same with `unusable`; a `release_check` also holds it, and matches only if it is 0.
-
-    Example
-    -------
-    >>> with_unusable({"release_check": {"total_found": 9, "matches": True}}, 2)["release_check"]
-    {'total_found': 9, 'matches': False, 'unusable': 2}
-    """
+    """Add how many recordings cannot be used, and bring it together with what `check_release` found in the labels."""
     told = {**facts, "unusable": unusable}
     if check := facts.get("release_check"):
         told["release_check"] = {**check, "matches": check["matches"] and not unusable, "unusable": unusable}
@@ -644,21 +380,7 @@ def with_unusable(facts: Mapping, unusable: int) -> dict:
 
 
 def warn_of_unusable(corpus: str, about: Mapping, save_folder: str | Path) -> None:
-    """Say when recordings of a corpus cannot be used: at every run, also when nothing is prepared anew.
-
-    Parameters
-    ----------
-    corpus : str
-        Name for the message.
-    about : mapping
-        Content of `corpus.json`.
-    save_folder : str or pathlib.Path
-        Folder of `corpus.json` and `skipped.json`.
-
-    Example
-    -------
-    >>> warn_of_unusable("toy", {"unusable": 0}, "manifests")
-    """
+    """Say when recordings of a corpus cannot be used: at every run, also when nothing is prepared anew."""
     if about.get("unusable"):
         logger.warning(
             "%s: %d utterances cannot be used: their recordings are missing, unreadable or copies of others, see %s.%s "
@@ -672,27 +394,7 @@ def warn_of_unusable(corpus: str, about: Mapping, save_folder: str | Path) -> No
 
 
 def check_utterances(corpus: str, utterances: Sequence[Utterance]) -> None:
-    """Refuse a corpus listing that is empty or repeats an id.
-
-    Parameters
-    ----------
-    corpus : str
-        Name for messages.
-    utterances : sequence of Utterance
-        What the corpus's file found.
-
-    Raises
-    ------
-    CorpusError
-        Naming the first utterance at fault.
-
-    Example
-    -------
-    >>> check_utterances("toy", [])
-    Traceback (most recent call last):
-    ...
-    speechbrain_mifuse.corpora.manifest.CorpusError: toy: no utterance found. Is --data_folder the right one?
-    """
+    """Refuse a corpus listing that is empty or repeats an id."""
     if not utterances:
         raise CorpusError(f"{corpus}: no utterance found. Is --data_folder the right one?")
     seen = {}
@@ -703,58 +405,14 @@ def check_utterances(corpus: str, utterances: Sequence[Utterance]) -> None:
 
 
 def map_label(label_map: Mapping[str, str | None], code: str, where: str | Path) -> str | None:
-    """Translate a corpus's own label, `None` meaning that the class is left out.
-
-    Parameters
-    ----------
-    label_map : mapping
-        From the corpus's codes to our label names or `None`.
-    code : str
-        The corpus's code.
-    where : str or pathlib.Path
-        File or line for the message.
-
-    Returns
-    -------
-    str or None
-        Our label.
-
-    Raises
-    ------
-    CorpusError
-        If the code is not in the map.
-
-    Example
-    -------
-    >>> map_label({"W": "angry", "L": None}, "W", "03a01Wa.wav")
-    'angry'
-    """
+    """Translate a corpus's own label, `None` meaning that the class is left out."""
     if code not in label_map:
         raise CorpusError(f"{where}: unknown label '{code}'; known are {', '.join(sorted(label_map))}.")
     return label_map[code]
 
 
 def find_unusable(utterances: Iterable[Utterance]) -> tuple[dict[str, float], dict[str, str]]:
-    """Look at every recording's header, and at the bytes of those that might be doubled.
-
-    Parameters
-    ----------
-    utterances : iterable of Utterance
-        In a fixed order: of two identical files the first one stays.
-
-    Returns
-    -------
-    lengths : dict of str to float
-        Seconds, by utterance id, of the recordings that can be used.
-    skipped : dict of str to str
-        Reason, by utterance id, of those that cannot: missing, unreadable, empty, or a copy of another.
-
-    Example
-    -------
-    >>> lengths, skipped = find_unusable([Utterance("t-a", Path("missing.wav"), "sad", "1")])
-    >>> lengths, list(skipped)
-    ({}, ['t-a'])
-    """
+    """Look at every recording's header, and at the bytes of those that might be doubled."""
     lengths, skipped, by_size, by_content = {}, {}, {}, {}
     utterances = list(utterances)
     for utterance in progress(utterances, desc="headers", unit="file", disable=len(utterances) < MANY):
@@ -786,56 +444,7 @@ def write_splits(
     facts: Mapping | None = None,
     balanced: bool = False,
 ) -> dict[str, Path]:
-    """Validate a corpus and write one manifest per split, with a twin that has no labels.
-
-    Recordings whose header cannot be read, or that are empty, are left out and listed in `skipped.json`; so are those
-    of a speaker whom official partitions would put into two splits (see `leave_out_shared`).
-    Where no recording has a label nothing can be scored or trained with labels, so each split holds all of them.
-
-    Parameters
-    ----------
-    corpus : str
-        Name for messages and for `skipped.json`.
-    utterances : iterable of Utterance
-        All recordings that take part.
-    data_folder : str or pathlib.Path
-        The corpus's folder, replaced by `{data_root}` in the manifest.
-    save_folder : str or pathlib.Path
-        Where `<split>.json`, `<split>_unlabelled.json` and `skipped.json` go.
-    splits : mapping
-        For each split its share of the groups, or its list of official partitions.
-    order : sequence of str
-        The corpus's groups in the fixed order in which they are dealt; others follow, sorted by name.
-    group : str
-        What stays together: `speaker` or `session`.
-    keep : mapping of str to float, optional
-        Share of a class's recordings that stays in the first split (see `thin_out`).
-    facts : mapping, optional
-        What else `corpus.json` shall say.
-    balanced : bool
-        As for `deal`.
-
-    Returns
-    -------
-    dict of str to pathlib.Path
-        Manifest of each split.
-
-    Raises
-    ------
-    CorpusError
-        If nothing is found, an id is doubled, or a split ends up empty.
-
-    Example
-    -------
-    >>> import soundfile, numpy
-    >>> root = Path(tempfile.mkdtemp())
-    >>> soundfile.write(root / "a.wav", numpy.zeros(1600), 16000)
-    >>> soundfile.write(root / "b.wav", numpy.ones(1600), 16000)
-    >>> listed = [Utterance("t-a", root / "a.wav", "sad", "1"), Utterance("t-b", root / "b.wav", "sad", "2")]
-    >>> paths = write_splits("toy", listed, root, root / "m", {"train": 0.5, "test": 0.5}, ["1", "2"])
-    >>> json.loads(paths["train"].read_text())
-    {'t-a': {'wav': '{data_root}/a.wav', 'length': 0.1, 'emo': 'sad', 'speaker': '1'}}
-    """
+    """Validate a corpus and write one manifest per split, with a twin that has no labels."""
     utterances = sorted(utterances, key=lambda utterance: utterance.utt_id)
     check_utterances(corpus, utterances)
     if any(utterance.emo for utterance in utterances):
@@ -878,23 +487,7 @@ def settings_of(
     splits: Splits,
     keep: Mapping[str, float] | None,
 ) -> dict:
-    """Everything that decides what the manifests hold, but for the recordings' own bytes.
-
-    Parameters
-    ----------
-    corpus, utterances, data_folder, splits, keep
-        As for `write_splits`.
-
-    Returns
-    -------
-    dict
-        The head of `corpus.json`; `listing` is a digest of every recording's id, path, label, speaker and partition.
-
-    Example
-    -------
-    >>> settings_of("toy", [], "/toy", {"train": 1.0}, None)["splits"]
-    {'train': 1.0}
-    """
+    """Everything that decides what the manifests hold, but for the recordings' own bytes."""
     root = Path(data_folder)
     rows = sorted(((u.utt_id, u.row(root, 0)) for u in utterances), key=lambda row: (row[0], row[1]["wav"]))
     return {
@@ -908,34 +501,7 @@ def settings_of(
 
 
 def write_manifest(corpus: str, rows: Mapping[str, Mapping], path: Path) -> Path:
-    """Write one split, and beside it the twin without labels.
-
-    Parameters
-    ----------
-    corpus : str
-        Name for the message.
-    rows : mapping of str to mapping
-        Entries by utterance id.
-    path : pathlib.Path
-        `<split>.json`; the twin is `<split>_unlabelled.json`.
-
-    Returns
-    -------
-    pathlib.Path
-        The path.
-
-    Raises
-    ------
-    CorpusError
-        If there is no row.
-
-    Example
-    -------
-    >>> path = Path(tempfile.mkdtemp()) / "train.json"
-    >>> path = write_manifest("toy", {"t-a": {"wav": "a.wav", "emo": "sad"}}, path)
-    >>> json.loads(unlabelled(path).read_text())
-    {'t-a': {'wav': 'a.wav'}}
-    """
+    """Write one split, and beside it the twin without labels."""
     if not rows:
         raise CorpusError(f"{corpus}: split '{path.stem}' holds no readable recording (see skipped.json).")
     atomic_write(path, json.dumps(rows, indent=1))
@@ -967,24 +533,7 @@ def unlabelled(path: str | Path) -> Path:
 
 
 def report_skipped(corpus: str, skipped: Mapping[str, str], save_folder: str | Path) -> None:
-    """Log what was left out and keep the list beside the manifests.
-
-    Parameters
-    ----------
-    corpus : str
-        Name for the message.
-    skipped : mapping of str to str
-        Reason by utterance id.
-    save_folder : str or pathlib.Path
-        Folder of `skipped.json`, which is written even when empty.
-
-    Example
-    -------
-    >>> folder = Path(tempfile.mkdtemp())
-    >>> report_skipped("toy", {}, folder)
-    >>> (folder / "skipped.json").read_text()
-    '{}'
-    """
+    """Log what was left out and keep the list beside the manifests."""
     for reason in list(skipped.values())[:SHOWN]:
         logger.warning("%s: left out: %s", corpus, reason)
     if len(skipped) > SHOWN:
@@ -994,14 +543,7 @@ def report_skipped(corpus: str, skipped: Mapping[str, str], save_folder: str | P
 
 @contextlib.contextmanager
 def no_collection():
-    """Keep Python from looking for garbage inside the block: of a million new rows none is any yet.
-
-    Example
-    -------
-    >>> with no_collection():
-    ...     gc.isenabled()
-    False
-    """
+    """Keep Python from looking for garbage inside the block: of a million new rows none is any yet."""
     before = gc.isenabled()
     gc.disable()
     try:
@@ -1066,30 +608,7 @@ def read_manifest(path: str | Path) -> dict[str, dict]:
 
 
 def read_about(path: Path) -> dict:
-    """Read the `corpus.json` beside manifests.
-
-    Parameters
-    ----------
-    path : pathlib.Path
-        The file.
-
-    Returns
-    -------
-    dict
-        With `data_root` at least; `splits`, if there, is a mapping.
-
-    Raises
-    ------
-    CorpusError
-        If it is missing, or none.
-
-    Example
-    -------
-    >>> read_about(Path("/nowhere/corpus.json"))
-    Traceback (most recent call last):
-    ...
-    speechbrain_mifuse.corpora.manifest.CorpusError: /nowhere/corpus.json: not found. Run the recipe's preparation ...
-    """
+    """Read the `corpus.json` beside manifests."""
     try:
         about = json_object(path)
         root = about.get("data_root")
@@ -1105,36 +624,7 @@ def read_about(path: Path) -> dict:
 
 
 def bounded_bytes(path: str | Path, max_bytes: int | None = None) -> bytes:
-    """Read a regular file of limited size: a named pipe or a device would never end.
-
-    Parameters
-    ----------
-    path : str or pathlib.Path
-        The file.
-    max_bytes : int, optional
-        The most bytes it may have; no limit by default.
-
-    Returns
-    -------
-    bytes
-        Its content.
-
-    Raises
-    ------
-    FileNotFoundError
-        If there is none.
-    ValueError
-        If it is larger, not a regular file, or a large one that holds next to no data.
-
-    Example
-    -------
-    >>> path = Path(tempfile.mkdtemp()) / "a.json"
-    >>> atomic_write(path, "[1, 2]")
-    >>> bounded_bytes(path, 5)
-    Traceback (most recent call last):
-    ...
-    ValueError: more than 5 bytes
-    """
+    """Read a regular file of limited size: a named pipe or a device would never end."""
     refuse_unreadable(path)
     with open(path, "rb") as file:
         content = file.read(-1 if max_bytes is None else max_bytes + 1)
@@ -1144,27 +634,7 @@ def bounded_bytes(path: str | Path, max_bytes: int | None = None) -> bytes:
 
 
 def refuse_unreadable(path: str | Path) -> None:
-    """Refuse what is no regular file, and a file made of holes, which takes memory and no disk.
-
-    Parameters
-    ----------
-    path : str or pathlib.Path
-        A file.
-
-    Raises
-    ------
-    FileNotFoundError
-        If there is none.
-    ValueError
-        If it is one of these.
-
-    Example
-    -------
-    >>> refuse_unreadable(os.devnull)
-    Traceback (most recent call last):
-    ...
-    ValueError: not a regular file
-    """
+    """Refuse what is no regular file, and a file made of holes, which takes memory and no disk."""
     status = os.stat(path)
     if not stat.S_ISREG(status.st_mode):
         raise ValueError("not a regular file")
@@ -1173,25 +643,7 @@ def refuse_unreadable(path: str | Path) -> None:
 
 
 def held_bytes(path: str | Path) -> int:
-    """Count the bytes that a file holds, without its holes: a sparse file can claim any size.
-
-    Parameters
-    ----------
-    path : str or pathlib.Path
-        The file.
-
-    Returns
-    -------
-    int
-        Bytes; all of them where the file system knows no holes.
-
-    Example
-    -------
-    >>> path = Path(tempfile.mkdtemp()) / "weights.bin"
-    >>> _ = path.write_bytes(b"weights")
-    >>> held_bytes(path)
-    7
-    """
+    """Count the bytes that a file holds, without its holes: a sparse file can claim any size."""
     size = Path(path).stat().st_size
     if not hasattr(os, "SEEK_DATA"):
         return size
@@ -1205,36 +657,7 @@ def held_bytes(path: str | Path) -> int:
 
 
 def json_object(path: Path, max_bytes: int | None = None) -> dict:
-    """Read a JSON object in which no key stands twice and every number is finite and of usual length.
-
-    Parameters
-    ----------
-    path : pathlib.Path
-        The file.
-    max_bytes : int, optional
-        The most bytes it may have; no limit by default.
-
-    Returns
-    -------
-    dict
-        Its content.
-
-    Raises
-    ------
-    FileNotFoundError
-        If there is none.
-    ValueError
-        If it cannot be read or is something else; the message says what.
-
-    Example
-    -------
-    >>> path = Path(tempfile.mkdtemp()) / "a.json"
-    >>> atomic_write(path, '{"t-a": {"wav": "a.wav", "emo": "sad", "emo": "angry"}}')
-    >>> json_object(path)
-    Traceback (most recent call last):
-    ...
-    ValueError: the key 'emo' stands twice in one object
-    """
+    """Read a JSON object in which no key stands twice and every number is finite and of usual length."""
     try:
         return strict_object(bounded_bytes(path, max_bytes))
     except FileNotFoundError:
@@ -1244,30 +667,7 @@ def json_object(path: Path, max_bytes: int | None = None) -> dict:
 
 
 def strict_object(text: str | bytes) -> dict:
-    """Decode a JSON object in which no key stands twice and every number is finite and of usual length.
-
-    Parameters
-    ----------
-    text : str or bytes
-        JSON.
-
-    Returns
-    -------
-    dict
-        Its content.
-
-    Raises
-    ------
-    ValueError
-        If it is something else; the message says what.
-
-    Example
-    -------
-    >>> strict_object('{"created": NaN}')
-    Traceback (most recent call last):
-    ...
-    ValueError: NaN is no number
-    """
+    """Decode a JSON object in which no key stands twice and every number is finite and of usual length."""
     try:
         found = json.loads(
             text,
@@ -1310,23 +710,7 @@ def _finite_float(digits: str) -> float:
 
 
 def encodable(text: str) -> bool:
-    r"""Whether a text can be written to a file: halves of surrogate pairs, which JSON can bring, cannot.
-
-    Parameters
-    ----------
-    text : str
-        Any.
-
-    Returns
-    -------
-    bool
-        True if it can.
-
-    Example
-    -------
-    >>> encodable("żółw"), encodable("\ud800")
-    (True, False)
-    """
+    r"""Whether a text can be written to a file: halves of surrogate pairs, which JSON can bring, cannot."""
     try:
         text.encode()
     except UnicodeEncodeError:
@@ -1339,25 +723,7 @@ FIELDS = {**dict.fromkeys(("wav", "emo", "speaker", "session", "partition"), str
 
 
 def row_fault(key: str, row: object) -> str:
-    """Say what is wrong with an entry of a manifest.
-
-    Parameters
-    ----------
-    key : str
-        Its id.
-    row : object
-        The entry.
-
-    Returns
-    -------
-    str
-        Names the field; empty if nothing is wrong.
-
-    Example
-    -------
-    >>> row_fault("t-a", {"wav": "{data_root}/a.wav", "length": 1.5}), row_fault("t-a", {"wav": "{data_root}/../a.wav"})
-    ('', 'wav leaves the data root')
-    """
+    """Say what is wrong with an entry of a manifest."""
     if not isinstance(row, dict):
         return "not an object"
     for name, value in row.items():
@@ -1377,67 +743,17 @@ def row_fault(key: str, row: object) -> str:
 
 
 def known_speakers(rows: Mapping[str, Mapping]) -> set[str]:
-    """Collect the speakers of a manifest that the corpus names.
-
-    Parameters
-    ----------
-    rows : mapping of str to mapping
-        As `read_manifest` gives.
-
-    Returns
-    -------
-    set of str
-        Names.
-
-    Example
-    -------
-    >>> known_speakers({"t-a": {"speaker": "1"}, "t-b": {"speaker": "b.wav", "speaker_known": False}})
-    {'1'}
-    """
+    """Collect the speakers of a manifest that the corpus names."""
     return {row["speaker"] for row in rows.values() if row.get("speaker_known", True)}
 
 
 def recordings_without_speaker(rows: Mapping[str, Mapping]) -> int:
-    """Count the recordings of a manifest whose speaker is not known: two of them may be of one person.
-
-    Parameters
-    ----------
-    rows : mapping of str to mapping
-        As `read_manifest` gives.
-
-    Returns
-    -------
-    int
-        How many.
-
-    Example
-    -------
-    >>> recordings_without_speaker({"t-a": {"speaker": "1"}, "t-b": {"speaker": "b.wav", "speaker_known": False}})
-    1
-    """
+    """Count the recordings of a manifest whose speaker is not known: two of them may be of one person."""
     return sum(not row.get("speaker_known", True) for row in rows.values())
 
 
 def is_prepared(save_folder: str | Path, settings: Mapping) -> bool:
-    """Whether the manifests of just these settings were written to the end.
-
-    Parameters
-    ----------
-    save_folder : str or pathlib.Path
-        Folder of the manifests. One that was taken away later is not noticed here but where it is read.
-    settings : mapping
-        As `settings_of` gives: recordings added or removed since, or another label, make a difference.
-
-    Returns
-    -------
-    bool
-        True if preparation can be skipped.
-
-    Example
-    -------
-    >>> is_prepared("/nowhere", {"splits": {"train": 1.0}})
-    False
-    """
+    """Whether the manifests of just these settings were written to the end."""
     try:
         about = json.loads((Path(save_folder) / ABOUT).read_text())
     except (OSError, ValueError):

@@ -31,31 +31,7 @@ TURN = re.compile(r"UTD-IMPROV-(S\d\d[A-Z]-([FM])0?(\d)-([PRST])-\w+)\.avi\s*;\s
 
 
 def list_msp_improv(data_folder: str | Path) -> list[Utterance]:
-    """List the turns of the four common classes.
-
-    Parameters
-    ----------
-    data_folder : str or pathlib.Path
-        Folder that holds `Evalution.txt` and the sessions, or `Audio` with the sessions in it.
-
-    Returns
-    -------
-    list of Utterance
-        One per label line whose class is among the four, with the release's path where there is no recording.
-
-    Raises
-    ------
-    CorpusError
-        If there are two label files, or a label line cannot be read or names an unknown emotion.
-
-    Example
-    -------
-    >>> import tempfile
-    >>> root = Path(tempfile.mkdtemp())
-    >>> _ = (root / "Evalution.txt").write_text("UTD-IMPROV-S01A-F01-P-FM01.avi; N; A:2.8; V:3.0; D:3.2 ; N:3.9;")
-    >>> [(u.utt_id, u.emo, u.speaker, u.session) for u in list_msp_improv(root)]
-    [('imp-S01A-F01-P-FM01', 'neutral', 'F01', 'session1')]
-    """
+    """List the turns of the four common classes."""
     root = Path(data_folder)
     tables = sorted(root.glob("Eval*tion.txt"))
     if len(tables) != 1:
@@ -83,46 +59,12 @@ def list_msp_improv(data_folder: str | Path) -> list[Utterance]:
 
 
 def facts(data_folder: Path, utterances: list[Utterance]) -> Mapping:
-    """Compare a copy with the commonly cited counts of the classes.
-
-    Parameters
-    ----------
-    data_folder : pathlib.Path
-        The corpus's folder.
-    utterances : list of Utterance
-        What `list_msp_improv` found there.
-
-    Returns
-    -------
-    mapping
-        For `corpus.json`.
-
-    Example
-    -------
-    >>> facts(Path("/nowhere"), [])["release_check"]["total_expected"]
-    7798
-    """
+    """Compare a copy with the commonly cited counts of the classes."""
     return {"release_check": check_release("msp_improv", utterances, "emo", COUNTS)}
 
 
 def speaker_gender(speaker: str) -> str | None:
-    """Tell the gender that the release states for a speaker.
-
-    Parameters
-    ----------
-    speaker : str
-        As in a manifest.
-
-    Returns
-    -------
-    str or None
-        `female` or `male`; `None` where it is no speaker's name.
-
-    Example
-    -------
-    >>> speaker_gender('M01'), speaker_gender('F01')
-    ('male', 'female')
-    """
+    """Tell the gender that the release states for a speaker."""
     return {"F": "female", "M": "male"}.get(speaker[:1])
 
 

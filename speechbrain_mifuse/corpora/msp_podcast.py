@@ -43,35 +43,7 @@ UNLABELLED = "Test3"
 
 
 def list_msp_podcast(data_folder: str | Path, label_map: Mapping[str, str | None] = LABEL_MAP) -> list[Utterance]:
-    r"""List the recordings of some classes, by default the four common ones, in all labelled partitions.
-
-    Parameters
-    ----------
-    data_folder : str or pathlib.Path
-        Folder that holds `Labels/labels_consensus.csv`.
-    label_map : mapping of str to str or None
-        Class by letter; `None` leaves one out.
-
-    Returns
-    -------
-    list of Utterance
-        One per row, with the release's path where there is no recording.
-
-    Raises
-    ------
-    CorpusError
-        If the table lacks a column or names an unknown emotion.
-
-    Example
-    -------
-    >>> import tempfile
-    >>> root = Path(tempfile.mkdtemp())
-    >>> (root / "Labels").mkdir()
-    >>> rows = "FileName,EmoClass,SpkrID,Split_Set\nMSP-PODCAST_0001_0008.wav,A,Unknown,Train\n"
-    >>> _ = (root / "Labels" / "labels_consensus.csv").write_text(rows)
-    >>> [(u.utt_id, u.emo, u.speaker, u.partition) for u in list_msp_podcast(root)]
-    [('msp-MSP-PODCAST_0001_0008', 'angry', 'unknown-MSP-PODCAST_0001_0008', 'Train')]
-    """
+    r"""List the recordings of some classes, by default the four common ones, in all labelled partitions."""
     root = Path(data_folder)
     table = root / "Labels" / "labels_consensus.csv"
     found = by_stem(path for folder in ("Audio", "Audios") for path in (root / folder).glob("*.*"))
@@ -96,26 +68,7 @@ def list_msp_podcast(data_folder: str | Path, label_map: Mapping[str, str | None
 
 
 def facts(data_folder: Path, utterances: list[Utterance]) -> Mapping:
-    """Tell which release this is, as far as it can be seen, and what it holds.
-
-    Parameters
-    ----------
-    data_folder : pathlib.Path
-        The corpus's folder.
-    utterances : list of Utterance
-        What `list_msp_podcast` found there.
-
-    Returns
-    -------
-    mapping
-        For `corpus.json`: `release` (`None` where the folder's name holds no number), counts by partition and class,
-        and how many recordings are of unknown speakers.
-
-    Example
-    -------
-    >>> facts(Path("/data/MSP-PODCAST-Publish-1.12"), [])["release"]
-    '1.12'
-    """
+    """Tell which release this is, as far as it can be seen, and what it holds."""
     number = re.search(r"\d+\.\d+(\.\d+)?", data_folder.resolve().name)
     counts = {}
     for utterance in utterances:

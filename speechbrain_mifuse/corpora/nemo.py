@@ -37,34 +37,7 @@ MEN = ("SM0", "TP0")
 
 
 def list_nemo(data_folder: str | Path, label_map: Mapping[str, str | None] = LABEL_MAP) -> list[Utterance]:
-    r"""List the recordings of some classes that `data.tsv` names, by default of the four common ones.
-
-    Parameters
-    ----------
-    data_folder : str or pathlib.Path
-        Folder that holds `data.tsv` and `samples`.
-    label_map : mapping of str to str or None
-        Class by the corpus's emotion; `None` leaves one out.
-
-    Returns
-    -------
-    list of Utterance
-        One per row whose recording exists under any file ending, else with the name the row gives.
-
-    Raises
-    ------
-    CorpusError
-        If the table lacks a column or names an unknown emotion.
-
-    Example
-    -------
-    >>> import tempfile
-    >>> root = Path(tempfile.mkdtemp())
-    >>> _ = (root / "data.tsv").write_text("file_id\temotion\tspeaker_id\nSM0_anger_1.wav\tanger\tSM0\n")
-    >>> (root / "samples").mkdir()
-    >>> [(u.utt_id, u.emo, u.speaker) for u in list_nemo(root)]
-    [('nemo-SM0_anger_1', 'angry', 'SM0')]
-    """
+    r"""List the recordings of some classes that `data.tsv` names, by default of the four common ones."""
     table = Path(data_folder) / "data.tsv"
     # Copies convert the audio to other formats and leave the names in the table as they were.
     found = by_stem((Path(data_folder) / "samples").glob("*.*"))
@@ -86,23 +59,7 @@ def list_nemo(data_folder: str | Path, label_map: Mapping[str, str | None] = LAB
 
 
 def speaker_gender(speaker: str) -> str | None:
-    """Tell the gender that the release states for a speaker.
-
-    Parameters
-    ----------
-    speaker : str
-        As in a manifest.
-
-    Returns
-    -------
-    str or None
-        `female` or `male`; `None` where it is none of the five of the openly mirrored part.
-
-    Example
-    -------
-    >>> speaker_gender('SM0'), speaker_gender('IC0')
-    ('male', 'female')
-    """
+    """Tell the gender that the release states for a speaker."""
     return ("male" if speaker in MEN else "female") if speaker in SPEAKERS else None
 
 

@@ -40,57 +40,14 @@ SPEAKERS = tuple(f"{actor:02d}" for actor in range(1, 25))
 
 
 def list_ravdess(data_folder: str | Path, label_map: Mapping[str, str | None] = LABEL_MAP) -> list[Utterance]:
-    """List the clips of some classes, by default the four common ones.
-
-    Parameters
-    ----------
-    data_folder : str or pathlib.Path
-        Folder that holds `Actor_01 ... Actor_24`.
-    label_map : mapping of str to str or None
-        Class by emotion code; `None` leaves one out.
-
-    Returns
-    -------
-    list of Utterance
-        One per clip.
-
-    Raises
-    ------
-    CorpusError
-        If most audio files are not named as the release's.
-
-    Example
-    -------
-    >>> import tempfile
-    >>> root = Path(tempfile.mkdtemp())
-    >>> (root / "Actor_01").mkdir()
-    >>> (root / "Actor_01" / "03-01-05-01-01-01-01.wav").touch()
-    >>> [(u.utt_id, u.emo, u.speaker) for u in list_ravdess(root)]
-    [('rav-03-01-05-01-01-01-01', 'angry', '01')]
-    """
+    """List the clips of some classes, by default the four common ones."""
     paths = [path for below in ("", "*/") for path in Path(data_folder).glob(f"{below}Actor_*/*")]
     own = own_recordings("ravdess", paths, NAME, label_map, EIGHT_CLASSES, other_parts=OTHER_PARTS)
     return [Utterance(f"rav-{wav.stem}", wav, emo, name["speaker"]) for wav, name, emo in own]
 
 
 def speaker_gender(speaker: str) -> str | None:
-    """Tell the gender that the release states for a speaker.
-
-    Parameters
-    ----------
-    speaker : str
-        As in a manifest.
-
-    Returns
-    -------
-    str or None
-        `female` or `male`; `None` where it is no actor's number.
-
-    Example
-    -------
-    >>> speaker_gender('01'), speaker_gender('02')
-    ('male', 'female')
-    """
+    """Tell the gender that the release states for a speaker."""
     return ("female", "male")[int(speaker) % 2] if speaker in SPEAKERS else None
 
 

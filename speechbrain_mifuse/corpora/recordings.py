@@ -18,31 +18,7 @@ TABLES = ("labels.csv", "labels.tsv")
 
 
 def recordings_below(root: str | Path) -> list[Path]:
-    """List the recordings below a folder, and log in one line what is passed over.
-
-    Linked files and folders are followed. What several names lead to is listed once, under its own name rather than
-    a link's.
-
-    Parameters
-    ----------
-    root : str or pathlib.Path
-        The folder.
-
-    Returns
-    -------
-    list of pathlib.Path
-        By path; without hidden files and what lies in hidden folders. Without ffmpeg, also without those that only
-        ffmpeg reads, with a warning.
-
-    Example
-    -------
-    >>> import tempfile
-    >>> root = Path(tempfile.mkdtemp())
-    >>> for name in ("b.wav", "a.FLAC", ".c.wav", "notes.txt"):
-    ...     (root / name).touch()
-    >>> [path.name for path in recordings_below(root)]
-    ['a.FLAC', 'b.wav']
-    """
+    """List the recordings below a folder, and log in one line what is passed over."""
     root = Path(root)
     by_file: dict[str, Path] = {}
     passed_over: Counter[str] = Counter()

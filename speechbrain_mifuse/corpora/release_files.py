@@ -23,44 +23,7 @@ def own_recordings(
     emotions: Mapping[str, str],
     other_parts: re.Pattern | None = None,
 ) -> list[tuple[Path, re.Match, str]]:
-    """List the recordings of the wanted classes by their file names, and log what takes no part.
-
-    Files that are no audio by their endings, hidden ones (`._a.wav`) and copies that a system renamed (`a (1).wav`) are
-    never recordings. An utterance that lies in two folders, or in two formats, is taken once.
-
-    Parameters
-    ----------
-    corpus : str
-        Name for messages.
-    paths : iterable of pathlib.Path
-        Files, in any order.
-    pattern : re.Pattern
-        Form of a recording's name without the ending; its group `code` is the emotion.
-    label_map : mapping of str to str or None
-        Class by code; `None` leaves one out.
-    emotions : mapping of str to str
-        Every code of the corpus with the emotion's name.
-    other_parts : re.Pattern, optional
-        Form of the names in other parts of the release, which are no mistake and take no part.
-
-    Returns
-    -------
-    list of tuple
-        Path, match of its name, and class; sorted by name.
-
-    Raises
-    ------
-    CorpusError
-        If more than half of the audio files are not named as the corpus's are.
-
-    Example
-    -------
-    >>> paths = [Path("wav/03a01Wa.wav"), Path("wav/03a01La.wav"), Path("wav/desktop.ini"), Path("wav/._03a01Wa.wav")]
-    >>> form = re.compile(r"(?P<speaker>..)...(?P<code>[WL]).")
-    >>> found = own_recordings("emodb", paths, form, {"W": "angry", "L": None}, {"W": "angry", "L": "bored"})
-    >>> [(path.name, match["speaker"], emo) for path, match, emo in found]
-    [('03a01Wa.wav', '03', 'angry')]
-    """
+    """List the recordings of the wanted classes by their file names, and log what takes no part."""
     audio = sorted(path for path in paths if path.suffix.lower() in ENDINGS and path.name[0] != ".")
     own = [path for path in audio if _code(pattern, path) in emotions]
     rest = sorted(set(audio).difference(own))
@@ -98,19 +61,7 @@ def _report_strange(corpus: str, strange: list[Path], audio: int) -> None:
 
 
 def report_other_classes(corpus: str, emotions: Iterable[str]) -> None:
-    """Log how many recordings are left out because of their class.
-
-    Parameters
-    ----------
-    corpus : str
-        Name for the message.
-    emotions : iterable of str
-        One for each recording that is left out.
-
-    Example
-    -------
-    >>> report_other_classes("toy", ["bored", "calm", "bored"])
-    """
+    """Log how many recordings are left out because of their class."""
     counts = Counter(emotions)
     if counts:
         listed = ", ".join(f"{name} {count}" for name, count in sorted(counts.items()))

@@ -19,31 +19,7 @@ MAX_EXCHANGED = 150
 def balanced_groups(
     counts: Mapping[str, Mapping[str, int]], splits: Mapping[str, float], kind: str = "speaker"
 ) -> dict[str, list[str]]:
-    """Assign whole groups to splits so that each split gets its share of every class and of the groups.
-
-    Large groups first, each to where it is missed most; then single groups are moved and pairs exchanged as long as
-    that comes closer to the shares. The outcome depends on the arguments alone: no seed, no order of the mapping.
-
-    Parameters
-    ----------
-    counts : mapping of str to mapping of str to int
-        Recordings of each class, by group.
-    splits : mapping of str to float
-        Share of each split; they add up to 1, and there are at least as many groups as splits.
-    kind : str
-        What a group is, for the log.
-
-    Returns
-    -------
-    dict of str to list of str
-        Disjoint, each with at least one group, sorted by name.
-
-    Example
-    -------
-    >>> counts = {"a": {"sad": 4}, "b": {"sad": 4}, "c": {"angry": 4}, "d": {"angry": 4}}
-    >>> balanced_groups(counts, {"train": 0.5, "test": 0.5})
-    {'train': ['a', 'c'], 'test': ['b', 'd']}
-    """
+    """Assign whole groups to splits so that each split gets its share of every class and of the groups."""
     # The number of groups is balanced as if it were a class.
     vectors = {name: {**counts[name], None: 1} for name in sorted(counts)}
     total = sum((Counter(vector) for vector in vectors.values()), Counter())

@@ -78,26 +78,7 @@ SENTENCES = (
 
 @dataclass(frozen=True)
 class Domain:
-    """One synthetic domain: who speaks which accent over which channel, and how emotions are expressed.
-
-    Parameters
-    ----------
-    language : str
-        Voice name that eSpeak NG knows, as `en-us`.
-    voices : tuple of str
-        One eSpeak NG voice variant per speaker.
-    channel : str
-        Key of `CHANNELS`.
-    rate : float
-        Neutral speaking rate in words per minute, as eSpeak NG counts them.
-    style : tuple of float
-        Factor on each of the `CUES`: how strongly emotions use it here.
-
-    Example
-    -------
-    >>> DOMAINS["B"].language, DOMAINS["B"].channel, len(DOMAINS["B"].voices)
-    ('en-gb-scotland', 'telephone', 10)
-    """
+    """One synthetic domain: who speaks which accent over which channel, and how emotions are expressed."""
 
     language: str
     voices: tuple[str, ...]
@@ -133,26 +114,7 @@ DOMAINS = {
 
 @dataclass(frozen=True)
 class Clip:
-    """One clip of a synthetic domain, described before it is rendered.
-
-    Parameters
-    ----------
-    clip_id : str
-        Utterance id and stem of the file name: `syn<domain>-<speaker>-<emotion>-<take>`.
-    speaker : str
-        Speaker, as `a01`; unique over the domains.
-    emo : str
-        One of the four labels.
-    voice : str
-        Language and variant, as eSpeak NG takes them.
-    text : str
-        Sentence.
-
-    Example
-    -------
-    >>> list_clips("A")[0].clip_id
-    'syna-a01-angry-0'
-    """
+    """One clip of a synthetic domain, described before it is rendered."""
 
     clip_id: str
     speaker: str
@@ -162,28 +124,7 @@ class Clip:
 
 
 def speakers(domain: str) -> list[str]:
-    """Speakers of a domain, in the fixed order in which they are dealt to splits.
-
-    Parameters
-    ----------
-    domain : str
-        Key of `DOMAINS`.
-
-    Returns
-    -------
-    list of str
-        `a01`, `a02`, ... for domain A.
-
-    Raises
-    ------
-    CorpusError
-        If there is no such domain.
-
-    Example
-    -------
-    >>> speakers("B")[:2]
-    ['b01', 'b02']
-    """
+    """Speakers of a domain, in the fixed order in which they are dealt to splits."""
     _known(domain)
     return [f"{domain.lower()}{number:02d}" for number in range(1, len(DOMAINS[domain].voices) + 1)]
 
@@ -194,28 +135,7 @@ def _known(domain: str) -> None:
 
 
 def list_clips(domain: str) -> list[Clip]:
-    """Every clip of a domain, balanced over speakers and emotions.
-
-    Parameters
-    ----------
-    domain : str
-        Key of `DOMAINS`.
-
-    Returns
-    -------
-    list of Clip
-        Ordered by speaker, emotion, take.
-
-    Raises
-    ------
-    CorpusError
-        If there is no such domain.
-
-    Example
-    -------
-    >>> len(list_clips("C"))
-    280
-    """
+    """Every clip of a domain, balanced over speakers and emotions."""
     clips = []
     for number, speaker in enumerate(speakers(domain)):
         spec = DOMAINS[domain]
@@ -229,52 +149,12 @@ def list_clips(domain: str) -> list[Clip]:
 
 
 def generator(seed: int, name: str) -> np.random.Generator:
-    """Random numbers that belong to a name, whatever was drawn for other names.
-
-    Parameters
-    ----------
-    seed : int
-        Seed of the rendering.
-    name : str
-        Clip or speaker.
-
-    Returns
-    -------
-    numpy.random.Generator
-        Freshly seeded.
-
-    Example
-    -------
-    >>> generator(0, "a01").random() == generator(0, "a01").random() != generator(0, "a02").random()
-    True
-    """
+    """Random numbers that belong to a name, whatever was drawn for other names."""
     return np.random.default_rng([seed, *name.encode()])
 
 
 def draw_prosody(clip: Clip, style: Iterable[float], seed: int) -> dict[str, float]:
-    """Prosody of a clip: the emotion's correlates in the domain's style, as this speaker uses them, plus variation.
-
-    Parameters
-    ----------
-    clip : Clip
-        The clip.
-    style : iterable of float
-        Factor on each of the `CUES`.
-    seed : int
-        Seed of the rendering.
-
-    Returns
-    -------
-    dict of str to float
-        Value of each of the `CUES`, in the units given there.
-
-    Example
-    -------
-    >>> clips = {clip.emo: clip for clip in list_clips("A")}
-    >>> style = DOMAINS["A"].style
-    >>> draw_prosody(clips["angry"], style, 0)["level"] > draw_prosody(clips["sad"], style, 0)["level"]
-    True
-    """
+    """Prosody of a clip: the emotion's correlates in the domain's style, as this speaker uses them, plus variation."""
     own, now = generator(seed, clip.speaker), generator(seed, f"{clip.clip_id} prosody")
     voice = own.normal(0.0, SPEAKER_SPREAD)
     habit = np.exp(own.normal(0.0, HABIT_SPREAD, len(CUES)))
@@ -296,29 +176,7 @@ def _loader():
 
 @contextmanager
 def fresh_espeak() -> Iterator[ctypes.CDLL]:
-    """Load eSpeak NG with untouched state, and unload it afterwards.
-
-    The synthesiser keeps counters between utterances that `espeak_Terminate` does not reset (the pitch flutter goes on
-    where it stopped), so a clip would depend on the clips before it. Unloading the library is what forgets them; it
-    costs about 4 ms.
-
-    Yields
-    ------
-    ctypes.CDLL
-        The library, initialised for synchronous synthesis.
-
-    Raises
-    ------
-    CorpusError
-        If the package is missing or its library does not start.
-
-    Example
-    -------
-    >>> import importlib.util
-    >>> if importlib.util.find_spec("espeakng_loader"):
-    ...     with fresh_espeak() as library:
-    ...         assert library.espeak_ng_GetSampleRate() == 22050
-    """
+    """Load eSpeak NG with untouched state, and unload it afterwards."""
     import _ctypes
 
     package = _loader()
@@ -339,41 +197,7 @@ def fresh_espeak() -> Iterator[ctypes.CDLL]:
 
 
 def speak(text: str, voice: str, rate: int, pitch: int, pitch_range: int, pause: int, seed: int) -> np.ndarray:
-    """Synthesise one sentence with eSpeak NG.
-
-    Parameters
-    ----------
-    text : str
-        Sentence.
-    voice : str
-        Language and variant, as `en-us+f1`.
-    rate : int
-        Words per minute, 80 to 450.
-    pitch, pitch_range : int
-        0 to 99; 50 is the voice's own, and 50 more is an octave up or twice the range.
-    pause : int
-        Pause after each word in units of 10 ms.
-    seed : int
-        Seed of eSpeak NG's own random numbers (breath noise).
-
-    Returns
-    -------
-    numpy.ndarray
-        `[samples]` float64 at 22,050 Hz, full scale 1.0.
-
-    Raises
-    ------
-    CorpusError
-        If the package is missing, the voice unknown, or nothing was synthesised.
-
-    Example
-    -------
-    >>> import importlib.util
-    >>> if importlib.util.find_spec("espeakng_loader"):
-    ...     once = speak("Good morning.", "en-us+f1", 170, 50, 50, 0, seed=1)
-    ...     _ = speak("Guten Abend.", "de+m1", 120, 20, 90, 5, seed=2)
-    ...     assert (once == speak("Good morning.", "en-us+f1", 170, 50, 50, 0, seed=1)).all()
-    """
+    """Synthesise one sentence with eSpeak NG."""
     pieces = []
     receiver = ctypes.CFUNCTYPE(ctypes.c_int, ctypes.POINTER(ctypes.c_short), ctypes.c_int, ctypes.c_void_p)
 
@@ -399,29 +223,7 @@ def speak(text: str, voice: str, rate: int, pitch: int, pitch_range: int, pause:
 
 
 def warp(wave: np.ndarray, contour: float, tremor: float, rng: np.random.Generator) -> np.ndarray:
-    """Bend the pitch over an utterance by reading it at a varying speed.
-
-    Parameters
-    ----------
-    wave : numpy.ndarray
-        `[samples]` at 22,050 Hz.
-    contour : float
-        Rise from start to end in semitones.
-    tremor : float
-        Standard deviation of fast irregular changes (every 25 ms) in per cent.
-    rng : numpy.random.Generator
-        Source of the irregular changes.
-
-    Returns
-    -------
-    numpy.ndarray
-        About as long as the input.
-
-    Example
-    -------
-    >>> len(warp(np.zeros(22050), 0.0, 0.0, generator(0, "x")))
-    22050
-    """
+    """Bend the pitch over an utterance by reading it at a varying speed."""
     place = np.arange(len(wave)) / len(wave)
     knots = max(len(wave) // (ESPEAK_RATE // 40), 2)
     irregular = np.interp(place, np.linspace(0, 1, knots), rng.normal(0, max(tremor, 0.0) / 100, knots))
@@ -431,24 +233,7 @@ def warp(wave: np.ndarray, contour: float, tremor: float, rng: np.random.Generat
 
 
 def resample(wave: np.ndarray) -> np.ndarray:
-    """Bring eSpeak NG's 22,050 Hz to 16,000 Hz by cutting the spectrum.
-
-    Parameters
-    ----------
-    wave : numpy.ndarray
-        `[samples]` at 22,050 Hz.
-
-    Returns
-    -------
-    numpy.ndarray
-        `[ceil(samples / 441) * 320]` at 16,000 Hz.
-
-    Example
-    -------
-    >>> tone = np.sin(2 * np.pi * 1000 * np.arange(22050) / 22050)
-    >>> bool(np.allclose(resample(tone), np.sin(2 * np.pi * 1000 * np.arange(16000) / 16000)))
-    True
-    """
+    """Bring eSpeak NG's 22,050 Hz to 16,000 Hz by cutting the spectrum."""
     # 22,050 : 16,000 = 441 : 320, so whole blocks keep both lengths integer and the cut is exact.
     blocks = -(-len(wave) // 441)
     spectrum = np.fft.rfft(wave, blocks * 441)[: blocks * 160 + 1]
@@ -456,125 +241,31 @@ def resample(wave: np.ndarray) -> np.ndarray:
 
 
 def tilt(wave: np.ndarray, slope: float) -> np.ndarray:
-    """Slope the spectrum around 1 kHz.
-
-    Parameters
-    ----------
-    wave : numpy.ndarray
-        `[samples]` at 16,000 Hz.
-    slope : float
-        dB per octave; flat below 250 Hz.
-
-    Returns
-    -------
-    numpy.ndarray
-        As long as the input.
-
-    Example
-    -------
-    >>> tone = np.sin(2 * np.pi * 2000 * np.arange(16000) / 16000)
-    >>> bool(np.allclose(tilt(tone, 6.0), 10 ** (6.0 / 20) * tone))
-    True
-    """
+    """Slope the spectrum around 1 kHz."""
     frequency = np.fft.rfftfreq(len(wave), 1 / SAMPLE_RATE)
     gain = 10 ** (slope * np.log2(np.maximum(frequency, 250) / 1000) / 20)
     return np.fft.irfft(np.fft.rfft(wave) * gain, len(wave))
 
 
 def noise(length: int, level: float, rng: np.random.Generator) -> np.ndarray:
-    """White noise.
-
-    Parameters
-    ----------
-    length : int
-        Samples.
-    level : float
-        Root mean square in dB of full scale.
-    rng : numpy.random.Generator
-        Its source.
-
-    Returns
-    -------
-    numpy.ndarray
-        `[length]`.
-
-    Example
-    -------
-    >>> bool(abs(noise(100000, -20.0, generator(0, "x")).std() - 0.1) < 0.001)
-    True
-    """
+    """White noise."""
     return rng.normal(0.0, 10 ** (level / 20), length)
 
 
 def band_pass(wave: np.ndarray, low: float, high: float) -> np.ndarray:
-    """Keep a band, with edges that fall off over 50 Hz at the bottom and 150 Hz at the top.
-
-    Parameters
-    ----------
-    wave : numpy.ndarray
-        `[samples]` at 16,000 Hz.
-    low, high : float
-        Edges in Hz.
-
-    Returns
-    -------
-    numpy.ndarray
-        As long as the input.
-
-    Example
-    -------
-    >>> tone = np.sin(2 * np.pi * 5000 * np.arange(16000) / 16000)
-    >>> bool(np.abs(band_pass(tone, 300, 3400)).max() < 1e-9)
-    True
-    """
+    """Keep a band, with edges that fall off over 50 Hz at the bottom and 150 Hz at the top."""
     frequency = np.fft.rfftfreq(len(wave), 1 / SAMPLE_RATE)
     gain = np.interp(frequency, [low - 50, low, high, high + 150], [0.0, 1.0, 1.0, 0.0])
     return np.fft.irfft(np.fft.rfft(wave) * gain, len(wave))
 
 
 def studio(wave: np.ndarray, own: np.random.Generator, now: np.random.Generator) -> np.ndarray:
-    """Close microphone in a quiet room: nothing but a noise floor.
-
-    Parameters
-    ----------
-    wave : numpy.ndarray
-        `[samples]` at 16,000 Hz, full scale 1.0.
-    own, now : numpy.random.Generator
-        Of the speaker (height of the noise floor) and of the clip.
-
-    Returns
-    -------
-    numpy.ndarray
-        As long as the input.
-
-    Example
-    -------
-    >>> studio(np.zeros(100), generator(0, "a01"), generator(0, "x")).shape
-    (100,)
-    """
+    """Close microphone in a quiet room: nothing but a noise floor."""
     return wave + noise(len(wave), own.uniform(-64.0, -54.0), now)
 
 
 def telephone(wave: np.ndarray, own: np.random.Generator, now: np.random.Generator) -> np.ndarray:
-    """Telephone: treble-lifting handset, 300-3400 Hz, line noise, eight-bit mu-law (mu = 255), noise of the recorder.
-
-    Parameters
-    ----------
-    wave : numpy.ndarray
-        `[samples]` at 16,000 Hz, full scale 1.0.
-    own, now : numpy.random.Generator
-        Of the speaker (line quality) and of the clip.
-
-    Returns
-    -------
-    numpy.ndarray
-        As long as the input; above 3,600 Hz only the recorder's noise floor at -72 dB.
-
-    Example
-    -------
-    >>> telephone(np.zeros(100), generator(0, "b01"), generator(0, "x")).shape
-    (100,)
-    """
+    """Telephone: treble-lifting handset, 300-3400 Hz, line noise, eight-bit mu-law (mu = 255), recorder noise."""
     line = band_pass(tilt(wave, 3.0), 300, 3400) + noise(len(wave), own.uniform(-52.0, -46.0), now)
     line = np.clip(line, -1.0, 1.0)
     compressed = np.sign(line) * np.log1p(255 * np.abs(line)) / np.log(256)
@@ -584,25 +275,7 @@ def telephone(wave: np.ndarray, own: np.random.Generator, now: np.random.Generat
 
 
 def room(wave: np.ndarray, own: np.random.Generator, now: np.random.Generator) -> np.ndarray:
-    """Distant microphone: exponentially decaying reverberation (0.2 to 0.5 s to -60 dB) and background noise.
-
-    Parameters
-    ----------
-    wave : numpy.ndarray
-        `[samples]` at 16,000 Hz, full scale 1.0.
-    own, now : numpy.random.Generator
-        Of the speaker (place in the room) and of the clip.
-
-    Returns
-    -------
-    numpy.ndarray
-        As long as the input.
-
-    Example
-    -------
-    >>> room(np.zeros(100), generator(0, "c01"), generator(0, "x")).shape
-    (100,)
-    """
+    """Distant microphone: exponentially decaying reverberation (0.2 to 0.5 s to -60 dB) and background noise."""
     decay, direct_to_reverb = own.uniform(0.2, 0.5), own.uniform(3.0, 9.0)
     seconds = np.arange(320 * round(decay * SAMPLE_RATE / 320)) / SAMPLE_RATE
     tail = own.normal(size=len(seconds)) * 10 ** (-3 * seconds / decay)
@@ -617,34 +290,7 @@ CHANNELS: dict[str, Callable] = {"studio": studio, "telephone": telephone, "room
 
 
 def render_clip(clip: Clip, domain: Domain, seed: int = 0) -> np.ndarray:
-    """Render one clip: draw its prosody, synthesise, shape, and send it through the domain's channel.
-
-    Parameters
-    ----------
-    clip : Clip
-        The clip.
-    domain : Domain
-        Its domain.
-    seed : int
-        Seed of the rendering.
-
-    Returns
-    -------
-    numpy.ndarray
-        `[samples]` of dtype int16 at 16,000 Hz.
-
-    Raises
-    ------
-    CorpusError
-        If eSpeak NG is missing or makes no sound.
-
-    Example
-    -------
-    >>> import importlib.util
-    >>> if importlib.util.find_spec("espeakng_loader"):
-    ...     wave = render_clip(list_clips("A")[0], DOMAINS["A"])
-    ...     assert wave.dtype == np.int16 and 1.0 < len(wave) / SAMPLE_RATE < 2.5
-    """
+    """Render one clip: draw its prosody, synthesise, shape, and send it through the domain's channel."""
     cue, now = draw_prosody(clip, domain.style, seed), generator(seed, clip.clip_id)
     wave = speak(
         clip.text,
@@ -665,25 +311,7 @@ def render_clip(clip: Clip, domain: Domain, seed: int = 0) -> np.ndarray:
 
 
 def fingerprint(domain: str, seed: int) -> dict[str, object]:
-    """Summarise what the samples of a domain depend on: equal fingerprints, equal clips.
-
-    Parameters
-    ----------
-    domain : str
-        Key of `DOMAINS`.
-    seed : int
-        Seed of the rendering.
-
-    Returns
-    -------
-    dict
-        Domain, seed and a hash of every setting.
-
-    Example
-    -------
-    >>> fingerprint("A", 0) == fingerprint("A", 0) != fingerprint("A", 1)
-    True
-    """
+    """Summarise what the samples of a domain depend on: equal fingerprints, equal clips."""
     spreads = (SPEAKER_SPREAD, CLIP_SPREAD, HABIT_SPREAD, INTENSITY_SPREAD)
     settings = json.dumps([RENDERING, TAKES, SENTENCES, asdict(DOMAINS[domain]), PROSODY, spreads])
     return {"synthetic": True, "domain": domain, "seed": seed, "settings": _digest(settings)}
@@ -694,37 +322,7 @@ def _digest(text: str) -> str:
 
 
 def render_domain(output_folder: str | Path, domain: str, seed: int = 0) -> list[Clip]:
-    """Render the clips of a domain that are not there yet, then write the label table.
-
-    Safe to stop at any point and to call again. Files: `<domain>/<clip_id>.wav`, `<domain>/rendering.json` (what the
-    samples depend on) and, once all clips are there, `<domain>/clips.json` (file, speaker and emotion of each).
-
-    Parameters
-    ----------
-    output_folder : str or pathlib.Path
-        Folder above the domains' folders.
-    domain : str
-        Key of `DOMAINS`.
-    seed : int
-        Seed of speakers, clips and noise.
-
-    Returns
-    -------
-    list of Clip
-        All clips of the domain.
-
-    Raises
-    ------
-    CorpusError
-        If there is no such domain, eSpeak NG is missing, or the folder holds clips of another seed or other settings.
-
-    Example
-    -------
-    >>> render_domain("/nowhere", "Z")
-    Traceback (most recent call last):
-    ...
-    speechbrain_mifuse.corpora.manifest.CorpusError: No synthetic domain 'Z'; there are A, B, C.
-    """
+    """Render the clips of a domain that are not there yet, then write the label table."""
     clips = list_clips(domain)
     folder = Path(output_folder) / domain
     _claim(folder, fingerprint(domain, seed))
@@ -748,31 +346,7 @@ def _claim(folder: Path, wanted: Mapping[str, object]) -> None:
 
 
 def list_synthetic(data_folder: str | Path) -> list[Utterance]:
-    """List the clips of one rendered synthetic domain.
-
-    Parameters
-    ----------
-    data_folder : str or pathlib.Path
-        The domain's own folder, which holds `clips.json`.
-
-    Returns
-    -------
-    list of Utterance
-        One per clip.
-
-    Raises
-    ------
-    CorpusError
-        If the rendering was never finished or the table is damaged.
-
-    Example
-    -------
-    >>> import tempfile
-    >>> root = Path(tempfile.mkdtemp())
-    >>> atomic_write(root / "clips.json", '[{"file": "syna-a01-sad-0.wav", "speaker": "a01", "emo": "sad"}]')
-    >>> [(u.utt_id, u.emo, u.speaker) for u in list_synthetic(root)]
-    [('syna-a01-sad-0', 'sad', 'a01')]
-    """
+    """List the clips of one rendered synthetic domain."""
     folder = Path(data_folder)
     table = folder / "clips.json"
     try:

@@ -18,40 +18,7 @@ SEPARATORS = (",", ";", "\t")
 def read_table(
     table: Path, columns: Mapping[str, Sequence[str]], optional: Sequence[str] = (), quoting: int = csv.QUOTE_MINIMAL
 ) -> list[tuple[int, dict[str, str]]]:
-    r"""Read the rows of a table with a header.
-
-    The separator is the comma, semicolon or tab that makes the header hold the columns. UTF-8 is read with or without a
-    byte order mark, UTF-16 with one. Rows without any content are passed over.
-
-    Parameters
-    ----------
-    table : pathlib.Path
-        The file.
-    columns : mapping of str to sequence of str
-        Name of each column that is wanted, and other names that it may have in the file, in any case.
-    optional : sequence of str
-        Those that may be missing; they are then empty.
-    quoting : int
-        `csv.QUOTE_NONE` where quotation marks are part of the text.
-
-    Returns
-    -------
-    list of tuple
-        Line number, and the wanted values by column, without spaces around them.
-
-    Raises
-    ------
-    CorpusError
-        If the file cannot be read, lacks a column, or a row has more values than the header.
-
-    Example
-    -------
-    >>> import tempfile
-    >>> table = Path(tempfile.mkdtemp()) / "labels.csv"
-    >>> _ = table.write_bytes(b"\xef\xbb\xbfFilename;Emotion;Note\r\na.wav; sad;x\r\n;;\r\n")
-    >>> read_table(table, {"file": ["filename"], "emo": ["emotion"], "speaker": []}, optional=["speaker"])
-    [(2, {'file': 'a.wav', 'emo': 'sad', 'speaker': ''})]
-    """
+    r"""Read the rows of a table with a header."""
     text = _decoded(table)
     # A line by which Excel is told the separator.
     skipped = 1 if re.match(r"sep=.\r?\n", text, re.IGNORECASE) else 0

@@ -14,24 +14,7 @@ from speechbrain_mifuse.evaluation.plots import STYLES, save_figure
 
 
 def plot_codebook(path: str | Path, rows: Sequence[Mapping]) -> None:
-    """Draw perplexity and used codes of the local attributes over time, above the losses.
-
-    Parameters
-    ----------
-    path : str or pathlib.Path
-        PNG to write.
-    rows : sequence of mapping
-        One per epoch: `step`, losses by name and, where there is a codebook, `codebook_perplexity` and `codes_used`.
-
-    Example
-    -------
-    >>> import tempfile
-    >>> path = Path(tempfile.mkdtemp()) / "codebook.png"
-    >>> rows = [{"step": 1, "loss": 2.0, "codebook_perplexity": 9.0, "codes_used": 12.0}]
-    >>> plot_codebook(path, rows)
-    >>> path.stat().st_size > 1000
-    True
-    """
+    """Draw perplexity and used codes of the local attributes over time, above the losses."""
     figure = Figure(figsize=(7.6, 5.2), layout="constrained")
     above, below = figure.subplots(2, 1, sharex=True)
     codes = [name for name in ("codebook_perplexity", "codes_used") if name in rows[-1]]
@@ -44,23 +27,7 @@ def plot_codebook(path: str | Path, rows: Sequence[Mapping]) -> None:
 
 
 def plot_layer_weights(path: str | Path, rows: Sequence[Mapping]) -> None:
-    """Draw the weights of the adapter's layers over time.
-
-    Parameters
-    ----------
-    path : str or pathlib.Path
-        PNG to write.
-    rows : sequence of mapping
-        One per epoch: `step`, `layer_1`, `layer_2`, ...
-
-    Example
-    -------
-    >>> import tempfile
-    >>> path = Path(tempfile.mkdtemp()) / "layer_weights.png"
-    >>> plot_layer_weights(path, [{"step": 1, "layer_1": 0.4, "layer_2": 0.6}])
-    >>> path.stat().st_size > 1000
-    True
-    """
+    """Draw the weights of the adapter's layers over time."""
     figure = Figure(figsize=(7.2, 3.2), layout="constrained")
     axes = figure.add_subplot()
     _curves(axes, rows, [name for name in rows[-1] if name.startswith("layer_")])
@@ -81,29 +48,7 @@ def _curves(axes: Axes, rows: Sequence[Mapping], names: Sequence[str]) -> None:
 
 
 def plot_attention(path: str | Path, wave: torch.Tensor, attention: torch.Tensor, rate: int, title: str) -> None:
-    """Draw the pooling's attention over an utterance above its waveform.
-
-    Parameters
-    ----------
-    path : str or pathlib.Path
-        PNG to write.
-    wave : torch.Tensor
-        `[samples]`, as the encoder got it.
-    attention : torch.Tensor
-        `[frames]`, which sum to 1.
-    rate : int
-        Samples per second.
-    title : str
-        Above the figure.
-
-    Example
-    -------
-    >>> import tempfile
-    >>> path = Path(tempfile.mkdtemp()) / "attention.png"
-    >>> plot_attention(path, torch.randn(1600), torch.full((5,), 0.2), 16000, "toy")
-    >>> path.stat().st_size > 1000
-    True
-    """
+    """Draw the pooling's attention over an utterance above its waveform."""
     seconds = len(wave) / rate
     edges = np.linspace(0, seconds, len(attention) + 1)
     figure = Figure(figsize=(7.2, 3.8), layout="constrained")

@@ -25,30 +25,7 @@ Transfer = tuple[str, str, str]
 
 
 def read_records(paths: Iterable[str | Path]) -> list[dict]:
-    """Read the results of runs.
-
-    Parameters
-    ----------
-    paths : iterable of str or pathlib.Path
-        The `results.json` of each method of each run.
-
-    Returns
-    -------
-    list of dict
-        In the order of the paths.
-
-    Raises
-    ------
-    UserError
-        If one is missing, damaged, or without scores because the test set has no labels; the message names it.
-
-    Example
-    -------
-    >>> read_records(["/nowhere/mi_fuse/results.json"])
-    Traceback (most recent call last):
-    ...
-    speechbrain_mifuse.errors.UserError: 1 of 1 results are missing; the first is /nowhere/mi_fuse/results.json. ...
-    """
+    """Read the results of runs."""
     paths = [Path(path) for path in paths]
     missing = [path for path in paths if not path.is_file()]
     if missing:
@@ -68,57 +45,13 @@ def _record(path: Path) -> dict:
 
 
 def write_csv(path: str | Path, records: Sequence[Mapping], columns: Sequence[str] = COLUMNS) -> None:
-    """Write one row per record, fractions in [0, 1].
-
-    Parameters
-    ----------
-    path : str or pathlib.Path
-        CSV to write.
-    records : sequence of mapping
-        As `read_records` gives.
-    columns : sequence of str
-        Their keys, in order.
-
-    Example
-    -------
-    >>> import tempfile
-    >>> path = Path(tempfile.mkdtemp()) / "table.csv"
-    >>> write_csv(path, [dict.fromkeys(COLUMNS, 0.123456)])
-    >>> path.read_text().splitlines()[1][:14]
-    '0.1235,0.1235,'
-    """
+    """Write one row per record, fractions in [0, 1]."""
     rows = ([f"{v:.4f}" if isinstance(v := record[name], float) else v for name in columns] for record in records)
     atomic_write(path, csv_text([columns, *rows]))
 
 
 def transfer_counts(records: Sequence[Mapping], methods: Sequence[str]) -> dict[Transfer, np.ndarray]:
-    """Arrange the confusion counts of each transfer.
-
-    Parameters
-    ----------
-    records : sequence of mapping
-        Every method with the same seeds on every transfer.
-    methods : sequence of str
-        Order of the first axis.
-
-    Returns
-    -------
-    dict of tuple to numpy.ndarray
-        `[methods, seeds, speakers, C, C + 1]` by (source, target, teacher), ordered by target, then source; seeds
-        ascend.
-
-    Raises
-    ------
-    UserError
-        If a result is missing or there twice, if transfers differ in their seeds, or if results of one transfer were
-        got under other settings.
-
-    Example
-    -------
-    >>> record = dict(source="a", target="b", teacher="c", method="m", seed=1, by_speaker={"s": [[3, 1, 0], [0, 2, 0]]})
-    >>> transfer_counts([record], ["m"])["a", "b", "c"].shape
-    (1, 1, 1, 2, 3)
-    """
+    """Arrange the confusion counts of each transfer."""
     found: dict[Transfer, dict[tuple[str, int], Mapping]] = {}
     for record in records:
         transfer = (record["source"], record["target"], record["teacher"])
@@ -160,23 +93,7 @@ def _agree(transfer: Transfer, records: Sequence[Mapping]) -> None:
 
 
 def recalls_to_accuracy(hits: np.ndarray, total: np.ndarray) -> np.ndarray:
-    """Mean recall over the classes that occur.
-
-    Parameters
-    ----------
-    hits, total : numpy.ndarray
-        `[..., C]`, right answers and references of each class.
-
-    Returns
-    -------
-    numpy.ndarray
-        `[...]`, in [0, 1]; NaN where no class occurs.
-
-    Example
-    -------
-    >>> float(recalls_to_accuracy(np.array([3, 2, 0]), np.array([4, 2, 0])))
-    0.875
-    """
+    """Mean recall over the classes that occur."""
     occurs = total > 0
     recalls = hits / np.maximum(total, 1)
     with np.errstate(invalid="ignore"):
@@ -184,51 +101,12 @@ def recalls_to_accuracy(hits: np.ndarray, total: np.ndarray) -> np.ndarray:
 
 
 def unweighted_accuracy(counts: np.ndarray) -> np.ndarray:
-    """Mean recall over the classes that occur, of confusion counts.
-
-    Parameters
-    ----------
-    counts : numpy.ndarray
-        `[..., C, C + 1]`.
-
-    Returns
-    -------
-    numpy.ndarray
-        `[...]`, in [0, 1].
-
-    Example
-    -------
-    >>> float(unweighted_accuracy(np.array([[3, 1, 0], [0, 2, 0]])))
-    0.875
-    """
+    """Mean recall over the classes that occur, of confusion counts."""
     return recalls_to_accuracy(np.diagonal(counts[..., :-1], axis1=-2, axis2=-1), counts.sum(-1))
 
 
 def bootstrap(counts: np.ndarray, generator: np.random.Generator, draws: int = 2000) -> np.ndarray:
-    """Draw test speakers and seeds of one transfer with replacement; the mean UA over the seeds of each draw.
-
-    Speakers and seeds are drawn once for all methods, so that differences of two columns are paired.
-
-    Parameters
-    ----------
-    counts : numpy.ndarray
-        `[methods, seeds, speakers, C, C + 1]`.
-    generator : numpy.random.Generator
-        Of the draws.
-    draws : int
-        Bootstrap samples.
-
-    Returns
-    -------
-    numpy.ndarray
-        `[draws, methods]`, in [0, 1].
-
-    Example
-    -------
-    >>> perfect = np.array([[[[[2, 0, 0], [0, 2, 0]]] * 3]])
-    >>> bootstrap(perfect, np.random.default_rng(0), draws=4).ravel().tolist()
-    [1.0, 1.0, 1.0, 1.0]
-    """
+    """Draw test speakers and seeds of one transfer with replacement; the mean UA over the seeds of each draw."""
     seeds, speakers = counts.shape[1:3]
     # Arguments are drawn from left to right.
     return _reweighted(counts, _weights(generator, seeds, draws), _weights(generator, speakers, draws))
@@ -287,21 +165,7 @@ def bootstrap_transfers(arrays: Mapping[Transfer, np.ndarray], draws: int = 2000
 
 @dataclass(frozen=True)
 class Comparison:
-    """Methods on the same transfers with the same seeds.
-
-    Parameters
-    ----------
-    records : sequence of mapping
-        As `read_records` gives.
-    order : sequence of str
-        Methods; the lower bound comes first and the upper bound last, whatever their place here.
-
-    Example
-    -------
-    >>> record = dict(source="a", target="b", teacher="c", method="m", seed=1, by_speaker={"s": [[3, 1, 0], [0, 2, 0]]})
-    >>> Comparison([record], ["m"]).means
-    array([87.5])
-    """
+    """Methods on the same transfers with the same seeds."""
 
     records: Sequence[Mapping]
     order: Sequence[str]
@@ -372,44 +236,13 @@ class Comparison:
 
 
 def is_baseline(method: str) -> bool:
-    """Tell whether a method is another's: neither a form of MI-Fuse or its control, nor a bound.
-
-    Parameters
-    ----------
-    method : str
-        Name.
-
-    Returns
-    -------
-    bool
-
-    Example
-    -------
-    >>> [is_baseline(name) for name in ("lalm_sfuda", "mi_fuse_plus", "oracle")]
-    [True, False, False]
-    """
+    """Tell whether a method is another's: neither a form of MI-Fuse or its control, nor a bound."""
     return method not in (LOWER, UPPER) and not method.startswith("mi_fuse")
 
 
 @dataclass(frozen=True)
 class Table:
-    """Cells of text, written as Markdown or LaTeX; a number in `**...**` is bold in both, all else is plain text.
-
-    Parameters
-    ----------
-    head : list of str
-        Names of the columns.
-    rows : list of list of str
-        Cells.
-
-    Example
-    -------
-    >>> print(Table(["method", "UA %"], [["mi_fuse", "**58.7** ± 0.4"]]).markdown())
-    | method | UA % |
-    |---|---|
-    | mi_fuse | **58.7** ± 0.4 |
-    <BLANKLINE>
-    """
+    """Cells of text, written as Markdown or LaTeX; a number in `**...**` is bold in both, all else is plain text."""
 
     head: list[str]
     rows: list[list[str]]
@@ -487,33 +320,7 @@ def transfer_table(comparison: Comparison) -> Table:
 
 
 def difference_table(comparison: Comparison, baselines: Sequence[str]) -> Table | None:
-    """Paired differences of the mean UA to named methods and to the best baseline, with 95 % intervals.
-
-    Parameters
-    ----------
-    comparison : Comparison
-        Methods, transfers, seeds.
-    baselines : sequence of str
-        Methods that every row is compared with.
-
-    Returns
-    -------
-    Table or None
-        A row for each method; `None` when there is nothing to compare with.
-
-    Raises
-    ------
-    UserError
-        If a baseline is not among the methods.
-
-    Example
-    -------
-    >>> record = dict(source="a", target="b", teacher="c", seed=1)
-    >>> records = [dict(record, method="m", by_speaker={"s": [[1, 1, 0], [0, 2, 0]]})]
-    >>> records += [dict(record, method="mi_fuse", by_speaker={"s": [[2, 0, 0], [0, 2, 0]]})]
-    >>> difference_table(Comparison(records, ["m", "mi_fuse"]), []).rows[1]
-    ['mi_fuse', '100.0', '+25.0 (+25.0 to +25.0)']
-    """
+    """Paired differences of the mean UA to named methods and to the best baseline, with 95 % intervals."""
     unknown = [name for name in baselines if name not in comparison.methods]
     if unknown:
         raise UserError(f"--baselines: {', '.join(unknown)} is none of the methods {', '.join(comparison.methods)}.")
@@ -530,45 +337,12 @@ def difference_table(comparison: Comparison, baselines: Sequence[str]) -> Table 
 
 
 def signed(value: float, low: float, high: float) -> str:
-    """Tell a difference with its interval.
-
-    Parameters
-    ----------
-    value, low, high : float
-        Percent points.
-
-    Returns
-    -------
-    str
-        Text of a cell.
-
-    Example
-    -------
-    >>> signed(2.0, -0.5, 4.25)
-    '+2.0 (-0.5 to +4.2)'
-    """
+    """Tell a difference with its interval."""
     return f"{value:+.1f} ({low:+.1f} to {high:+.1f})"
 
 
 def seed_table(comparison: Comparison) -> Table:
-    """UA of each seed on each transfer with the average, then mean and standard deviation over the seeds.
-
-    Parameters
-    ----------
-    comparison : Comparison
-        Methods, transfers, seeds.
-
-    Returns
-    -------
-    Table
-        For each method a row per seed and one with mean ± standard deviation.
-
-    Example
-    -------
-    >>> record = dict(source="a", target="b", teacher="c", method="m", seed=1, by_speaker={"s": [[3, 1, 0], [0, 2, 0]]})
-    >>> seed_table(Comparison([record], ["m"])).rows
-    [['m', '1', '87.5', '87.5'], ['', 'mean ± sd', '**87.5** ± 0.0', '**87.5** ± 0.0']]
-    """
+    """UA of each seed on each transfer with the average, then mean and standard deviation over the seeds."""
     rows = []
     for place, name in enumerate(comparison.methods):
         values = comparison.accuracy[:, place]  # [transfers, seeds]
@@ -580,24 +354,7 @@ def seed_table(comparison: Comparison) -> Table:
 
 
 def interval_table(comparison: Comparison) -> Table:
-    """95 % interval of each transfer's UA.
-
-    Parameters
-    ----------
-    comparison : Comparison
-        Methods, transfers, seeds.
-
-    Returns
-    -------
-    Table
-        A row for each method.
-
-    Example
-    -------
-    >>> record = dict(source="a", target="b", teacher="c", method="m", seed=1, by_speaker={"s": [[3, 1, 0], [0, 2, 0]]})
-    >>> interval_table(Comparison([record], ["m"])).rows
-    [['m', '87.5 to 87.5']]
-    """
+    """95 % interval of each transfer's UA."""
     low, high = comparison.intervals
     rows = [
         [name, *(f"{a:.1f} to {b:.1f}" for a, b in zip(low[:, place], high[:, place], strict=True))]
@@ -607,28 +364,7 @@ def interval_table(comparison: Comparison) -> Table:
 
 
 def protocol(comparison: Comparison, teacher: str = "") -> str:
-    """Say under what protocol the tables were made, from the records themselves.
-
-    Parameters
-    ----------
-    comparison : Comparison
-        Methods, transfers, seeds.
-    teacher : str
-        What is known of the API teacher beyond its name.
-
-    Returns
-    -------
-    str
-        One paragraph.
-
-    Example
-    -------
-    >>> record = dict(source="a", target="b", teacher="c", method="m", seed=1, by_speaker={"s": [[3, 1, 0], [0, 2, 0]]})
-    >>> record.update(n_train=9, n_test=6, test_speakers=1, labels=["x", "y"], steps=5, encoder="toy", code_version="1")
-    >>> record.update(selection="last step", diversity_weight=1.0, temperature=0.2)
-    >>> protocol(Comparison([record], ["m"]))
-    'UA in percent, mean ± standard deviation over 1 seed. 2 classes, ...'
-    """
+    """Say under what protocol the tables were made, from the records themselves."""
     records = comparison.records
     trained = [record for record in records if record["steps"]]
     adapted = {r["target"]: max(x["n_train"] for x in records if x["target"] == r["target"]) for r in records}

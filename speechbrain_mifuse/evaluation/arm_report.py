@@ -30,23 +30,7 @@ Condition = tuple[str, str]
 
 
 def conditions(records: Sequence[Mapping]) -> dict[Condition, list[Mapping]]:
-    """Group records by corpus and amount of labels.
-
-    Parameters
-    ----------
-    records : sequence of mapping
-        As `train_arm` gives.
-
-    Returns
-    -------
-    dict of tuple to list of mapping
-        By corpus and labels per class, in the order they come.
-
-    Example
-    -------
-    >>> list(conditions([{"corpus": "toy", "labels_per_class": 20}]))
-    [('toy', '20')]
-    """
+    """Group records by corpus and amount of labels."""
     found: dict[Condition, list[Mapping]] = {}
     for record in records:
         found.setdefault((record["corpus"], str(record["labels_per_class"])), []).append(record)
@@ -54,31 +38,7 @@ def conditions(records: Sequence[Mapping]) -> dict[Condition, list[Mapping]]:
 
 
 def pooled_counts(records: Sequence[Mapping], arms: Sequence[str]) -> np.ndarray:
-    """Arrange the confusion counts of one condition; each speaker is in the test set of one fold.
-
-    Parameters
-    ----------
-    records : sequence of mapping
-        Every arm with the same seeds on the same folds.
-    arms : sequence of str
-        Order of the first axis.
-
-    Returns
-    -------
-    numpy.ndarray
-        `[arms, seeds, speakers, C, C + 1]`; seeds ascend, speakers go by fold, then name.
-
-    Raises
-    ------
-    UserError
-        If a result is missing, or results were got under other settings.
-
-    Example
-    -------
-    >>> record = dict(corpus="toy", labels_per_class="all", arm="scratch", fold=1, seed=1)
-    >>> pooled_counts([dict(record, by_speaker={"s": [[3, 1, 0], [0, 2, 0]]})], ["scratch"]).shape
-    (1, 1, 1, 2, 3)
-    """
+    """Arrange the confusion counts of one condition; each speaker is in the test set of one fold."""
     place = {(record["arm"], record["seed"], record["fold"]): record for record in records}
     seeds = sorted({record["seed"] for record in records})
     folds = sorted({record["fold"] for record in records})
@@ -98,33 +58,7 @@ def pooled_counts(records: Sequence[Mapping], arms: Sequence[str]) -> np.ndarray
 
 
 def arm_table(records: Sequence[Mapping], arms: Sequence[str], baselines: Sequence[str]) -> Table:
-    """UA of each arm: over all folds' test speakers, mean ± standard deviation over seeds, interval, differences.
-
-    UA is that of the counts of all folds together; the mean of the folds' own UA stands beside it. Intervals and
-    differences: bootstrap over test speakers and seeds, the same draws for all arms.
-
-    Parameters
-    ----------
-    records : sequence of mapping
-        As `train_arm` gives.
-    arms : sequence of str
-        Rows.
-    baselines : sequence of str
-        Arms that every row is compared with; those that did not run are passed over.
-
-    Returns
-    -------
-    Table
-        A row for each condition and arm.
-
-    Example
-    -------
-    >>> record = dict(corpus="toy", labels_per_class="all", fold=1, seed=1, UA=0.875, WA=5 / 6, macro_F1=0.83)
-    >>> record["by_speaker"] = {"s": [[3, 1, 0], [0, 2, 0]]}
-    >>> records = [dict(record, arm=arm) for arm in ("scratch", "pretrained")]
-    >>> arm_table(records, ["scratch", "pretrained"], ["scratch"]).rows[1][:4]
-    ['toy', 'all', 'pretrained', '87.5 ± 0.0']
-    """
+    """UA of each arm: over all folds' test speakers, mean ± standard deviation over seeds, interval, differences."""
     others = [name for name in baselines if name in arms]
     head = ["corpus", "labels per class", "arm", "UA %", "95 % interval", "mean of folds", "WA %", "macro-F1 %"]
     rows = []
@@ -146,51 +80,13 @@ def arm_table(records: Sequence[Mapping], arms: Sequence[str], baselines: Sequen
 
 
 def paired(accuracy: np.ndarray, drawn: np.ndarray, place: int, against: int) -> str:
-    """Difference of two arms with its paired 95 % interval.
-
-    Parameters
-    ----------
-    accuracy : numpy.ndarray
-        `[arms, seeds]`, percent.
-    drawn : numpy.ndarray
-        `[draws, arms]`, percent.
-    place, against : int
-        The two arms.
-
-    Returns
-    -------
-    str
-        Text of a cell.
-
-    Example
-    -------
-    >>> paired(np.array([[50.0], [52.0]]), np.array([[50.0, 52.0], [51.0, 53.0]]), 1, 0)
-    '+2.0 (+2.0 to +2.0)'
-    """
+    """Difference of two arms with its paired 95 % interval."""
     low, high = np.percentile(drawn[:, place] - drawn[:, against], [2.5, 97.5])
     return signed(accuracy[place].mean() - accuracy[against].mean(), low, high)
 
 
 def arm_protocol(records: Sequence[Mapping]) -> str:
-    """Say how the table was made, from the records themselves.
-
-    Parameters
-    ----------
-    records : sequence of mapping
-        As `train_arm` gives.
-
-    Returns
-    -------
-    str
-        One paragraph.
-
-    Example
-    -------
-    >>> record = dict(fold=1, seed=1, protocol="2 folds", encoder="toy", pretraining_audio="training folds", steps=5)
-    >>> record.update(speaker_norm="none", selection="last step", n_test=6, test_speakers=1, code_version="1")
-    >>> arm_protocol([record])
-    'UA over the test speakers of all folds (1 fold, 1 speaker), mean ± standard deviation over 1 seed. ...'
-    """
+    """Say how the table was made, from the records themselves."""
     first = records[0]
     tests = {(record.get("corpus"), record["fold"]): record["test_speakers"] for record in records}
     seeds = len({record["seed"] for record in records})
@@ -216,22 +112,6 @@ def _many(number: int, noun: str) -> str:
 
 
 def told_steps(records: Sequence[Mapping]) -> str:
-    """Say how many optimiser steps were made: an epoch that was begun is finished, so folds may differ by some.
-
-    Parameters
-    ----------
-    records : sequence of mapping
-        With `steps`.
-
-    Returns
-    -------
-    str
-        One number, or the least and the greatest.
-
-    Example
-    -------
-    >>> told_steps([{"steps": 301}, {"steps": 300}])
-    '300 to 301'
-    """
+    """Say how many optimiser steps were made: an epoch that was begun is finished, so folds may differ by some."""
     made = sorted({record["steps"] for record in records})
     return f"{made[0]}" if len(made) == 1 else f"{made[0]} to {made[-1]}"

@@ -13,25 +13,7 @@ from speechbrain_mifuse.evaluation.metrics import confusion, unweighted_accuracy
 def speaker_counts(
     predicted: torch.Tensor, reference: torch.Tensor, speakers: Sequence[str], n_classes: int
 ) -> torch.Tensor:
-    """Confusion counts of each speaker.
-
-    Parameters
-    ----------
-    predicted, reference, n_classes
-        As for `confusion`.
-    speakers : sequence of str
-        `[N]`, speaker of each utterance.
-
-    Returns
-    -------
-    torch.Tensor
-        `[speakers, C, C + 1]`, speakers sorted by name.
-
-    Example
-    -------
-    >>> speaker_counts(torch.tensor([0, 1]), torch.tensor([0, 1]), ["b", "a"], 2).shape
-    torch.Size([2, 2, 3])
-    """
+    """Confusion counts of each speaker."""
     names = np.asarray(speakers)
     chosen = [torch.from_numpy(np.flatnonzero(names == name)) for name in sorted(set(speakers))]
     return torch.stack([confusion(predicted[rows], reference[rows], n_classes) for rows in chosen])

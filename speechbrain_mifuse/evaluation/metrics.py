@@ -6,27 +6,7 @@ import torch
 
 
 def confusion(predicted: torch.Tensor, reference: torch.Tensor, n_classes: int) -> torch.Tensor:
-    """Count reference classes (rows) against predicted ones (columns).
-
-    Parameters
-    ----------
-    predicted : torch.Tensor
-        `[N]`, class indices; -1 where there is no prediction, which counts as wrong.
-    reference : torch.Tensor
-        `[N]`, class indices.
-    n_classes : int
-        C.
-
-    Returns
-    -------
-    torch.Tensor
-        `[C, C + 1]`, int64; the last column counts missing predictions.
-
-    Example
-    -------
-    >>> confusion(torch.tensor([0, 1, -1]), torch.tensor([0, 0, 1]), 2).tolist()
-    [[1, 1, 0], [0, 0, 1]]
-    """
+    """Count reference classes (rows) against predicted ones (columns)."""
     column = torch.where(predicted < 0, n_classes, predicted)
     flat = torch.bincount(reference * (n_classes + 1) + column, minlength=n_classes * (n_classes + 1))
     return flat.view(n_classes, n_classes + 1)
@@ -55,26 +35,7 @@ def unweighted_accuracy(counts: torch.Tensor) -> torch.Tensor:
 
 
 def scores_of(counts: torch.Tensor) -> dict[str, float]:
-    """UA, WA and macro-F1 of a confusion matrix.
-
-    UA is `unweighted_accuracy`, `WA = correct / N`, `F1_c = 2 tp / (2 tp + fp + fn)`, averaged over the classes that
-    occur.
-
-    Parameters
-    ----------
-    counts : torch.Tensor
-        `[C, C + 1]`, as `confusion` gives.
-
-    Returns
-    -------
-    dict of str to float
-        `UA`, `WA`, `macro_F1`, in [0, 1].
-
-    Example
-    -------
-    >>> scores_of(torch.tensor([[3, 1, 0], [0, 2, 0]]))
-    {'UA': 0.875, 'WA': 0.8333..., 'macro_F1': 0.8285...}
-    """
+    """UA, WA and macro-F1 of a confusion matrix."""
     counts = counts.double()
     hits, total = counts.diagonal(), counts.sum(1)
     occurs = total > 0

@@ -25,27 +25,7 @@ STYLES = (
 
 
 def plot_confusion(path: str | Path, counts: torch.Tensor, labels: Sequence[str], title: str) -> None:
-    """Draw a confusion matrix: counts, shaded by each class's recall.
-
-    Parameters
-    ----------
-    path : str or pathlib.Path
-        PNG to write.
-    counts : torch.Tensor
-        `[C, C + 1]`, as `confusion` gives; the last column is drawn only when it is not empty.
-    labels : sequence of str
-        C class names.
-    title : str
-        Above the matrix.
-
-    Example
-    -------
-    >>> import tempfile
-    >>> path = Path(tempfile.mkdtemp()) / "confusion.png"
-    >>> plot_confusion(path, torch.tensor([[3, 1, 0], [0, 2, 0]]), ["angry", "sad"], "toy")
-    >>> path.stat().st_size > 1000
-    True
-    """
+    """Draw a confusion matrix: counts, shaded by each class's recall."""
     columns = [*labels, "no answer"][: len(labels) + int(counts[:, -1].sum() > 0)]
     counts = counts[:, : len(columns)]
     share = counts / counts.sum(1, keepdim=True).clamp(min=1)
@@ -63,27 +43,7 @@ def plot_confusion(path: str | Path, counts: torch.Tensor, labels: Sequence[str]
 
 
 def plot_grid(path: str | Path, values: np.ndarray, rows: Sequence[str], columns: Sequence[str], title: str) -> None:
-    """Draw a table of numbers, each cell shaded by its value.
-
-    Parameters
-    ----------
-    path : str or pathlib.Path
-        PNG to write.
-    values : numpy.ndarray
-        `[rows, columns]`.
-    rows, columns : sequence of str
-        Names.
-    title : str
-        Above the table.
-
-    Example
-    -------
-    >>> import tempfile
-    >>> path = Path(tempfile.mkdtemp()) / "grid.png"
-    >>> plot_grid(path, np.array([[50.0, 51.0]]), ["N = 1"], ["M = 1", "M = 2"], "toy")
-    >>> path.stat().st_size > 1000
-    True
-    """
+    """Draw a table of numbers, each cell shaded by its value."""
     figure = Figure(figsize=(1.6 + 0.9 * len(columns), 1.4 + 0.6 * len(rows)), layout="constrained")
     axes = figure.add_subplot()
     image = axes.imshow(values, cmap="cividis", aspect="auto")
@@ -97,24 +57,7 @@ def plot_grid(path: str | Path, values: np.ndarray, rows: Sequence[str], columns
 
 
 def plot_heatmap(path: str | Path, comparison: Comparison) -> None:
-    """Draw UA of every method on every transfer, printed in the cells, with the mean as a column of its own.
-
-    Parameters
-    ----------
-    path : str or pathlib.Path
-        PNG to write.
-    comparison : Comparison
-        Methods, transfers, seeds.
-
-    Example
-    -------
-    >>> import tempfile
-    >>> path = Path(tempfile.mkdtemp()) / "table.png"
-    >>> record = dict(source="a", target="b", teacher="c", method="m", seed=1, by_speaker={"s": [[3, 1, 0], [0, 2, 0]]})
-    >>> plot_heatmap(path, Comparison([record], ["m"]))
-    >>> path.stat().st_size > 1000
-    True
-    """
+    """Draw UA of every method on every transfer, printed in the cells, with the mean as a column of its own."""
     values = np.column_stack([comparison.accuracy.mean(2).T, comparison.means])  # [methods, transfers + 1]
     rows, columns = values.shape
     shade = cm.ScalarMappable(Normalize(values.min(), max(values.max(), values.min() + 1)), "cividis")
@@ -138,31 +81,7 @@ def plot_heatmap(path: str | Path, comparison: Comparison) -> None:
 
 
 def plot_transfers(path: str | Path, comparison: Comparison, methods: Sequence[str]) -> None:
-    """Draw UA per transfer of a few methods, with speaker-clustered 95 % intervals.
-
-    Parameters
-    ----------
-    path : str or pathlib.Path
-        PNG to write.
-    comparison : Comparison
-        Methods, transfers, seeds.
-    methods : sequence of str
-        Methods to draw, eight at most.
-
-    Raises
-    ------
-    UserError
-        If there are more, or one is not in the comparison.
-
-    Example
-    -------
-    >>> import tempfile
-    >>> path = Path(tempfile.mkdtemp()) / "transfers.png"
-    >>> record = dict(source="a", target="b", teacher="c", method="m", seed=1, by_speaker={"s": [[3, 1, 0], [0, 2, 0]]})
-    >>> plot_transfers(path, Comparison([record], ["m"]), ["m"])
-    >>> path.stat().st_size > 1000
-    True
-    """
+    """Draw UA per transfer of a few methods, with speaker-clustered 95 % intervals."""
     unknown = [name for name in methods if name not in comparison.methods]
     if unknown or len(methods) > len(STYLES):
         raise UserError(
@@ -191,23 +110,7 @@ def plot_transfers(path: str | Path, comparison: Comparison, methods: Sequence[s
 
 
 def save_figure(figure: Figure, path: str | Path) -> None:
-    """Write a figure.
-
-    Parameters
-    ----------
-    figure : matplotlib.figure.Figure
-        Drawn.
-    path : str or pathlib.Path
-        PNG to write.
-
-    Example
-    -------
-    >>> import tempfile
-    >>> path = Path(tempfile.mkdtemp()) / "empty.png"
-    >>> save_figure(Figure(figsize=(1, 1)), path)
-    >>> path.stat().st_size > 100
-    True
-    """
+    """Write a figure."""
     # The dollar signs of a name are no formula, which could be one that cannot be set.
     for text in figure.findobj(Text):
         text.set_parse_math(False)

@@ -82,23 +82,7 @@ def write_report(
 
 
 def run_page(case: Case) -> str:
-    """Make the page of one run.
-
-    Parameters
-    ----------
-    case : Case
-        With one run.
-
-    Returns
-    -------
-    str
-        HTML.
-
-    Example
-    -------
-    >>> run_page.__name__  # an example with a folder of results is in `tests/unit/test_report.py`
-    'run_page'
-    """
+    """Make the page of one run."""
     sections = sections_of(case)
     head = [facts(facts_of(case.records)), contents([section.title for section in sections])]
     body = [tag("section", *_parts(section, 2, place)) for place, section in enumerate(sections)]
@@ -106,27 +90,7 @@ def run_page(case: Case) -> str:
 
 
 def sweep_page(cases: Sequence[Case], name: str, teacher: str = "") -> str:
-    """Make the page of several runs: tables over the transfers, then what a run's page holds for each of them.
-
-    Parameters
-    ----------
-    cases : sequence of Case
-        Transfers.
-    name : str
-        Of the sweep.
-    teacher : str
-        As for `write_report`.
-
-    Returns
-    -------
-    str
-        HTML. Where the runs cannot stand in one table, it says why in its place.
-
-    Example
-    -------
-    >>> sweep_page.__name__  # an example with a folder of results is in `tests/unit/test_report.py`
-    'sweep_page'
-    """
+    """Make the page of several runs: tables over the transfers, then what a run's page holds for each of them."""
     records = [record for case in cases for record in case.records]
     try:
         comparison = complete_comparison(cases)
@@ -158,49 +122,13 @@ def _parts(section: Section, level: int, place: int | None = None) -> list[Html]
 
 
 def contents(titles: Sequence[str]) -> Html:
-    """Link to the sections of the page.
-
-    Parameters
-    ----------
-    titles : sequence of str
-        Headings in order.
-
-    Returns
-    -------
-    Html
-        A list of links.
-
-    Example
-    -------
-    >>> contents(["Methods"])
-    '<nav aria-label="Contents"><ul><li><a href="#s0">Methods</a></li></ul></nav>'
-    """
+    """Link to the sections of the page."""
     items = [tag("li", tag("a", title, href=f"#s{place}")) for place, title in enumerate(titles)]
     return tag("nav", tag("ul", *items), aria_label="Contents")
 
 
 def page(title: str, head: Sequence[Html], body: Sequence[Html], records: Sequence[Mapping]) -> str:
-    """Fill the template. Its policy lets no script run but its own and loads nothing.
-
-    Parameters
-    ----------
-    title : str
-        Of the page.
-    head, body : sequence of Html
-        What stands below the title, and the sections.
-    records : sequence of mapping
-        All results that are shown.
-
-    Returns
-    -------
-    str
-        HTML.
-
-    Example
-    -------
-    >>> "<h1>a &lt; b</h1>" in page("a < b", [], [], [{"code_version": "1"}])
-    True
-    """
+    """Fill the template. Its policy lets no script run but its own and loads nothing."""
     script = Path(__file__).with_name("report_sort.js").read_text(encoding="utf-8")
     digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
     told = f"Made from the result files of {many(len(records), 'method run')} by speechbrain_mifuse; nothing is loaded."
@@ -218,25 +146,7 @@ def page(title: str, head: Sequence[Html], body: Sequence[Html], records: Sequen
 
 
 def facts_of(records: Sequence[Mapping]) -> dict[str, str]:
-    """Say under what conditions results were got.
-
-    Parameters
-    ----------
-    records : sequence of mapping
-        As `write_results` writes.
-
-    Returns
-    -------
-    dict of str to str
-        Values by name; where results differ, all of them.
-
-    Example
-    -------
-    >>> record = {"source": "a", "target": "b", "teacher": "c", "seed": 1, "selection": "last step", "n_train": 9}
-    >>> found = facts_of([{**record, "n_test": 6}, {**record, "seed": 2, "n_train": 0, "n_test": 6}])
-    >>> found["Seeds"], found["Adapted on"]
-    ('1, 2', '9 utterances')
-    """
+    """Say under what conditions results were got."""
     trained = [record for record in records if record.get("steps")]
     targets = {record["target"] for record in records}
     adapted = max(record["n_train"] for record in records)
@@ -259,25 +169,7 @@ def facts_of(records: Sequence[Mapping]) -> dict[str, str]:
 
 
 def distinct(records: Iterable[Mapping], key: str) -> str:
-    """List the different values of a key.
-
-    Parameters
-    ----------
-    records : iterable of mapping
-        Those without the key are passed over.
-    key : str
-        The key.
-
-    Returns
-    -------
-    str
-        Each value once.
-
-    Example
-    -------
-    >>> distinct([{"seed": 1}, {"seed": 2}, {"seed": 1}], "seed")
-    '1, 2'
-    """
+    """List the different values of a key."""
     return ", ".join(dict.fromkeys(str(record[key]) for record in records if key in record))
 
 
@@ -285,30 +177,7 @@ def distinct(records: Iterable[Mapping], key: str) -> str:
 
 
 def complete_comparison(cases: Sequence[Case]) -> Comparison:
-    """Compare the methods that every run holds.
-
-    Parameters
-    ----------
-    cases : sequence of Case
-        Transfers.
-
-    Returns
-    -------
-    Comparison
-        Methods in the order of `ranked`.
-
-    Raises
-    ------
-    UserError
-        If there is none, results are without scores, or the runs do not belong beside each other.
-
-    Example
-    -------
-    >>> complete_comparison([])
-    Traceback (most recent call last):
-    ...
-    speechbrain_mifuse.errors.UserError: no method has a score in every run.
-    """
+    """Compare the methods that every run holds."""
     runs = [run for case in cases for run in case.runs if case.scored]
     common = set.intersection(*(set(run.outcomes) for run in runs)) if runs else set()
     if not common or not all(case.scored for case in cases):
@@ -331,24 +200,7 @@ def _intervals(cases: Sequence[Case], comparison: Comparison) -> list[dict[str, 
 
 
 def comparison_sections(comparison: Comparison) -> list[Section]:
-    """Make the sections about all transfers.
-
-    Parameters
-    ----------
-    comparison : Comparison
-        Methods, transfers, seeds.
-
-    Returns
-    -------
-    list of Section
-        Transfers, heat map, differences, intervals, seeds.
-
-    Example
-    -------
-    >>> record = dict(source="a", target="b", teacher="c", method="m", seed=1, by_speaker={"s": [[3, 1, 0], [0, 2, 0]]})
-    >>> [section.title for section in comparison_sections(Comparison([record], ["m"]))]
-    ['Transfers', 'Heat map', 'Paired differences', 'Intervals', 'Seeds']
-    """
+    """Make the sections about all transfers."""
     seeds = many(len(comparison.seeds), "seed")
     told = f"UA in percent of each method on each transfer, mean ± standard deviation over {seeds}; bold is the best "
     sections = [
@@ -371,50 +223,13 @@ def comparison_sections(comparison: Comparison) -> list[Section]:
 
 
 def shown(found: Table, caption: str, sort: bool = True) -> Html:
-    """Show one of the tables of `aggregate`.
-
-    Parameters
-    ----------
-    found : Table
-        Its `**...**` becomes bold.
-    caption : str
-        Above it.
-    sort : bool
-        Whether it can be sorted.
-
-    Returns
-    -------
-    Html
-        The table.
-
-    Example
-    -------
-    >>> "<strong>58.7</strong>" in shown(Table(["method", "UA %"], [["mi_fuse", "**58.7**"]]), "Scores")
-    True
-    """
+    """Show one of the tables of `aggregate`."""
     rows = [[first, *map(bold, rest)] for first, *rest in found.rows]
     return table(caption, ["method", *found.head[1:]], rows, sort=sort)
 
 
 def shown_differences(found: Table) -> Html:
-    """Show paired differences, coloured by the side of zero that their interval lies on.
-
-    Parameters
-    ----------
-    found : Table
-        As `difference_table` gives.
-
-    Returns
-    -------
-    Html
-        The table.
-
-    Example
-    -------
-    >>> row = ["mi_fuse", "58.7", "+6.3 (+3.4 to +9.2)", "-0.1 (-1.0 to +0.8)"]
-    >>> shown_differences(Table(["difference", "mean", "above a", "above b"], [row])).count('class="up"')
-    1
-    """
+    """Show paired differences, coloured by the side of zero that their interval lies on."""
     rows = [[*cells[:2], *(Shaded(cell, kind=_side(cell)) for cell in cells[2:])] for cells in found.rows]
     return table("Differences of mean UA in percent points", ["method", "mean UA %", *found.head[2:]], rows)
 
@@ -428,24 +243,7 @@ def _side(cell: str) -> str | None:
 
 
 def heat_map(comparison: Comparison) -> Html:
-    """Colour the mean UA of each method on each transfer.
-
-    Parameters
-    ----------
-    comparison : Comparison
-        Methods, transfers, seeds.
-
-    Returns
-    -------
-    Html
-        A table.
-
-    Example
-    -------
-    >>> record = dict(source="a", target="b", teacher="c", method="m", seed=1, by_speaker={"s": [[3, 1, 0], [0, 2, 0]]})
-    >>> heat_map(Comparison([record], ["m"])).count("87.5")
-    2
-    """
+    """Colour the mean UA of each method on each transfer."""
     values = np.column_stack([comparison.accuracy.mean(2).T, comparison.means])
     scale = float(values.min()), float(values.max())
     rows = [

@@ -32,20 +32,7 @@ DEPTHS = ("*", "*/*", "*/*/*")
 
 @dataclass(frozen=True, eq=False)
 class Outcome:
-    """One method of one run.
-
-    Parameters
-    ----------
-    folder : pathlib.Path
-        Of the method.
-    record : mapping
-        What its `results.json` holds.
-
-    Example
-    -------
-    >>> Outcome(Path("/nowhere"), {}).log
-    {}
-    """
+    """One method of one run."""
 
     folder: Path
     record: Mapping
@@ -79,23 +66,7 @@ class Outcome:
 
 
 def read_log(text: str) -> dict[str, list[float]]:
-    r"""Read what SpeechBrain's `FileTrainLogger` wrote.
-
-    Parameters
-    ----------
-    text : str
-        Lines as `epoch: 10 - train loss: -4.12e-01, train lalm_weight: 5.15e-01`.
-
-    Returns
-    -------
-    dict of str to list of float
-        Columns; where a resumed run logged an epoch again, the later line counts.
-
-    Example
-    -------
-    >>> read_log("epoch: 1 - train loss: 2.0e+00\nepoch: 2 - train loss: 1.5e+00\n")
-    {'epoch': [1.0, 2.0], 'loss': [2.0, 1.5]}
-    """
+    r"""Read what SpeechBrain's `FileTrainLogger` wrote."""
     rows: dict[float, dict[str, float]] = {}
     for line in text.splitlines():
         found = dict(re.findall(r"(?:^|train |, )([\w]+): ([-+.\w]+)", line))
@@ -117,23 +88,7 @@ def _read_json(path: Path):
 
 @dataclass(frozen=True, eq=False)
 class Run:
-    """One run: one transfer with one seed, some methods.
-
-    Parameters
-    ----------
-    folder : pathlib.Path
-        Its output folder.
-    outcomes : mapping of str to Outcome
-        By method.
-
-    Example
-    -------
-    >>> record = {"labels": ["angry", "sad"], "method": "m"}
-    >>> run = Run(Path("/nowhere"), {"m": Outcome(Path("/nowhere/m"), record)})
-    >>> run.outcomes["m"].predictions["t-a"] = [0.1, 0.9]
-    >>> run.ids, run.probs("m").tolist(), run.chosen("m").tolist(), run.reference
-    (['t-a'], [[0.1, 0.9]], [1], None)
-    """
+    """One run: one transfer with one seed, some methods."""
 
     folder: Path
     outcomes: Mapping[str, Outcome]
@@ -189,20 +144,7 @@ class Run:
 
 @dataclass(frozen=True, eq=False)
 class Case:
-    """All runs of one transfer: one for each seed.
-
-    Parameters
-    ----------
-    runs : list of Run
-        By seed.
-
-    Example
-    -------
-    >>> record = {"source": "a", "target": "b", "teacher": "c", "UA": 0.5, "method": "m", "labels": [], "seed": 1}
-    >>> case = Case([Run(Path("/nowhere"), {"m": Outcome(Path("/nowhere/m"), record)})])
-    >>> case.name, case.methods, case.seeds("m"), case.scores("m", "UA")
-    ('a to b', ['m'], [1], [0.5])
-    """
+    """All runs of one transfer: one for each seed."""
 
     runs: Sequence[Run]
 
@@ -260,24 +202,7 @@ class Case:
 
 
 def ranked(records: Iterable[Mapping]) -> list[str]:
-    """Order methods for a report: the lower bound, then by ascending mean UA, then the upper bound.
-
-    Parameters
-    ----------
-    records : iterable of mapping
-        As `write_results` writes; without labels, names decide.
-
-    Returns
-    -------
-    list of str
-        Each method once.
-
-    Example
-    -------
-    >>> scores = {"oracle": 0.9, "b": 0.6, "a": 0.7, "source_only": 0.65}
-    >>> ranked({"method": name, "UA": score} for name, score in scores.items())
-    ['source_only', 'b', 'a', 'oracle']
-    """
+    """Order methods for a report: the lower bound, then by ascending mean UA, then the upper bound."""
     found: dict[str, list[float]] = {}
     for record in records:
         found.setdefault(record["method"], []).append(record["UA"] or 0.0)
@@ -285,30 +210,7 @@ def ranked(records: Iterable[Mapping]) -> list[str]:
 
 
 def read_cases(folder: str | Path) -> list[Case]:
-    """Find the results of a run or a sweep.
-
-    Parameters
-    ----------
-    folder : str or pathlib.Path
-        Of a run, of one pair of a sweep, or of a whole sweep.
-
-    Returns
-    -------
-    list of Case
-        By target, source, teacher.
-
-    Raises
-    ------
-    UserError
-        If there is none, or one is damaged; the message names it.
-
-    Example
-    -------
-    >>> read_cases("/nowhere")
-    Traceback (most recent call last):
-    ...
-    speechbrain_mifuse.errors.UserError: /nowhere: no results of an adaptation below it. ...
-    """
+    """Find the results of a run or a sweep."""
     found = sorted(path for depth in DEPTHS for path in Path(folder).glob(f"{depth}/{RESULTS}"))
     cases = cases_of(found)
     if not cases:
@@ -317,28 +219,7 @@ def read_cases(folder: str | Path) -> list[Case]:
 
 
 def cases_of(paths: Iterable[str | Path]) -> list[Case]:
-    """Arrange results by transfer and run.
-
-    Parameters
-    ----------
-    paths : iterable of str or pathlib.Path
-        `results.json` files; those that do not hold one method's record are passed over.
-
-    Returns
-    -------
-    list of Case
-        By target, source, teacher.
-
-    Raises
-    ------
-    UserError
-        If one is damaged; the message names it.
-
-    Example
-    -------
-    >>> cases_of([])
-    []
-    """
+    """Arrange results by transfer and run."""
     runs: dict[Path, dict[str, Outcome]] = {}
     for path in map(Path, paths):
         record = _read_json(path)

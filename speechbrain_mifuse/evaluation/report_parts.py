@@ -27,39 +27,13 @@ WIDTH = 320
 
 
 class Html(str):
-    """Text that is markup already; every other text is escaped where it meets markup.
-
-    Example
-    -------
-    >>> tag("b", "1 < 2", Html("<i>x</i>"))
-    '<b>1 &lt; 2<i>x</i></b>'
-    """
+    """Text that is markup already; every other text is escaped where it meets markup."""
 
     __slots__ = ()
 
 
 def tag(name: str, *children, **attributes) -> Html:
-    """Make an element.
-
-    Parameters
-    ----------
-    name : str
-        Of the element.
-    *children
-        Content: `Html` as it is, all else as escaped text.
-    **attributes
-        Escaped; `_` stands for `-`, one at the end is dropped (`class_`), and `None` leaves the attribute out.
-
-    Returns
-    -------
-    Html
-        The element.
-
-    Example
-    -------
-    >>> tag("td", "<script>", class_="a>b", data_place=None)
-    '<td class="a&gt;b">&lt;script&gt;</td>'
-    """
+    """Make an element."""
     given = "".join(
         f' {key.rstrip("_").replace("_", "-")}="{html.escape(printable(str(value)))}"'
         for key, value in attributes.items()
@@ -69,64 +43,17 @@ def tag(name: str, *children, **attributes) -> Html:
 
 
 def joined(children: Iterable) -> Html:
-    """Put markup and text together.
-
-    Parameters
-    ----------
-    children : iterable
-        `Html` as it is, all else as escaped text.
-
-    Returns
-    -------
-    Html
-        All of it.
-
-    Example
-    -------
-    >>> joined(["a & b", Html("<br>")])
-    'a &amp; b<br>'
-    """
+    """Put markup and text together."""
     return Html("".join(c if isinstance(c, Html) else html.escape(printable(str(c)), quote=False) for c in children))
 
 
 def bold(cell: str) -> Html:
-    """Turn the `**...**` of an `aggregate.Table` into bold.
-
-    Parameters
-    ----------
-    cell : str
-        Of the table.
-
-    Returns
-    -------
-    Html
-        The cell's content.
-
-    Example
-    -------
-    >>> bold("**58.7** ± 0.4 <")
-    '<strong>58.7</strong> ± 0.4 &lt;'
-    """
+    """Turn the `**...**` of an `aggregate.Table` into bold."""
     return Html(re.sub(r"\*\*(.+?)\*\*", r"<strong>\1</strong>", joined([cell])))
 
 
 class Shaded(NamedTuple):
-    """A cell of a table with a style of its own.
-
-    Attributes
-    ----------
-    content : Html or str
-        What it shows.
-    style : str or None
-        CSS of our own making; never text from a file.
-    kind : str or None
-        Class of the style sheet.
-
-    Example
-    -------
-    >>> Shaded("58.7", kind="up").style is None
-    True
-    """
+    """A cell of a table with a style of its own."""
 
     content: Html | str
     style: str | None = None
@@ -134,31 +61,7 @@ class Shaded(NamedTuple):
 
 
 def table(caption: str, head: Sequence, rows: Iterable[Sequence], kind: str | None = None, sort: bool = True) -> Html:
-    """Make a table that scrolls within its own box; a click on a head sorts it.
-
-    Parameters
-    ----------
-    caption : str
-        Above it.
-    head : sequence
-        Names of the columns; an `Html` one is not sorted by.
-    rows : iterable of sequence
-        Cells: text, `Html` or `Shaded`. The first of each row names it.
-    kind : str, optional
-        More classes of the style sheet.
-    sort : bool
-        Whether it can be sorted.
-
-    Returns
-    -------
-    Html
-        The table in its box.
-
-    Example
-    -------
-    >>> table("Scores", ["method", "UA %"], [["mi_fuse", "58.7"]])
-    '<div class="scroll" ...><table class="sortable"><caption>...<th scope="row">mi_<wbr>fuse</th><td>58.7</td>...'
-    """
+    """Make a table that scrolls within its own box; a click on a head sorts it."""
     heads = [tag("th", cell, scope="col", class_="plain" if isinstance(cell, Html) else None) for cell in head]
     body = [tag("tr", tag("th", breakable(first), scope="row"), *map(_cell, rest)) for first, *rest in rows]
     classes = " ".join(name for name in ("sortable" if sort else None, kind) if name)
@@ -168,23 +71,7 @@ def table(caption: str, head: Sequence, rows: Iterable[Sequence], kind: str | No
 
 
 def breakable(name: str) -> Html:
-    """Let a long name break after its underscores alone.
-
-    Parameters
-    ----------
-    name : str
-        As of a method.
-
-    Returns
-    -------
-    Html
-        The name.
-
-    Example
-    -------
-    >>> breakable("mi_fuse")
-    'mi_<wbr>fuse'
-    """
+    """Let a long name break after its underscores alone."""
     return Html(joined([name]).replace("_", "_<wbr>"))
 
 
@@ -195,25 +82,7 @@ def _cell(cell) -> Html:
 
 
 def heat(value: float, low: float, high: float) -> str:
-    """Colour a cell by its value, from dark blue to yellow, told apart by colour-blind readers too.
-
-    Parameters
-    ----------
-    value : float
-        Of the cell.
-    low, high : float
-        Ends of the scale.
-
-    Returns
-    -------
-    str
-        CSS of background and text.
-
-    Example
-    -------
-    >>> heat(0.0, 0.0, 1.0)
-    'background:#00224e;color:#fff'
-    """
+    """Colour a cell by its value, from dark blue to yellow, told apart by colour-blind readers too."""
     share = (value - low) / (high - low) if high > low else 1.0
     parts = matplotlib.colormaps["cividis"](min(max(share, 0.0), 1.0))[:3]
     # Relative luminance (WCAG 2): at 0.179 black and white text stand out equally.
@@ -223,25 +92,7 @@ def heat(value: float, low: float, high: float) -> str:
 
 
 def ticks(low: float, high: float, count: int = 4) -> list[float]:
-    """Choose round numbers on an axis.
-
-    Parameters
-    ----------
-    low, high : float
-        Ends of the axis.
-    count : int
-        About how many.
-
-    Returns
-    -------
-    list of float
-        Ascending, within the ends.
-
-    Example
-    -------
-    >>> ticks(0.0, 1.0), ticks(43.0, 61.0)
-    ([0.0, 0.25, 0.5, 0.75, 1.0], [45.0, 50.0, 55.0, 60.0])
-    """
+    """Choose round numbers on an axis."""
     rough = (high - low) / count
     power = 10.0 ** math.floor(math.log10(rough))
     step = min((power * factor for factor in (1, 2, 2.5, 5, 10)), key=lambda step: abs(step - rough))
@@ -251,23 +102,7 @@ def ticks(low: float, high: float, count: int = 4) -> list[float]:
 
 @dataclass(frozen=True)
 class Frame:
-    """Axes of a figure.
-
-    Parameters
-    ----------
-    x, y : tuple of float
-        Ends of the axes.
-    height : int
-        Of the figure, in units of which it is 320 wide.
-    x_label, y_label : str
-        Names of the axes.
-
-    Example
-    -------
-    >>> frame = Frame((0, 1), (0, 1), height=190)
-    >>> frame.place(0, 0), frame.place(1, 1)
-    ('56 156', '312 10')
-    """
+    """Axes of a figure."""
 
     x: tuple[float, float]
     y: tuple[float, float]
@@ -297,20 +132,7 @@ class Frame:
         return "M" + "L".join(points) if points else ""
 
     def drawn(self, told: str, *marks: Html) -> Html:
-        """Give the whole figure: grid, numbers, names, and the marks above them.
-
-        Parameters
-        ----------
-        told : str
-            What it shows, for readers who cannot see it.
-        *marks : Html
-            Elements.
-
-        Returns
-        -------
-        Html
-            The `svg` element.
-        """
+        """Give the whole figure: grid, numbers, names, and the marks above them."""
         parts = []
         floor, end = self.height - self.bottom, WIDTH - self.right
         for value in ticks(*self.y, 3 if self.height < 200 else 5):
@@ -330,25 +152,7 @@ class Frame:
 
 
 def ends(values: Iterable[float], least: float = 1e-3) -> tuple[float, float]:
-    """Choose the ends of an axis: some room around the values.
-
-    Parameters
-    ----------
-    values : iterable of float
-        Those that are not finite are left out.
-    least : float
-        Length of the axis at least.
-
-    Returns
-    -------
-    tuple of float
-        (0, 1) without any value.
-
-    Example
-    -------
-    >>> ends([10.0, 20.0]), ends([])
-    ((9.2, 20.8), (0.0, 1.0))
-    """
+    """Choose the ends of an axis: some room around the values."""
     known = [value for value in values if math.isfinite(value)]
     if not known:
         return 0.0, 1.0
@@ -358,22 +162,7 @@ def ends(values: Iterable[float], least: float = 1e-3) -> tuple[float, float]:
 
 
 class Line(NamedTuple):
-    """A curve.
-
-    Attributes
-    ----------
-    x, y : sequence of float
-        Points.
-    colour : int
-        Place among the colours.
-    thin : bool
-        Whether it stays in the background.
-
-    Example
-    -------
-    >>> Line([1, 2], [0.5, 0.6]).thin
-    False
-    """
+    """A curve."""
 
     x: Sequence[float]
     y: Sequence[float]
@@ -382,29 +171,7 @@ class Line(NamedTuple):
 
 
 def curves(told: str, lines: Sequence[Line], x_label: str, y_label: str, y: tuple[float, float] | None = None) -> Html:
-    """Draw curves.
-
-    Parameters
-    ----------
-    told : str
-        What they show.
-    lines : sequence of Line
-        At least one with points.
-    x_label, y_label : str
-        Names of the axes.
-    y : tuple of float, optional
-        Ends of the vertical axis; by default those of the values.
-
-    Returns
-    -------
-    Html
-        The figure.
-
-    Example
-    -------
-    >>> "<path" in curves("loss", [Line([1, 2], [0.5, float("nan")])], "epoch", "loss")
-    True
-    """
+    """Draw curves."""
     xs = [value for line in lines for value in line.x]
     frame = Frame(
         (min(xs), max(xs)) if max(xs) > min(xs) else (xs[0] - 1, xs[0] + 1),
@@ -424,31 +191,7 @@ def curves(told: str, lines: Sequence[Line], x_label: str, y_label: str, y: tupl
 
 
 def histogram(told: str, groups: Sequence[Sequence[float]], x: tuple[float, float], x_label: str, bins: int) -> Html:
-    """Draw how often values occur.
-
-    Parameters
-    ----------
-    told : str
-        What it shows.
-    groups : sequence of sequence of float
-        One outline for each.
-    x : tuple of float
-        Ends of the horizontal axis; values beyond count at its ends.
-    x_label : str
-        Name of the horizontal axis.
-    bins : int
-        Of equal width.
-
-    Returns
-    -------
-    Html
-        The figure.
-
-    Example
-    -------
-    >>> "share" in histogram("weights", [[0.4, 0.5, 0.5]], (0, 1), "weight", 20)
-    True
-    """
+    """Draw how often values occur."""
     edges = np.linspace(*x, bins + 1)
     shares = [np.histogram(np.clip(group, *x), edges)[0] * 100 / max(len(group), 1) for group in groups]
     frame = Frame(x, (0.0, max(1.0, 1.05 * max(map(np.max, shares)))), 150, x_label, "share %")
@@ -461,27 +204,7 @@ def histogram(told: str, groups: Sequence[Sequence[float]], x: tuple[float, floa
 
 
 def reliability_figure(told: str, stated: Sequence[float], frequency: Sequence[float], count: Sequence[int]) -> Html:
-    """Draw a reliability diagram: how often an answer is right against how sure it was.
-
-    Parameters
-    ----------
-    told : str
-        What it shows.
-    stated, frequency : sequence of float
-        Mean confidence and share of right answers of each bin.
-    count : sequence of int
-        Answers in it; fewer than ten are drawn hollow.
-
-    Returns
-    -------
-    Html
-        The figure.
-
-    Example
-    -------
-    >>> reliability_figure("mi_fuse", [0.9], [0.5], [3]).count("hollow")
-    1
-    """
+    """Draw a reliability diagram: how often an answer is right against how sure it was."""
     frame = Frame((0, 1), (0, 1), 230, "confidence", "right")
     dots = {few: "" for few in (False, True)}
     for x, y, n in zip(stated, frequency, count, strict=True):
@@ -501,29 +224,7 @@ SHAPES = (("m0", "h0"), ("m1", "h0"), ("m2", "m-3.4 2.4h6.8l-3.4-6z"), ("m2", "m
 
 
 def scatter(told: str, points: np.ndarray, classes: np.ndarray, box: tuple[tuple[float, float], ...]) -> Html:
-    """Draw points, each class with a colour and a mark of its own.
-
-    Parameters
-    ----------
-    told : str
-        What it shows.
-    points : numpy.ndarray
-        `[N, 2]`.
-    classes : numpy.ndarray
-        `[N]`, ints from 0.
-    box : tuple of tuple of float
-        Ends of the two axes.
-
-    Returns
-    -------
-    Html
-        The figure.
-
-    Example
-    -------
-    >>> scatter("toy", np.array([[0.0, 0.0], [1.0, 1.0]]), np.array([0, 1]), ((0, 1), (0, 1))).count("dots")
-    2
-    """
+    """Draw points, each class with a colour and a mark of its own."""
     frame = Frame(*box, 250, "first component", "second component")
     marks = []
     for label in sorted(set(classes.tolist())):
@@ -534,25 +235,7 @@ def scatter(told: str, points: np.ndarray, classes: np.ndarray, box: tuple[tuple
 
 
 def legend(names: Sequence[str], marks: bool = False) -> Html:
-    """Say which colour, and which mark of a scatter plot, belongs to what.
-
-    Parameters
-    ----------
-    names : sequence of str
-        In the order of the colours.
-    marks : bool
-        Whether the figure has marks by class.
-
-    Returns
-    -------
-    Html
-        A list.
-
-    Example
-    -------
-    >>> legend(["angry"]).count("<li>")
-    1
-    """
+    """Say which colour, and which mark of a scatter plot, belongs to what."""
     items = []
     for place, name in enumerate(names):
         kind, shape = SHAPES[place % len(SHAPES)] if marks else SHAPES[1]
@@ -562,27 +245,7 @@ def legend(names: Sequence[str], marks: bool = False) -> Html:
 
 
 def bar(mean: float, interval: Sequence[float], scale: tuple[float, float]) -> Html:
-    """Draw a value with its interval, for a cell of a table.
-
-    Parameters
-    ----------
-    mean : float
-        The value.
-    interval : sequence of float
-        Its bounds.
-    scale : tuple of float
-        Ends of the axis, the same for all rows.
-
-    Returns
-    -------
-    Html
-        The figure.
-
-    Example
-    -------
-    >>> "h0" in bar(50.0, (45.0, 55.0), (40.0, 60.0))
-    True
-    """
+    """Draw a value with its interval, for a cell of a table."""
     low, high = scale
     x, a, b = (round(4 + 112 * (value - low) / max(high - low, 1e-9), 1) for value in (mean, *interval))
     whisker = tag("path", d=f"M{a} 8H{b}", class_="line c0")
@@ -591,25 +254,7 @@ def bar(mean: float, interval: Sequence[float], scale: tuple[float, float]) -> H
 
 
 def two_bars(down: float, up: float, most: float) -> Html:
-    """Draw a loss to the left and a gain to the right of a line, for a cell of a table.
-
-    Parameters
-    ----------
-    down, up : float
-        At least 0.
-    most : float
-        Length of either half.
-
-    Returns
-    -------
-    Html
-        The figure.
-
-    Example
-    -------
-    >>> two_bars(1.0, 2.0, 4.0).count("rect")
-    4
-    """
+    """Draw a loss to the left and a gain to the right of a line, for a cell of a table."""
     left, right = (round(58 * value / max(most, 1e-9), 1) for value in (down, up))
     parts = [
         tag("rect", x=60 - left, y=2, width=left, height=12, class_="fill c1"),
@@ -620,46 +265,12 @@ def two_bars(down: float, up: float, most: float) -> Html:
 
 
 def figure(caption: str, *parts: Html) -> Html:
-    """Put parts under a caption.
-
-    Parameters
-    ----------
-    caption : str
-        Above them.
-    *parts : Html
-        Figures, legends.
-
-    Returns
-    -------
-    Html
-        The element.
-
-    Example
-    -------
-    >>> figure("mi_fuse")
-    '<figure><figcaption>mi_fuse</figcaption></figure>'
-    """
+    """Put parts under a caption."""
     return tag("figure", tag("figcaption", caption), *parts)
 
 
 def grid(parts: Sequence[Html]) -> Html:
-    """Put figures beside each other as far as the screen is wide; what is more than a screenful opens on a click.
-
-    Parameters
-    ----------
-    parts : sequence of Html
-        Figures, the most important first.
-
-    Returns
-    -------
-    Html
-        The element.
-
-    Example
-    -------
-    >>> grid([])
-    '<div class="grid-of-figures"></div>'
-    """
+    """Put figures beside each other as far as the screen is wide; what is more than a screenful opens on a click."""
     shown, more = parts[:FIGURES], parts[FIGURES:]
     found = tag("div", *shown, class_="grid-of-figures")
     if not more:
@@ -669,22 +280,6 @@ def grid(parts: Sequence[Html]) -> Html:
 
 
 def facts(found: Mapping[str, str]) -> Html:
-    """List names with what they stand for.
-
-    Parameters
-    ----------
-    found : mapping of str to str
-        Empty ones are left out.
-
-    Returns
-    -------
-    Html
-        A description list.
-
-    Example
-    -------
-    >>> facts({"Seed": "1", "Steps": ""})
-    '<dl><div><dt>Seed</dt><dd>1</dd></div></dl>'
-    """
+    """List names with what they stand for."""
     rows = (tag("div", tag("dt", name), tag("dd", value)) for name, value in found.items() if value)
     return tag("dl", *rows)

@@ -44,22 +44,7 @@ WEIGHT_BINS = 20
 
 
 class Section(NamedTuple):
-    """One part of the page.
-
-    Attributes
-    ----------
-    title : str
-        Its heading.
-    sentence : str
-        What it shows.
-    content : Html
-        The rest.
-
-    Example
-    -------
-    >>> Section("Methods", "Scores of each method.", Html("")).title
-    'Methods'
-    """
+    """One part of the page."""
 
     title: str
     sentence: str
@@ -67,93 +52,23 @@ class Section(NamedTuple):
 
 
 def many(number: int, noun: str) -> str:
-    """Count things.
-
-    Parameters
-    ----------
-    number : int
-        How many.
-    noun : str
-        Of one.
-
-    Returns
-    -------
-    str
-        Number and noun.
-
-    Example
-    -------
-    >>> many(1, "seed"), many(2, "seed")
-    ('1 seed', '2 seeds')
-    """
+    """Count things."""
     return f"{number} {noun}" + "s" * (number != 1)
 
 
 def percent(value: float | None) -> str:
-    """Write a fraction in percent.
-
-    Parameters
-    ----------
-    value : float or None
-        In [0, 1].
-
-    Returns
-    -------
-    str
-        With one decimal; empty for none.
-
-    Example
-    -------
-    >>> percent(0.587), percent(None), percent(float("nan"))
-    ('58.7', '', '')
-    """
+    """Write a fraction in percent."""
     return "" if value is None or math.isnan(value) else f"{100 * value:.1f}"
 
 
 def sections_of(case: Case, intervals: Mapping[str, Sequence[float]] | None = None) -> list[Section]:
-    """Make the sections about one transfer; those without data are left out.
-
-    Parameters
-    ----------
-    case : Case
-        Its runs.
-    intervals : mapping of str to sequence of float, optional
-        95 % intervals of UA in percent, for several runs.
-
-    Returns
-    -------
-    list of Section
-        In the order of the page.
-
-    Example
-    -------
-    >>> len(SECTIONS)
-    9
-    """
+    """Make the sections about one transfer; those without data are left out."""
     made = [functools.partial(methods_section, intervals=intervals or {}), *SECTIONS[1:]]
     return [section for make in made if (section := make(case)) is not None]
 
 
 def methods_section(case: Case, intervals: Mapping[str, Sequence[float]]) -> Section:
-    """Show the scores of each method.
-
-    Parameters
-    ----------
-    case : Case
-        The runs.
-    intervals : mapping of str to sequence of float
-        As for `sections_of`; for a single run those of its results are taken.
-
-    Returns
-    -------
-    Section
-        Without labels only what was predicted.
-
-    Example
-    -------
-    >>> methods_section.__name__  # an example with a folder of results is in `tests/unit/test_report.py`
-    'methods_section'
-    """
+    """Show the scores of each method."""
     if not case.scored:
         return _predicted_section(case)
     if len(case.runs) == 1:
@@ -199,23 +114,7 @@ def _predicted_section(case: Case) -> Section:
 
 
 def verdict_section(case: Case) -> Section | None:
-    """Say what the verdict without labels was.
-
-    Parameters
-    ----------
-    case : Case
-        The runs.
-
-    Returns
-    -------
-    Section or None
-        `None` where no verdict was asked for.
-
-    Example
-    -------
-    >>> verdict_section.__name__  # an example with a folder of results is in `tests/unit/test_report.py`
-    'verdict_section'
-    """
+    """Say what the verdict without labels was."""
     judged = [run for run in case.runs if run.verdict is not None]
     if not judged:
         return None
@@ -236,49 +135,12 @@ def _verdict(run: Run) -> Html:
 
 
 def by_speaker(case: Case, method: str) -> np.ndarray:
-    """Confusion counts of each test speaker, summed over the runs.
-
-    Parameters
-    ----------
-    case : Case
-        The runs, scored.
-    method : str
-        Name.
-
-    Returns
-    -------
-    numpy.ndarray
-        `[speakers, C, C + 1]`.
-
-    Example
-    -------
-    >>> from pathlib import Path
-    >>> record = {"by_speaker": {"s": [[3, 1, 0], [0, 2, 0]]}}
-    >>> by_speaker(Case([Run(Path("/nowhere"), {"m": Outcome(Path("/nowhere/m"), record)})]), "m").shape
-    (1, 2, 3)
-    """
+    """Confusion counts of each test speaker, summed over the runs."""
     return np.sum([list(outcome.record["by_speaker"].values()) for outcome in case.outcomes(method)], axis=0)
 
 
 def confusion_section(case: Case) -> Section | None:
-    """Show the confusion matrix of each method.
-
-    Parameters
-    ----------
-    case : Case
-        The runs.
-
-    Returns
-    -------
-    Section or None
-        `None` without labels.
-
-    Example
-    -------
-    >>> from pathlib import Path
-    >>> record = {"UA": None, "labels": ["x"], "method": "m"}
-    >>> confusion_section(Case([Run(Path("/nowhere"), {"m": Outcome(Path("/nowhere/m"), record)})]))
-    """
+    """Show the confusion matrix of each method."""
     if not case.scored:
         return None
     made = []
@@ -295,27 +157,7 @@ def confusion_section(case: Case) -> Section | None:
 
 
 def confusion_table(counts: np.ndarray, labels: Sequence[str], caption: str) -> Html:
-    """Show one confusion matrix.
-
-    Parameters
-    ----------
-    counts : numpy.ndarray
-        `[C, C + 1]`; the last column is shown only when it is not empty.
-    labels : sequence of str
-        C class names.
-    caption : str
-        Above it.
-
-    Returns
-    -------
-    Html
-        A table.
-
-    Example
-    -------
-    >>> confusion_table(np.array([[3, 1, 0], [0, 2, 0]]), ["angry", "sad"], "toy").count("75 %")
-    1
-    """
+    """Show one confusion matrix."""
     columns = [*labels, "no answer"][: len(labels) + int(counts[:, -1].sum() > 0)]
     shares = counts / np.maximum(counts.sum(1, keepdims=True), 1)
     rows = []
@@ -329,23 +171,7 @@ def confusion_table(counts: np.ndarray, labels: Sequence[str], caption: str) -> 
 
 
 def speakers_section(case: Case) -> Section | None:
-    """Show UA of each test speaker.
-
-    Parameters
-    ----------
-    case : Case
-        The runs.
-
-    Returns
-    -------
-    Section or None
-        `None` without labels.
-
-    Example
-    -------
-    >>> speakers_section.__name__  # an example with a folder of results is in `tests/unit/test_report.py`
-    'speakers_section'
-    """
+    """Show UA of each test speaker."""
     if not case.scored:
         return None
     accuracy = {}
@@ -368,23 +194,7 @@ def speakers_section(case: Case) -> Section | None:
 
 
 def training_section(case: Case) -> Section | None:
-    """Draw what happened during the training of each method.
-
-    Parameters
-    ----------
-    case : Case
-        The runs.
-
-    Returns
-    -------
-    Section or None
-        `None` if nothing was trained.
-
-    Example
-    -------
-    >>> training_section.__name__  # an example with a folder of results is in `tests/unit/test_report.py`
-    'training_section'
-    """
+    """Draw what happened during the training of each method."""
     accuracy = {name: [_accuracy_line(outcome) for outcome in case.outcomes(name)] for name in case.methods}
     loss = {name: [_column_line(outcome, "loss") for outcome in case.outcomes(name)] for name in case.methods}
     lines = [line for found in accuracy.values() for line in found if line is not None]
@@ -432,23 +242,7 @@ def _chart(
 
 
 def weighing_section(case: Case) -> Section | None:
-    """Show what the methods that weigh two teachers give to each.
-
-    Parameters
-    ----------
-    case : Case
-        The runs.
-
-    Returns
-    -------
-    Section or None
-        `None` without such a method.
-
-    Example
-    -------
-    >>> weighing_section.__name__  # an example with a folder of results is in `tests/unit/test_report.py`
-    'weighing_section'
-    """
+    """Show what the methods that weigh two teachers give to each."""
     rows, made = [], []
     lines = {name: [_column_line(outcome, "lalm_weight") for outcome in case.outcomes(name)] for name in case.methods}
     box = ends((value for found in lines.values() for line in found if line for value in line.y), least=0.1)
@@ -506,23 +300,7 @@ def _weighing_figures(name: str, known: Sequence[Mapping]) -> list[Html]:
 
 
 def agreement_section(case: Case) -> Section | None:
-    """Compare each method's answers with those of the source and of the API teacher.
-
-    Parameters
-    ----------
-    case : Case
-        The runs.
-
-    Returns
-    -------
-    Section or None
-        `None` if neither was run.
-
-    Example
-    -------
-    >>> agreement_section.__name__  # an example with a folder of results is in `tests/unit/test_report.py`
-    'agreement_section'
-    """
+    """Compare each method's answers with those of the source and of the API teacher."""
     tables = [found for make in (_flips, _sides) if (found := make(case)) is not None]
     if not tables:
         return None
@@ -534,30 +312,7 @@ def agreement_section(case: Case) -> Section | None:
 
 
 def answers(case: Case, *methods: str) -> tuple[list[np.ndarray], np.ndarray | None]:
-    """Put the answers of some methods beside each other, over all runs that hold them all.
-
-    Parameters
-    ----------
-    case : Case
-        The runs.
-    *methods : str
-        Names.
-
-    Returns
-    -------
-    chosen : list of numpy.ndarray
-        `[N]` for each method, class indices; -1 where there is no answer.
-    reference : numpy.ndarray or None
-        `[N]`; `None` without labels.
-
-    Example
-    -------
-    >>> from pathlib import Path
-    >>> run = Run(Path("/nowhere"), {"m": Outcome(Path("/nowhere/m"), {"labels": ["x", "y"]})})
-    >>> run.outcomes["m"].predictions["t-a"] = [0.1, 0.9]
-    >>> [found.tolist() for found in answers(Case([run]), "m")[0]]
-    [[1]]
-    """
+    """Put the answers of some methods beside each other, over all runs that hold them all."""
     runs = [run for run in case.runs_of(*methods) if all(run.outcomes[method].predictions for method in methods)]
     if not runs:
         return [np.array([], int) for _ in methods], None
@@ -625,25 +380,7 @@ def _sides(case: Case) -> Html | None:
 
 
 def calibration(case: Case, method: str) -> Reliability | None:
-    """Compare how sure a method is with how often it was right, over all runs, as sure as what it exported is.
-
-    Parameters
-    ----------
-    case : Case
-        The runs.
-    method : str
-        Name.
-
-    Returns
-    -------
-    Reliability or None
-        `None` without labels or predictions.
-
-    Example
-    -------
-    >>> from pathlib import Path
-    >>> calibration(Case([Run(Path("/nowhere"), {"m": Outcome(Path("/nowhere/m"), {})})]), "m")
-    """
+    """Compare how sure a method is with how often it was right, over all runs, as sure as what it exported is."""
     runs = [run for run in case.runs_of(method) if run.outcomes[method].predictions and run.reference is not None]
     if not runs:
         return None
@@ -663,23 +400,7 @@ def _temperature_told(case: Case, method: str) -> str:
 
 
 def calibration_section(case: Case) -> Section | None:
-    """Draw a reliability diagram of each method.
-
-    Parameters
-    ----------
-    case : Case
-        The runs.
-
-    Returns
-    -------
-    Section or None
-        `None` without labels or predictions.
-
-    Example
-    -------
-    >>> calibration_section.__name__  # an example with a folder of results is in `tests/unit/test_report.py`
-    'calibration_section'
-    """
+    """Draw a reliability diagram of each method."""
     made = []
     for name in case.figured:
         found = calibration(case, name)
@@ -699,23 +420,7 @@ def calibration_section(case: Case) -> Section | None:
 
 
 def embedding_section(case: Case) -> Section | None:
-    """Draw where the test utterances lie in the classifier before and after adaptation.
-
-    Parameters
-    ----------
-    case : Case
-        The runs; the first one is drawn.
-
-    Returns
-    -------
-    Section or None
-        `None` without data.
-
-    Example
-    -------
-    >>> embedding_section.__name__  # an example with a folder of results is in `tests/unit/test_report.py`
-    'embedding_section'
-    """
+    """Draw where the test utterances lie in the classifier before and after adaptation."""
     run = case.runs[0]
     made = []
     for name in case.figured:
@@ -748,25 +453,7 @@ def _embedding_figure(name: str, found: Mapping, run: Run) -> Html:
 
 
 def between_classes(points: np.ndarray, classes: np.ndarray) -> float:
-    """Share of the variance of points that the means of their classes explain.
-
-    Parameters
-    ----------
-    points : numpy.ndarray
-        `[N, 2]`.
-    classes : numpy.ndarray
-        `[N]`.
-
-    Returns
-    -------
-    float
-        In [0, 1]; NaN if all points are one.
-
-    Example
-    -------
-    >>> between_classes(np.array([[0.0, 1.0], [0.0, 3.0], [4.0, 2.0], [4.0, 2.0]]), np.array([0, 0, 1, 1]))
-    0.888...
-    """
+    """Share of the variance of points that the means of their classes explain."""
     points = points - points.mean(0)
     own = [points[classes == label] for label in set(classes.tolist())]
     total = float((points**2).sum())

@@ -79,54 +79,14 @@ def evaluate(predictions: Mapping[str, Sequence[float]], manifest: str | Path, l
 
 
 def labelled(rows: Mapping[str, Mapping]) -> bool:
-    """Tell whether any utterance of a manifest has a label.
-
-    Parameters
-    ----------
-    rows : mapping of str to mapping
-        As `read_manifest` gives.
-
-    Returns
-    -------
-    bool
-        Whether scoring is possible.
-
-    Example
-    -------
-    >>> labelled({"t-a": {"wav": "a.wav"}})
-    False
-    """
+    """Tell whether any utterance of a manifest has a label."""
     return any(row.get("emo") is not None for row in rows.values())
 
 
 def counts_by_speaker(
     predictions: Mapping[str, Sequence[float]], rows: Mapping[str, Mapping], labels: Sequence[str]
 ) -> torch.Tensor:
-    """Confusion counts of each test speaker.
-
-    Parameters
-    ----------
-    predictions, labels
-        As for `evaluate`.
-    rows : mapping of str to mapping
-        The labelled manifest.
-
-    Returns
-    -------
-    torch.Tensor
-        `[speakers, C, C + 1]`, speakers by name; the last column counts missing predictions.
-
-    Raises
-    ------
-    CorpusError
-        If a label is unknown or missing.
-
-    Example
-    -------
-    >>> rows = {"t-a": {"speaker": "1", "emo": "sad"}}
-    >>> counts_by_speaker({"t-a": [0.1, 0.9]}, rows, ["angry", "sad"]).tolist()
-    [[[0, 0, 0], [0, 1, 0]]]
-    """
+    """Confusion counts of each test speaker."""
     reference = torch.tensor([label_index(labels, row, key) for key, row in rows.items()])
     chosen = [torch.as_tensor(predictions[key]).argmax() if key in predictions else torch.tensor(-1) for key in rows]
     speakers = [row["speaker"] for row in rows.values()]
@@ -134,25 +94,7 @@ def counts_by_speaker(
 
 
 def score_snapshots(snapshots: Sequence[Mapping], manifest: str | Path, labels: Sequence[str]) -> list[dict]:
-    """Put UA in the place of each snapshot's predictions.
-
-    Parameters
-    ----------
-    snapshots : sequence of mapping
-        Each with `predictions`.
-    manifest, labels
-        As for `evaluate`.
-
-    Returns
-    -------
-    list of dict
-        `step`, `UA` (`None` without labels), and whatever else a snapshot holds.
-
-    Example
-    -------
-    >>> score_snapshots([], "missing.json", ["angry"])
-    []
-    """
+    """Put UA in the place of each snapshot's predictions."""
     if not snapshots:
         return []
     rows = read_manifest(manifest)
@@ -205,26 +147,7 @@ def write_results(folder: str | Path, scored: Mapping, labels: Sequence[str], **
 
 
 def side_by_side(folder: str | Path, order: Sequence[str]) -> str:
-    """Write `results.md`: every method that has results in a run's folder, side by side.
-
-    Parameters
-    ----------
-    folder : str or pathlib.Path
-        The run's folder; each method has its own below it.
-    order : sequence of str
-        Methods in the order of the table.
-
-    Returns
-    -------
-    str
-        The table's text.
-
-    Example
-    -------
-    >>> import tempfile
-    >>> side_by_side(tempfile.mkdtemp(), ["mi_fuse"])
-    ''
-    """
+    """Write `results.md`: every method that has results in a run's folder, side by side."""
     paths = [Path(folder) / name / "results.json" for name in order]
     records = [json.loads(path.read_text()) for path in paths if path.exists()]
     if not records:
@@ -255,25 +178,7 @@ def side_by_side(folder: str | Path, order: Sequence[str]) -> str:
 
 
 def interval_told(record: Mapping) -> str:
-    """Say what the interval of UA was drawn over, and what it is worth where speakers are not known.
-
-    Parameters
-    ----------
-    record : mapping
-        As `write_results` gives.
-
-    Returns
-    -------
-    str
-        A sentence and a blank; nothing where nothing was scored.
-
-    Example
-    -------
-    >>> interval_told({"UA": 0.5, "test_speakers": 8, "test_recordings_without_speaker": 0})
-    'Interval of UA: bootstrap over the 8 test speakers. '
-    >>> interval_told({"UA": 0.5, "test_speakers": 0, "test_recordings_without_speaker": 30})
-    'Interval of UA: bootstrap over 30 recordings without a known speaker, too narrow where ... share one. '
-    """
+    """Say what the interval of UA was drawn over, and what it is worth where speakers are not known."""
     if record["UA"] is None:
         return ""
     speakers, without = record["test_speakers"], record.get("test_recordings_without_speaker", 0)
@@ -283,25 +188,7 @@ def interval_told(record: Mapping) -> str:
 
 
 def cells(record: Mapping) -> list[str]:
-    """Format the scores of one method.
-
-    Parameters
-    ----------
-    record : mapping
-        As `write_results` gives.
-
-    Returns
-    -------
-    list of str
-        UA, its interval, WA and macro-F1 in percent.
-
-    Example
-    -------
-    >>> cells({"UA": 0.5, "ci95": [0.4, 0.6], "WA": 0.55, "macro_F1": 0.45})
-    ['50.0', '40.0 to 60.0', '55.0', '45.0']
-    >>> cells({"UA": None})
-    ['no labels, not scored', '', '', '']
-    """
+    """Format the scores of one method."""
     if record["UA"] is None:
         return ["no labels, not scored", "", "", ""]
     low, high = (100 * bound for bound in record["ci95"])

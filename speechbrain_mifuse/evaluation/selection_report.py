@@ -10,45 +10,13 @@ from speechbrain_mifuse.evaluation.aggregate import UPPER, Table
 
 
 def ranks(values: Sequence[float]) -> np.ndarray:
-    """Rank values from 1; equal ones share the average of their ranks.
-
-    Parameters
-    ----------
-    values : sequence of float
-        `[N]`.
-
-    Returns
-    -------
-    numpy.ndarray
-        `[N]`.
-
-    Example
-    -------
-    >>> ranks([0.1, 0.5, 0.5, 0.2]).tolist()
-    [1.0, 3.5, 3.5, 2.0]
-    """
+    """Rank values from 1; equal ones share the average of their ranks."""
     _, group, size = np.unique(values, return_inverse=True, return_counts=True)
     return (np.cumsum(size) - (size - 1) / 2)[group]
 
 
 def spearman(first: Sequence[float], second: Sequence[float]) -> float:
-    """Spearman's rank correlation, with average ranks for ties.
-
-    Parameters
-    ----------
-    first, second : sequence of float
-        `[N]`; pairs with a value that is not finite are left out.
-
-    Returns
-    -------
-    float
-        In [-1, 1]; NaN when either is constant or fewer than two pairs are left.
-
-    Example
-    -------
-    >>> spearman([1, 2, 3, 4], [1, 3, 2, 4]), spearman([1, 2], [5, 5])
-    (0.8, nan)
-    """
+    """Spearman's rank correlation, with average ranks for ties."""
     first, second = np.asarray(first, float), np.asarray(second, float)
     whole = np.isfinite(first) & np.isfinite(second)
     if len(set(first[whole])) < 2 or len(set(second[whole])) < 2:
@@ -59,49 +27,13 @@ def spearman(first: Sequence[float], second: Sequence[float]) -> float:
 
 
 def selected(values: Sequence[float]) -> int:
-    """Place of the highest value; of equal ones the last, of none that is finite the last of all.
-
-    Parameters
-    ----------
-    values : sequence of float
-        A criterion over the snapshots of a run.
-
-    Returns
-    -------
-    int
-        Place of the chosen snapshot.
-
-    Example
-    -------
-    >>> selected([0.1, 0.3, 0.3, 0.2]), selected([float("nan"), float("nan")])
-    (2, 1)
-    """
+    """Place of the highest value; of equal ones the last, of none that is finite the last of all."""
     values = np.where(np.isfinite(values), values, -np.inf)
     return len(values) - 1 - int(np.argmax(values[::-1]))
 
 
 def selection_table(records: Sequence[Mapping]) -> str:
-    """Report, for each criterion without labels, how it ranks snapshots and runs, and what selecting by it gives.
-
-    By convention a higher criterion promises a higher UA. The upper bound, which sees labels, is left out.
-
-    Parameters
-    ----------
-    records : sequence of mapping
-        As `read_records` gives; those with `snapshots` count: a list of `{"step", "UA", criterion...}`.
-
-    Returns
-    -------
-    str
-        Markdown; empty when no record has snapshots.
-
-    Example
-    -------
-    >>> snapshots = [{"step": 1, "UA": 0.5, "snd": 3.0}, {"step": 2, "UA": 0.4, "snd": 2.0}]
-    >>> record = dict(source="a", target="b", teacher="c", method="m", seed=1, snapshots=snapshots)
-    >>> print(selection_table([record]).splitlines()[2])
-    | snd | +1.00 (1) | none | 50.0 | +10.0 | +0.0 |
-    """
+    """Report, for each criterion without labels, how it ranks snapshots and runs, and what selecting by it gives."""
     records = [record for record in records if record.get("snapshots") and record["method"] != UPPER]
     if not records:
         return ""

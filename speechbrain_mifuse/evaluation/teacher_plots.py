@@ -17,25 +17,7 @@ BLUE, RED, GREY, ORANGE = STYLES[7][0], STYLES[4][0], STYLES[0][0], STYLES[1][0]
 
 
 def plot_calibration(path: str | Path, classes: Mapping[str, Mapping], few: int) -> None:
-    """Draw for each class how often it is right against the probability that the teacher gives it.
-
-    Parameters
-    ----------
-    path : str or pathlib.Path
-        PNG to write.
-    classes : mapping of str to mapping
-        The fields of `Reliability` by class.
-    few : int
-        Bins of fewer utterances are drawn hollow.
-
-    Example
-    -------
-    >>> import tempfile
-    >>> path = Path(tempfile.mkdtemp()) / "calibration.png"
-    >>> plot_calibration(path, {"sad": {"stated": [0.2], "frequency": [0.1], "count": [9], "error": 0.1}}, few=10)
-    >>> path.stat().st_size > 1000
-    True
-    """
+    """Draw for each class how often it is right against the probability that the teacher gives it."""
     columns = min(len(classes), 4)
     rows = math.ceil(len(classes) / columns)
     figure = Figure(figsize=(0.8 + 2.6 * columns, 0.9 + 2.7 * rows), layout="constrained")
@@ -59,23 +41,7 @@ def plot_calibration(path: str | Path, classes: Mapping[str, Mapping], few: int)
 
 
 def plot_uncertainty(path: str | Path, teachers: Mapping[str, torch.Tensor]) -> None:
-    """Draw histograms of mutual information, one below the other on the same axis.
-
-    Parameters
-    ----------
-    path : str or pathlib.Path
-        PNG to write.
-    teachers : mapping of str to torch.Tensor
-        `[N]`, mutual information in [0, 1] by teacher.
-
-    Example
-    -------
-    >>> import tempfile
-    >>> path = Path(tempfile.mkdtemp()) / "uncertainty.png"
-    >>> plot_uncertainty(path, {"teacher": torch.rand(50), "source classifier": torch.zeros(0)})
-    >>> path.stat().st_size > 1000
-    True
-    """
+    """Draw histograms of mutual information, one below the other on the same axis."""
     figure = Figure(figsize=(6.4, 0.9 + 1.9 * len(teachers)), layout="constrained")
     values = {name: tensor.double().numpy() for name, tensor in teachers.items()}
     widest = max([0.1, *(float(np.quantile(found, 0.995)) for found in values.values() if len(found))])
@@ -95,23 +61,7 @@ def plot_uncertainty(path: str | Path, teachers: Mapping[str, torch.Tensor]) -> 
 
 
 def plot_answers(path: str | Path, classes: Mapping[str, Mapping]) -> None:
-    """Draw the teacher's classes: how often it chooses each, beside the labels where known, and how often it fails.
-
-    Parameters
-    ----------
-    path : str or pathlib.Path
-        PNG to write.
-    classes : mapping of str to mapping
-        As in `teacher_figures`.
-
-    Example
-    -------
-    >>> import tempfile
-    >>> path = Path(tempfile.mkdtemp()) / "answers.png"
-    >>> plot_answers(path, {"sad": {"predicted": 3, "refusal": 0.1, "invalid": None}})
-    >>> path.stat().st_size > 1000
-    True
-    """
+    """Draw the teacher's classes: how often it chooses each, beside the labels where known, and how often it fails."""
     names, height = list(classes), 0.38
     place = np.arange(len(names))
     figure = Figure(figsize=(8.2, 1.3 + 0.62 * len(names)), layout="constrained")

@@ -45,22 +45,7 @@ ONE_HOT = 0.999
 
 
 class Bill(NamedTuple):
-    """What a collection used and cost.
-
-    Attributes
-    ----------
-    tokens, batch_tokens : Tokens
-        As the server reported them for live requests and for the Batch API, which is paid at half the price.
-    samples : int
-        Samples that it brought, those about other utterances than the report's included.
-    price : Price or None
-        Prices; `None` if unknown.
-
-    Example
-    -------
-    >>> Bill(Tokens(), Tokens(output=1_000_000), 50, Price(1.0, 1.0, 2.0)).cost
-    1.0
-    """
+    """What a collection used and cost."""
 
     tokens: Tokens
     batch_tokens: Tokens
@@ -80,22 +65,7 @@ class Bill(NamedTuple):
 
 
 class Reliability(NamedTuple):
-    """Stated probability against frequency, in bins of equal width.
-
-    Attributes
-    ----------
-    stated, frequency : list of float
-        Mean of each bin that is not empty.
-    count : list of int
-        Utterances in it.
-    error : float
-        Expected calibration error: `sum_b n_b / N |frequency_b - stated_b|` (Naeini et al. 2015).
-
-    Example
-    -------
-    >>> reliability(torch.tensor([0.9, 0.9]), torch.tensor([True, False])).error
-    0.4
-    """
+    """Stated probability against frequency, in bins of equal width."""
 
     stated: list[float]
     frequency: list[float]
@@ -104,28 +74,7 @@ class Reliability(NamedTuple):
 
 
 def reliability(stated: torch.Tensor, happened: torch.Tensor, bins: int = BINS) -> Reliability:
-    """Compare stated probabilities with how often what they state is so.
-
-    Parameters
-    ----------
-    stated : torch.Tensor
-        `[N]`, probabilities.
-    happened : torch.Tensor
-        `[N]`, bool.
-    bins : int
-        Bins of equal width.
-
-    Returns
-    -------
-    Reliability
-        Empty, with an error of 0, without any utterance.
-
-    Example
-    -------
-    >>> found = reliability(torch.tensor([0.15, 0.15, 0.95]), torch.tensor([False, False, True]))
-    >>> found.count, found.frequency, round(found.error, 3)
-    ([2, 1], [0.0, 1.0], 0.117)
-    """
+    """Compare stated probabilities with how often what they state is so."""
     stated, happened = stated.double(), happened.double()
     place = (stated * bins).long().clamp(0, bins - 1)
     count = torch.bincount(place, minlength=bins)
@@ -143,42 +92,7 @@ def teacher_figures(
     source: torch.Tensor | None = None,
     bill: Bill | None = None,
 ) -> dict:
-    """Measure a teacher.
-
-    The teacher's prediction of an utterance is the class of the greatest mean probability over its samples.
-
-    Parameters
-    ----------
-    samples : Samples
-        N utterances, K samples, C classes, as `LabelStore.load` gives.
-    labels : sequence of str
-        C class names.
-    reference : torch.Tensor, optional
-        `[N]`, class indices. Only for the evaluator.
-    source : torch.Tensor, optional
-        `[N, P, C]`, probabilities of the source classifier, P stochastic passes; P = 1 has no mutual information.
-    bill : Bill, optional
-        What it cost.
-
-    Returns
-    -------
-    dict
-        Of JSON's types, fractions in [0, 1]: `utterances`, `answered`, `samples`, `kinds`, `one_hot`,
-        `mutual_information`, `classes`, and as far as known `scores`, `source`, `cost`.
-
-    Raises
-    ------
-    UserError
-        If there is no utterance, or shapes do not fit.
-
-    Example
-    -------
-    >>> probs = torch.tensor([[[0.9, 0.1]], [[0.2, 0.8]]])
-    >>> samples = Samples(probs, torch.ones(2, 1, dtype=torch.bool), torch.zeros(2, 1, dtype=torch.int8))
-    >>> found = teacher_figures(samples, ["angry", "sad"], torch.tensor([0, 0]))
-    >>> found["answered"], found["scores"]["WA"], found["classes"]["angry"]["recall"]
-    (2, 0.5, 0.5)
-    """
+    """Measure a teacher."""
     utterances, k = samples.mask.shape
     if not utterances:
         raise UserError("teacher report: no utterance. Name a manifest whose recordings the store knows.")
@@ -232,35 +146,7 @@ def write_teacher_report(
     source: torch.Tensor | None = None,
     bill: Bill | None = None,
 ) -> str:
-    """Write `teacher.md`, `teacher.json` and the figures `teacher_*.png` into a folder.
-
-    Parameters
-    ----------
-    folder : str or pathlib.Path
-        Made if missing. Every file appears whole or not at all.
-    samples, labels, reference, source, bill
-        As for `teacher_figures`.
-    about : str
-        Who was asked, for the heading.
-
-    Returns
-    -------
-    str
-        The text of `teacher.md`.
-
-    Raises
-    ------
-    UserError
-        As `teacher_figures`.
-
-    Example
-    -------
-    >>> import tempfile
-    >>> probs = torch.tensor([[[0.9, 0.1]], [[0.2, 0.8]]])
-    >>> samples = Samples(probs, torch.ones(2, 1, dtype=torch.bool), torch.zeros(2, 1, dtype=torch.int8))
-    >>> print(write_teacher_report(tempfile.mkdtemp(), samples, ["angry", "sad"], "toy").splitlines()[0])
-    # Teacher: toy
-    """
+    """Write `teacher.md`, `teacher.json` and the figures `teacher_*.png` into a folder."""
     folder = Path(folder)
     found = teacher_figures(samples, labels, reference, source, bill)
     uncertain = {"teacher": mutual_information(samples.probs, samples.mask)[samples.mask.sum(1) > 1]}
@@ -288,46 +174,7 @@ def report_store(
     passes: int = 16,
     show_progress: bool = True,
 ) -> str:
-    """Report on the answers to one query about the utterances of a manifest.
-
-    Recordings are found by the utterance ids of the store; those it does not know are read and found by their content.
-
-    Parameters
-    ----------
-    store : LabelStore
-        Holds the answers.
-    summary : QuerySummary
-        The query, as `LabelStore.queries` lists it.
-    manifest : str or pathlib.Path
-        The utterances; labels that it holds are compared with, so give the unlabelled twin before adaptation.
-    folder : str or pathlib.Path
-        For the report, as `write_teacher_report` writes it.
-    source : str or pathlib.Path, optional
-        Folder of the source recogniser, which then hears all recordings.
-    price : Price, optional
-        For the cost.
-    passes : int
-        Stochastic passes of the source recogniser.
-    show_progress : bool
-        Show progress bars.
-
-    Returns
-    -------
-    str
-        The report's text.
-
-    Raises
-    ------
-    CorpusError
-        If the manifest cannot be used.
-    UserError
-        If none of its utterances was asked about, or the source recogniser has other labels.
-
-    Example
-    -------
-    >>> report_store.__name__  # runs in `speechbrain-mifuse labels report`
-    'report_store'
-    """
+    """Report on the answers to one query about the utterances of a manifest."""
     rows, query = read_manifest(manifest), summary.query
     hashes = _hashes(store, query, rows, show_progress)
     samples = store.load(query, [hashes[key] for key in rows], summary.k)
@@ -368,29 +215,7 @@ def _classified(
 def classified_frames(
     classifier: EmotionClassifier, read: Callable[[str], torch.Tensor], keys: Sequence[str], passes: int = 16
 ) -> torch.Tensor:
-    """Let the source classifier predict from stored frames, with dropout on.
-
-    Parameters
-    ----------
-    classifier : EmotionClassifier
-        As `load_classifier` gives.
-    read : callable
-        From an utterance id to its frames `[T, D]`.
-    keys : sequence of str
-        N utterance ids.
-    passes : int
-        P, stochastic passes. The same masks are drawn every time.
-
-    Returns
-    -------
-    torch.Tensor
-        `[N, P, C]`, probabilities.
-
-    Example
-    -------
-    >>> classified_frames(EmotionClassifier(3, 2, 4), lambda key: torch.ones(5, 3), ["t-a", "t-b"], passes=6).shape
-    torch.Size([2, 6, 2])
-    """
+    """Let the source classifier predict from stored frames, with dropout on."""
     classifier.eval()
     with torch.random.fork_rng():
         torch.manual_seed(0)
@@ -399,30 +224,7 @@ def classified_frames(
 
 
 def reference_of(rows: Mapping[str, Mapping], labels: Sequence[str]) -> torch.Tensor | None:
-    """Class indices of a manifest's utterances, if they have labels.
-
-    Parameters
-    ----------
-    rows : mapping of str to mapping
-        As `read_manifest` gives.
-    labels : sequence of str
-        Class names.
-
-    Returns
-    -------
-    torch.Tensor or None
-        `[N]`; `None` for a manifest without labels.
-
-    Raises
-    ------
-    CorpusError
-        If a label is unknown, or some utterances alone have one.
-
-    Example
-    -------
-    >>> reference_of({"t-a": {"emo": "sad"}}, ["angry", "sad"])
-    tensor([1])
-    """
+    """Class indices of a manifest's utterances, if they have labels."""
     if not labelled(rows):
         return None
     return torch.tensor([label_index(labels, row, key) for key, row in rows.items()])

@@ -40,26 +40,7 @@ INSTEAD = {"source": "keep the source", "teacher": "asking the teacher is better
 
 
 def scored(verdict: Mapping, accuracy: Mapping[str, float]) -> dict:
-    """Add to a verdict what labels say, where there are some.
-
-    Parameters
-    ----------
-    verdict : mapping
-        As `judge` gives.
-    accuracy : mapping of str to float
-        UA in [0, 1] of `student`, `source` and `teacher` on the same recordings.
-
-    Returns
-    -------
-    dict
-        With a warning for each of both that is better than the student, and another `caveat`.
-
-    Example
-    -------
-    >>> found = scored({"warnings": [], "caveat": ""}, {"student": 0.44, "source": 0.58, "teacher": 0.4})
-    >>> found["warnings"]
-    ['On the labelled recordings the student has UA 44.0 %, the source 58.0 %: keep the source.']
-    """
+    """Add to a verdict what labels say, where there are some."""
     worse = [
         f"On the labelled recordings the student has UA {100 * accuracy['student']:.1f} %, the {name} "
         f"{100 * accuracy[name]:.1f} %: {instead}."
@@ -117,28 +98,7 @@ def judge(student: torch.Tensor, source: torch.Tensor, teacher: torch.Tensor, la
 
 
 def warnings(figures: Mapping) -> list[str]:
-    """Say what may have gone wrong.
-
-    SND and the other criteria of selection give none: on the open transfers SND fell in most runs that helped.
-
-    Parameters
-    ----------
-    figures : mapping
-        As `judge` gives.
-
-    Returns
-    -------
-    list of str
-        A sentence each.
-
-    Example
-    -------
-    >>> alike = {"student_source": 0.5, "student_teacher": 0.5, "source_teacher": 0.3}
-    >>> even = {"class_shares": {who: {"a": 0.5, "b": 0.5} for who in ("student", "source", "teacher")}}
-    >>> fine = {"recordings": 99, "answered_by_teacher": 1.0, "changed": 0.3, "agreement": alike, "certainty": 0.5}
-    >>> warnings({**fine, **even}), len(warnings({**fine, **even, "changed": 0.9, "recordings": 9}))
-    ([], 2)
-    """
+    """Say what may have gone wrong."""
     agreement, changed = figures["agreement"], figures["changed"]
     found = [
         (
@@ -174,23 +134,7 @@ def warnings(figures: Mapping) -> list[str]:
 
 
 def collapse(class_shares: Mapping[str, Mapping[str, float]]) -> list[str]:
-    """Say which classes the student lost, and whether one took nearly everything.
-
-    Parameters
-    ----------
-    class_shares : mapping
-        Share of each class by who says so.
-
-    Returns
-    -------
-    list of str
-        A sentence each.
-
-    Example
-    -------
-    >>> collapse({"student": {"a": 1.0, "b": 0.0}, "source": {"a": 0.9, "b": 0.1}, "teacher": {"a": 0.9, "b": 0.1}})
-    ["The student never says 'b', which a teacher gives to 10 % ...", "100 % of the recordings are 'a' for the ..."]
-    """
+    """Say which classes the student lost, and whether one took nearly everything."""
     found = []
     student, teachers = class_shares["student"], (class_shares["source"], class_shares["teacher"])
     for label, share in student.items():
@@ -208,25 +152,7 @@ def collapse(class_shares: Mapping[str, Mapping[str, float]]) -> list[str]:
 
 
 def kappa(one: torch.Tensor, other: torch.Tensor, n_classes: int) -> float:
-    """Cohen's kappa: agreement of two raters with what chance gives taken out.
-
-    Parameters
-    ----------
-    one, other : torch.Tensor
-        `[N]`, classes.
-    n_classes : int
-        C.
-
-    Returns
-    -------
-    float
-        1 for full agreement, 0 for that of chance; 0 without any recording, 1 where both always say the same one class.
-
-    Example
-    -------
-    >>> kappa(torch.tensor([0, 0, 1, 1]), torch.tensor([0, 0, 1, 0]), 2)
-    0.5
-    """
+    """Cohen's kappa: agreement of two raters with what chance gives taken out."""
     if len(one) == 0:
         return 0.0
     marginals = [torch.bincount(rater, minlength=n_classes).double() / len(one) for rater in (one, other)]
@@ -236,55 +162,13 @@ def kappa(one: torch.Tensor, other: torch.Tensor, n_classes: int) -> float:
 
 
 def shares(chosen: torch.Tensor, labels: Sequence[str]) -> dict[str, float]:
-    """Share of each class.
-
-    Parameters
-    ----------
-    chosen : torch.Tensor
-        `[N]`, classes.
-    labels : sequence of str
-        Their names.
-
-    Returns
-    -------
-    dict of str to float
-        All 0 without any recording.
-
-    Example
-    -------
-    >>> shares(torch.tensor([0, 0, 1, 0]), ["a", "b"])
-    {'a': 0.75, 'b': 0.25}
-    """
+    """Share of each class."""
     counts = torch.bincount(chosen, minlength=len(labels)).double() / max(len(chosen), 1)
     return dict(zip(labels, counts.tolist(), strict=True))
 
 
 def told(verdict: Mapping) -> str:
-    """Put a verdict into words.
-
-    Parameters
-    ----------
-    verdict : mapping
-        As `judge` gives.
-
-    Returns
-    -------
-    str
-        Markdown.
-
-    Example
-    -------
-    >>> probs = torch.eye(4).repeat(20, 1) * 0.7 + 0.075
-    >>> print(told(judge(probs, probs, probs.roll(1, 1), ["a", "b", "c", "d"])))
-    # Signs without labels
-    <BLANKLINE>
-    80 recordings; the teacher answered 100 %; 0 % of the source's answers changed.
-    ...
-    Signs that something went wrong:
-    - Source and teacher hardly agree more than by chance (kappa -0.33): ...
-    - 0 % of the answers changed: adaptation did next to nothing.
-    ...
-    """
+    """Put a verdict into words."""
     figures, found = verdict["figures"], verdict["warnings"]
     agreement, by = figures["agreement"], figures["class_shares"]
     lines = [

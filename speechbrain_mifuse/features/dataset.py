@@ -16,28 +16,7 @@ logger = logging.getLogger(__name__)
 
 
 def pad_frames(items: list[torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
-    """Pad stored frames to one float32 batch, in one pass over the memory.
-
-    A `padding_func` for SpeechBrain's `PaddedBatch`; its own pads each item by itself first.
-
-    Parameters
-    ----------
-    items : list of torch.Tensor
-        `[frames, ...]`, fp16 or float32.
-
-    Returns
-    -------
-    data : torch.Tensor
-        `[batch, frames, ...]`, float32, zeros behind each item's end.
-    lengths : torch.Tensor
-        `[batch]`, relative to the longest.
-
-    Example
-    -------
-    >>> data, lengths = pad_frames([torch.ones(2, 3, dtype=torch.half), torch.ones(4, 3, dtype=torch.half)])
-    >>> data.shape, lengths.tolist()
-    (torch.Size([2, 4, 3]), [0.5, 1.0])
-    """
+    """Pad stored frames to one float32 batch, in one pass over the memory."""
     counts = [len(item) for item in items]
     longest = max(counts)
     data = torch.empty(len(items), longest, *items[0].shape[1:])
@@ -48,25 +27,7 @@ def pad_frames(items: list[torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def frame_batches(padding=pad_frames, **options):
-    """Loader options for stored frames: SpeechBrain's `PaddedBatch`, with `feats` alone padded.
-
-    Parameters
-    ----------
-    padding : callable
-        From the items of `feats` to a padded batch and lengths.
-    **options
-        Further arguments of the loader (`batch_size`, `shuffle`, ...).
-
-    Returns
-    -------
-    dict
-        Keyword arguments for `Brain.fit`'s `train_loader_kwargs` and the like.
-
-    Example
-    -------
-    >>> sorted(frame_batches(batch_size=8))
-    ['batch_size', 'collate_fn']
-    """
+    """Loader options for stored frames: SpeechBrain's `PaddedBatch`, with `feats` alone padded."""
     # All values are tensors, strings or numbers already; looking into each for arrays would take longer than padding.
     ready = {"padded_keys": ["feats"], "padding_func": padding, "apply_default_convert": False}
     return {"collate_fn": functools.partial(PaddedBatch, **ready), **options}

@@ -109,34 +109,7 @@ def demo_encoder(cache_folder=None):
 
 
 def read_ctranslate2(data):
-    """Read the tensors of a CTranslate2 ``model.bin``.
-
-    The layout, little-endian: u32 format version, specification name, u32 revision, u32 number of variables; for each
-    variable its name, u8 rank, u32 for each dimension, u8 element type, u32 number of bytes, the bytes. A string is its
-    u16 length with the closing zero, then its bytes. The aliases that follow name no tensor of an encoder.
-
-    Arguments
-    ---------
-    data : bytes
-        The file's content.
-
-    Returns
-    -------
-    dict of str to numpy.ndarray
-        Read-only views into ``data``.
-
-    Raises
-    ------
-    ValueError
-        If the format version is another one.
-
-    Example
-    -------
-    >>> head = struct.pack("<IH2sII", 6, 2, b"X", 1, 1)
-    >>> variable = struct.pack("<H2sBIBI", 2, b"w", 1, 2, 0, 8) + np.float32([1, 2]).tobytes()
-    >>> read_ctranslate2(head + variable)
-    {'w': array([1., 2.], dtype=float32)}
-    """
+    """Read the tensors of a CTranslate2 ``model.bin``."""
     position = 0
 
     def take(code):
@@ -164,25 +137,7 @@ def read_ctranslate2(data):
 
 
 def convert(source):
-    """Rename a CTranslate2 Whisper encoder's tensors to those of Hugging Face's ``WhisperModel``.
-
-    CTranslate2 stores query, key and value as one matrix; Whisper's key projection has no bias, so that third of the
-    bias is zero and is left out. The decoder is replaced by an empty one (no layer, one token, zeros).
-
-    Arguments
-    ---------
-    source : dict of str to numpy.ndarray
-        As read by :func:`read_ctranslate2`.
-
-    Returns
-    -------
-    dict of str to numpy.ndarray
-
-    Example
-    -------
-    >>> _rename("encoder/layer_2/ffn/linear_0/weight")
-    'encoder.layers.2.fc1.weight'
-    """
+    """Rename a CTranslate2 Whisper encoder's tensors to those of Hugging Face's ``WhisperModel``."""
     tensors = {}
     for name, value in source.items():
         if not name.startswith("encoder/") or name.endswith("num_heads"):

@@ -21,22 +21,7 @@ SORTED, BATCH_S = 128, 120.0
 
 
 class Recording(NamedTuple):
-    """A recording whose frames are missing or may be outdated.
-
-    Parameters
-    ----------
-    wav : str
-        File.
-    stamp : tuple of int
-        Its size and modification time.
-    audio : str or None
-        Content hash of what the stored frames were computed from, if there are any.
-
-    Example
-    -------
-    >>> Recording("a.wav", (100, 1)).audio is None
-    True
-    """
+    """A recording whose frames are missing or may be outdated."""
 
     wav: str
     stamp: tuple[int, int]
@@ -44,26 +29,7 @@ class Recording(NamedTuple):
 
 
 class Outcome(NamedTuple):
-    """What became of a recording.
-
-    Parameters
-    ----------
-    utt_id : str
-        Utterance id.
-    recording : Recording
-        What was read.
-    audio : str
-        Content hash.
-    frames : numpy.ndarray or None
-        `[layers, frames, dim]`, float32; `None` where the stored ones are of the very same sound.
-    problem : BadAudio or None
-        Why it cannot be read.
-
-    Example
-    -------
-    >>> Outcome("t-a", Recording("a.wav", (100, 1))).problem is None
-    True
-    """
+    """What became of a recording."""
 
     utt_id: str
     recording: Recording
@@ -73,29 +39,7 @@ class Outcome(NamedTuple):
 
 
 def hear(item: tuple[str, Recording], reader) -> tuple[Outcome, torch.Tensor | None]:
-    """Read a recording.
-
-    Parameters
-    ----------
-    item : tuple of str and Recording
-        With its utterance id.
-    reader : FrameReader
-        Knows the sample rate.
-
-    Returns
-    -------
-    outcome : Outcome
-        Without frames.
-    wave : torch.Tensor or None
-        `[samples]`, if it is to be encoded.
-
-    Example
-    -------
-    >>> from types import SimpleNamespace
-    >>> reader = SimpleNamespace(encoder=SimpleNamespace(sample_rate=16000))
-    >>> print(hear(("t-a", Recording("missing.wav", (0, 0))), reader)[0].problem)
-    missing.wav: cannot be read as audio ...
-    """
+    """Read a recording."""
     utt_id, recording = item
     try:
         wave = load_audio(recording.wav, reader.encoder.sample_rate)
@@ -106,27 +50,7 @@ def hear(item: tuple[str, Recording], reader) -> tuple[Outcome, torch.Tensor | N
 
 
 def side_by_side(todo: Mapping[str, Recording], reader, pool: Executor) -> Iterator[Outcome]:
-    """Read and encode recordings one by one, several at a time: on processors as fast as batches, and never padded.
-
-    Parameters
-    ----------
-    todo : mapping of str to Recording
-        By utterance id.
-    reader : FrameReader
-        Makes the frames.
-    pool : concurrent.futures.Executor
-        Threads.
-
-    Yields
-    ------
-    Outcome
-        In the order of `todo`.
-
-    Example
-    -------
-    >>> list(side_by_side({}, None, None))
-    []
-    """
+    """Read and encode recordings one by one, several at a time: on processors as fast as batches, and never padded."""
     yield from ahead(pool, partial(_heard_and_encoded, reader=reader), todo.items(), AHEAD)
 
 
@@ -139,23 +63,7 @@ def _heard_and_encoded(item: tuple[str, Recording], reader) -> Outcome:
 
 
 def in_batches(todo: Mapping[str, Recording], reader, pool: Executor) -> Iterator[Outcome]:
-    """Read recordings several at a time and encode those of similar length together: made for a GPU.
-
-    Parameters
-    ----------
-    todo, reader, pool
-        As for `side_by_side`; the reader is a `FrameReader`.
-
-    Yields
-    ------
-    Outcome
-        Not quite in the order of `todo`.
-
-    Example
-    -------
-    >>> list(in_batches({}, None, None))
-    []
-    """
+    """Read recordings several at a time and encode those of similar length together: made for a GPU."""
     heard = ahead(pool, partial(_heard_and_prepared, reader=reader), todo.items(), SORTED)
     while part := list(itertools.islice(heard, SORTED)):
         yield from (outcome for outcome, wave in part if wave is None)
@@ -173,26 +81,7 @@ def _heard_and_prepared(item: tuple[str, Recording], reader) -> tuple[Outcome, t
 
 
 def similar(waiting: list[tuple], room: int) -> Iterator[list[tuple]]:
-    """Put waveforms of similar length together.
-
-    Parameters
-    ----------
-    waiting : list of tuple
-        Pairs of anything and a waveform `[samples]`.
-    room : int
-        Most samples of a batch, padding included; a longer waveform has a batch of its own.
-
-    Yields
-    ------
-    list of tuple
-        The longest first.
-
-    Example
-    -------
-    >>> waves = [("a", torch.zeros(3)), ("b", torch.zeros(9)), ("c", torch.zeros(4))]
-    >>> [[name for name, _ in batch] for batch in similar(waves, 10)]
-    [['b'], ['c', 'a']]
-    """
+    """Put waveforms of similar length together."""
     rest = deque(sorted(waiting, key=lambda pair: -len(pair[1])))
     while rest:
         count = max(1, room // len(rest[0][1]))
@@ -200,31 +89,7 @@ def similar(waiting: list[tuple], room: int) -> Iterator[list[tuple]]:
 
 
 def ahead(pool: Executor, function: Callable, items: Iterable, count: int) -> Iterator:
-    """Apply a function to many things in the threads of a pool, which are kept busy while results are handed out.
-
-    Parameters
-    ----------
-    pool : concurrent.futures.Executor
-        Threads.
-    function : callable
-        Takes an item.
-    items : iterable
-        Read only a little ahead of what was handed out.
-    count : int
-        How far ahead.
-
-    Yields
-    ------
-    object
-        Results, in order.
-
-    Example
-    -------
-    >>> from concurrent.futures import ThreadPoolExecutor
-    >>> with ThreadPoolExecutor(2) as pool:
-    ...     list(ahead(pool, len, ["a", "bc"], 1))
-    [1, 2]
-    """
+    """Apply a function to many things in the threads of a pool, which are kept busy while results are handed out."""
     jobs = deque()
     for item in items:
         jobs.append(pool.submit(function, item))

@@ -262,42 +262,7 @@ class FrozenEncoder(torch.nn.Module):
 
 
 def load_wrapper(source, save_path=None, freeze=False):
-    """Load SpeechBrain's wrapper of a pretrained encoder, chosen by the ``model_type`` of its configuration.
-
-    Weights are loaded as float32, also where the checkpoint stores float16. A local folder is never looked up on the
-    network. This is the wrapper to finetune; for fixed features use :class:`FrozenEncoder` (SpeechBrain's ``freeze``
-    stops the gradients but not the dropout).
-
-    Arguments
-    ---------
-    source : str or pathlib.Path
-        Local folder, hub id, or ``demo``.
-    save_path : str, optional
-        Where hub downloads go. Default: Hugging Face's own cache, so what is already there is found.
-    freeze : bool
-        Passed on to the wrapper.
-
-    Returns
-    -------
-    speechbrain.integrations.huggingface.huggingface.HFTransformersInterface
-        ``HuBERT``, ``WavLM``, ``Wav2Vec2`` or ``Whisper`` (encoder only).
-
-    Raises
-    ------
-    FileNotFoundError
-        If a local folder, or a file that it needs, is missing.
-    OSError
-        If a hub id cannot be loaded from the hub.
-    ValueError
-        If the model is of an unknown type.
-
-    Example
-    -------
-    >>> load_wrapper("./no-such-folder")
-    Traceback (most recent call last):
-        ...
-    FileNotFoundError: encoder './no-such-folder': no such folder; ...
-    """
+    """Load SpeechBrain's wrapper of a pretrained encoder, chosen by the ``model_type`` of its configuration."""
     source = str(demo_encoder()) if str(source) == "demo" else str(source)
     save_path = str(save_path) if save_path else str(constants.HF_HUB_CACHE)
     is_folder = _check_folder(source)

@@ -31,18 +31,7 @@ PREPROCESSING_VERSION = 1
 
 
 def usable_threads() -> int:
-    """Count the threads that encode: one for each core that this process may use, and no more than eight.
-
-    Returns
-    -------
-    int
-        Processes that torchrun has started side by side share the cores.
-
-    Example
-    -------
-    >>> usable_threads() >= 1
-    True
-    """
+    """Count the threads that encode: one for each core that this process may use, and no more than eight."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     return min(max(cores // int(os.environ.get("LOCAL_WORLD_SIZE", 1)), 1), 8)
 
@@ -173,27 +162,7 @@ class FrameReader:
 
 
 def average_frames(frames: torch.Tensor, count: int) -> torch.Tensor:
-    """Average groups of neighbouring frames; what is left at the end makes a group of its own.
-
-    Statistics over a whole utterance hardly change with it, and everything behind it gets `count` times smaller.
-
-    Parameters
-    ----------
-    frames : torch.Tensor
-        `[layers, frames, dim]`.
-    count : int
-        Frames in a group.
-
-    Returns
-    -------
-    torch.Tensor
-        `[layers, ceil(frames / count), dim]`.
-
-    Example
-    -------
-    >>> average_frames(torch.arange(5.0).view(1, 5, 1), 2).flatten().tolist()
-    [0.5, 2.5, 4.0]
-    """
+    """Average groups of neighbouring frames; what is left at the end makes a group of its own."""
     if count == 1:
         return frames
     whole = frames.shape[1] // count * count
@@ -203,34 +172,7 @@ def average_frames(frames: torch.Tensor, count: int) -> torch.Tensor:
 
 
 def open_store(folder: str | Path, reader: FrameReader) -> FeatureStore:
-    """Open the store of a reader's frames.
-
-    Parameters
-    ----------
-    folder : str or pathlib.Path
-        The store's folder.
-    reader : FrameReader
-        Decides the fingerprint.
-
-    Returns
-    -------
-    FeatureStore
-        The store.
-
-    Raises
-    ------
-    StoreError
-        If the folder holds other frames.
-
-    Example
-    -------
-    >>> import tempfile
-    >>> class Reader:
-    ...     def fingerprint(self):
-    ...         return {"layers": [1], "dim": 4}
-    >>> open_store(tempfile.mkdtemp(), Reader()).dim
-    4
-    """
+    """Open the store of a reader's frames."""
     return FeatureStore(folder, reader.fingerprint())
 
 
@@ -298,23 +240,7 @@ def _on_main(manifests: list, reader: FrameReader, folder: Path) -> None:
 
 
 def file_stamp(path: str) -> tuple[int, int]:
-    """Size and modification time of a file: equal stamps let a stored row stand without reading the audio.
-
-    Parameters
-    ----------
-    path : str
-        A file.
-
-    Returns
-    -------
-    tuple of int
-        Bytes and nanoseconds; zeros when the file is missing.
-
-    Example
-    -------
-    >>> file_stamp("/nowhere.wav")
-    (0, 0)
-    """
+    """Size and modification time of a file: equal stamps let a stored row stand without reading the audio."""
     try:
         status = os.stat(path)
     except OSError:
@@ -325,42 +251,7 @@ def file_stamp(path: str) -> tuple[int, int]:
 def extract(
     manifests: Iterable[str | Path], reader: FrameReader, folder: str | Path, shard: Shard | None = None
 ) -> FeatureStore:
-    """Encode every utterance of some manifests that the store lacks or whose recording has changed.
-
-    A recording that cannot be read is skipped and listed at the end. One whose file has changed but whose sound has not
-    (a copied corpus, a remounted disk) is read but not encoded again. A killed extraction goes on where it was. What
-    shards hold is taken over first; without manifests, that is all.
-
-    Parameters
-    ----------
-    manifests : iterable of str or pathlib.Path
-        Manifests whose utterances are wanted; they may overlap.
-    reader : FrameReader
-        Makes the frames.
-    folder : str or pathlib.Path
-        The store's folder.
-    shard : Shard, optional
-        Encode only those of this shard that the store lacks, into the shard's own store. Several at a time do not meet.
-
-    Returns
-    -------
-    FeatureStore
-        The store, with every readable utterance in it; that of the shard, if one is given and anything is left for it.
-
-    Raises
-    ------
-    StoreError
-        If the folder holds frames of another kind.
-
-    Example
-    -------
-    >>> import tempfile
-    >>> class Reader:
-    ...     def fingerprint(self):
-    ...         return {"layers": [1], "dim": 4}
-    >>> len(extract([], Reader(), tempfile.mkdtemp()).rows)
-    0
-    """
+    """Encode every utterance of some manifests that the store lacks or whose recording has changed."""
     wanted = {key: row["wav"] for manifest in manifests for key, row in read_manifest(manifest).items()}
     folder = Path(folder)
     if shard is None:
@@ -386,27 +277,7 @@ def _fill(folder: Path, wanted: Mapping[str, str], reader: FrameReader) -> Featu
 
 
 def outdated(store: FeatureStore, wanted: Mapping[str, str]) -> dict[str, Recording]:
-    """Find the recordings that a store lacks or whose file is another one than when they were encoded.
-
-    Parameters
-    ----------
-    store : FeatureStore
-        The store.
-    wanted : mapping of str to str
-        File by utterance id.
-
-    Returns
-    -------
-    dict of str to Recording
-        By utterance id.
-
-    Example
-    -------
-    >>> import tempfile
-    >>> store = FeatureStore(tempfile.mkdtemp(), {"layers": [1], "dim": 4})
-    >>> outdated(store, {"t-a": "/nowhere.wav"})
-    {'t-a': Recording(wav='/nowhere.wav', stamp=(0, 0), audio=None)}
-    """
+    """Find the recordings that a store lacks or whose file is another one than when they were encoded."""
     found = {}
     for utt_id, wav in wanted.items():
         stamp = file_stamp(wav)
@@ -416,27 +287,7 @@ def outdated(store: FeatureStore, wanted: Mapping[str, str]) -> dict[str, Record
 
 
 def encode_into(store: FeatureStore, todo: Mapping[str, Recording], reader: FrameReader) -> dict[str, str]:
-    """Encode recordings into an open store.
-
-    Parameters
-    ----------
-    store : FeatureStore
-        Locked by the caller.
-    todo : mapping of str to Recording
-        By utterance id.
-    reader : FrameReader
-        Makes the frames.
-
-    Returns
-    -------
-    dict of str to str
-        Reason, by utterance id, of what was skipped. Frames of an older version of such a recording are forgotten.
-
-    Example
-    -------
-    >>> encode_into(None, {}, None)
-    {}
-    """
+    """Encode recordings into an open store."""
     skipped, recognised = {}, 0
     if not todo:
         return skipped
@@ -461,14 +312,7 @@ def encode_into(store: FeatureStore, todo: Mapping[str, Recording], reader: Fram
 
 @contextlib.contextmanager
 def one_thread_per_operation():
-    """Let each tensor operation use one core inside the block: whole clips side by side use the cores better.
-
-    Example
-    -------
-    >>> with one_thread_per_operation():
-    ...     torch.get_num_threads()
-    1
-    """
+    """Let each tensor operation use one core inside the block: whole clips side by side use the cores better."""
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
@@ -478,25 +322,7 @@ def one_thread_per_operation():
 
 
 def batched(items: Iterable, size: int) -> Iterator[list]:
-    """Cut an iterable into lists (`itertools.batched` of Python 3.12).
-
-    Parameters
-    ----------
-    items : iterable
-        Anything.
-    size : int
-        Longest list.
-
-    Yields
-    ------
-    list
-        Up to `size` items.
-
-    Example
-    -------
-    >>> list(batched("abc", 2))
-    [['a', 'b'], ['c']]
-    """
+    """Cut an iterable into lists (`itertools.batched` of Python 3.12)."""
     rest = iter(items)
     while part := list(itertools.islice(rest, size)):
         yield part

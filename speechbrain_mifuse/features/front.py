@@ -90,32 +90,7 @@ class StoredFrames(nn.Module):
 
 
 class StoredStatistics(nn.Module):
-    """Stored frames as one "frame" for each utterance: their mean and standard deviation over time.
-
-    What pools like that anyway is trained much faster on these.
-
-    Parameters
-    ----------
-    frames : StoredFrames
-        Of one layer.
-
-    Attributes
-    ----------
-    dim, n_layers : int
-        Twice the dimension of a frame; 1.
-    fingerprint : dict
-        What the statistics are of.
-
-    Example
-    -------
-    >>> import tempfile, numpy
-    >>> from speechbrain_mifuse.features.store import FeatureStore
-    >>> store = FeatureStore(tempfile.mkdtemp(), {"layers": [2], "dim": 2})
-    >>> with store.writer() as add:
-    ...     add("t-a", numpy.array([[[1.0, 0.0], [3.0, 0.0]]]), audio="ab", file=(1, 1))
-    >>> StoredStatistics(StoredFrames(store, layer=2)).read("t-a", "").tolist()
-    [[2.0, 0.0, 1.0, 0.0]]
-    """
+    """Stored frames as one "frame" for each utterance: their mean and standard deviation over time."""
 
     def __init__(self, frames: StoredFrames):
         super().__init__()
@@ -125,18 +100,7 @@ class StoredStatistics(nn.Module):
         self.kept: dict[str, torch.Tensor] = {}
 
     def read(self, utt_id: str, wav: str) -> torch.Tensor:
-        """Read one utterance for the loader.
-
-        Parameters
-        ----------
-        utt_id, wav : str
-            As for `StoredFrames.read`.
-
-        Returns
-        -------
-        torch.Tensor
-            `[1, 2 dim]`, float32.
-        """
+        """Read one utterance for the loader."""
         if utt_id not in self.kept:
             frames = self.frames.read(utt_id, wav).float()
             self.kept[utt_id] = torch.cat([frames.mean(0), frames.std(0, correction=0)]).unsqueeze(0)

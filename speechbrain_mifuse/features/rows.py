@@ -26,23 +26,7 @@ PIECE = 2**24  # bytes
 
 
 class Rows(MutableMapping):
-    """Rows by utterance id. Those read from a copy are arrays, and become objects when asked for.
-
-    Parameters
-    ----------
-    make : callable
-        From offset, frames, audio, file, crc and layer_crcs to a row, which has attributes of these names.
-    columns : mapping of str to numpy.ndarray, optional
-        As `write_copy` stores them.
-
-    Example
-    -------
-    >>> from speechbrain_mifuse.features.store import Row
-    >>> rows = Rows(Row)
-    >>> rows["t-a"] = Row(0, 10, "ab", (100, 1), 7)
-    >>> rows["t-a"].frames, rows.stamp("t-a"), rows.stamp("t-b"), len(rows)
-    (10, (100, 1), None, 1)
-    """
+    """Rows by utterance id. Those read from a copy are arrays, and become objects when asked for."""
 
     def __init__(self, make: Callable, columns: dict[str, np.ndarray] | None = None):
         self._make, self._columns, self._changed = make, columns or {}, {}
@@ -58,36 +42,14 @@ class Rows(MutableMapping):
         return self._make(offset, frames, columns["audio"].item(place).decode(), self.stamp(utt_id), crc, crcs)
 
     def stamp(self, utt_id: str) -> tuple[int, int] | None:
-        """Give size and modification time of a recording's file when it was encoded, without making a row.
-
-        Parameters
-        ----------
-        utt_id : str
-            Utterance id.
-
-        Returns
-        -------
-        tuple of int or None
-            `None` for an utterance that is not there.
-        """
+        """Give size and modification time of a recording's file when it was encoded, without making a row."""
         if utt_id in self._changed:
             return self._changed[utt_id].file
         place = self._place.get(utt_id)
         return None if place is None else (self._columns["size"].item(place), self._columns["time"].item(place))
 
     def end(self, size: int) -> int:
-        """Find where the last frames end, counted in values.
-
-        Parameters
-        ----------
-        size : int
-            Values of a frame, over all layers.
-
-        Returns
-        -------
-        int
-            Of all rows, those that were replaced or deleted since included.
-        """
+        """Find where the last frames end, counted in values."""
         ends = self._columns["offset"] + self._columns["frames"] * size if self._columns else np.zeros(1, np.int64)
         return max([int(ends.max()), *(row.offset + row.frames * size for row in self._changed.values())])
 
@@ -110,29 +72,7 @@ class Rows(MutableMapping):
 
 
 def read_copy(folder: Path, index: BinaryIO, make: Callable) -> tuple[Rows, int]:
-    """Read the rows of which there is a copy, and leave an index where those begin of which there is none.
-
-    Parameters
-    ----------
-    folder : pathlib.Path
-        The store's.
-    index : file
-        The index, open for reading bytes.
-    make : callable
-        As for `Rows`.
-
-    Returns
-    -------
-    rows : Rows
-        None, if there is no copy, or it does not fit.
-    lines : int
-        Of the index that are read with them.
-
-    Example
-    -------
-    >>> read_copy(Path("/nowhere"), io.BytesIO(b"{}"), None)[1]
-    0
-    """
+    """Read the rows of which there is a copy, and leave an index where those begin of which there is none."""
     try:
         with np.load(folder / COPY, allow_pickle=False) as copy:
             columns = dict(copy)
@@ -146,30 +86,7 @@ def read_copy(folder: Path, index: BinaryIO, make: Callable) -> tuple[Rows, int]
 
 
 def write_copy(folder: Path, index: BinaryIO, rows: Rows, length: int, lines: int) -> None:
-    """Write a copy of the rows of an index; where nothing can be written, do without.
-
-    Parameters
-    ----------
-    folder : pathlib.Path
-        The store's.
-    index : file
-        The index, open for reading bytes.
-    rows : Rows
-        All rows up to `length`.
-    length, lines : int
-        Bytes and lines of the index that they stand in.
-
-    Example
-    -------
-    >>> import tempfile
-    >>> from speechbrain_mifuse.features.store import Row
-    >>> folder, rows = Path(tempfile.mkdtemp()), Rows(Row)
-    >>> rows["t-a"] = Row(0, 10, "ab", (100, 1), 7)
-    >>> write_copy(folder, io.BytesIO(b"line"), rows, length=4, lines=1)
-    >>> found, lines = read_copy(folder, io.BytesIO(b"line, and more"), Row)
-    >>> found == rows, lines
-    (True, 1)
-    """
+    """Write a copy of the rows of an index; where nothing can be written, do without."""
     columns = _columns(rows)
     columns["covers"] = np.array([length, _checksum(index, length), lines], np.int64)
     content = io.BytesIO()

@@ -25,110 +25,30 @@ TOGETHER = 4096
 
 
 class Shard(NamedTuple):
-    """One of several parts of a corpus, equal in size up to chance.
-
-    Parameters
-    ----------
-    number : int
-        Which, from 1.
-    count : int
-        Of how many.
-
-    Example
-    -------
-    >>> first, second = Shard(1, 2), Shard(2, 2)
-    >>> [first.holds(utt_id) != second.holds(utt_id) for utt_id in ("rav-1", "rav-2")]
-    [True, True]
-    """
+    """One of several parts of a corpus, equal in size up to chance."""
 
     number: int
     count: int
 
     @classmethod
     def parse(cls, text: str) -> Shard:
-        """Read a shard as it is written on the command line.
-
-        Parameters
-        ----------
-        text : str
-            As `2/4`.
-
-        Returns
-        -------
-        Shard
-
-        Raises
-        ------
-        UserError
-            If it is none.
-
-        Example
-        -------
-        >>> Shard.parse("2/4")
-        Shard(number=2, count=4)
-        """
+        """Read a shard as it is written on the command line."""
         number, _, count = text.partition("/")
         if not (number.isdecimal() and count.isdecimal() and 1 <= int(number) <= int(count)):
             raise UserError(f"--shard: '{text}' is no shard. Four of them are 1/4, 2/4, 3/4 and 4/4.")
         return cls(int(number), int(count))
 
     def holds(self, utt_id: str) -> bool:
-        """Tell whether an utterance belongs to it, by the hash of its id: on every machine the same.
-
-        Parameters
-        ----------
-        utt_id : str
-            Utterance id.
-
-        Returns
-        -------
-        bool
-            True for just one shard of the same count.
-        """
+        """Tell whether an utterance belongs to it, by the hash of its id: on every machine the same."""
         return int.from_bytes(hashlib.sha256(utt_id.encode()).digest()[:8], "big") % self.count == self.number - 1
 
     def folder(self, store: Path) -> Path:
-        """Give the folder of its store.
-
-        Parameters
-        ----------
-        store : pathlib.Path
-            Folder of the corpus's store.
-
-        Returns
-        -------
-        pathlib.Path
-        """
+        """Give the folder of its store."""
         return store / SHARDS / f"{self.number}-of-{self.count}"
 
 
 def take_over_shards(store: FeatureStore) -> None:
-    """Copy what shards hold into the store of the corpus, and empty them.
-
-    Frames and rows arrive as they are, bit by bit. A killed copy is begun again, without what is copied already.
-
-    Parameters
-    ----------
-    store : FeatureStore
-        Locked by the caller. A shard that is still being filled is waited for.
-
-    Raises
-    ------
-    StoreError
-        If a shard holds frames of another kind, or damaged ones.
-
-    Example
-    -------
-    >>> import tempfile, numpy
-    >>> about = {"layers": [1], "dim": 2}
-    >>> store = FeatureStore(tempfile.mkdtemp(), about)
-    >>> shard = FeatureStore(Shard(1, 2).folder(store.folder), about)
-    >>> with shard.writer() as add:
-    ...     add("t-a", numpy.zeros((1, 3, 2)), audio="ab", file=(100, 1))
-    >>> take_over_shards(store)
-    >>> "t-a" in store
-    True
-    """
+    """Copy what shards hold into the store of the corpus, and empty them."""
     for about in sorted(store.folder.glob(f"{SHARDS}/*/store.json")):
         logger.info("%s: taking over %s, as soon as nothing writes to it.", store.folder, about.parent.name)
         with FileLock(about.with_name("lock")):

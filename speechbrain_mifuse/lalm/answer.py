@@ -145,26 +145,7 @@ _WORD = re.compile(r"[^\W\d_]+(?:['-][^\W\d_]+)*")
 
 @dataclasses.dataclass(frozen=True)
 class Reply:
-    """One choice of a chat completion, free of any client library, and all that is needed to parse it again.
-
-    Attributes
-    ----------
-    text : str
-        Content of the message, empty if there was none.
-    finish_reason : str, optional
-        As the server gave it: "stop", "length", "content_filter", ...
-    refusal : str, optional
-        The message's refusal field.
-    top_logprobs : tuple of (str, float), optional
-        Alternatives for the first token that is not blank, with natural-log probabilities.
-    reasoning : str, optional
-        The reasoning that the server split off, kept only where it left no content.
-
-    Example
-    -------
-    >>> Reply.from_json(Reply("angry", "stop").to_json()) == Reply("angry", "stop")
-    True
-    """
+    """One choice of a chat completion, free of any client library, and all that is needed to parse it again."""
 
     text: str
     finish_reason: str | None = None
@@ -223,26 +204,7 @@ class Answer:
 
 @dataclasses.dataclass(frozen=True)
 class Response:
-    """One answer with its provenance.
-
-    Attributes
-    ----------
-    answer : Answer
-        The parsed reply.
-    raw : str
-        The reply as `Reply.to_json` gives it.
-    seed : int, optional
-        Seed of the request plus the position among its choices.
-    usage : dict, optional
-        Token counts of the request, on the first of its choices only.
-    served_model, system_fingerprint : str, optional
-        As the server reported them.
-
-    Example
-    -------
-    >>> Response(Answer("label", (1.0, 0.0)), '{"text": "angry"}').usage is None
-    True
-    """
+    """One answer with its provenance."""
 
     answer: Answer
     raw: str
@@ -306,35 +268,7 @@ def parse_answer(reply: Reply, labels: Sequence[str], parsers: Sequence[Parser])
 
 
 def parse_distribution(reply: Reply, labels: tuple[str, ...]) -> Answer:
-    """Read probabilities of labels in JSON, among prose or not.
-
-    An object `{label: probability}`, a list of objects with a label and a score, two lists of labels and scores, or one
-    line for each label. Percentages, numbers in quotes and decimal commas are understood; the values are normalised to
-    sum 1. Labels that are missing count as 0 where the others hold most of what was given; keys that name no label are
-    ignored if all labels are named. A key may hold one label among words that change nothing about it
-    ("p_angry"), or among others if all labels are named.
-
-    Negative, infinite or all-zero values, a label given twice, tables that contradict each other, percentages beside
-    numbers above 1, more for an emotion outside the set than for any label, JSON that is incomplete, and words beside
-    it that decline are invalid.
-
-    Parameters
-    ----------
-    reply : Reply
-        One choice of a chat completion.
-    labels : tuple of str
-        The label set.
-
-    Returns
-    -------
-    Answer
-        Of kind "distribution" or "invalid".
-
-    Example
-    -------
-    >>> parse_distribution(Reply('Sure: {"Anger": "75%", "sad": "25%"}'), ("angry", "happy", "sad")).probs
-    (0.75, 0.0, 0.25)
-    """
+    """Read probabilities of labels in JSON, among prose or not."""
     words = _vocabulary(tuple(labels))
     try:
         values, beside = json_values(reply.text)
@@ -358,30 +292,7 @@ def parse_distribution(reply: Reply, labels: tuple[str, ...]) -> Answer:
 
 
 def parse_logprobs(reply: Reply, labels: tuple[str, ...]) -> Answer:
-    """Read the probability of each label from the alternatives for the first token.
-
-    A token counts for a label when it is the beginning of that label and of no other, or a synonym of it. Servers
-    return raw log-probabilities over the whole vocabulary, so they are renormalised over the labels and the mass is
-    kept. The text must be an answer, whichever: "neither" begins as "neutral" does, and "not happy" chooses nothing.
-
-    Parameters
-    ----------
-    reply : Reply
-        One choice of a chat completion, with `top_logprobs`.
-    labels : tuple of str
-        The label set.
-
-    Returns
-    -------
-    Answer
-        Of kind "logprobs" or "invalid".
-
-    Example
-    -------
-    >>> answer = parse_logprobs(Reply("angry", "stop", None, (("Ang", -0.7), (" sad", -1.4))), ("angry", "sad"))
-    >>> [round(p, 2) for p in answer.probs], round(answer.label_mass, 2)
-    ([0.67, 0.33], 0.74)
-    """
+    """Read the probability of each label from the alternatives for the first token."""
     if not reply.top_logprobs:
         return Answer("invalid", reason="the server returned no log-probabilities")
     if not _chooses(reply, labels):  # "Happy to help, please upload ..." begins with a label
@@ -399,29 +310,7 @@ def parse_logprobs(reply: Reply, labels: tuple[str, ...]) -> Answer:
 
 
 def parse_label(reply: Reply, labels: tuple[str, ...]) -> Answer:
-    """Read a single label from a short text, as a one-hot distribution.
-
-    Parameters
-    ----------
-    reply : Reply
-        One choice of a chat completion.
-    labels : tuple of str
-        The label set.
-
-    Returns
-    -------
-    Answer
-        Of kind "label", or "invalid" if the text names no label or several, an emotion outside the set beside one,
-        negates, doubts or asks, declines, gives a number of zero, or is too long to be a choice. Of JSON objects the
-        text under keys such as "emotion" or "label" counts, and what stands beside them must not contradict.
-
-    Example
-    -------
-    >>> parse_label(Reply("The speaker sounds happy."), ("happy", "sad")).probs
-    (1.0, 0.0)
-    >>> parse_label(Reply("Not happy."), ("happy", "sad")).kind
-    'invalid'
-    """
+    """Read a single label from a short text, as a one-hot distribution."""
     exact = parse_exact_label(reply, labels)
     if exact.is_sample:
         return exact
@@ -446,52 +335,13 @@ def parse_label(reply: Reply, labels: tuple[str, ...]) -> Answer:
 
 
 def parse_exact_label(reply: Reply, labels: tuple[str, ...]) -> Answer:
-    """Read a reply that is a label (or a synonym) and nothing else but punctuation.
-
-    Used where another form was asked for and a bare label is the most that may be believed.
-
-    Parameters
-    ----------
-    reply : Reply
-        One choice of a chat completion.
-    labels : tuple of str
-        The label set.
-
-    Returns
-    -------
-    Answer
-        Of kind "label" or "invalid".
-
-    Example
-    -------
-    >>> parse_exact_label(Reply("**Happy**"), ("happy", "sad")).probs
-    (1.0, 0.0)
-    >>> parse_exact_label(Reply('{"happy": 0.7, "sa'), ("happy", "sad")).kind
-    'invalid'
-    """
+    """Read a reply that is a label (or a synonym) and nothing else but punctuation."""
     label = _bare_label(reply.text, _vocabulary(tuple(labels)))
     return _one_hot(label, labels) if label else Answer("invalid", reason="not a bare label")
 
 
 def label_words(labels: Sequence[str]) -> dict[str, str]:
-    """Map every word that names exactly one label, in lower case, to that label.
-
-    Parameters
-    ----------
-    labels : sequence of str
-        The label set.
-
-    Returns
-    -------
-    dict of str to str
-
-    Example
-    -------
-    >>> label_words(["angry", "sad"])["sadness"]
-    'sad'
-    >>> "afraid" in label_words(["fear", "fearful"])
-    False
-    """
+    """Map every word that names exactly one label, in lower case, to that label."""
     return dict(_vocabulary(tuple(labels)).bare)
 
 

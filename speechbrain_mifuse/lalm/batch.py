@@ -73,33 +73,7 @@ _QUEUE_FULL = "token_limit_exceeded"
 
 @dataclasses.dataclass
 class Part:
-    """One request file and its batch.
-
-    Attributes
-    ----------
-    name : str
-        Number, as in the names of its files.
-    requests : int
-        Requests in it.
-    most : float
-        Most that it can cost, in the currency of the price; 0 without one.
-    status : str
-        "made", "uploaded", "starting" (a batch may have been started), "started", "ended" (answers wait on the server),
-        "ingested" or "failed" (the server rejected the file).
-    file_id, batch_id, output_file_id, error_file_id : str or None
-        The server's names.
-    tried : float
-        Seconds since 1970 of the last attempt to start it.
-    progress : str
-        What the server said last.
-    errors : list of str
-        Why the server rejected it.
-
-    Example
-    -------
-    >>> Part("0001", 5).open
-    True
-    """
+    """One request file and its batch."""
 
     name: str
     requests: int
@@ -121,22 +95,7 @@ class Part:
 
 @dataclasses.dataclass
 class Ingested:
-    """What `BatchJob.ingest` found in the files of answers.
-
-    Attributes
-    ----------
-    stored, refused, invalid : int
-        Answers by what they are.
-    unanswered : dict of str to int
-        Requests without an answer, by reason; they are made again.
-    unknown : list of str
-        Lines that answer nothing that was asked, each with its place; they are left alone.
-
-    Example
-    -------
-    >>> print(Ingested(9, 1, 0, {"batch_expired": 2}).summary())
-    9 samples stored of 10 answers (1 refused, 0 invalid); 2 requests unanswered (2 batch_expired)
-    """
+    """What `BatchJob.ingest` found in the files of answers."""
 
     stored: int = 0
     refused: int = 0

@@ -18,22 +18,7 @@ REJECTED = "rejected"
 
 @dataclasses.dataclass(frozen=True)
 class Finding:
-    """One capability.
-
-    Attributes
-    ----------
-    verdict : str
-        "yes", "no" or "cannot tell".
-    evidence : str
-        What was seen.
-    value : float or str, optional
-        What there is to say beyond the verdict, such as a number of seconds.
-
-    Example
-    -------
-    >>> Finding("no", "1 choice of 3").value is None
-    True
-    """
+    """One capability."""
 
     verdict: str
     evidence: str
@@ -42,33 +27,7 @@ class Finding:
 
 @dataclasses.dataclass(frozen=True)
 class Card:
-    """What a server showed of itself.
-
-    Attributes
-    ----------
-    base_url, model : str
-        Whom was asked.
-    served_model, fingerprint : str
-        How it reports itself.
-    audio_part, constraint : str
-        Forms of the profile that was tried.
-    calls, prompt_tokens, completion_tokens : int
-        What the probe took.
-    findings : mapping of str to Finding
-        By name: `hears_<audio part>`, `constraint_<name>`, `honours_n`, `honours_temperature`, `honours_seed`,
-        `logprobs`, `json_object`, `longest_audio`, `audio_tokens_per_second`.
-
-    Example
-    -------
-    >>> card = Card("http://127.0.0.1:8000/v1", "m", findings={"honours_n": Finding("no", "1 choice of 3")})
-    >>> print(card.text())
-    m at http://127.0.0.1:8000/v1
-    0 calls, 0 prompt tokens, 0 tokens of answers; audio as input_audio
-    <BLANKLINE>
-    honours_n  no  1 choice of 3
-    >>> Card.from_json(card.to_json()) == card
-    True
-    """
+    """What a server showed of itself."""
 
     base_url: str
     model: str
@@ -115,29 +74,7 @@ class Card:
 
 
 def read_card(path: str | Path) -> Card:
-    """Read a card that `speechbrain-mifuse probe --json` wrote.
-
-    Parameters
-    ----------
-    path : str or pathlib.Path
-        The file.
-
-    Returns
-    -------
-    Card
-
-    Raises
-    ------
-    UserError
-        If it is no such file.
-
-    Example
-    -------
-    >>> read_card("/nowhere/card.json")
-    Traceback (most recent call last):
-    ...
-    speechbrain_mifuse.errors.UserError: /nowhere/card.json: no capability card: ...
-    """
+    """Read a card that `speechbrain-mifuse probe --json` wrote."""
     try:
         return Card.from_json(Path(path).read_text(encoding="utf-8"))
     except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:

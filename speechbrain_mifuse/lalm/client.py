@@ -169,10 +169,7 @@ class _Call:
 
 @dataclasses.dataclass
 class _Line:
-    """An API client with a pool of connections, and how many calls it has open.
-
-    A pool looks at each of its connections for each request: many small pools cost less than a large one.
-    """
+    """An API client with a pool of connections, and how many calls it has open."""
 
     api: openai.AsyncOpenAI
     busy: int = 0
@@ -806,24 +803,7 @@ def _beginning(text: str) -> str:
 
 
 def reply_of(choice, clean: Callable[[str], str] | None = None) -> Reply:
-    """Translate a choice of a chat completion, tolerating fields that lesser servers leave out or fill otherwise.
-
-    Parameters
-    ----------
-    choice : mapping or openai.types.chat.chat_completion.Choice
-        One choice, decoded from JSON or as the openai package gives it.
-    clean : callable, optional
-        A `redactor`, where there are many choices.
-
-    Returns
-    -------
-    Reply
-
-    Example
-    -------
-    >>> reply_of({"message": {"content": "angry"}, "finish_reason": "stop"})
-    Reply(text='angry', finish_reason='stop', refusal=None, top_logprobs=None, reasoning=None)
-    """
+    """Translate a choice of a chat completion, tolerating fields that lesser servers leave out or fill otherwise."""
     clean = clean or redactor()
     message = _get(choice, "message")
     ended, refusal = _get(choice, "finish_reason"), _get(message, "refusal")
@@ -890,22 +870,7 @@ def _timed_out(error: Exception) -> bool:
 
 
 def is_loopback(base_url: str) -> bool:
-    """Whether an address names this machine.
-
-    Parameters
-    ----------
-    base_url : str
-        An http(s) address.
-
-    Returns
-    -------
-    bool
-
-    Example
-    -------
-    >>> is_loopback("http://127.0.0.1:8000/v1"), is_loopback("https://api.openai.com/v1")
-    (True, False)
-    """
+    """Whether an address names this machine."""
     host = urllib.parse.urlsplit(base_url).hostname or ""
     try:
         return ipaddress.ip_address(host).is_loopback

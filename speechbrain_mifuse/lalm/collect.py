@@ -218,27 +218,7 @@ def collect(
 
 
 def check_usable(store: LabelStore, query: Query):
-    """Check that not all answers to a query are unusable.
-
-    Parameters
-    ----------
-    store : LabelStore
-        Where the answers are.
-    query : Query
-        Their key; no sample was stored.
-
-    Raises
-    ------
-    LalmError
-        If there are answers all the same. It quotes the commonest reason and one reply.
-
-    Example
-    -------
-    >>> import tempfile
-    >>> query = Query("0" * 64, ("angry", "sad"), "m", "http://127.0.0.1/v1", {"temperature": 1})
-    >>> with LabelStore(tempfile.mkdtemp() + "/labels.sqlite") as store:
-    ...     check_usable(store, query)
-    """
+    """Check that not all answers to a query are unusable."""
     rejections = store.rejections(query)
     if not rejections:
         return
@@ -255,27 +235,7 @@ def check_usable(store: LabelStore, query: Query):
 
 
 def run_to_end(main: Callable):
-    """Run a coroutine to its end, also where an event loop runs already: then on a thread of its own.
-
-    Parameters
-    ----------
-    main : callable
-        Makes the coroutine.
-
-    Returns
-    -------
-    object
-        What it returns.
-
-    Example
-    -------
-    >>> async def answer():
-    ...     return 42
-    >>> async def notebook():
-    ...     return run_to_end(answer)
-    >>> run_to_end(answer), asyncio.run(notebook())
-    (42, 42)
-    """
+    """Run a coroutine to its end, also where an event loop runs already: then on a thread of its own."""
     try:
         asyncio.get_running_loop()
     except RuntimeError:
@@ -305,24 +265,7 @@ def run_to_end(main: Callable):
 
 
 async def cancel_until_ended(tasks: Collection[asyncio.Task]):
-    """Cancel tasks, and those again that go on.
-
-    A task loses a cancellation that comes together with the result of its `asyncio.wait_for`, before Python 3.12.
-
-    Parameters
-    ----------
-    tasks : collection of asyncio.Task
-        Their results and errors are not looked at.
-
-    Example
-    -------
-    >>> async def example():
-    ...     tasks = [asyncio.create_task(asyncio.sleep(60))]
-    ...     await cancel_until_ended(tasks)
-    ...     return tasks[0].cancelled()
-    >>> asyncio.run(example())
-    True
-    """
+    """Cancel tasks, and those again that go on."""
     while tasks:
         for task in tasks:
             task.cancel()
@@ -330,22 +273,7 @@ async def cancel_until_ended(tasks: Collection[asyncio.Task]):
 
 
 def encode_wav(waveform: torch.Tensor) -> bytes:
-    """Waveform at 16 kHz as a mono 16-bit PCM WAV file.
-
-    Parameters
-    ----------
-    waveform : torch.Tensor
-        `[samples]`, full scale 1.0.
-
-    Returns
-    -------
-    bytes
-
-    Example
-    -------
-    >>> len(encode_wav(torch.zeros(16000)))
-    32044
-    """
+    """Waveform at 16 kHz as a mono 16-bit PCM WAV file."""
     buffer = io.BytesIO()
     with wave.open(buffer, "wb") as file:
         file.setnchannels(1)
@@ -356,28 +284,7 @@ def encode_wav(waveform: torch.Tensor) -> bytes:
 
 
 def plan(missing: Sequence[int], attempts: Sequence[int], seed: int | None, most: int | None = None) -> Iterator[Ask]:
-    """Group missing sample indices into requests whose choices have consecutive seeds.
-
-    Parameters
-    ----------
-    missing : sequence of int
-        Sample indices to ask for, ascending.
-    attempts : sequence of int
-        For each of them, how often it was asked for in vain.
-    seed : int, optional
-        Seed of sample 0.
-    most : int, optional
-        Answers that one request may bring.
-
-    Yields
-    ------
-    Ask
-
-    Example
-    -------
-    >>> list(plan([1, 2, 4], [0, 0, 0], seed=10))
-    [Ask(k=1, n=2, seed=11), Ask(k=4, n=1, seed=14)]
-    """
+    """Group missing sample indices into requests whose choices have consecutive seeds."""
     pairs = enumerate(zip(missing, attempts, strict=True))
     for _, group in itertools.groupby(pairs, key=lambda item: (item[1][0] - item[0], item[1][1])):
         run = [pair for _, pair in group]
@@ -389,33 +296,7 @@ def plan(missing: Sequence[int], attempts: Sequence[int], seed: int | None, most
 
 
 class Wanted:
-    """What is still to be asked about each recording, by what the store holds.
-
-    Parameters
-    ----------
-    prompt : Prompt
-        The question.
-    honours_n : bool
-        Whether one call can bring several answers.
-    store : LabelStore
-        Where the answers are.
-    query : Query
-        Their key.
-    k : int
-        Samples per recording.
-    max_attempts : int
-        How often a sample is asked for before it is given up.
-
-    Example
-    -------
-    >>> import tempfile
-    >>> prompt = Prompt(("angry", "sad"))
-    >>> query = Query.of(prompt, "m", "http://127.0.0.1:8000/v1", {"temperature": 1.0, "seed": 0})
-    >>> with LabelStore(tempfile.mkdtemp() + "/labels.sqlite") as store:
-    ...     wanted = Wanted(prompt, True, store, query, k=5, max_attempts=3)
-    >>> wanted.claim("ab" * 32), wanted.claim("ab" * 32)
-    ([Ask(k=0, n=5, seed=0)], [])
-    """
+    """What is still to be asked about each recording, by what the store holds."""
 
     def __init__(self, prompt: Prompt, honours_n: bool, store: LabelStore, query: Query, k: int, max_attempts: int):
         self.prompt, self.query, self.k, self.max_attempts = prompt, query, k, max_attempts
@@ -425,17 +306,7 @@ class Wanted:
         self.claimed: set[str] = set()
 
     def claim(self, audio: str) -> list[Ask]:
-        """List the requests about a recording; none the second time, when another utterance has the same recording.
-
-        Parameters
-        ----------
-        audio : str
-            Content hash.
-
-        Returns
-        -------
-        list of Ask
-        """
+        """List the requests about a recording; none the second time, when another utterance has the same recording."""
         if audio in self.claimed:
             return []
         self.claimed.add(audio)
@@ -453,22 +324,7 @@ class Wanted:
 
 
 class Recording(NamedTuple):
-    """A recording that was read.
-
-    Attributes
-    ----------
-    known : Known
-        Hash and length of the whole.
-    clip : Clip
-        What is sent.
-    cut : bool
-        Whether that is only the beginning.
-
-    Example
-    -------
-    >>> Recording._fields
-    ('known', 'clip', 'cut')
-    """
+    """A recording that was read."""
 
     known: Known
     clip: Clip
@@ -476,32 +332,7 @@ class Recording(NamedTuple):
 
 
 def read_recording(source, longest_audio: float | None = None, hashes: HashCache | None = None) -> Recording:
-    """Read a recording and make it ready to be sent.
-
-    Parameters
-    ----------
-    source : str, pathlib.Path or callable
-        A file, or a function that returns the waveform `[samples]` at 16 kHz.
-    longest_audio : float, optional
-        Seconds of which no more is sent.
-    hashes : HashCache, optional
-        Is told the hash of a file.
-
-    Returns
-    -------
-    Recording
-
-    Raises
-    ------
-    BadAudio
-        If it cannot be read.
-
-    Example
-    -------
-    >>> recording = read_recording(lambda: torch.zeros(32000), longest_audio=0.5)
-    >>> recording.known.seconds, recording.clip.seconds, recording.cut
-    (2.0, 0.5, True)
-    """
+    """Read a recording and make it ready to be sent."""
     before = None if callable(source) else file_stamp(source)
     waveform = source() if callable(source) else load_audio(source, SAMPLE_RATE)
     known = Known(content_hash(waveform), len(waveform) / SAMPLE_RATE)
@@ -688,11 +519,7 @@ class _Job:
 
 
 class _Writer:
-    """Brings answers to disk, as many at a time as came in while the last ones were written.
-
-    Answers are taken at once, so none is lost when its worker is cancelled; but a worker waits while `room` calls are
-    unwritten, so a slow disk slows the asking down and not the memory up.
-    """
+    """Brings answers to disk, as many at a time as came in while the last ones were written."""
 
     def __init__(self, store: LabelStore, query: Query, room: int, on_disk: Callable[[Sequence[Record]], None]):
         self.store, self.query, self.room, self.on_disk = store, query, room, on_disk

@@ -45,23 +45,7 @@ ID_DIGITS = 16
 
 @dataclasses.dataclass
 class Taken:
-    """What an import or a merge did.
-
-    Attributes
-    ----------
-    new : int
-        Answers stored.
-    same : int
-        Answers that the store had already.
-    conflicts : list of str
-        Samples that differ from the stored ones, which were kept.
-
-    Example
-    -------
-    >>> print(Taken(5, 2, ["a.jsonl:9: another sample is stored"]).summary())
-    5 answers stored, 2 were there already, 1 in conflict with a stored sample (which was kept)
-      a.jsonl:9: another sample is stored
-    """
+    """What an import or a merge did."""
 
     new: int = 0
     same: int = 0

@@ -25,28 +25,7 @@ _REFUSED = {400, 404, 405, 406, 411, 413, 414, 415, 422, 501}
 
 @dataclasses.dataclass(frozen=True)
 class Outcome:
-    """What came of a question: replies, or the reason why there are none.
-
-    Attributes
-    ----------
-    replies : tuple of Reply
-        One for each choice.
-    prompt_tokens, audio_tokens, completion_tokens : int, optional
-        As the server counted; `audio_tokens` are those of the prompt, where the server tells them apart.
-    served_model, fingerprint : str
-        As the server reported them.
-    error : str
-        Why there is no reply.
-    status : int, optional
-        HTTP status of the error.
-    cause : Exception, optional
-        The error itself.
-
-    Example
-    -------
-    >>> Outcome(error="no such field", status=400).refused
-    True
-    """
+    """What came of a question: replies, or the reason why there are none."""
 
     replies: tuple[Reply, ...] = ()
     prompt_tokens: int | None = None
@@ -86,27 +65,7 @@ class Outcome:
 
 
 def findings(outcomes: Mapping[str, Outcome], profile: Profile, lengths: Sequence[float]) -> dict[str, Finding]:
-    """Judge the outcomes of all questions.
-
-    Parameters
-    ----------
-    outcomes : mapping of str to Outcome
-        By the names of `speechbrain_mifuse.lalm.probe.questions`.
-    profile, lengths
-        As in `speechbrain_mifuse.lalm.probe.probe`.
-
-    Returns
-    -------
-    dict of str to Finding
-        By the names of `Card.findings`.
-
-    Example
-    -------
-    >>> from speechbrain_mifuse.lalm.probe import questions
-    >>> silent = {name: Outcome(error="gone") for name in questions(Profile(), 1.0, (10, 30))}
-    >>> {finding.verdict for finding in findings(silent, Profile(), (10, 30)).values()}
-    {'cannot tell'}
-    """
+    """Judge the outcomes of all questions."""
     others = [part for part in AUDIO_PARTS if part != profile.audio_part]
     shape = ANSWER_FORMS[profile.answer_form].shape
     hears = _hears(outcomes, lengths)
@@ -265,23 +224,7 @@ def _kind_of_logprobs(warm: Mapping[str, float], cool: Mapping[str, float]) -> s
 
 
 def constraints_of(shape: str) -> dict[str, Mapping]:
-    """List the constraints that can ask for a shape of answer.
-
-    Parameters
-    ----------
-    shape : str
-        As `AnswerForm.shape`.
-
-    Returns
-    -------
-    dict of str to mapping
-        Part of `CONSTRAINTS`.
-
-    Example
-    -------
-    >>> list(constraints_of("first_token"))
-    ['structured_outputs', 'regex']
-    """
+    """List the constraints that can ask for a shape of answer."""
     return {name: forms for name, forms in CONSTRAINTS.items() if name != "none" and shape in forms}
 
 

@@ -22,49 +22,14 @@ _TABLE = "files (path TEXT PRIMARY KEY, size INTEGER, mtime_ns INTEGER, sha256 T
 
 
 class Known(NamedTuple):
-    """What is known of a recording.
-
-    Attributes
-    ----------
-    audio : str
-        `content_hash` of its waveform at 16 kHz.
-    seconds : float
-        Its length.
-
-    Example
-    -------
-    >>> Known("0" * 64, 1.5).seconds
-    1.5
-    """
+    """What is known of a recording."""
 
     audio: str
     seconds: float
 
 
 class HashCache:
-    """Remembers content hashes by path, size and time of the last change; a file that changed is unknown.
-
-    It is a cache: a file that cannot be opened is replaced, and one that cannot be written only costs time. Entries
-    appear whole or not at all, and several processes may use one file. Files are left out for two seconds after their
-    last change.
-
-    Parameters
-    ----------
-    path : str or pathlib.Path
-        SQLite file, created if missing.
-
-    Example
-    -------
-    >>> import tempfile
-    >>> folder = Path(tempfile.mkdtemp())
-    >>> (folder / "a.wav").touch()
-    >>> os.utime(folder / "a.wav", (1, 1))
-    >>> with HashCache(folder / "hashes.sqlite") as cache:
-    ...     first = cache.of(folder / "a.wav", lambda: Known("ab" * 32, 1.0))
-    ...     again = cache.get(folder / "a.wav")
-    >>> first == again
-    True
-    """
+    """Remembers content hashes by path, size and time of the last change; a file that changed is unknown."""
 
     def __init__(self, path: str | Path):
         self.path = Path(path)
@@ -94,18 +59,7 @@ class HashCache:
         self._db.close()
 
     def get(self, wav: str | Path) -> Known | None:
-        """Look up a recording.
-
-        Parameters
-        ----------
-        wav : str or pathlib.Path
-            A file.
-
-        Returns
-        -------
-        Known or None
-            `None` if it is unknown, has changed, or is missing.
-        """
+        """Look up a recording."""
         stamp = file_stamp(wav)
         if stamp is None:
             return None
@@ -118,19 +72,7 @@ class HashCache:
         return Known(*row) if row else None
 
     def of(self, wav: str | Path, read: Callable[[], Known]) -> Known:
-        """Look up a recording, or read it and remember what was found.
-
-        Parameters
-        ----------
-        wav : str or pathlib.Path
-            A file.
-        read : callable
-            Reads it.
-
-        Returns
-        -------
-        Known
-        """
+        """Look up a recording, or read it and remember what was found."""
         known = self.get(wav)
         if known is None:
             before = file_stamp(wav)
@@ -139,17 +81,7 @@ class HashCache:
         return known
 
     def put(self, wav: str | Path, before: tuple[int, int] | None, known: Known):
-        """Remember a recording, unless it changed while it was read.
-
-        Parameters
-        ----------
-        wav : str or pathlib.Path
-            A file.
-        before : (int, int), optional
-            Size and time of change in nanoseconds, taken before it was read.
-        known : Known
-            What was found.
-        """
+        """Remember a recording, unless it changed while it was read."""
         if before is None or before != file_stamp(wav) or time.time() - before[1] / 1e9 < SETTLED:
             return
         # The next run reads the file again, that is all.
@@ -189,23 +121,7 @@ class HashCache:
 
 
 def foreign_journal(path: str | Path) -> Path | None:
-    """Find a rollback journal of a transaction over several files: SQLite would delete the file that it names.
-
-    Parameters
-    ----------
-    path : str or pathlib.Path
-        A database of this package, whose transactions are over one file.
-
-    Returns
-    -------
-    pathlib.Path or None
-        The journal; `None` if there is none of the kind.
-
-    Example
-    -------
-    >>> foreign_journal("/nowhere") is None
-    True
-    """
+    """Find a rollback journal of a transaction over several files: SQLite would delete the file that it names."""
     database = Path(path).resolve()
     journal = database.with_name(f"{database.name}-journal")
     if not journal.is_file():
@@ -216,23 +132,7 @@ def foreign_journal(path: str | Path) -> Path | None:
 
 
 def file_stamp(wav: str | Path) -> tuple[int, int] | None:
-    """Size and time of the last change, by which a change is noticed.
-
-    Parameters
-    ----------
-    wav : str or pathlib.Path
-        A file.
-
-    Returns
-    -------
-    (int, int) or None
-        Bytes, and nanoseconds since the epoch; `None` if the file is missing, or its name is no text.
-
-    Example
-    -------
-    >>> file_stamp("no such file") is None
-    True
-    """
+    """Size and time of the last change, by which a change is noticed."""
     try:
         os.fspath(wav).encode()  # SQLite takes nothing else
         status = os.stat(wav)

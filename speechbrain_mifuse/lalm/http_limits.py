@@ -16,38 +16,7 @@ SPARE_DESCRIPTORS = 96
 
 @dataclasses.dataclass(frozen=True)
 class Limits:
-    """What clients may take up.
-
-    Attributes
-    ----------
-    max_concurrent : int
-        Requests that are answered, or wait for the model, at a time; one more gets status 503 with ``Retry-After``.
-    max_connections : int
-        Open connections; one more closes the one that has kept the server waiting longest.
-    max_body_bytes : int
-        Size of a request's body; a larger one gets status 413 before it is read.
-    read_timeout : float
-        Seconds for the head of a request, from its first byte; seconds that a body may lag behind 16 KiB a second;
-        seconds for a client to take its reply.
-    idle_timeout : float
-        Seconds that a connection may stay open without a request.
-    max_seconds : float
-        Duration of a recording. All requests together may hold eight times as much audio.
-
-    Raises
-    ------
-    UserError
-        If a value is out of range.
-
-    Example
-    -------
-    >>> Limits(max_concurrent=4).max_seconds
-    120.0
-    >>> Limits(read_timeout=0)
-    Traceback (most recent call last):
-    ...
-    speechbrain_mifuse.errors.UserError: read_timeout: must be a number of seconds from 0.001 to 1000000, is 0
-    """
+    """What clients may take up."""
 
     max_concurrent: int = 32
     max_connections: int = 256
@@ -71,64 +40,14 @@ class Limits:
 
 
 def check_seconds(name: str, value: float, least: float = 0.0) -> float:
-    """Check a number of seconds.
-
-    Parameters
-    ----------
-    name : str
-        What it is called in the error.
-    value : float
-        Seconds.
-    least : float
-        The smallest that is allowed.
-
-    Returns
-    -------
-    float
-        The value.
-
-    Raises
-    ------
-    UserError
-        If it is smaller, or too large for the clock.
-
-    Example
-    -------
-    >>> check_seconds("grace", 2.5)
-    2.5
-    """
+    """Check a number of seconds."""
     if not math.isfinite(value) or not least <= value <= 1e6:
         raise UserError(f"{name}: must be a number of seconds from {least:g} to 1000000, is {value}")
     return value
 
 
 def checked_key(key: str | None, name: str) -> str | None:
-    """Check a key that clients must send.
-
-    Parameters
-    ----------
-    key : str, optional
-        As the environment has it.
-    name : str
-        Of the environment variable.
-
-    Returns
-    -------
-    str or None
-        The key, or `None` if none is wanted.
-
-    Raises
-    ------
-    UserError
-        If no header can carry it; the message does not show it.
-
-    Example
-    -------
-    >>> checked_key("", "MIFUSE_SERVE_KEY")
-    Traceback (most recent call last):
-    ...
-    speechbrain_mifuse.errors.UserError: MIFUSE_SERVE_KEY is set, but to nothing or to something with blanks ...
-    """
+    """Check a key that clients must send."""
     if key is not None and not re.fullmatch(r"[\x21-\x7e]+", key):
         raise UserError(
             f"{name} is set, but to nothing or to something with blanks or characters beyond ASCII, which no header "
@@ -138,28 +57,7 @@ def checked_key(key: str | None, name: str) -> str | None:
 
 
 def room_for_connections(wanted: int) -> int:
-    """Count the connections that the process's limit of file descriptors allows.
-
-    Parameters
-    ----------
-    wanted : int
-        The most that are wanted.
-
-    Returns
-    -------
-    int
-        At most `wanted`.
-
-    Raises
-    ------
-    UserError
-        If there is no room for any.
-
-    Example
-    -------
-    >>> room_for_connections(1)
-    1
-    """
+    """Count the connections that the process's limit of file descriptors allows."""
     try:
         import resource
     except ImportError:  # on Windows, which has no such limit

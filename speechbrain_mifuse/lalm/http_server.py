@@ -45,24 +45,7 @@ logger = logging.getLogger("speechbrain_mifuse.lalm.serve.http")
 
 
 class RequestError(Exception):
-    """A request that is answered with an error in OpenAI's shape.
-
-    Parameters
-    ----------
-    message : str
-        What is wrong.
-    status : int
-        HTTP status.
-    code : str, optional
-        Machine-readable name of the error.
-    headers : mapping of str to str, optional
-        Further headers of the reply.
-
-    Example
-    -------
-    >>> RequestError("n: must be a number").body()
-    b'{"error": {"message": "n: must be a number", "type": "invalid_request_error", "param": null, "code": null}}'
-    """
+    """A request that is answered with an error in OpenAI's shape."""
 
     def __init__(
         self, message: str, status: int = 400, code: str | None = None, headers: Mapping[str, str] | None = None
@@ -73,53 +56,18 @@ class RequestError(Exception):
         self.headers = dict(headers or {})
 
     def body(self) -> bytes:
-        """Put the error in OpenAI's shape.
-
-        Returns
-        -------
-        bytes
-            JSON.
-        """
+        """Put the error in OpenAI's shape."""
         kind = "server_error" if self.status >= 500 else "invalid_request_error"
         return json.dumps({"error": {"message": str(self), "type": kind, "param": None, "code": self.code}}).encode()
 
 
 def overloaded(what: str) -> RequestError:
-    """Make the error that asks a client to come back.
-
-    Parameters
-    ----------
-    what : str
-        What there is too much of.
-
-    Returns
-    -------
-    RequestError
-        Status 503 with ``Retry-After``.
-
-    Example
-    -------
-    >>> overloaded("8 requests are being answered").headers
-    {'Retry-After': '1'}
-    """
+    """Make the error that asks a client to come back."""
     return RequestError(f"{what}; try again", 503, "overloaded", {"Retry-After": str(RETRY_AFTER_SECONDS)})
 
 
 class Route(NamedTuple):
-    """What a path leads to.
-
-    Attributes
-    ----------
-    method : str
-        ``GET``, which also allows ``HEAD``, or ``POST``, whose requests have a JSON body and are limited in number.
-    answer : coroutine function
-        Takes the body and returns that of the reply; a `RequestError` becomes an error reply, any other exception
-        status 500 without details.
-    content_type : str
-        Of the reply.
-    public : bool
-        Whether it needs no key.
-    """
+    """What a path leads to."""
 
     method: str
     answer: Callable[[bytearray], Awaitable[bytes]]
@@ -128,15 +76,7 @@ class Route(NamedTuple):
 
 
 class Metrics:
-    """Counters of a server, in the text form that Prometheus reads.
-
-    Example
-    -------
-    >>> metrics = Metrics()
-    >>> metrics.answered("/v1/models", 200, 0.25)
-    >>> print(metrics.text({"in_flight": 0}).splitlines()[2])
-    mifuse_requests_total{route="/v1/models",status="200"} 1
-    """
+    """Counters of a server, in the text form that Prometheus reads."""
 
     def __init__(self):
         self._requests: collections.Counter[tuple[str, int]] = collections.Counter()
@@ -144,45 +84,18 @@ class Metrics:
         self._rejected = dict.fromkeys(sorted({*REJECTIONS.values(), CROWDED}), 0)
 
     def answered(self, route: str, status: int, seconds: float) -> None:
-        """Count a request.
-
-        Parameters
-        ----------
-        route : str
-            One of few: every other value is one more line.
-        status : int
-            HTTP status of the reply.
-        seconds : float
-            Seconds since its head had arrived.
-        """
+        """Count a request."""
         self._requests[route, status] += 1
         self._seconds[route] += seconds
         if status in REJECTIONS:
             self._rejected[REJECTIONS[status]] += 1
 
     def dropped(self, reason: str) -> None:
-        """Count a connection that was closed without a reply.
-
-        Parameters
-        ----------
-        reason : str
-            A value of `REJECTIONS`, or `CROWDED`.
-        """
+        """Count a connection that was closed without a reply."""
         self._rejected[reason] += 1
 
     def text(self, gauges: Mapping[str, int]) -> str:
-        """All counters.
-
-        Parameters
-        ----------
-        gauges : mapping of str to int
-            Current values, by name.
-
-        Returns
-        -------
-        str
-            Prometheus's text format, version 0.0.4.
-        """
+        """All counters."""
         requests = sorted(self._requests.items())
         lines = _heading("requests_total", "counter", "Requests answered, by route and status.")
         lines += [
@@ -205,40 +118,7 @@ def _heading(name: str, kind: str, about: str) -> list[str]:
 
 
 class HttpServer:
-    """Serve routes within limits.
-
-    Without a key, requests must name this machine in ``Host``, so that no page can read replies through a name of its
-    own that leads here (DNS rebinding). Requests that a browser sends for a page of another site are always refused.
-
-    Parameters
-    ----------
-    address : (str, int)
-        To listen on.
-    routes : mapping of str to Route
-        By path.
-    limits : Limits
-        For all routes together.
-    key : str, optional
-        Without it in ``Authorization: Bearer ...`` a request gets status 401, unless its route is public.
-
-    Raises
-    ------
-    OSError, OverflowError
-        If the address cannot be listened on.
-    UserError
-        If the process may not open enough files.
-
-    Example
-    -------
-    >>> import urllib.request
-    >>> async def empty(body):
-    ...     return b"[]"
-    >>> server = HttpServer(("127.0.0.1", 0), {"/": Route("GET", empty)}, Limits())
-    >>> server.start()
-    >>> urllib.request.urlopen(f"http://127.0.0.1:{server.address[1]}/").read()
-    b'[]'
-    >>> server.close()
-    """
+    """Serve routes within limits."""
 
     def __init__(self, address: tuple[str, int], routes: Mapping[str, Route], limits: Limits, key: str | None = None):
         self.routes = routes
@@ -272,13 +152,7 @@ class HttpServer:
         self._started.result()
 
     def close(self, grace: float = 0.0) -> None:
-        """Take no more connections, let requests whose head has arrived be answered, end all connections.
-
-        Parameters
-        ----------
-        grace : float
-            Seconds for those requests.
-        """
+        """Take no more connections, let requests whose head has arrived be answered, end all connections."""
         if self._thread.is_alive():
             asyncio.run_coroutine_threadsafe(self._end(grace), self._loop).result()
             self._loop.call_soon_threadsafe(self._stopped.set)
@@ -286,13 +160,7 @@ class HttpServer:
         self._socket.close()
 
     def metrics_text(self) -> str:
-        """Report what `Metrics` counts, and the current requests and connections.
-
-        Returns
-        -------
-        str
-            In Prometheus's text format.
-        """
+        """Report what `Metrics` counts, and the current requests and connections."""
         return self.metrics.text({"in_flight": self.in_flight, "connections": len(self.connections)})
 
     async def _serve(self) -> None:
@@ -469,26 +337,7 @@ def _too_large(limit: int) -> RequestError:
 
 
 def reply(status: int, content: bytes, headers: Mapping[str, str] | None = None) -> web.Response:
-    """Make a reply.
-
-    Parameters
-    ----------
-    status : int
-        HTTP status.
-    content : bytes
-        Body.
-    headers : mapping of str to str, optional
-        Further headers; the type of the content is JSON unless they say otherwise.
-
-    Returns
-    -------
-    aiohttp.web.Response
-
-    Example
-    -------
-    >>> reply(200, b"[]").content_type
-    'application/json'
-    """
+    """Make a reply."""
     always = {"Content-Type": JSON_TYPE, "Server": "speechbrain-mifuse"}
     return web.Response(status=status, body=content, headers={**always, **(headers or {})})
 

@@ -44,21 +44,7 @@ _BLOCK = 100000
 
 @dataclasses.dataclass
 class Findings:
-    """What `check` found.
-
-    Attributes
-    ----------
-    problems : list of str
-        What is wrong, each with its place; empty for a sound store.
-    notes : list of str
-        What is allowed and worth knowing.
-
-    Example
-    -------
-    >>> print(Findings(notes=["query 1: 2 recordings lack samples"]).summary())
-    sound
-    note: query 1: 2 recordings lack samples
-    """
+    """What `check` found."""
 
     problems: list[str] = dataclasses.field(default_factory=list)
     notes: list[str] = dataclasses.field(default_factory=list)
@@ -70,28 +56,7 @@ class Findings:
 
 
 def check(store: LabelStore) -> Findings:
-    """Check a store: SQLite's own check of its pages, then what every row must be.
-
-    Every answer has a query and a recording, a known kind, and a reply; a sample has as many probabilities as its query
-    has labels, none negative, with sum 1; a refused or invalid answer has none. An index that was passed over (a
-    recording with samples 0 and 2) is a note: a collection that was stopped leaves some, and the next one fills them.
-
-    Parameters
-    ----------
-    store : LabelStore
-        The store.
-
-    Returns
-    -------
-    Findings
-
-    Example
-    -------
-    >>> import tempfile
-    >>> with LabelStore(tempfile.mkdtemp() + "/labels.sqlite") as store:
-    ...     check(store).summary()
-    'sound'
-    """
+    """Check a store: SQLite's own check of its pages, then what every row must be."""
     try:
         pages = [row[0] for row in store.read("PRAGMA integrity_check") if row[0] != "ok"]
         if pages:  # the rows of a damaged file say nothing

@@ -50,18 +50,7 @@ class BudgetReached(LalmError):
 
 
 class Signal:
-    """Wakes whoever waits; bound to no event loop until someone does.
-
-    Example
-    -------
-    >>> async def main():
-    ...     signal = Signal()
-    ...     asyncio.get_running_loop().call_soon(signal.fire)
-    ...     await signal.wait()
-    ...     return "woken"
-    >>> asyncio.run(main())
-    'woken'
-    """
+    """Wakes whoever waits; bound to no event loop until someone does."""
 
     def __init__(self):
         self._waiting: list[asyncio.Future] = []
@@ -81,26 +70,7 @@ class Signal:
 
 
 class Pace:
-    """Lets calls start no faster than the provider allows, and none at all while it asked to wait.
-
-    Calls get evenly spaced starts, so no window of a minute holds more than the limit. Tokens are counted by an
-    estimate first and corrected by what was used.
-
-    Parameters
-    ----------
-    requests_per_minute, tokens_per_minute : float, optional
-        Limits; none by default.
-
-    Example
-    -------
-    >>> async def three_calls():
-    ...     pace, start = Pace(requests_per_minute=6000), time.monotonic()
-    ...     for _ in range(3):
-    ...         await pace.admit(tokens=10)
-    ...     return time.monotonic() - start
-    >>> asyncio.run(three_calls()) >= 0.02
-    True
-    """
+    """Lets calls start no faster than the provider allows, and none at all while it asked to wait."""
 
     def __init__(self, requests_per_minute: float | None = None, tokens_per_minute: float | None = None):
         self.per_request = 60 / requests_per_minute if requests_per_minute else 0.0
@@ -108,13 +78,7 @@ class Pace:
         self._next_request = self._next_token = self._paused_until = -math.inf
 
     async def admit(self, tokens: float):
-        """Wait until a call may start.
-
-        Parameters
-        ----------
-        tokens : float
-            Estimate of what it takes.
-        """
+        """Wait until a call may start."""
         while True:
             now = time.monotonic()
             start = max(now, self._next_request, self._next_token, self._paused_until)
@@ -127,23 +91,11 @@ class Pace:
                 return
 
     def settle(self, estimated: float, used: float):
-        """Correct the count of tokens after a call.
-
-        Parameters
-        ----------
-        estimated, used : float
-            As given to `admit`, and as the reply says.
-        """
+        """Correct the count of tokens after a call."""
         self._next_token += (used - estimated) * self.per_token
 
     def pause(self, seconds: float):
-        """Let no call start for a while, whoever makes it.
-
-        Parameters
-        ----------
-        seconds : float
-            From now on.
-        """
+        """Let no call start for a while, whoever makes it."""
         self._paused_until = max(self._paused_until, time.monotonic() + seconds)
 
 
@@ -267,21 +219,7 @@ class Budget:
 
 
 class Breaker:
-    """Counts failures in a row: an API that is down fails every call, and asking on helps nobody.
-
-    Parameters
-    ----------
-    most : int
-        Failures in a row that stop a collection.
-
-    Example
-    -------
-    >>> breaker = Breaker(2)
-    >>> breaker.failed(LalmError("down")), breaker.worked(), breaker.failed(LalmError("down"))
-    (False, None, False)
-    >>> breaker.failed(LalmError("down"))
-    True
-    """
+    """Counts failures in a row: an API that is down fails every call, and asking on helps nobody."""
 
     def __init__(self, most: int):
         self.most, self.in_a_row = most, 0
@@ -297,27 +235,7 @@ class Breaker:
 
 
 def retry_after(headers: Mapping[str, str], now: Callable[[], float] = time.time) -> float | None:
-    """Seconds that a server asks to wait, by `Retry-After` (seconds or a date) or `retry-after-ms`.
-
-    Parameters
-    ----------
-    headers : mapping of str to str
-        Of the reply, with lower-case names or case-insensitive.
-    now : callable
-        Gives the time since the epoch in seconds.
-
-    Returns
-    -------
-    float or None
-        `None` if it says nothing that can be understood.
-
-    Example
-    -------
-    >>> retry_after({"retry-after": "1.5"}), retry_after({"retry-after-ms": "20"}), retry_after({})
-    (1.5, 0.02, None)
-    >>> retry_after({"retry-after": "Thu, 01 Jan 1970 00:01:00 GMT"}, now=lambda: 50.0)
-    10.0
-    """
+    """Seconds that a server asks to wait, by `Retry-After` (seconds or a date) or `retry-after-ms`."""
     for name, unit in (("retry-after-ms", 0.001), ("retry-after", 1.0)):
         try:
             seconds = float(headers.get(name, "")) * unit
@@ -331,28 +249,7 @@ def retry_after(headers: Mapping[str, str], now: Callable[[], float] = time.time
 
 
 def expected_tokens(prompt: Prompt, seconds: float, n: int, profile: Profile) -> Tokens:
-    """Estimate what a call takes, for plans and limits.
-
-    Parameters
-    ----------
-    prompt : Prompt
-        The question.
-    seconds : float
-        Length of the recording.
-    n : int
-        Answers asked for.
-    profile : Profile
-        Who is asked.
-
-    Returns
-    -------
-    Tokens
-
-    Example
-    -------
-    >>> expected_tokens(Prompt(("angry", "sad"), "label"), 4.0, 5, Profile())
-    Tokens(text=63, audio=100, output=20)
-    """
+    """Estimate what a call takes, for plans and limits."""
     heard = min(seconds, profile.longest_audio or seconds)
     return Tokens(
         text=math.ceil(len(prompt.text()) / 4) + TEMPLATE_TOKENS // 4,
@@ -362,28 +259,7 @@ def expected_tokens(prompt: Prompt, seconds: float, n: int, profile: Profile) ->
 
 
 def most_tokens(prompt: Prompt, expected: Tokens, n: int, longest_output: float | None) -> Tokens:
-    """Upper bound of what a call takes, for budgets: no token of text is shorter than a byte.
-
-    Parameters
-    ----------
-    prompt : Prompt
-        The question.
-    expected : Tokens
-        As `expected_tokens` gives.
-    n : int
-        Answers asked for.
-    longest_output : float, optional
-        Limit of one answer in the request.
-
-    Returns
-    -------
-    Tokens
-
-    Example
-    -------
-    >>> most_tokens(Prompt(("angry", "sad"), "label"), Tokens(63, 100, 20), 5, 8).output
-    40
-    """
+    """Upper bound of what a call takes, for budgets: no token of text is shorter than a byte."""
     return Tokens(
         text=len(prompt.text().encode()) + TEMPLATE_TOKENS,
         audio=expected.audio + TEMPLATE_TOKENS,
@@ -401,23 +277,7 @@ _MOST_TOKENS = 10**12
 
 
 def known_usage(usage: object) -> dict | None:
-    """Keep of a reply's usage the counts that are known, and nothing else that a server may have put there.
-
-    Parameters
-    ----------
-    usage : object
-        Decoded JSON.
-
-    Returns
-    -------
-    dict or None
-        In OpenAI's shape; `None` if there is no count.
-
-    Example
-    -------
-    >>> known_usage({"prompt_tokens": 130, "note": "sk-...", "prompt_tokens_details": {"audio_tokens": 100}})
-    {'prompt_tokens': 130, 'prompt_tokens_details': {'audio_tokens': 100}}
-    """
+    """Keep of a reply's usage the counts that are known, and nothing else that a server may have put there."""
     kept = _counts(usage, _COUNTS)
     details = {name: _counts(usage.get(name), names) for name, names in _DETAILS.items()} if kept else {}
     return {**kept, **{name: counts for name, counts in details.items() if counts}} or None
@@ -429,26 +289,7 @@ def _counts(usage: object, names: Iterable[str]) -> dict[str, int]:
 
 
 def used_tokens(usage: Mapping | None) -> Tokens | None:
-    """Read the usage that a reply reports.
-
-    Parameters
-    ----------
-    usage : mapping, optional
-        In OpenAI's shape.
-
-    Returns
-    -------
-    Tokens or None
-        `None` if there is none. Where a server does not tell audio from text, all that was sent counts as audio, the
-        dearer of the two; what it counts beside prompt and completion (thinking) counts as output.
-
-    Example
-    -------
-    >>> used_tokens({"prompt_tokens": 130, "completion_tokens": 9, "prompt_tokens_details": {"audio_tokens": 100}})
-    Tokens(text=30, audio=100, output=9)
-    >>> used_tokens({"prompt_tokens": 130, "completion_tokens": 9, "total_tokens": 200})
-    Tokens(text=0, audio=130, output=70)
-    """
+    """Read the usage that a reply reports."""
     usage = known_usage(usage)
     if usage is None:
         return None

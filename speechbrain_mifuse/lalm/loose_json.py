@@ -48,31 +48,7 @@ _REPAIRS = {
 
 
 def json_values(text: str) -> tuple[list, str]:
-    """Read all outermost JSON objects and lists of a text.
-
-    Parameters
-    ----------
-    text : str
-        Prose, with or without JSON.
-
-    Returns
-    -------
-    values : list
-        Dictionaries and lists, in order.
-    beside : str
-        The text without them.
-
-    Raises
-    ------
-    ValueError
-        If an object repeats a key or holds a number that is too long, if something that looks like JSON cannot be
-        read, or if there are more than `MAX_FALSE_BRACKETS` brackets that begin nothing.
-
-    Example
-    -------
-    >>> json_values("Sure: {'angry': 70%, 'sad': 0,3,} bye")
-    ([{'angry': '70%', 'sad': '0,3'}], 'Sure:  bye')
-    """
+    """Read all outermost JSON objects and lists of a text."""
     values, beside = _decoded(text)
     if not _UNREAD.search(beside):
         return values, beside
@@ -83,23 +59,7 @@ def json_values(text: str) -> tuple[list, str]:
 
 
 def walk(values: Iterable) -> Iterator:
-    """Give decoded values and all that they hold, however deep, also what is JSON in a string.
-
-    Parameters
-    ----------
-    values : iterable
-        As `json_values` gives.
-
-    Yields
-    ------
-    object
-        Dictionaries, lists, strings, numbers, ...
-
-    Example
-    -------
-    >>> list(walk([{"a": '{"b": 1}'}]))
-    [{'a': '{"b": 1}'}, '{"b": 1}', {'b': 1}, 1]
-    """
+    """Give decoded values and all that they hold, however deep, also what is JSON in a string."""
     waiting = list(values)
     while waiting:
         value = waiting.pop()
@@ -113,25 +73,7 @@ def walk(values: Iterable) -> Iterator:
 
 
 def number_lines(text: str) -> tuple[list[tuple[str, str]], str]:
-    r"""Read lines (or clauses) that are a name and a number, as of a table or an enumeration.
-
-    Parameters
-    ----------
-    text : str
-        Prose.
-
-    Returns
-    -------
-    pairs : list of (str, str)
-        Name and number, without marks around them.
-    beside : str
-        Everything else.
-
-    Example
-    -------
-    >>> number_lines("Scores:\n| angry | 0.7 |\n- **sad**: 30%")
-    ([('angry', '0.7'), ('sad', '30%')], 'Scores:')
-    """
+    r"""Read lines (or clauses) that are a name and a number, as of a table or an enumeration."""
     pairs, beside = [], []
     for line in _LINES.split(text):
         cells = [cell for part in _CELLS.split(line.strip()) if (cell := part.strip(_MARKS))]
@@ -144,29 +86,7 @@ def number_lines(text: str) -> tuple[list[tuple[str, str]], str]:
 
 
 def distinct(pairs: Iterable[tuple[str, object]]) -> dict:
-    """Make a dictionary of pairs.
-
-    Parameters
-    ----------
-    pairs : iterable of (str, object)
-        Keys and values.
-
-    Returns
-    -------
-    dict
-
-    Raises
-    ------
-    ValueError
-        If a key is repeated.
-
-    Example
-    -------
-    >>> distinct([("angry", 0.7), ("angry", 0.1)])
-    Traceback (most recent call last):
-    ...
-    ValueError: duplicate key 'angry'
-    """
+    """Make a dictionary of pairs."""
     made: dict = {}
     for key, value in pairs:
         if key in made:
@@ -176,22 +96,7 @@ def distinct(pairs: Iterable[tuple[str, object]]) -> dict:
 
 
 def unquoted(text: str) -> str:
-    r"""Give the content of a text that is one JSON string, and any other text as it is.
-
-    Parameters
-    ----------
-    text : str
-        A reply.
-
-    Returns
-    -------
-    str
-
-    Example
-    -------
-    >>> unquoted('"{\\"sad\\": 1}"'), unquoted('"sad" it is')
-    ('{"sad": 1}', '"sad" it is')
-    """
+    r"""Give the content of a text that is one JSON string, and any other text as it is."""
     if text[:1] != '"':
         return text
     try:

@@ -213,30 +213,7 @@ def make_plan(
 
 
 def spent_before(store: LabelStore, query: Query, price: Price | None) -> float:
-    """Price of the answers to a query that are stored, refused ones and those they replaced included.
-
-    Parameters
-    ----------
-    store : LabelStore
-        Where they are.
-    query : Query
-        Their key.
-    price : Price, optional
-        Without it nothing is counted.
-
-    Returns
-    -------
-    float
-        In the currency of `price`. Calls whose reply was lost are not known.
-
-    Example
-    -------
-    >>> import tempfile
-    >>> query = Query("0" * 64, ("angry", "sad"), "m", "http://127.0.0.1/v1", {"temperature": 1})
-    >>> with LabelStore(tempfile.mkdtemp() + "/labels.sqlite") as store:
-    ...     spent_before(store, query, Price(1.0, 1.0, 1.0))
-    0.0
-    """
+    """Price of the answers to a query that are stored, refused ones and those they replaced included."""
     if price is None:
         return 0.0
     bills = ((told.tokens, told.batch_tokens) for told in store.queries() if told.query == query)
@@ -245,29 +222,7 @@ def spent_before(store: LabelStore, query: Query, price: Price | None) -> float:
 
 @summarized()
 def known_recordings(wavs: Mapping[str, str | Path], hashes: HashCache, show_progress: bool = True) -> dict[str, Known]:
-    """Find content hash and length of recordings, reading only those that are new or have changed.
-
-    Parameters
-    ----------
-    wavs : mapping of str to path
-        File by utterance id.
-    hashes : HashCache
-        What is known; grows.
-    show_progress : bool
-        Show a progress bar.
-
-    Returns
-    -------
-    dict of str to Known
-        Without unreadable ones, which the log names.
-
-    Example
-    -------
-    >>> import tempfile
-    >>> with HashCache(tempfile.mkdtemp() + "/hashes.sqlite") as hashes:
-    ...     known_recordings({}, hashes, show_progress=False)
-    {}
-    """
+    """Find content hash and length of recordings, reading only those that are new or have changed."""
 
     def find(item: tuple[str, str | Path]) -> tuple[str, Known | None]:
         utt_id, wav = item
@@ -286,29 +241,7 @@ def known_recordings(wavs: Mapping[str, str | Path], hashes: HashCache, show_pro
 
 
 def read_known(wav: str | Path) -> Known:
-    """Read a recording for its content hash and length.
-
-    Parameters
-    ----------
-    wav : str or pathlib.Path
-        A file.
-
-    Returns
-    -------
-    Known
-
-    Raises
-    ------
-    BadAudio
-        If it cannot be read.
-
-    Example
-    -------
-    >>> read_known("missing.wav")
-    Traceback (most recent call last):
-    ...
-    speechbrain_mifuse.audio.BadAudio: missing.wav: cannot be read as audio ...
-    """
+    """Read a recording for its content hash and length."""
     waveform = load_audio(wav, SAMPLE_RATE)
     return Known(content_hash(waveform), len(waveform) / SAMPLE_RATE)
 

@@ -40,24 +40,7 @@ LENGTHS = (10.0, 30.0, 60.0)
 
 @dataclasses.dataclass(frozen=True)
 class Question:
-    """One call.
-
-    Attributes
-    ----------
-    clip : str, optional
-        Which recording is sent with it, see `clips`; none at all if missing.
-    text : str
-        What is asked.
-    fields : mapping
-        Fields of the request's body besides model and messages.
-    audio_part : str
-        Key of `AUDIO_PARTS`.
-
-    Example
-    -------
-    >>> Question("speech", "What do you hear?").audio_part
-    'input_audio'
-    """
+    """One call."""
 
     clip: str | None
     text: str
@@ -133,22 +116,7 @@ def probe(
 
 
 def questions(profile: Profile, temperature: float, lengths: Sequence[float]) -> dict[str, Question]:
-    """List every call of a probe by name, so that their number is known before the first.
-
-    Parameters
-    ----------
-    profile, temperature, lengths
-        As in `probe`.
-
-    Returns
-    -------
-    dict of str to Question
-
-    Example
-    -------
-    >>> questions(Profile(), 1.0, (10.0,))["n"].fields["n"]
-    3
-    """
+    """List every call of a probe by name, so that their number is known before the first."""
     part, always = profile.audio_part, dict(profile.sampling)
     score, word = (Prompt(LABELS, form).text() for form in ("distribution", "label"))
     shape = ANSWER_FORMS[profile.answer_form].shape
@@ -187,73 +155,19 @@ def questions(profile: Profile, temperature: float, lengths: Sequence[float]) ->
 
 
 def seconds_sent(asked: Mapping[str, Question]) -> float:
-    """Seconds of audio in all questions together, at most.
-
-    Parameters
-    ----------
-    asked : mapping of str to Question
-        As `questions` gives.
-
-    Returns
-    -------
-    float
-
-    Example
-    -------
-    >>> seconds_sent({"a": Question("speech", ""), "b": Question("10 s", ""), "c": Question(None, "")})
-    14.0
-    """
+    """Seconds of audio in all questions together, at most."""
     named = [question.clip for question in asked.values() if question.clip is not None]
     return sum(float(clip[:-2]) if clip.endswith(" s") else CLIP_SECONDS for clip in named)
 
 
 def lengths_up_to(longest: float | None) -> list[float]:
-    """Give the durations to be tried, with the longest recording of a collection among them.
-
-    Parameters
-    ----------
-    longest : float, optional
-        Seconds.
-
-    Returns
-    -------
-    list of float
-
-    Example
-    -------
-    >>> lengths_up_to(45), lengths_up_to(None)
-    ([10.0, 30.0, 45.0, 60.0], [10.0, 30.0, 60.0])
-    """
+    """Give the durations to be tried, with the longest recording of a collection among them."""
     further = {float(longest)} if longest is not None and longest > CLIP_SECONDS else set()
     return sorted(set(LENGTHS) | further)
 
 
 def clips(speech: torch.Tensor, lengths: Sequence[float]) -> dict[str, bytes]:
-    """Make the recordings that a probe sends.
-
-    Parameters
-    ----------
-    speech : torch.Tensor
-        `[samples]` at 16 kHz.
-    lengths : sequence of float
-        Durations in seconds; the speech is repeated to fill them.
-
-    Returns
-    -------
-    dict of str to bytes
-        WAV files: `speech`, `silence` and `noise` of one duration, `tagged` with the samples of the first in other
-        bytes, and one for each length.
-
-    Raises
-    ------
-    UserError
-        If there is less than a second of speech, or the lengths do not ascend from above the clip's.
-
-    Example
-    -------
-    >>> {name: len(wav) for name, wav in clips(speech_like(2.0), (5, 8)).items()}
-    {'speech': 64044, 'silence': 64044, 'noise': 64044, '5 s': 160044, '8 s': 256044, 'tagged': 64070}
-    """
+    """Make the recordings that a probe sends."""
     if len(lengths) < 2 or sorted(set(lengths)) != list(lengths) or lengths[0] <= CLIP_SECONDS:
         raise UserError(f"the probe's lengths {list(lengths)}: name at least two, ascending, above {CLIP_SECONDS:g} s")
     if len(speech) < SAMPLE_RATE:
@@ -277,24 +191,7 @@ def _tagged(wav: bytes) -> bytes:
 
 
 def speech_like(seconds: float = CLIP_SECONDS) -> torch.Tensor:
-    """Render vowels with a moving pitch: a stand-in for speech where no recording is at hand.
-
-    Parameters
-    ----------
-    seconds : float
-        Duration.
-
-    Returns
-    -------
-    torch.Tensor
-        `[samples]` at 16 kHz.
-
-    Example
-    -------
-    >>> wave = speech_like(1.0)
-    >>> len(wave), bool(wave.abs().max() <= 0.5)
-    (16000, True)
-    """
+    """Render vowels with a moving pitch: a stand-in for speech where no recording is at hand."""
     time = torch.arange(int(seconds * SAMPLE_RATE)) / SAMPLE_RATE
     pitch = 140 + 40 * torch.sin(2 * torch.pi * 0.7 * time) + 5 * torch.sin(2 * torch.pi * 5 * time)
     phase = 2 * torch.pi * torch.cumsum(pitch, 0) / SAMPLE_RATE
@@ -349,24 +246,7 @@ async def _ask(client: LalmClient, question: Question, wavs: Mapping[str, str]) 
 
 
 def outcome_of(completion) -> Outcome:
-    """Read a completion, tolerating fields that lesser servers leave out.
-
-    Parameters
-    ----------
-    completion : openai.types.chat.ChatCompletion
-        As the server sent it.
-
-    Returns
-    -------
-    Outcome
-
-    Example
-    -------
-    >>> from types import SimpleNamespace as Namespace
-    >>> choice = Namespace(message=Namespace(content="angry"), finish_reason="stop")
-    >>> outcome_of(Namespace(choices=[choice], usage=None)).text
-    'angry'
-    """
+    """Read a completion, tolerating fields that lesser servers leave out."""
     usage = getattr(completion, "usage", None)
     details = getattr(usage, "prompt_tokens_details", None)
     return Outcome(

@@ -127,20 +127,7 @@ class Price:
 
 @dataclasses.dataclass(frozen=True)
 class Tokens:
-    """Numbers of tokens by what they cost.
-
-    Attributes
-    ----------
-    text, audio : float
-        Of what is sent.
-    output : float
-        Of what is answered.
-
-    Example
-    -------
-    >>> (Tokens(10, 20, 5) + Tokens(1, 2, 3)).total
-    41
-    """
+    """Numbers of tokens by what they cost."""
 
     text: float = 0
     audio: float = 0

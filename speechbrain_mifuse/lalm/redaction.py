@@ -21,40 +21,12 @@ _TALKATIVE = ("openai", "httpx", "httpx2", "httpcore", "httpcore2", "aiohttp")
 
 
 def redacted(text: str) -> str:
-    """Remove every key of this process's environment, what looks like a key, and what no file can hold.
-
-    Parameters
-    ----------
-    text : str
-        From anywhere.
-
-    Returns
-    -------
-    str
-        With `***` in the place of each secret.
-
-    Example
-    -------
-    >>> redacted("Incorrect API key provided: sk-0123456789abcdefXYZ.")
-    'Incorrect API key provided: ***.'
-    """
+    """Remove every key of this process's environment, what looks like a key, and what no file can hold."""
     return redactor()(text)
 
 
 def redactor() -> Callable[[str], str]:
-    """Make the function that `redacted` is, with the environment as it is now: reading it takes longer than all else.
-
-    Returns
-    -------
-    callable
-        For many texts at a time.
-
-    Example
-    -------
-    >>> clean = redactor()
-    >>> clean("Bearer abcdefghij0123456789"), clean("angry")
-    ('***', 'angry')
-    """
+    """Make `redacted` for the environment as it is now: reading the environment takes longer than all else."""
     found = {
         value
         for name, value in os.environ.items()
@@ -73,39 +45,14 @@ def redactor() -> Callable[[str], str]:
 
 
 def short(name: object, clean: Callable[[str], str] = redacted) -> str:
-    """Give what is kept of a name or number that a server sent.
-
-    Parameters
-    ----------
-    name : object
-        Decoded JSON.
-    clean : callable
-        A `redactor`, where there are many names.
-
-    Returns
-    -------
-    str
-        At most 200 characters without secrets; empty for what is neither text nor a whole number of sensible size.
-
-    Example
-    -------
-    >>> short("gpt-audio"), short(404), short(["gpt-audio"]), short(None)
-    ('gpt-audio', '404', '', '')
-    """
+    """Give what is kept of a name or number that a server sent."""
     if isinstance(name, str):
         return clean(name)[:_LONGEST_NAME]
     return str(name) if type(name) is int and abs(name) < 10**18 else ""
 
 
 def keep_requests_out_of_logs() -> None:
-    """Let the packages that carry requests log nothing below a warning, whatever the level of the root logger.
-
-    Example
-    -------
-    >>> keep_requests_out_of_logs()
-    >>> logging.getLogger("openai").isEnabledFor(logging.INFO)
-    False
-    """
+    """Let the packages that carry requests log nothing below a warning, whatever the level of the root logger."""
     for name in _TALKATIVE:
         logger = logging.getLogger(name)
         if logger.level < logging.WARNING:

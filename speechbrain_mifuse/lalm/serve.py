@@ -61,19 +61,7 @@ logger.addHandler(logging.NullHandler())
 
 
 class Recogniser(Protocol):
-    """What the server needs of a model.
-
-    Attributes
-    ----------
-    labels : tuple of str
-        Label set; its order is that of the probabilities.
-    sample_rate : int
-        Rate in Hz of the waveforms it takes.
-
-    Notes
-    -----
-    One that also has `EmotionRecognizer.predict_each` is used by several requests at the same time.
-    """
+    """What the server needs of a model."""
 
     labels: tuple[str, ...]
     sample_rate: int
@@ -87,31 +75,7 @@ class Recogniser(Protocol):
 
 @dataclasses.dataclass(frozen=True)
 class ChatRequest:
-    """A validated request.
-
-    Attributes
-    ----------
-    waveform : torch.Tensor
-        `[samples]` at the recogniser's rate.
-    seconds : float
-        Duration of the recording.
-    recording : bytes
-        Digest of the waveform.
-    text : str
-        All text parts, joined by newlines.
-    n : int
-        Number of choices.
-    temperature : float
-        0 for the most likely answer.
-    seed : int, optional
-        Seed of the first choice; choice j has `seed + j`.
-    top_logprobs : int, optional
-        Number of alternatives to report; `None` if no log-probabilities are wanted.
-    wants_json : bool
-        Whether a JSON object of probabilities is asked for.
-    label_key : str, optional
-        Key of the JSON object with one label that is asked for.
-    """
+    """A validated request."""
 
     waveform: torch.Tensor
     seconds: float
@@ -328,20 +292,7 @@ class EmotionServer:
 
 
 def serve_until_stopped(server: EmotionServer, grace: float = 10.0) -> None:
-    """Serve until SIGTERM or Ctrl-C; for the main thread.
-
-    Parameters
-    ----------
-    server : EmotionServer
-        Not started yet; it is closed afterwards.
-    grace : float
-        Seconds that requests which have begun may still take. A second signal takes these from them.
-
-    Example
-    -------
-    >>> serve_until_stopped.__name__  # runs in tests/unit/test_lalm_serve.py
-    'serve_until_stopped'
-    """
+    """Serve until SIGTERM or Ctrl-C; for the main thread."""
     before = signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
         print(f"{server.model_name} at {server.base_url}; Ctrl-C stops it", flush=True)
@@ -371,35 +322,7 @@ def _decoded(body: bytes | bytearray) -> object:
 def parse_request(
     body: dict, model_name: str, sample_rate: int, max_seconds: float = DEFAULT_LIMITS.max_seconds
 ) -> ChatRequest:
-    """Validate the body of a chat completion and decode its audio.
-
-    Parameters
-    ----------
-    body : dict
-        The decoded JSON.
-    model_name : str
-        The only model there is.
-    sample_rate : int
-        Rate in Hz that the audio is resampled to.
-    max_seconds : float
-        The longest audio that is taken.
-
-    Returns
-    -------
-    ChatRequest
-
-    Raises
-    ------
-    RequestError
-        If a field is missing or wrong; the message names it.
-
-    Example
-    -------
-    >>> parse_request({"model": "mifuse", "messages": []}, "mifuse", 16000)
-    Traceback (most recent call last):
-    ...
-    speechbrain_mifuse.lalm.http_server.RequestError: messages: no part of type input_audio or audio_url
-    """
+    """Validate the body of a chat completion and decode its audio."""
     if not isinstance(body, dict):
         raise RequestError("the body must be a JSON object")
     if body.get("model") != model_name:
@@ -431,38 +354,7 @@ def parse_request(
 def decode_audio(
     data: str, sample_rate: int, max_seconds: float = DEFAULT_LIMITS.max_seconds
 ) -> tuple[torch.Tensor, float]:
-    """Decode a recording sent in base64.
-
-    Parameters
-    ----------
-    data : str
-        Any format that libsndfile reads, in base64. Channels are averaged.
-    sample_rate : int
-        Rate in Hz of the result.
-    max_seconds : float
-        The longest that is taken.
-
-    Returns
-    -------
-    torch.Tensor
-        `[samples]`, float32.
-    float
-        Duration in seconds.
-
-    Raises
-    ------
-    RequestError
-        If the data are not base64 or not audio, empty, not finite, too long or otherwise too large, or of a sample rate
-        that no recording has.
-
-    Example
-    -------
-    >>> buffer = io.BytesIO()
-    >>> soundfile.write(buffer, np.zeros((8000, 2)), 8000, format="FLAC")
-    >>> waveform, seconds = decode_audio(base64.b64encode(buffer.getvalue()).decode(), 16000)
-    >>> waveform.shape, seconds
-    (torch.Size([16000]), 1.0)
-    """
+    """Decode a recording sent in base64."""
     try:
         content = base64.b64decode(data, validate=True)
     except ValueError:
@@ -580,11 +472,7 @@ def _label_key(response_format: dict) -> str | None:
 
 
 def _mixed_seed(seed: int, recording: bytes) -> int:
-    """Make a seed that also depends on the recording.
-
-    With the bare seed, the k-th answers to all recordings would share one random draw, and the noise of a whole corpus
-    would lean to the same side.
-    """
+    """Make a seed that also depends on the recording."""
     digest = hashlib.sha256(str(seed).encode() + b":" + recording).digest()
     return int.from_bytes(digest[:8], "big") >> 1
 

@@ -257,42 +257,7 @@ class Record:
 
 
 class Entry(NamedTuple):
-    """One stored answer, with all that is kept of it.
-
-    Attributes
-    ----------
-    audio : str
-        `content_hash` of the recording.
-    k : int
-        Index of the sample.
-    utt_id : str
-        Utterance it was asked for; empty where an export left it out.
-    kind : str
-        One of `KINDS`.
-    probs : tuple of float or None
-        float32 values in the order of the labels; `None` for a refusal or an invalid answer.
-    label_mass : float or None
-        For "logprobs", what the labels held before renormalisation.
-    attempts : int
-        How often it was asked for.
-    reason : str
-        Why there are no probabilities.
-    seed : int or None
-        Of the request.
-    created : float
-        Seconds since 1970 when it was stored.
-    served_model, system_fingerprint : str or None
-        As the server reported them.
-    usage : dict or None
-        Tokens of the request on the first of its choices; those of a replaced attempt below "replaced".
-    raw : str
-        The reply, as `Reply.to_json` gives it.
-
-    Example
-    -------
-    >>> Entry("ab" * 32, 0, "u1", "label", (1.0, 0.0), None, 1, "", None, 0.0, "m", "", None, "{}").is_sample
-    True
-    """
+    """One stored answer, with all that is kept of it."""
 
     audio: str
     k: int
@@ -316,32 +281,7 @@ class Entry(NamedTuple):
 
 
 class QuerySummary(NamedTuple):
-    """One query of a store and what is stored of it.
-
-    Attributes
-    ----------
-    number : int
-        Of the query in this store.
-    query : Query
-        What was asked.
-    counts : dict of str to int
-        Answers of each kind in `KINDS`.
-    recordings : int
-        Recordings with an answer of any kind.
-    k : int
-        Greatest sample index plus 1.
-    attempts : int
-        Answers received, replaced ones included.
-    first, last : float or None
-        Seconds since 1970 of the oldest and the newest answer; `None` without any.
-    tokens, batch_tokens : Tokens
-        Of live requests and of the Batch API.
-
-    Example
-    -------
-    >>> QuerySummary._fields[:3]
-    ('number', 'query', 'counts')
-    """
+    """One query of a store and what is stored of it."""
 
     number: int
     query: Query
@@ -878,28 +818,7 @@ def _is_locked(error: sqlite3.Error) -> bool:
 
 
 def clean_base_url(base_url: str) -> str:
-    """Check an API address and drop its trailing slash.
-
-    Parameters
-    ----------
-    base_url : str
-        For example "https://api.openai.com/v1".
-
-    Returns
-    -------
-    str
-
-    Raises
-    ------
-    UserError
-        If it is no http(s) address, or carries a user name, password or query, where a secret could hide. The message
-        does not repeat the address then.
-
-    Example
-    -------
-    >>> clean_base_url("http://localhost:8000/v1/")
-    'http://localhost:8000/v1'
-    """
+    """Check an API address and drop its trailing slash."""
     try:
         parts = urllib.parse.urlsplit(base_url)
         usable = parts.scheme in ("http", "https") and bool(parts.hostname) and (parts.port or True)

@@ -36,29 +36,7 @@ PADDINGS = {"repeatpad": "native", "repeat": "repeat", "pad": "pad"}
 
 
 def refuse_known_corpus(trained_on: Collection[str], corpus: str, flag: str) -> None:
-    """Make sure that a model which is to score a corpus without its labels was not trained with them.
-
-    Parameters
-    ----------
-    trained_on : collection of str
-        Corpora whose labels the model was trained with.
-    corpus : str
-        The one that it is to score.
-    flag : str
-        Where the model comes from, for the message.
-
-    Raises
-    ------
-    UserError
-        If the corpus is among them.
-
-    Example
-    -------
-    >>> refuse_known_corpus(["nemo", "ravdess"], "ravdess", "--alm")
-    Traceback (most recent call last):
-    ...
-    speechbrain_mifuse.errors.UserError: --alm: this model was trained with the labels of ravdess. Give one ...
-    """
+    """Make sure that a model which is to score a corpus without its labels was not trained with them."""
     if corpus in trained_on:
         raise UserError(f"{flag}: this model was trained with the labels of {corpus}. Give one trained on others.")
 
@@ -209,27 +187,7 @@ class AudioTextModel(ABC):
 
 
 class EmbeddingReader:
-    """Stands in the place of a `FrameReader`: one "frame" per recording, which is its embedding.
-
-    Parameters
-    ----------
-    model : GenericAudioTextModel
-        Embeds.
-    repeats : int
-        N.
-
-    Example
-    -------
-    >>> class Model:
-    ...     sample_rate, dim = 48000, 2
-    ...     def fingerprint(self):
-    ...         return {"weights": "ab"}
-    ...     def embed(self, wave, repeats):
-    ...         return torch.tensor([float(len(wave)), float(repeats)])
-    >>> reader = EmbeddingReader(Model(), repeats=3)
-    >>> reader.encode(torch.zeros(5)).tolist(), reader.fingerprint()["repeats"]
-    ([[[5.0, 3.0]]], 3)
-    """
+    """Stands in the place of a `FrameReader`: one "frame" per recording, which is its embedding."""
 
     def __init__(self, model, repeats: int):
         self.model, self.repeats = model, known_repeats(repeats, "--audio_repeats")
@@ -237,73 +195,17 @@ class EmbeddingReader:
         self.encoder, self.sample_rate = self, model.sample_rate
 
     def fingerprint(self) -> dict:
-        """Describe what decides the embeddings.
-
-        Returns
-        -------
-        dict
-            Of JSON's types.
-        """
+        """Describe what decides the embeddings."""
         about = {**self.model.fingerprint(), "layers": [0], "dim": self.model.dim}
         return about if self.repeats == 1 else {**about, "repeats": self.repeats}
 
     def encode(self, wave: torch.Tensor) -> torch.Tensor:
-        """Embed a waveform.
-
-        Parameters
-        ----------
-        wave : torch.Tensor
-            `[samples]` at the model's rate.
-
-        Returns
-        -------
-        torch.Tensor
-            `[1, 1, E]`.
-        """
+        """Embed a waveform."""
         return self.model.embed(wave, self.repeats).view(1, 1, -1)
 
 
 class GenericAudioTextModel(AudioTextModel):
-    """Any model of Hugging Face's form that has `get_audio_features` and `get_text_features`.
-
-    Every clip is embedded alone, from a window that is made here (`zero_shot.window`), and every text with texts of its
-    own number of tokens: a vector depends neither on its neighbours nor on any generator of random numbers. This is
-    tried when the model is loaded.
-
-    Parameters
-    ----------
-    source : str or pathlib.Path
-        Folder in Hugging Face format (weights, feature extractor and tokenizer), or hub id.
-    window : str
-        One of `zero_shot.window.WINDOWS`.
-    trim_db : float or None
-        Silence threshold of `trim_silence`; `None`, the default, cuts nothing: the model hears the recording as it is.
-    trust_remote_code : bool
-        Whether to run Python that comes with the model. Read it first.
-    flag : str
-        Flag that named the source, for messages.
-
-    Attributes
-    ----------
-    sample_rate : int
-        Of waveforms, in Hz.
-    size : int or None
-        Samples of the window; `None` if the model's extractor takes any length.
-    dim : int
-        E.
-
-    Raises
-    ------
-    UserError
-        If the model cannot be loaded or does not work as it should.
-
-    Example
-    -------
-    >>> GenericAudioTextModel("./no-such-folder")
-    Traceback (most recent call last):
-    ...
-    speechbrain_mifuse.errors.UserError: --alm: './no-such-folder' is no folder. ...
-    """
+    """Any model of Hugging Face's form that has `get_audio_features` and `get_text_features`."""
 
     layer = 0
 
@@ -368,156 +270,46 @@ class GenericAudioTextModel(AudioTextModel):
         return len(found[0])
 
     def fingerprint(self) -> dict:
-        """Describe what decides the vectors: weights, configuration, extractor, window, trimming.
-
-        Returns
-        -------
-        dict
-            Of JSON's types.
-        """
+        """Describe what decides the vectors: weights, configuration, extractor, window, trimming."""
         return self._fingerprint
 
     def reader(self, repeats: int) -> EmbeddingReader:
-        """Make what fills a feature store with embeddings of repeated recordings.
-
-        Parameters
-        ----------
-        repeats : int
-            N.
-
-        Returns
-        -------
-        EmbeddingReader
-            The reader.
-
-        Raises
-        ------
-        UserError
-            If N is less than 1.
-        """
+        """Make what fills a feature store with embeddings of repeated recordings."""
         return EmbeddingReader(self, repeats)
 
     def window(self, wave: torch.Tensor, repeats: int) -> HeardWindow:
-        """Say what the model hears of a waveform, silence at its ends already cut.
-
-        Parameters
-        ----------
-        wave : torch.Tensor
-            `[samples]` at `sample_rate`.
-        repeats : int
-            N.
-
-        Returns
-        -------
-        HeardWindow
-            In numbers.
-        """
+        """Say what the model hears of a waveform, silence at its ends already cut."""
         return heard_window(len(self._trimmed(wave)), repeats, self.size, self.sample_rate, self.policy)
 
     def _trimmed(self, wave: torch.Tensor) -> torch.Tensor:
         return trim_silence(wave, self.trim_db, frame=self.sample_rate // 40)
 
     def hears_the_same(self, wave: torch.Tensor, repeats: int, others: int) -> bool:
-        """Whether the windows of two numbers of repeats are bit-identical.
-
-        Parameters
-        ----------
-        wave, repeats, others
-            As for `AudioTextModel.hears_the_same`.
-
-        Returns
-        -------
-        bool
-            True if so.
-        """
+        """Whether the windows of two numbers of repeats are bit-identical."""
         return self.window(wave, repeats).key == self.window(wave, others).key
 
     @torch.no_grad()
     def embed(self, wave: torch.Tensor, repeats: int) -> torch.Tensor:
-        """Embed one waveform: a = normalise(E_audio(repeat(x, N))).
-
-        Parameters
-        ----------
-        wave : torch.Tensor
-            `[samples]` at `sample_rate`.
-        repeats : int
-            N.
-
-        Returns
-        -------
-        torch.Tensor
-            `[E]`, of unit norm, on the CPU.
-        """
+        """Embed one waveform: a = normalise(E_audio(repeat(x, N)))."""
         samples = build_window(self._trimmed(wave), self.window(wave, repeats))
         inputs = {key: value.to(self.model.device) for key, value in self.audio_inputs(samples).items()}
         return F.normalize(embedding_of(self.model.get_audio_features(**inputs))[0].float(), dim=-1).cpu()
 
     def audio_inputs(self, samples: torch.Tensor) -> Mapping[str, torch.Tensor]:
-        """Turn a window into what the network takes.
-
-        Parameters
-        ----------
-        samples : torch.Tensor
-            `[size]`: just what the extractor wants, so that it neither repeats nor cuts.
-
-        Returns
-        -------
-        mapping of str to torch.Tensor
-            A batch of one.
-        """
+        """Turn a window into what the network takes."""
         return self.extractor(samples.numpy(), sampling_rate=self.sample_rate, return_tensors="pt")
 
     def audio_vectors(self, frames: torch.Tensor, lengths: torch.Tensor) -> torch.Tensor:
-        """Give embeddings, rounded by the store, their unit norm back.
-
-        Parameters
-        ----------
-        frames : torch.Tensor
-            `[batch, 1, E]`.
-        lengths : torch.Tensor
-            `[batch]`; all are 1.
-
-        Returns
-        -------
-        torch.Tensor
-            `[batch, E]`.
-        """
+        """Give embeddings, rounded by the store, their unit norm back."""
         return F.normalize(frames.float().squeeze(1), dim=-1)
 
     def text_lengths(self, texts: Sequence[str]) -> list[int]:
-        """Count tokens, with those that begin and end a text.
-
-        Parameters
-        ----------
-        texts : sequence of str
-            Whole prompts.
-
-        Returns
-        -------
-        list of int
-            One number for each.
-        """
+        """Count tokens, with those that begin and end a text."""
         return [len(ids) for ids in self.tokenizer(list(texts), truncation=False)["input_ids"]]
 
     @torch.no_grad()
     def text_vectors(self, texts: Sequence[str]) -> torch.Tensor:
-        """Vectors of texts; none is cut or padded.
-
-        Parameters
-        ----------
-        texts : sequence of str
-            Whole prompts, already repeated.
-
-        Returns
-        -------
-        torch.Tensor
-            `[texts, E]`, of unit norm, on the CPU.
-
-        Raises
-        ------
-        UserError
-            If a text has more than `longest_text` tokens.
-        """
+        """Vectors of texts; none is cut or padded."""
         encoded = self.tokenizer(list(texts), truncation=False)
         same_length = defaultdict(list)
         for place, ids in enumerate(encoded["input_ids"]):
@@ -541,24 +333,7 @@ class GenericAudioTextModel(AudioTextModel):
 
 
 class ClapModel(GenericAudioTextModel):
-    """CLAP of LAION, as transformers has it (`laion/clap-htsat-unfused` and others): 10 s at 48 kHz, 77 tokens.
-
-    `fusion` checkpoints have a second path for clips longer than the window; the extractor sends one random item of
-    each batch without such a clip through it. What comes from here is never longer than the window, so `is_longer` is
-    false for every clip: a longer clip is cut, and that path not used.
-
-    Parameters
-    ----------
-    source, window, trim_db, trust_remote_code, flag
-        As for `GenericAudioTextModel`.
-
-    Example
-    -------
-    >>> ClapModel("./no-such-folder", window="repeatpad")
-    Traceback (most recent call last):
-    ...
-    speechbrain_mifuse.errors.UserError: --alm_window: 'repeatpad' is none of native, repeat, pad.
-    """
+    """CLAP of LAION, as transformers has it (`laion/clap-htsat-unfused` and others): 10 s at 48 kHz, 77 tokens."""
 
     # What it was trained with; the text encoder has positions for 512.
     text_tokens = 77
@@ -568,18 +343,7 @@ class ClapModel(GenericAudioTextModel):
         return min(self.text_tokens, super().text_limit() or self.text_tokens)
 
     def audio_inputs(self, samples: torch.Tensor) -> Mapping[str, torch.Tensor]:
-        """Turn a window into a spectrogram, with `is_longer` set.
-
-        Parameters
-        ----------
-        samples : torch.Tensor
-            `[size]`.
-
-        Returns
-        -------
-        mapping of str to torch.Tensor
-            `input_features` and `is_longer`.
-        """
+        """Turn a window into a spectrogram, with `is_longer` set."""
         return {**super().audio_inputs(samples), "is_longer": torch.zeros(1, 1, dtype=torch.bool)}
 
 
@@ -588,23 +352,7 @@ FAMILIES: dict[str, type[GenericAudioTextModel]] = {"clap": ClapModel}
 
 
 def name_of(source: str | Path) -> str:
-    """Name a model after its folder or its hub id.
-
-    Parameters
-    ----------
-    source : str or pathlib.Path
-        Folder, or hub id.
-
-    Returns
-    -------
-    str
-        Letters, digits, `-`, `_` and `.`.
-
-    Example
-    -------
-    >>> name_of("laion/clap-htsat-unfused"), name_of("models/my clap/")
-    ('clap-htsat-unfused', 'my-clap')
-    """
+    """Name a model after its folder or its hub id."""
     # Absolute, because `.` has no name; links are not followed: a hub's cache names what they lead to by a hash.
     return re.sub(r"[^\w.-]+", "-", os.path.basename(os.path.abspath(source)))
 
@@ -650,28 +398,7 @@ def open_audio_text_model(
 
 @contextlib.contextmanager
 def alm_errors(source: str | Path, flag: str = "--alm"):
-    """Turn whatever goes wrong while a model is loaded into one error that names the flag.
-
-    Parameters
-    ----------
-    source : str or pathlib.Path
-        Folder or hub id.
-    flag : str
-        Flag that named it; `FLAG_trust_remote_code` allows its code.
-
-    Raises
-    ------
-    UserError
-        With the reason and what to do.
-
-    Example
-    -------
-    >>> with alm_errors("laion/clap"):
-    ...     raise OSError("no network")
-    Traceback (most recent call last):
-    ...
-    speechbrain_mifuse.errors.UserError: --alm: 'laion/clap' could not be loaded: no network. ...
-    """
+    """Turn whatever goes wrong while a model is loaded into one error that names the flag."""
     source, remedy = str(source), "Pass a folder in Hugging Face format (weights, extractor, tokenizer), or a hub id."
     # A hub id is "name" or "owner/name": anything else can only be meant as a path.
     is_path = source.startswith((".", "/", "~")) or source.count("/") > 1 or "\\" in source
@@ -688,32 +415,7 @@ def alm_errors(source: str | Path, flag: str = "--alm"):
 
 
 def load_parts(source: str | Path, trust_remote_code: bool):
-    """Load network, feature extractor and tokenizer.
-
-    Parameters
-    ----------
-    source : str or pathlib.Path
-        Folder or hub id.
-    trust_remote_code : bool
-        Whether to run Python that comes with the model.
-
-    Returns
-    -------
-    model : transformers.PreTrainedModel
-        In float32, evaluation mode, without gradients.
-    extractor, tokenizer
-        As transformers has them.
-
-    Raises
-    ------
-    UserError
-        If it is no audio-text model, or lacks weights: transformers would draw them at random.
-
-    Example
-    -------
-    >>> load_parts.__name__  # runs in `tests/unit/test_zero_shot.py`
-    'load_parts'
-    """
+    """Load network, feature extractor and tokenizer."""
     options = {"trust_remote_code": trust_remote_code}
     with quiet_loading():
         model, report = AutoModel.from_pretrained(str(source), output_loading_info=True, **options)
@@ -728,76 +430,20 @@ def load_parts(source: str | Path, trust_remote_code: bool):
 
 
 def tokenizer_digest(tokenizer) -> str:
-    """Identity of what turns texts into tokens.
-
-    Parameters
-    ----------
-    tokenizer : transformers.PreTrainedTokenizerBase
-        The model's.
-
-    Returns
-    -------
-    str
-        First 16 hexadecimal digits of SHA-256.
-
-    Example
-    -------
-    >>> from types import SimpleNamespace
-    >>> tokenizer_digest(SimpleNamespace(get_vocab=lambda: {"a": 0, "b": 1}))
-    '4b4543fe55612726'
-    """
+    """Identity of what turns texts into tokens."""
     backend = getattr(tokenizer, "backend_tokenizer", None)
     text = json.dumps(sorted(tokenizer.get_vocab().items())) if backend is None else backend.to_str()
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
 def window_size(extractor) -> int | None:
-    """Find how many samples a feature extractor makes of any clip.
-
-    Parameters
-    ----------
-    extractor : transformers.FeatureExtractionMixin
-        A model's.
-
-    Returns
-    -------
-    int or None
-        `None` if it takes any length.
-
-    Example
-    -------
-    >>> from types import SimpleNamespace
-    >>> window_size(SimpleNamespace(nb_max_samples=480000)), window_size(SimpleNamespace())
-    (480000, None)
-    """
+    """Find how many samples a feature extractor makes of any clip."""
     sizes = [getattr(extractor, name) for name in WINDOW_SIZES if getattr(extractor, name, None)]
     return int(sizes[0]) if sizes else None
 
 
 def native_policy(extractor) -> str:
-    """Tell how a model's own feature extractor fills its window.
-
-    Parameters
-    ----------
-    extractor : transformers.FeatureExtractionMixin
-        The model's.
-
-    Returns
-    -------
-    str
-        One of `zero_shot.window.WINDOWS`.
-
-    Raises
-    ------
-    UserError
-        If it does so in a way that is not known here.
-
-    Example
-    -------
-    >>> from types import SimpleNamespace
-    >>> native_policy(SimpleNamespace(padding="repeatpad")), native_policy(SimpleNamespace(padding="pad"))
-    ('native', 'pad')
-    """
+    """Tell how a model's own feature extractor fills its window."""
     padding = getattr(extractor, "padding", "repeatpad")
     if padding not in PADDINGS:
         raise UserError(
@@ -808,51 +454,12 @@ def native_policy(extractor) -> str:
 
 
 def embedding_of(output) -> torch.Tensor:
-    """Take the embeddings out of what `get_audio_features` gives: a tensor in transformers 4, an object in 5.
-
-    Parameters
-    ----------
-    output : torch.Tensor or transformers.utils.ModelOutput
-        Of a batch.
-
-    Returns
-    -------
-    torch.Tensor
-        `[batch, E]`.
-
-    Example
-    -------
-    >>> from types import SimpleNamespace
-    >>> embedding_of(SimpleNamespace(pooler_output=torch.zeros(1, 2))).shape == embedding_of(torch.zeros(1, 2)).shape
-    True
-    """
+    """Take the embeddings out of what `get_audio_features` gives: a tensor in transformers 4, an object in 5."""
     return output if isinstance(output, torch.Tensor) else output.pooler_output
 
 
 def weights_digest(model: torch.nn.Module, config: Mapping) -> str:
-    """Identify a network by its weights and configuration.
-
-    The names of weights change between versions of transformers, and so do buffers of indices: what counts is which
-    floating-point tensors there are.
-
-    Parameters
-    ----------
-    model : torch.nn.Module
-        The network.
-    config : mapping
-        As it stands in `config.json`.
-
-    Returns
-    -------
-    str
-        64 hexadecimal digits.
-
-    Example
-    -------
-    >>> layer = torch.nn.Linear(2, 2)
-    >>> weights_digest(layer, {"a": 1}) == weights_digest(torch.nn.Sequential(layer), {"a": 1, "dtype": "float16"})
-    True
-    """
+    """Identify a network by its weights and configuration."""
     digest = hashlib.sha256(json.dumps(without_volatile(config), sort_keys=True, default=str).encode())
     tensors = [tensor.cpu() for tensor in model.state_dict().values() if tensor.is_floating_point()]
     parts = [hashlib.sha256(str(list(t.shape)).encode() + t.contiguous().numpy().tobytes()).digest() for t in tensors]
@@ -862,23 +469,7 @@ def weights_digest(model: torch.nn.Module, config: Mapping) -> str:
 
 
 def without_volatile(config):
-    """Leave out, at every depth, what transformers writes about itself.
-
-    Parameters
-    ----------
-    config : object
-        A configuration, or a part of one.
-
-    Returns
-    -------
-    object
-        The same without keys of `VOLATILE`.
-
-    Example
-    -------
-    >>> without_volatile({"hidden_size": 8, "text_config": {"dtype": "float16"}})
-    {'hidden_size': 8, 'text_config': {}}
-    """
+    """Leave out, at every depth, what transformers writes about itself."""
     if not isinstance(config, Mapping):
         return config
     return {key: without_volatile(value) for key, value in config.items() if key not in VOLATILE}

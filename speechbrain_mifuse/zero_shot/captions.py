@@ -70,51 +70,13 @@ class CaptionSet:
 
 
 def sentence(form: str, who: str, word: str) -> str:
-    """Fill a form; its first letter is a capital.
-
-    Parameters
-    ----------
-    form : str
-        With `{who}` and `{e}`.
-    who, word : str
-        What goes there.
-
-    Returns
-    -------
-    str
-        The caption.
-
-    Example
-    -------
-    >>> sentence("{who} sounds {e}.", "a man", "sad")
-    'A man sounds sad.'
-    """
+    """Fill a form; its first letter is a capital."""
     text = form.replace(WHO, who).replace(PLACE, word)
     return text[:1].upper() + text[1:]
 
 
 def draw_caption(count: int, seed: int, epoch: int, utt_id: str) -> int:
-    """Choose one of an utterance's captions; what is drawn depends on the arguments alone.
-
-    Parameters
-    ----------
-    count : int
-        How many captions there are.
-    seed, epoch : int
-        Of the training.
-    utt_id : str
-        Utterance id.
-
-    Returns
-    -------
-    int
-        From 0 to `count - 1`, each with the same chance.
-
-    Example
-    -------
-    >>> draw_caption(100, 1, 1, "t-a"), draw_caption(100, 1, 2, "t-a"), draw_caption(100, 1, 1, "t-a")
-    (24, 57, 24)
-    """
+    """Choose one of an utterance's captions; what is drawn depends on the arguments alone."""
     digest = hashlib.sha256(f"{seed} {epoch} {utt_id}".encode()).digest()
     return int.from_bytes(digest[:8], "big") % count
 
@@ -174,58 +136,14 @@ def read_captions(path: str | Path, prompts: PromptSet) -> CaptionSet:
 
 
 def by_name(value, place: str) -> dict[str, tuple[str, ...]]:
-    """Check that a value is lists of texts by name.
-
-    Parameters
-    ----------
-    value : object
-        As YAML gives it.
-    place : str
-        File and key, for the message.
-
-    Returns
-    -------
-    dict of str to tuple of str
-        The lists.
-
-    Raises
-    ------
-    UserError
-        If it is something else.
-
-    Example
-    -------
-    >>> by_name({"sad": ["gloomy"]}, "mine.yaml: words")
-    {'sad': ('gloomy',)}
-    """
+    """Check that a value is lists of texts by name."""
     if not isinstance(value, Mapping) or not value:
         raise UserError(f"{place}: must be lists of texts by name, as 'sad: [sad, gloomy]'.")
     return {str(key): checked_texts(some, f"{place}: {key}") for key, some in value.items()}
 
 
 def refuse_prompts(captions: CaptionSet, prompts: PromptSet) -> None:
-    """Make sure that no sentence is trained on that the model is scored with.
-
-    Parameters
-    ----------
-    captions : CaptionSet
-        What it is trained on.
-    prompts : PromptSet
-        What it is scored with.
-
-    Raises
-    ------
-    UserError
-        Naming the sentence; capitals and marks at its ends make no difference.
-
-    Example
-    -------
-    >>> captions = CaptionSet("mine", ("{who} is {e}",), {"unknown": ("it",)}, {"sad": ("sad",)})
-    >>> refuse_prompts(captions, PromptSet("p", ("It is {e}.",), {"sad": ("sad",)}))
-    Traceback (most recent call last):
-    ...
-    speechbrain_mifuse.errors.UserError: mine: forms: gives 'it is sad', which is a prompt of p. ...
-    """
+    """Make sure that no sentence is trained on that the model is scored with."""
     asked = {plain(text) for label in prompts.words for text in prompts.texts(label)}
     for gender in captions.people:
         for label in captions.words:
@@ -238,21 +156,5 @@ def refuse_prompts(captions: CaptionSet, prompts: PromptSet) -> None:
 
 
 def plain(text: str) -> str:
-    """Text without what makes no difference between sentences.
-
-    Parameters
-    ----------
-    text : str
-        A sentence.
-
-    Returns
-    -------
-    str
-        In small letters, without marks and blanks at its ends.
-
-    Example
-    -------
-    >>> plain(" Emotion is sad. ")
-    'emotion is sad'
-    """
+    """Text without what makes no difference between sentences."""
     return text.strip(" .!?").lower()

@@ -58,18 +58,7 @@ class DualEncoderError(UserError):
 
 
 def toy_about() -> dict:
-    """Make what `about.json` says of a dual encoder of frames of dimension 8, for examples and tests.
-
-    Returns
-    -------
-    dict
-        As `DualEncoderModel` takes it.
-
-    Example
-    -------
-    >>> toy_about()["classes_known"]
-    ['angry', 'sad']
-    """
+    """Make what `about.json` says of a dual encoder of frames of dimension 8, for examples and tests."""
     return {
         "classes_known": ["angry", "sad"],
         "encoder": "toy",
@@ -79,31 +68,7 @@ def toy_about() -> dict:
 
 
 class DualEncoderModel(AudioTextModel):
-    """Our own dual encoder behind the interface of all audio-text models.
-
-    The encoders load when they are first needed: scoring stored frames loads the text encoder alone.
-
-    Parameters
-    ----------
-    network : DualEncoder
-        Trained.
-    about : mapping
-        What was trained on what: `classes_known`, `features` (fingerprint of the frames, with their `layer`), `encoder`
-        (its source) and `text_encoder` (its fingerprint, `source` and `max_tokens`).
-    text_encoder : FrozenTextEncoder, optional
-        If it is loaded already.
-
-    Attributes
-    ----------
-    classes_known : tuple of str
-        Classes it was trained on. It is scored on no others.
-
-    Example
-    -------
-    >>> model = DualEncoderModel(DualEncoder(8, 6, size=4), toy_about())
-    >>> model.audio_vectors(torch.randn(2, 5, 8), torch.tensor([0.4, 1.0])).shape, model.layer
-    (torch.Size([2, 4]), 2)
-    """
+    """Our own dual encoder behind the interface of all audio-text models."""
 
     name = "dual_encoder"
 
@@ -125,13 +90,7 @@ class DualEncoderModel(AudioTextModel):
 
     @functools.cached_property
     def text_encoder(self) -> FrozenTextEncoder:
-        """The text encoder it was trained with.
-
-        Raises
-        ------
-        DualEncoderError
-            If what loads under its name is another one.
-        """
+        """The text encoder it was trained with."""
         wanted = self.about["text_encoder"]
         found = FrozenTextEncoder(wanted["source"])
         if found.fingerprint()["text_encoder"] != wanted["text_encoder"]:
@@ -142,37 +101,13 @@ class DualEncoderModel(AudioTextModel):
         return found.to(self.device)
 
     def fingerprint(self) -> dict:
-        """Describe what decides the vectors: projections, frames, text encoder.
-
-        Returns
-        -------
-        dict
-            Of JSON's types.
-        """
+        """Describe what decides the vectors: projections, frames, text encoder."""
         frames = {key: self.about["features"].get(key) for key in DECISIVE}
         about = {"audio_text_model": self.name, "weights": weights_digest(self.network), "frames": frames}
         return {**about, "text_encoder": self.about["text_encoder"]["text_encoder"]}
 
     def reader(self, repeats: int) -> FrameReader:
-        """Make what fills a feature store with frames of repeated recordings.
-
-        Parameters
-        ----------
-        repeats : int
-            N. For 1 these are the frames of the ordinary store that it was trained on.
-
-        Returns
-        -------
-        FrameReader
-            The reader.
-
-        Raises
-        ------
-        DualEncoderError
-            If the speech encoder that loads under its name gives other frames.
-        UserError
-            If N is less than 1, or the speech encoder cannot be loaded.
-        """
+        """Make what fills a feature store with frames of repeated recordings."""
         known_repeats(repeats, "--audio_repeats")
         wanted = self.about["features"]
         # Repeated frames are of no use to anything else, so the layers that it does not read are spared.
@@ -188,122 +123,31 @@ class DualEncoderModel(AudioTextModel):
 
     @torch.no_grad()
     def audio_vectors(self, frames: torch.Tensor, lengths: torch.Tensor) -> torch.Tensor:
-        """Vectors of stored frames of the model's layer.
-
-        Parameters
-        ----------
-        frames : torch.Tensor
-            `[batch, frames, D]`.
-        lengths : torch.Tensor
-            `[batch]`, relative.
-
-        Returns
-        -------
-        torch.Tensor
-            `[batch, E]`, of unit norm, on the CPU; padding has no influence.
-        """
+        """Vectors of stored frames of the model's layer."""
         return self.network.audio_vectors(frames.to(self.device).float(), lengths.to(self.device)).cpu()
 
     @torch.no_grad()
     def text_vectors(self, texts: Sequence[str]) -> torch.Tensor:
-        """Vectors of texts.
-
-        Parameters
-        ----------
-        texts : sequence of str
-            Whole prompts, already repeated.
-
-        Returns
-        -------
-        torch.Tensor
-            `[texts, E]`, of unit norm, on the CPU.
-
-        Raises
-        ------
-        UserError
-            If a text is longer than `longest_text`.
-        """
+        """Vectors of texts."""
         return self.network.text_vectors(self.text_encoder(texts).to(self.device)).cpu()
 
     def text_lengths(self, texts: Sequence[str]) -> list[int]:
-        """Count tokens, with those that begin and end a text.
-
-        Parameters
-        ----------
-        texts : sequence of str
-            Whole prompts.
-
-        Returns
-        -------
-        list of int
-            One number for each.
-        """
+        """Count tokens, with those that begin and end a text."""
         return self.text_encoder.lengths(texts)
 
 
 def weights_digest(network: torch.nn.Module) -> str:
-    """Identify a dual encoder by its weights and buffers.
-
-    Parameters
-    ----------
-    network : DualEncoder
-        The projections.
-
-    Returns
-    -------
-    str
-        First 16 hexadecimal digits of the SHA-256 of what `export_dual_encoder` writes.
-
-    Example
-    -------
-    >>> network = DualEncoder(8, 6)
-    >>> weights_digest(network) == weights_digest(network), weights_digest(network) == weights_digest(DualEncoder(8, 6))
-    (True, False)
-    """
+    """Identify a dual encoder by its weights and buffers."""
     return hashlib.sha256(save(weights_of(network))).hexdigest()[:16]
 
 
 def weights_of(network: torch.nn.Module) -> dict[str, torch.Tensor]:
-    """Weights as they are written.
-
-    Parameters
-    ----------
-    network : DualEncoder
-        The projections.
-
-    Returns
-    -------
-    dict of str to torch.Tensor
-        On the CPU.
-
-    Example
-    -------
-    >>> sorted(weights_of(DualEncoder(8, 6)))[0]
-    'audio.1.bias'
-    """
+    """Weights as they are written."""
     return {name: tensor.detach().cpu().contiguous() for name, tensor in network.state_dict().items()}
 
 
 def export_dual_encoder(folder: str | Path, network: DualEncoder, about: Mapping) -> None:
-    """Write a dual encoder: weights, the YAML that builds it, and what it was trained on.
-
-    Parameters
-    ----------
-    folder : str or pathlib.Path
-        Target folder: `dual_encoder.safetensors`, `hyperparams.yaml`, and last `about.json`.
-    network : DualEncoder
-        Trained.
-    about : mapping
-        As for `DualEncoderModel`, and whatever else is to be told, of JSON's types.
-
-    Example
-    -------
-    >>> import tempfile
-    >>> folder = tempfile.mkdtemp()
-    >>> export_dual_encoder(folder, DualEncoder(8, 6), toy_about())
-    >>> sorted(path.name for path in Path(folder).iterdir())
-    ['about.json', 'dual_encoder.safetensors', 'hyperparams.yaml']
-    """
+    """Write a dual encoder: weights, the YAML that builds it, and what it was trained on."""
     folder = Path(folder)
     atomic_write(folder / WEIGHTS, save(weights_of(network)))
     text = YAML.format(**network.sizes, classes=", ".join(about["classes_known"]))
@@ -314,54 +158,12 @@ def export_dual_encoder(folder: str | Path, network: DualEncoder, about: Mapping
 
 
 def load_dual_encoder_weights(module: torch.nn.Module, path: str | Path, end_of_epoch: bool = False) -> None:
-    """Load safetensors into a dual encoder; a hook for SpeechBrain's `Pretrainer`.
-
-    Parameters
-    ----------
-    module : torch.nn.Module
-        Receives the weights; all must fit.
-    path : str or pathlib.Path
-        `dual_encoder.safetensors`.
-    end_of_epoch : bool
-        Part of the hook's signature, of no meaning here.
-
-    Raises
-    ------
-    DualEncoderError
-        If the file is missing, damaged, or of another architecture.
-
-    Example
-    -------
-    >>> load_dual_encoder_weights(torch.nn.Linear(1, 1), "missing.safetensors")
-    Traceback (most recent call last):
-    ...
-    speechbrain_mifuse.zero_shot.own_dual_encoder.DualEncoderError: missing.safetensors: cannot be loaded ...
-    """
+    """Load safetensors into a dual encoder; a hook for SpeechBrain's `Pretrainer`."""
     load_all_weights(module, path, DualEncoderError, TRAIN_AGAIN)
 
 
 def refuse_other_frames(place: str | Path, found: Mapping, wanted: Mapping) -> None:
-    """Make sure that a dual encoder reads frames of the kind that it was trained on.
-
-    Parameters
-    ----------
-    place : str or pathlib.Path
-        For the message.
-    found, wanted : mapping
-        Fingerprints with their `layer`: of the frames that it was trained on, and of those it is to read.
-
-    Raises
-    ------
-    DualEncoderError
-        Naming what differs.
-
-    Example
-    -------
-    >>> refuse_other_frames("here", {"dim": 8, "layer": 2}, {"dim": 8, "layer": 3})
-    Traceback (most recent call last):
-    ...
-    speechbrain_mifuse.zero_shot.own_dual_encoder.DualEncoderError: here: was trained on other frames (layer: ...). ...
-    """
+    """Make sure that a dual encoder reads frames of the kind that it was trained on."""
     differs = difference(*({key: part.get(key) for key in DECISIVE} for part in (found, wanted)))
     if differs:
         raise DualEncoderError(
@@ -423,44 +225,12 @@ def load_dual_encoder(
 
 
 def is_own(source: str) -> bool:
-    """Tell our own dual encoder from other audio-text models.
-
-    Parameters
-    ----------
-    source : str
-        Folder or hub id.
-
-    Returns
-    -------
-    bool
-        True for a folder that `export_dual_encoder` wrote.
-
-    Example
-    -------
-    >>> is_own("laion/clap-htsat-unfused")
-    False
-    """
+    """Tell our own dual encoder from other audio-text models."""
     return (Path(source) / ABOUT).is_file()
 
 
 def alm_name(source: str) -> str:
-    """Give the name of an audio-text model without loading it.
-
-    Parameters
-    ----------
-    source : str
-        Folder or hub id.
-
-    Returns
-    -------
-    str
-        `dual_encoder` for our own, else that of its folder or hub id: the `name` of what `open_alm` gives.
-
-    Example
-    -------
-    >>> alm_name("laion/clap-htsat-unfused")
-    'clap-htsat-unfused'
-    """
+    """Give the name of an audio-text model without loading it."""
     return DualEncoderModel.name if is_own(source) else name_of(source)
 
 
@@ -471,38 +241,7 @@ def open_alm(
     device: str | torch.device = "cpu",
     flag: str = "--alm",
 ) -> AudioTextModel:
-    """Load an audio-text model: our own dual encoder from its folder, or one of transformers.
-
-    Parameters
-    ----------
-    source : str
-        Folder or hub id.
-    window : str
-        How repeats fill a fixed input window: `native`, `repeat` or `pad`; our own has none.
-    trust_remote_code : bool
-        Whether code of a hub repository may run here.
-    device : str or torch.device
-        Where it computes.
-    flag : str
-        Flag that named the source, for messages.
-
-    Returns
-    -------
-    AudioTextModel
-        The model.
-
-    Raises
-    ------
-    UserError
-        If it cannot be loaded.
-
-    Example
-    -------
-    >>> open_alm("./no-such-folder")
-    Traceback (most recent call last):
-    ...
-    speechbrain_mifuse.errors.UserError: --alm: ...
-    """
+    """Load an audio-text model: our own dual encoder from its folder, or one of transformers."""
     if is_own(source):
         return load_dual_encoder(source).to(device)
     return open_audio_text_model(source, trust_remote_code, flag, window=window).to(device)

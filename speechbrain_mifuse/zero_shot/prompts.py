@@ -65,30 +65,7 @@ class PromptSet:
 
 
 def repeated(text: str, times: int) -> str:
-    """Repeat a text, joined by one space (M of the paper's amplification).
-
-    Parameters
-    ----------
-    text : str
-        A prompt.
-    times : int
-        M.
-
-    Returns
-    -------
-    str
-        The prompt M times.
-
-    Raises
-    ------
-    UserError
-        If M is less than 1.
-
-    Example
-    -------
-    >>> repeated("Emotion is sad.", 2)
-    'Emotion is sad. Emotion is sad.'
-    """
+    """Repeat a text, joined by one space (M of the paper's amplification)."""
     return " ".join([text] * known_repeats(times, "--text_repeats"))
 
 
@@ -135,32 +112,7 @@ def read_prompts(path: str | Path) -> PromptSet:
 
 
 def checked_texts(value, place: str) -> tuple[str, ...]:
-    """Check that a value is a list of texts.
-
-    Parameters
-    ----------
-    value : object
-        As YAML gives it.
-    place : str
-        File and key, for the message.
-
-    Returns
-    -------
-    tuple of str
-        The texts.
-
-    Raises
-    ------
-    UserError
-        If it is no list, is empty, or holds something else than text, or the same text twice.
-
-    Example
-    -------
-    >>> checked_texts("sad", "mine.yaml: words: sad")
-    Traceback (most recent call last):
-    ...
-    speechbrain_mifuse.errors.UserError: mine.yaml: words: sad: 'sad' must be a list of different texts, as [one, two].
-    """
+    """Check that a value is a list of texts."""
     is_list = isinstance(value, Sequence) and not isinstance(value, str) and len(value) > 0
     if not is_list or not all(isinstance(text, str) and text.strip() for text in value) or len(set(value)) < len(value):
         raise UserError(f"{place}: {repr(value)[:200]} must be a list of different texts, as [one, two].")

@@ -23,34 +23,7 @@ logger = logging.getLogger(__name__)
 
 
 class ReusingReader:
-    """A model's reader that takes over what stores of other numbers of repeats hold of the very same input.
-
-    Parameters
-    ----------
-    model : AudioTextModel
-        The model.
-    repeats : int
-        N.
-    stores : mapping of int to FeatureStore
-        Stores of the same model that are filled already, by their N.
-
-    Attributes
-    ----------
-    taken_over : set of str
-        Content hashes of the recordings that needed no pass through the encoder.
-
-    Example
-    -------
-    >>> class Reader:
-    ...     encoder = None
-    ...     def encode(self, wave):
-    ...         return wave.view(1, 1, -1)
-    >>> class Model:
-    ...     def reader(self, repeats):
-    ...         return Reader()
-    >>> ReusingReader(Model(), repeats=2, stores={}).encode(torch.ones(2))
-    tensor([[[1., 1.]]])
-    """
+    """A model's reader that takes over what stores of other numbers of repeats hold of the very same input."""
 
     def __init__(self, model: AudioTextModel, repeats: int, stores: Mapping[int, FeatureStore]):
         self.model, self.repeats, self.taken_over = model, repeats, set()
@@ -61,28 +34,11 @@ class ReusingReader:
         ]
 
     def fingerprint(self) -> dict:
-        """Describe what decides the frames; where they come from makes no difference.
-
-        Returns
-        -------
-        dict
-            Of JSON's types.
-        """
+        """Describe what decides the frames; where they come from makes no difference."""
         return self.reader.fingerprint()
 
     def encode(self, wave: torch.Tensor) -> torch.Tensor:
-        """Give the frames of a waveform, from another store if the model would hear the same.
-
-        Parameters
-        ----------
-        wave : torch.Tensor
-            `[samples]` at the model's rate.
-
-        Returns
-        -------
-        torch.Tensor
-            `[layers, frames, dim]`.
-        """
+        """Give the frames of a waveform, from another store if the model would hear the same."""
         audio = content_hash(wave) if self.stored else None
         for others, store, keys in self.stored:
             if audio in keys and self.model.hears_the_same(wave, self.repeats, others):
@@ -99,40 +55,7 @@ def embed_manifests(
     corpus: str,
     stores: Mapping[int, FeatureStore] | None = None,
 ) -> FeatureStore:
-    """Embed every recording of some manifests that was not embedded yet; a killed run goes on where it was.
-
-    Parameters
-    ----------
-    model : AudioTextModel
-        The model.
-    manifests : iterable of str or pathlib.Path
-        They may overlap.
-    audio_repeats : int
-        N.
-    base_folder : str or pathlib.Path or None
-        As for `fill_store`; it holds one store for each corpus, model and N.
-    corpus : str
-        The corpus's name.
-    stores : mapping of int to FeatureStore, optional
-        Stores that earlier calls gave for other N: what sounds the same is taken from there.
-
-    Returns
-    -------
-    FeatureStore
-        With every readable recording.
-
-    Raises
-    ------
-    StoreError
-        If the folder holds something else.
-    UserError
-        If N is less than 1.
-
-    Example
-    -------
-    >>> embed_manifests.__name__  # runs in `tests/unit/test_zero_shot.py`
-    'embed_manifests'
-    """
+    """Embed every recording of some manifests that was not embedded yet; a killed run goes on where it was."""
     reader = ReusingReader(model, audio_repeats, stores or {})
     # Named as other stores are: a model that reads frames finds those that are there.
     store = fill_store(corpus, manifests, reader, base_folder)
@@ -190,35 +113,7 @@ def class_vectors(model: AudioTextModel, prompts: PromptSet, labels: Sequence[st
 def audit_texts(
     model: AudioTextModel, prompts: PromptSet, labels: Sequence[str], text_repeats: Sequence[int]
 ) -> list[dict]:
-    """Tell for each number of repeats how long the repeated prompts are and whether the model reads all of them.
-
-    Parameters
-    ----------
-    model : AudioTextModel
-        Counts tokens.
-    prompts : PromptSet
-        Forms and words.
-    labels : sequence of str
-        Classes.
-    text_repeats : sequence of int
-        Every M that is of interest.
-
-    Returns
-    -------
-    list of dict
-        Rows of `repeats`, `texts`, `shortest` and `longest` (tokens), `limit` (`None` without) and `fits`. What does
-        not fit is refused when it is scored: no text is ever cut, so two M never give the same text.
-
-    Example
-    -------
-    >>> class Model:
-    ...     longest_text = 5
-    ...     def text_lengths(self, texts):
-    ...         return [len(text.split()) for text in texts]
-    >>> prompts = PromptSet("mine", ("I am {e}.",), {"sad": ("sad",)})
-    >>> [(row["longest"], row["fits"]) for row in audit_texts(Model(), prompts, ["sad"], [1, 2])]
-    [(3, True), (6, False)]
-    """
+    """Tell for each number of repeats how long the repeated prompts are and whether the model reads all of them."""
     rows = []
     for times in text_repeats:
         lengths = model.text_lengths([repeated(text, times) for label in labels for text in prompts.texts(label)])
@@ -281,56 +176,12 @@ def zero_shot_scores(
 
 
 def zero_shot_predictions(scores: torch.Tensor) -> torch.Tensor:
-    """Decide for the class of the highest score.
-
-    Parameters
-    ----------
-    scores : torch.Tensor
-        `[utterances, C]`.
-
-    Returns
-    -------
-    torch.Tensor
-        `[utterances]`, indices of classes.
-
-    Example
-    -------
-    >>> zero_shot_predictions(torch.tensor([[0.1, 0.3], [0.2, 0.0]])).tolist()
-    [1, 0]
-    """
+    """Decide for the class of the highest score."""
     return scores.argmax(dim=-1)
 
 
 def normalise_scores(scores: torch.Tensor, reference_scores: torch.Tensor) -> torch.Tensor:
-    """Give every class's scores the mean 0 and the standard deviation 1 that they have over a reference set.
-
-    Cosines of one class are higher than another's whatever is said; without labels, this takes it off. It supposes that
-    the classes are about as frequent in the reference set as each other. If the reference set is the test set itself,
-    the protocol is **transductive**: say so beside the result. With another set of the same speakers and channel, say
-    the training or the adaptation set without its labels, it is not.
-
-    Parameters
-    ----------
-    scores : torch.Tensor
-        `[utterances, C]`.
-    reference_scores : torch.Tensor
-        `[others, C]`, at least two, scored with the same model, prompts, N and M.
-
-    Returns
-    -------
-    torch.Tensor
-        `[utterances, C]`. A class whose reference scores are all equal is only centred.
-
-    Raises
-    ------
-    UserError
-        If the reference set has fewer than two utterances.
-
-    Example
-    -------
-    >>> normalise_scores(torch.tensor([[0.5, 0.1]]), torch.tensor([[0.3, 0.0], [0.5, 0.2]]))
-    tensor([[1., 0.]])
-    """
+    """Give every class's scores the mean 0 and the standard deviation 1 that they have over a reference set."""
     if len(reference_scores) < 2:
         raise UserError(f"Scores of {len(reference_scores)} utterances have no deviation: take two or more.")
     deviation = reference_scores.std(0, correction=0)
@@ -371,43 +222,7 @@ def amplification_grid(
     base_folder: str | Path | None,
     corpus: str,
 ) -> Iterator[AmplifiedScores]:
-    """Score utterances at every number of repeats of the audio (N) and of the text (M).
-
-    Texts come first: one that is too long is refused before any audio is encoded. A recording passes the audio encoder
-    once for each window that differs.
-
-    Parameters
-    ----------
-    model : AudioTextModel
-        The model.
-    prompts : PromptSet
-        Forms and words.
-    labels : sequence of str
-        Classes, in their fixed order.
-    manifests : iterable of str or pathlib.Path
-        Whose utterances are scored; what cannot be read is left out.
-    audio_repeats, text_repeats : sequence of int
-        Every N and every M.
-    base_folder, corpus
-        As for `embed_manifests`.
-
-    Yields
-    ------
-    AmplifiedScores
-        For each N, for each M.
-
-    Raises
-    ------
-    UserError
-        As `class_vectors` and `embed_manifests`; or if there is no N, or no M.
-
-    Example
-    -------
-    >>> next(amplification_grid(None, None, [], [], [1, 2], [], "", ""))
-    Traceback (most recent call last):
-    ...
-    speechbrain_mifuse.errors.UserError: --audio_repeats [1, 2], --text_repeats []: give at least one number each.
-    """
+    """Score utterances at every number of repeats of the audio (N) and of the text (M)."""
     if not audio_repeats or not text_repeats:
         asked = f"--audio_repeats {list(audio_repeats)}, --text_repeats {list(text_repeats)}"
         raise UserError(f"{asked}: give at least one number each.")

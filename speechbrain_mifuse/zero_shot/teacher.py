@@ -17,29 +17,7 @@ from speechbrain_mifuse.zero_shot.scorer import normalise_scores, zero_shot_scor
 def drawn_classes(
     vectors: Mapping[str, torch.Tensor], labels: Sequence[str], count: int, dice: torch.Generator
 ) -> torch.Tensor:
-    """Draw prompts with replacement, as many as each class has, and average them to one vector a class.
-
-    Parameters
-    ----------
-    vectors : mapping of str to torch.Tensor
-        `[prompts, E]` by class.
-    labels : sequence of str
-        Classes, in their fixed order.
-    count : int
-        K, draws.
-    dice : torch.Generator
-        Source of chance.
-
-    Returns
-    -------
-    torch.Tensor
-        `[K, C, E]`, of unit norm.
-
-    Example
-    -------
-    >>> drawn_classes({"sad": torch.eye(3)}, ["sad"], 5, torch.Generator().manual_seed(1)).shape
-    torch.Size([5, 1, 3])
-    """
+    """Draw prompts with replacement, as many as each class has, and average them to one vector a class."""
     drawn = []
     for label in labels:
         prompts = vectors[label]
@@ -59,49 +37,7 @@ def teacher_samples(
     reference: Sequence[str],
     sharpness: float = 1.0,
 ) -> torch.Tensor:
-    """Draw K class distributions for each utterance: `softmax(g z)`, `z` the standardised cosines of drawn prompts.
-
-    What differs between the K is which of the model's prompts are asked, so their mutual information says how much
-    the answer hangs on the wording. Each class's cosines are standardised over reference utterances, without labels:
-    raw ones favour some classes whatever is said. That supposes classes of about equal size there. All of this is
-    ours.
-
-    Parameters
-    ----------
-    model : AudioTextModel
-        The teacher.
-    store : FeatureStore
-        What it reads of the recordings.
-    keys : sequence of str
-        Utterance ids.
-    prompts : PromptSet
-        Forms and words.
-    labels : sequence of str
-        C classes, in their fixed order.
-    k : int
-        K.
-    seed : int
-        Of the draws.
-    reference : sequence of str
-        Utterances whose cosines are standardised by: the adaptation set.
-    sharpness : float
-        g.
-
-    Returns
-    -------
-    torch.Tensor
-        `[utterances, K, C]`.
-
-    Raises
-    ------
-    UserError
-        If the model does not know a class.
-
-    Example
-    -------
-    >>> teacher_samples.__name__  # runs in `tests/unit/test_zero_shot_teacher.py`
-    'teacher_samples'
-    """
+    """Draw K class distributions for each utterance: `softmax(g z)`, `z` the standardised cosines of drawn prompts."""
     unknown = [label for label in labels if model.classes_known is not None and label not in model.classes_known]
     if unknown:
         raise UserError(

@@ -26,25 +26,7 @@ from speechbrain_mifuse.errors import UserError
 
 
 def native_fill(asked: int, size: int) -> int:
-    """Whole runs of the N copies that fit, or as much of one as fits.
-
-    Parameters
-    ----------
-    asked : int
-        Samples of the N copies.
-    size : int
-        Samples of the window.
-
-    Returns
-    -------
-    int
-        Samples that are no silence.
-
-    Example
-    -------
-    >>> native_fill(3, 10), native_fill(12, 10)
-    (9, 10)
-    """
+    """Whole runs of the N copies that fit, or as much of one as fits."""
     return size if asked > size else size // asked * asked
 
 
@@ -57,62 +39,14 @@ WINDOWS: dict[str, Callable[[int, int], int]] = {
 
 
 def known_window(name: str) -> str:
-    """Check the name of a policy.
-
-    Parameters
-    ----------
-    name : str
-        One of `WINDOWS`.
-
-    Returns
-    -------
-    str
-        The name.
-
-    Raises
-    ------
-    UserError
-        If there is none of this name; the message lists them.
-
-    Example
-    -------
-    >>> known_window("repeatpad")
-    Traceback (most recent call last):
-    ...
-    speechbrain_mifuse.errors.UserError: --alm_window: 'repeatpad' is none of native, repeat, pad.
-    """
+    """Check the name of a policy."""
     if name not in WINDOWS:
         raise UserError(f"--alm_window: '{name}' is none of {', '.join(WINDOWS)}.")
     return name
 
 
 def known_repeats(repeats: int, flag: str) -> int:
-    """Check a number of repeats.
-
-    Parameters
-    ----------
-    repeats : int
-        How often.
-    flag : str
-        For the message.
-
-    Returns
-    -------
-    int
-        The number.
-
-    Raises
-    ------
-    UserError
-        If it is no whole number of at least 1.
-
-    Example
-    -------
-    >>> known_repeats(0, "--audio_repeats")
-    Traceback (most recent call last):
-    ...
-    speechbrain_mifuse.errors.UserError: --audio_repeats: 0 must be a whole number, 1 or more; 1 repeats nothing.
-    """
+    """Check a number of repeats."""
     if not isinstance(repeats, int) or isinstance(repeats, bool) or repeats < 1:
         raise UserError(f"{flag}: {repeats} must be a whole number, 1 or more; 1 repeats nothing.")
     return repeats
@@ -120,27 +54,7 @@ def known_repeats(repeats: int, flag: str) -> int:
 
 @dataclass(frozen=True)
 class HeardWindow:
-    """What a model's window holds of one clip; `copies` whole ones, a part of one, and silence fill it exactly.
-
-    Parameters
-    ----------
-    clip : int
-        Samples of the clip.
-    repeats : int
-        N that was asked for.
-    size : int
-        Samples of the window.
-    filled : int
-        Of these, samples that are no silence. Two windows of one clip and size with equal `filled` are bit-identical.
-    sample_rate : int
-        In Hz.
-
-    Example
-    -------
-    >>> heard = heard_window(72000, repeats=4)  # 1.5 s
-    >>> heard.copies, heard.part_s, heard.silence_s, heard.cropped_s
-    (4, 0.0, 4.0, 0.0)
-    """
+    """What a model's window holds of one clip; `copies` whole ones, a part of one, and silence fill it exactly."""
 
     clip: int
     repeats: int
@@ -177,65 +91,14 @@ class HeardWindow:
 def heard_window(
     clip: int, repeats: int, size: int | None = 480_000, sample_rate: int = 48_000, policy: str = "native"
 ) -> HeardWindow:
-    """Say what the window of a clip holds.
-
-    Parameters
-    ----------
-    clip : int
-        Samples of the clip.
-    repeats : int
-        N.
-    size : int or None
-        Samples of the window; `None` for a model that takes any length and hears the N copies.
-    sample_rate : int
-        In Hz.
-    policy : str
-        One of `WINDOWS`.
-
-    Returns
-    -------
-    HeardWindow
-        In numbers.
-
-    Raises
-    ------
-    UserError
-        If the policy or the number of repeats is none.
-
-    Example
-    -------
-    >>> one, two = heard_window(72000, 1), heard_window(72000, 2)
-    >>> one.key == two.key, one.copies, one.silence_s
-    (True, 6, 1.0)
-    """
+    """Say what the window of a clip holds."""
     asked = clip * known_repeats(repeats, "--audio_repeats")
     size = asked if size is None else size
     return HeardWindow(clip, repeats, size, WINDOWS[known_window(policy)](asked, size), sample_rate)
 
 
 def build_window(wave: torch.Tensor, heard: HeardWindow) -> torch.Tensor:
-    """Make the samples that a `HeardWindow` describes.
-
-    Parameters
-    ----------
-    wave : torch.Tensor
-        The clip, `[samples]`.
-    heard : HeardWindow
-        Of a clip of this length.
-
-    Returns
-    -------
-    torch.Tensor
-        `[heard.size]`.
-
-    Example
-    -------
-    >>> wave = torch.tensor([1.0, 2.0, 3.0])
-    >>> build_window(wave, heard_window(3, repeats=1, size=7)).tolist()
-    [1.0, 2.0, 3.0, 1.0, 2.0, 3.0, 0.0]
-    >>> build_window(wave, heard_window(3, repeats=1, size=7, policy="repeat")).tolist()
-    [1.0, 2.0, 3.0, 1.0, 2.0, 3.0, 1.0]
-    """
+    """Make the samples that a `HeardWindow` describes."""
     sound = wave.repeat(heard.copies + 1)[: heard.filled]
     return torch.nn.functional.pad(sound, (0, heard.size - heard.filled))
 
@@ -247,33 +110,7 @@ def audit_windows(
     sample_rate: int = 48_000,
     policy: str = "native",
 ) -> list[dict]:
-    """Tell for clips of some lengths what each number of repeats makes the model hear.
-
-    Parameters
-    ----------
-    lengths_s : iterable of float
-        Seconds.
-    repeats : sequence of int
-        Every N that is of interest.
-    size_s : float or None
-        Seconds of the window; `None` for a model without.
-    sample_rate : int
-        In Hz.
-    policy : str
-        One of `WINDOWS`.
-
-    Returns
-    -------
-    list of dict
-        Rows of `length_s`, `repeats`, `copies`, `part_s`, `silence_s`, `cropped_s`, and `same_as`: the first N of the
-        list with the same window, `None` where it is N itself.
-
-    Example
-    -------
-    >>> rows = audit_windows([1.5], [1, 2, 4])
-    >>> [(row["repeats"], row["copies"], row["silence_s"], row["same_as"]) for row in rows]
-    [(1, 6, 1.0, None), (2, 6, 1.0, 1), (4, 4, 4.0, None)]
-    """
+    """Tell for clips of some lengths what each number of repeats makes the model hear."""
     size = None if size_s is None else round(size_s * sample_rate)
     rows = []
     for length in lengths_s:
@@ -288,24 +125,7 @@ def audit_windows(
 
 
 def summarise_windows(rows: Iterable[Mapping]) -> list[dict]:
-    """Sum up an audit of a whole corpus: one row for each number of repeats.
-
-    Parameters
-    ----------
-    rows : iterable of mapping
-        As `audit_windows` gives.
-
-    Returns
-    -------
-    list of dict
-        Rows of `repeats`, means of `copies` and `silence_s` over the clips, and the shares in [0, 1] of clips that are
-        `cropped` and that hear the `same` as with an earlier N.
-
-    Example
-    -------
-    >>> summarise_windows(audit_windows([1.5, 4.0], [1, 2]))[1]
-    {'repeats': 2, 'copies': 4.0, 'silence_s': 1.5, 'cropped': 0.0, 'same': 1.0}
-    """
+    """Sum up an audit of a whole corpus: one row for each number of repeats."""
     grouped: dict[int, list[Mapping]] = {}
     for row in rows:
         grouped.setdefault(row["repeats"], []).append(row)
@@ -322,48 +142,14 @@ def summarise_windows(rows: Iterable[Mapping]) -> list[dict]:
 
 
 def audit_table(rows: Sequence[Mapping]) -> str:
-    """Lay out rows of equal keys as a table of plain text.
-
-    Parameters
-    ----------
-    rows : sequence of mapping
-        As `audit_windows` or `summarise_windows` gives; at least one.
-
-    Returns
-    -------
-    str
-        A line of keys, then one for each row; `-` stands for `None`.
-
-    Example
-    -------
-    >>> print(audit_table(summarise_windows(audit_windows([12.0], [1, 2]))))
-    repeats  copies  silence_s  cropped  same
-          1       0          0        1     0
-          2       0          0        1     1
-    """
+    """Lay out rows of equal keys as a table of plain text."""
     lines = [list(rows[0]), *([cell(value) for value in row.values()] for row in rows)]
     widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
     return "\n".join("  ".join(text.rjust(w) for text, w in zip(line, widths, strict=True)) for line in lines)
 
 
 def cell(value) -> str:
-    """Text of one value of a table.
-
-    Parameters
-    ----------
-    value : object
-        Number, text or `None`.
-
-    Returns
-    -------
-    str
-        Numbers with three decimals at most, without what says nothing.
-
-    Example
-    -------
-    >>> cell(1.50001), cell(2.0), cell(None), cell("sad")
-    ('1.5', '2', '-', 'sad')
-    """
+    """Text of one value of a table."""
     if isinstance(value, float):
         return f"{value:.3f}".rstrip("0").rstrip(".")
     return "-" if value is None else str(value)
