@@ -32,15 +32,16 @@ from measure import Figure, ratio, take_turns
 from speechbrain.core import Stage
 from speechbrain.utils.epoch_loop import EpochCounter
 
-from speechbrain_mifuse.audio import load_audio, trim_silence
 from speechbrain_mifuse.brains.adapter import make_brain
 from speechbrain_mifuse.brains.training import EVERY_EPOCH
-from speechbrain_mifuse.corpora.manifest import atomic_write, read_manifest
+from speechbrain_mifuse.corpora.manifest import read_manifest
+from speechbrain_mifuse.experiments.features import open_reader
 from speechbrain_mifuse.features.dataset import frame_batches
 from speechbrain_mifuse.features.extract import extract
 from speechbrain_mifuse.features.front import StoredFrames
-from speechbrain_mifuse.pipeline import open_reader
-from speechbrain_mifuse.progress import quiet
+from speechbrain_mifuse.utils.audio import load_audio, trim_silence
+from speechbrain_mifuse.utils.files import atomic_write
+from speechbrain_mifuse.utils.progress import quiet
 
 HPARAMS = Path(__file__).resolve().parents[1] / "hparams" / "base" / "adapter.yaml"
 LAYER, TRIM_DB = 2, 40.0

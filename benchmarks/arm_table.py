@@ -14,12 +14,12 @@ import json
 from collections.abc import Sequence
 from pathlib import Path
 
-from speechbrain_mifuse.corpora.manifest import atomic_write
-from speechbrain_mifuse.errors import UserError, one_clear_error
 from speechbrain_mifuse.evaluation.aggregate import write_csv
-from speechbrain_mifuse.evaluation.arm_report import COLUMNS, arm_protocol, arm_table
-from speechbrain_mifuse.sweep import parse_seeds
-from speechbrain_mifuse.texts import markdown
+from speechbrain_mifuse.experiments.sweep import parse_seeds
+from speechbrain_mifuse.report.variant_report import COLUMNS, arm_protocol, arm_table
+from speechbrain_mifuse.utils.errors import UserError, one_clear_error
+from speechbrain_mifuse.utils.files import atomic_write
+from speechbrain_mifuse.utils.texts import markdown
 
 ROOT = Path(__file__).resolve().parent.parent
 RECORDS = "fold_*/seed_*/labels_*/*/results.json"

@@ -20,9 +20,6 @@ sys.path.append(str(Path(__file__).resolve().parents[1] / "tests"))
 import local_servers
 from chaos_server import LABELS, noises
 
-from speechbrain_mifuse.audio import content_hash
-from speechbrain_mifuse.corpora.manifest import atomic_write
-from speechbrain_mifuse.errors import one_clear_error
 from speechbrain_mifuse.lalm.card import Card
 from speechbrain_mifuse.lalm.client import LalmClient, LalmError
 from speechbrain_mifuse.lalm.collect import collect
@@ -30,7 +27,10 @@ from speechbrain_mifuse.lalm.probe import probe, speech_like
 from speechbrain_mifuse.lalm.profile import Profile
 from speechbrain_mifuse.lalm.prompt import Prompt
 from speechbrain_mifuse.lalm.store import LabelStore, Query
-from speechbrain_mifuse.progress import progress
+from speechbrain_mifuse.utils.audio import content_hash
+from speechbrain_mifuse.utils.errors import one_clear_error
+from speechbrain_mifuse.utils.files import atomic_write
+from speechbrain_mifuse.utils.progress import progress
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGE = ROOT / "docs" / "label_collection.md"

@@ -16,10 +16,11 @@ from pathlib import Path
 
 import torch
 
-from speechbrain_mifuse.corpora.manifest import atomic_write, read_manifest
-from speechbrain_mifuse.errors import UserError, one_clear_error
+from speechbrain_mifuse.corpora.manifest import read_manifest
 from speechbrain_mifuse.evaluation.metrics import scores
 from speechbrain_mifuse.inference import EmotionRecognizer
+from speechbrain_mifuse.utils.errors import UserError, one_clear_error
+from speechbrain_mifuse.utils.files import atomic_write
 
 ROOT = Path(__file__).resolve().parent.parent
 STATED = re.compile(r"UA (\d+\.\d) %")

@@ -10,8 +10,8 @@ from pathlib import Path
 import numpy as np
 import soundfile
 
-from speechbrain_mifuse.corpora.manifest import atomic_write
 from speechbrain_mifuse.corpora.nemo import list_nemo
+from speechbrain_mifuse.utils.files import atomic_write
 
 LABELS = ("angry", "happy", "neutral", "sad")
 RATE = 16000

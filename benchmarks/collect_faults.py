@@ -39,15 +39,15 @@ sys.path.append(str(Path(__file__).resolve().parents[1] / "tests"))
 from chaos_server import LABELS, MODEL, PASSING, ChaosServer, noise, noises, right_scores
 from processes import start
 
-from speechbrain_mifuse.audio import content_hash
-from speechbrain_mifuse.errors import UserError
 from speechbrain_mifuse.lalm.client import LalmClient
 from speechbrain_mifuse.lalm.collect import RETRY_SEED_STRIDE, CollectReport, collect
 from speechbrain_mifuse.lalm.integrity import check
 from speechbrain_mifuse.lalm.profile import Profile
 from speechbrain_mifuse.lalm.prompt import Prompt
 from speechbrain_mifuse.lalm.store import LabelStore, Query
-from speechbrain_mifuse.progress import progress
+from speechbrain_mifuse.utils.audio import content_hash
+from speechbrain_mifuse.utils.errors import UserError
+from speechbrain_mifuse.utils.progress import progress
 
 ROOT = Path(__file__).resolve().parents[1]
 K, WORKERS = 5, 8

@@ -38,17 +38,17 @@ from speechbrain.utils.data_utils import batch_pad_right
 from speechbrain.utils.epoch_loop import EpochCounter
 from speechbrain.utils.train_logger import FileTrainLogger
 
-from speechbrain_mifuse.audio import load_audio, trim_silence
 from speechbrain_mifuse.brains.classifier import labelled_dataset, make_brain
 from speechbrain_mifuse.brains.training import EVERY_EPOCH
 from speechbrain_mifuse.corpora.manifest import read_manifest
+from speechbrain_mifuse.experiments.features import open_reader
 from speechbrain_mifuse.features.dataset import frame_batches, pad_frames
 from speechbrain_mifuse.features.encoder import load_wrapper
 from speechbrain_mifuse.features.extract import average_frames, extract, open_store
 from speechbrain_mifuse.features.front import StoredFrames
 from speechbrain_mifuse.nnet.classifier import EmotionClassifier
-from speechbrain_mifuse.pipeline import open_reader
-from speechbrain_mifuse.progress import quiet
+from speechbrain_mifuse.utils.audio import load_audio, trim_silence
+from speechbrain_mifuse.utils.progress import quiet
 
 TRIM_DB, FRAME_AVERAGE, CHECKPOINT_EVERY = 40.0, 4, 5  # the recipes' defaults
 NEVER = 10**9  # epochs

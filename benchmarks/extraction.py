@@ -28,12 +28,12 @@ from epoch import TINY_WHISPER, TRIM_DB, random_whisper
 from measure import Figure, ratio, take_turns
 from recognise import gathered
 
-from speechbrain_mifuse.audio import load_audio
-from speechbrain_mifuse.corpora.manifest import atomic_write
+from speechbrain_mifuse.experiments.features import open_reader
 from speechbrain_mifuse.features.encode_files import BATCH_S, similar
 from speechbrain_mifuse.features.extract import ENCODING_THREADS, FrameReader, extract, one_thread_per_operation
-from speechbrain_mifuse.pipeline import open_reader
-from speechbrain_mifuse.progress import quiet
+from speechbrain_mifuse.utils.audio import load_audio
+from speechbrain_mifuse.utils.files import atomic_write
+from speechbrain_mifuse.utils.progress import quiet
 
 LAYER, CHATTER = 2, ("speechbrain.integrations", "speechbrain_mifuse.features")
 

@@ -50,15 +50,15 @@ sys.path.append(str(Path(__file__).resolve().parents[1] / "tests"))
 import toy_corpora
 from processes import ONE_THREAD, run_script, start
 
-from speechbrain_mifuse.features import cache_folder
-from speechbrain_mifuse.progress import progress
+from speechbrain_mifuse.utils.files import cache_folder
+from speechbrain_mifuse.utils.progress import progress
 
 ROOT = Path(__file__).resolve().parents[1]
 # What is counted, by the function that does it.
 WORK = {
     "encoded": ("speechbrain_mifuse.features.extract", "FrameReader.encode"),
     "steps": ("speechbrain.core", "Brain.fit_batch"),
-    "answers": ("speechbrain_mifuse.inference", "EmotionRecognizer.predict_proba"),
+    "answers": ("speechbrain_mifuse.inference.recognizer", "EmotionRecognizer.predict_proba"),
 }
 COMPARED = {".safetensors", ".json", ".md", ".csv"}
 LOOK_EVERY_S = 0.01

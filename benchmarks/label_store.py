@@ -28,7 +28,7 @@ from measure import Figure, ratio, take_turns
 from speechbrain_mifuse.lalm.answer import KINDS, Answer, Reply, Response
 from speechbrain_mifuse.lalm.exchange import export
 from speechbrain_mifuse.lalm.store import LabelStore, Query, Record, Samples
-from speechbrain_mifuse.progress import progress
+from speechbrain_mifuse.utils.progress import progress
 
 LABELS, K, BLOCK = ("angry", "happy", "neutral", "sad"), 5, 2000
 QUERY = Query("0" * 64, LABELS, "noise", "http://127.0.0.1/v1", {"temperature": 1, "seed": 0})

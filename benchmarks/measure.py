@@ -11,7 +11,7 @@ from typing import NamedTuple
 
 import torch
 
-from speechbrain_mifuse.progress import progress
+from speechbrain_mifuse.utils.progress import progress
 
 
 class Figure(NamedTuple):

@@ -26,9 +26,9 @@ import soundfile
 from clips import LABELS, RATE
 from measure import Figure, ratio
 
-from speechbrain_mifuse.corpora.manifest import atomic_write
 from speechbrain_mifuse.features.extract import file_stamp, open_store
 from speechbrain_mifuse.features.store import index_line
+from speechbrain_mifuse.utils.files import atomic_write
 
 DIM, FRAMES, LAYER, TURNS = 64, 4, 1, 3
 PARTS = ("imports", "stored", "dataset", "step")

@@ -22,7 +22,7 @@ def main(folder: str, start: float) -> None:
 
     from speechbrain_mifuse.features.extract import extract
     from speechbrain_mifuse.features.front import StoredFrames
-    from speechbrain_mifuse.progress import quiet
+    from speechbrain_mifuse.utils.progress import quiet
 
     lap("imports")
     corpus = Path(folder)

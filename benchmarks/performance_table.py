@@ -7,7 +7,7 @@ import statistics
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 
-from speechbrain_mifuse.registry import plain_values
+from speechbrain_mifuse.experiments.registry import plain_values
 
 HEAD = """# Performance of the recipes
 

@@ -48,14 +48,15 @@ from speechbrain.dataio.dataset import DynamicItemDataset
 from speechbrain.nnet.pooling import StatisticsPooling
 from speechbrain.utils.data_pipeline import DynamicItem
 
-from speechbrain_mifuse.audio import trim_silence
 from speechbrain_mifuse.corpora.emodb import SEVEN_CLASSES, SPEAKERS, list_emodb
-from speechbrain_mifuse.corpora.manifest import atomic_write, read_manifest, unlabelled
+from speechbrain_mifuse.corpora.manifest import read_manifest, unlabelled
+from speechbrain_mifuse.experiments.features import open_reader
 from speechbrain_mifuse.features.dataset import frame_batches, pad_frames
 from speechbrain_mifuse.features.extract import FrameReader, extract
 from speechbrain_mifuse.features.front import StoredFrames
-from speechbrain_mifuse.pipeline import open_reader
-from speechbrain_mifuse.progress import quiet
+from speechbrain_mifuse.utils.audio import trim_silence
+from speechbrain_mifuse.utils.files import atomic_write
+from speechbrain_mifuse.utils.progress import quiet
 
 LAYER, LEARNING_RATE, HELD_OUT = 2, 0.01, SPEAKERS[-2:]
 EMOTIONS = tuple(sorted(filter(None, SEVEN_CLASSES.values())))

@@ -24,11 +24,11 @@ from clips import LABELS, write_manifests
 from epoch import TINY_WHISPER, random_whisper
 from measure import Figure, ratio, take_turns
 
-from speechbrain_mifuse.audio import load_audio, trim_silence
 from speechbrain_mifuse.corpora.manifest import read_manifest
 from speechbrain_mifuse.features.encoder import FrozenEncoder
-from speechbrain_mifuse.inference import EmotionRecognizer, export_recogniser, in_order
+from speechbrain_mifuse.inference.recognizer import EmotionRecognizer, export_recogniser, in_order
 from speechbrain_mifuse.nnet.classifier import EmotionClassifier
+from speechbrain_mifuse.utils.audio import load_audio, trim_silence
 
 LAYER = 2
 

@@ -54,8 +54,8 @@ def run(name: str, quick: bool, path: Path | None) -> None:
     # Only now: importing torch takes seconds.
     from measure import as_json, as_table, machine
 
-    from speechbrain_mifuse.corpora.manifest import atomic_write
-    from speechbrain_mifuse.errors import one_clear_error
+    from speechbrain_mifuse.utils.errors import one_clear_error
+    from speechbrain_mifuse.utils.files import atomic_write
 
     about = machine()
     with one_clear_error():

@@ -10,11 +10,11 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from speechbrain_mifuse.corpora.manifest import atomic_write
-from speechbrain_mifuse.errors import one_clear_error
 from speechbrain_mifuse.evaluation.aggregate import COLUMNS, Comparison, Table, protocol, read_records, write_csv
-from speechbrain_mifuse.sweep import Plan, make_plan, parse_seeds, run_plan, usable_cores
-from speechbrain_mifuse.texts import markdown
+from speechbrain_mifuse.experiments.sweep import Plan, make_plan, parse_seeds, run_plan, usable_cores
+from speechbrain_mifuse.utils.errors import one_clear_error
+from speechbrain_mifuse.utils.files import atomic_write
+from speechbrain_mifuse.utils.texts import markdown
 
 ROOT = Path(__file__).resolve().parent.parent
 PAIRS = ("emodb2rav", "nemo2rav", "rav2nemo", "emodb2nemo", "rav2emodb", "nemo2emodb")

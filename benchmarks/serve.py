@@ -34,7 +34,7 @@ from measure import Figure, take_turns
 from recognise import exported
 
 from speechbrain_mifuse.inference import EmotionRecognizer
-from speechbrain_mifuse.lalm.serve import EmotionServer
+from speechbrain_mifuse.inference.server import EmotionServer
 
 CALLERS = (1, 8, 32)
 RATE = 16000

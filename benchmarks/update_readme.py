@@ -16,7 +16,7 @@ from pathlib import Path
 from method_tables import METHOD_TABLES
 from performance_table import performance_table
 
-from speechbrain_mifuse.corpora.manifest import atomic_write
+from speechbrain_mifuse.utils.files import atomic_write
 
 ROOT = Path(__file__).resolve().parent.parent
 TABLES = ROOT / "docs" / "results"

@@ -29,7 +29,7 @@ from typing import NamedTuple
 
 from speechbrain_mifuse.lalm.answer import KINDS, Answer, Reply
 from speechbrain_mifuse.lalm.prompt import ANSWER_FORMS, Prompt
-from speechbrain_mifuse.progress import progress
+from speechbrain_mifuse.utils.progress import progress
 
 # Words for each label, apart from the parser's own: a slip there must not hide itself here.
 WORDS = {

@@ -19,8 +19,8 @@ from safetensors.torch import load, save
 
 from speechbrain_mifuse.features.encoder import FrozenEncoder
 from speechbrain_mifuse.inference import EmotionRecognizer
+from speechbrain_mifuse.inference.model_folder import RecogniserError, export_recogniser
 from speechbrain_mifuse.nnet.classifier import EmotionClassifier
-from speechbrain_mifuse.recogniser_files import RecogniserError, export_recogniser
 
 LABELS = ("angry", "happy", "neutral", "sad")
 # MARK is a folder that exists once the code has run.

@@ -20,12 +20,12 @@ from collections import Counter
 import torch
 from hostile_http import raw_server, reply
 
+from speechbrain_mifuse.inference.http_limits import Limits
+from speechbrain_mifuse.inference.server import EmotionServer
 from speechbrain_mifuse.lalm import client as client_module
 from speechbrain_mifuse.lalm.client import LalmClient, LalmError
 from speechbrain_mifuse.lalm.collect import encode_wav
-from speechbrain_mifuse.lalm.http_limits import Limits
 from speechbrain_mifuse.lalm.prompt import Prompt
-from speechbrain_mifuse.lalm.serve import EmotionServer
 
 LABELS = ("angry", "happy", "neutral", "sad")
 KEY = "a-key-of-nobody-0123456789"

@@ -86,7 +86,7 @@ def free_port() -> int:
 def mifuse_serve(recogniser: Path) -> Iterator[Served]:
     """Our own server, with a recogniser that a recipe has trained."""
     port = free_port()
-    main = "from speechbrain_mifuse.cli import main; main()"
+    main = "from speechbrain_mifuse.cli.main import main; main()"
     command = [sys.executable, "-c", main, "serve", str(Path(recogniser).resolve()), "--port", str(port)]
     with tempfile.TemporaryDirectory() as folder, running(command, port, Path(folder)) as url:
         yield Served(url, "served-classifier")

@@ -13,9 +13,19 @@ from multiprocessing import forkserver
 from pathlib import Path
 from unittest import mock
 
-PRELOADED = ["speechbrain", "speechbrain_mifuse.pipeline", "speechbrain_mifuse.brains.adaptation", "transformers"]
+PRELOADED = [
+    "speechbrain",
+    "speechbrain_mifuse.experiments.teacher",
+    "speechbrain_mifuse.experiments.results",
+    "speechbrain_mifuse.brains.adaptation",
+    "transformers",
+]
 # What recipes import when they need it, and nearly all do.
-PRELOADED += ["speechbrain_mifuse.preflight", "speechbrain_mifuse.brains.arms", "matplotlib.backends.backend_agg"]
+PRELOADED += [
+    "speechbrain_mifuse.experiments.preflight",
+    "speechbrain_mifuse.experiments.variants",
+    "matplotlib.backends.backend_agg",
+]
 PRELOADED += ["transformers.models.whisper.modeling_whisper", "torch.utils.tensorboard"]
 # A parent with several threads must not be forked while they run, and two cores are soon taken.
 ONE_THREAD = {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}

@@ -13,7 +13,7 @@ import torch
 from torch.nn import functional as F
 
 from speechbrain_mifuse.adaptation.uncertainty import entropy
-from speechbrain_mifuse.errors import UserError
+from speechbrain_mifuse.utils.errors import UserError
 
 
 def soft_neighbourhood_density(
@@ -160,7 +160,7 @@ def known_rule(rule: str) -> tuple[str, str]:
     >>> known_rule("best")
     Traceback (most recent call last):
     ...
-    speechbrain_mifuse.errors.UserError: selection: 'best' is none of last, snd, information_maximisation, entropy. ...
+    speechbrain_mifuse.utils.errors.UserError: selection: 'best' is none of last, snd, information_maximisation, ...
     """
     if rule not in RULES:
         known = ", ".join(RULES)

@@ -26,9 +26,6 @@ from torch.utils.data import Sampler
 from speechbrain_mifuse.adaptation.method import described
 from speechbrain_mifuse.brains.train_log import TrainLog
 from speechbrain_mifuse.brains.training import ResumableBrain, WholeCheckpointer, fit, same_settings
-from speechbrain_mifuse.corpora.manifest import file_digest
-from speechbrain_mifuse.errors import UserError
-from speechbrain_mifuse.evaluation.adapter_plots import plot_codebook, plot_layer_weights
 from speechbrain_mifuse.features.dataset import encoded_rows, frame_batches
 from speechbrain_mifuse.nnet.across_processes import own_part, process_count, summed
 from speechbrain_mifuse.nnet.adapter_files import ABOUT, export_adapter
@@ -36,6 +33,9 @@ from speechbrain_mifuse.nnet.adapter_objectives import AdapterPretraining, Objec
 from speechbrain_mifuse.nnet.block_masking import draw_masks
 from speechbrain_mifuse.nnet.ema import ema_copy, linear_decay
 from speechbrain_mifuse.nnet.statistical_attentive_pooling import frame_mask
+from speechbrain_mifuse.report.adapter_plots import plot_codebook, plot_layer_weights
+from speechbrain_mifuse.utils.errors import UserError
+from speechbrain_mifuse.utils.files import file_digest
 
 logger = logging.getLogger(__name__)
 
@@ -285,7 +285,7 @@ def pretrain(
     >>> pretrain("unknown", {"pretrainings": {"paper": {}}}, [], None, "/nowhere", 1, dict)
     Traceback (most recent call last):
     ...
-    speechbrain_mifuse.errors.UserError: pretraining 'unknown' is none of paper.
+    speechbrain_mifuse.utils.errors.UserError: pretraining 'unknown' is none of paper.
     """
     if name not in hparams["pretrainings"]:
         raise UserError(f"pretraining '{name}' is none of {', '.join(hparams['pretrainings'])}.")

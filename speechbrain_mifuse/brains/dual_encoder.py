@@ -17,13 +17,13 @@ from speechbrain.utils.seed import seed_everything
 from speechbrain_mifuse.adaptation.method import described
 from speechbrain_mifuse.brains.classifier import class_weights
 from speechbrain_mifuse.brains.training import ResumableBrain, WholeCheckpointer, fit, same_settings
-from speechbrain_mifuse.corpora.manifest import atomic_write, file_digest
-from speechbrain_mifuse.errors import UserError
 from speechbrain_mifuse.evaluation.metrics import scores
 from speechbrain_mifuse.features.dataset import encoded_rows, label_index
 from speechbrain_mifuse.features.text_encoder import FrozenTextEncoder
 from speechbrain_mifuse.nnet.dual_encoder import contrastive_loss, frame_statistics
-from speechbrain_mifuse.progress import progress
+from speechbrain_mifuse.utils.errors import UserError
+from speechbrain_mifuse.utils.files import atomic_write, file_digest
+from speechbrain_mifuse.utils.progress import progress
 from speechbrain_mifuse.zero_shot.captions import CaptionSet, draw_caption, read_captions
 from speechbrain_mifuse.zero_shot.own_dual_encoder import (
     ABOUT,
@@ -149,7 +149,7 @@ def train_dual_encoder(hparams: Mapping, sources: Mapping[str, Source], fronts: 
     >>> train_dual_encoder({"target": "nemo"}, {"nemo": None}, {})
     Traceback (most recent call last):
     ...
-    speechbrain_mifuse.errors.UserError: sources: 'nemo' is the target, ...
+    speechbrain_mifuse.utils.errors.UserError: sources: 'nemo' is the target, ...
     """
     check_sources(hparams["target"], sources, fronts)
     folder = Path(hparams["output_folder"])

@@ -9,7 +9,7 @@ from pathlib import Path
 from safetensors.torch import save
 
 from speechbrain_mifuse.adaptation.selection import chosen_snapshot, known_rule
-from speechbrain_mifuse.corpora.manifest import atomic_write
+from speechbrain_mifuse.utils.files import atomic_write
 
 
 class Snapshots:

@@ -16,11 +16,11 @@ from speechbrain_mifuse.brains.classifier import ClassifierBrain, class_weights
 from speechbrain_mifuse.brains.dual_encoder import Source, frames_of
 from speechbrain_mifuse.brains.train_log import TrainLog
 from speechbrain_mifuse.brains.training import WholeCheckpointer, fit, same_settings
-from speechbrain_mifuse.corpora.manifest import atomic_write, file_digest
-from speechbrain_mifuse.errors import UserError
 from speechbrain_mifuse.features.dataset import encoded_rows, frame_batches, label_index
 from speechbrain_mifuse.nnet.classifier import EmotionClassifier
 from speechbrain_mifuse.nnet.weights import load_all_weights
+from speechbrain_mifuse.utils.errors import UserError
+from speechbrain_mifuse.utils.files import atomic_write, file_digest
 
 # Of `hparams/base/dual_encoder.yaml`: the classifier is trained as long, as fast and on as much at a time.
 DECISIVE = ("seed", "target", "labels", "batch_size", "learning_rate", "weight_decay", "number_of_epochs")

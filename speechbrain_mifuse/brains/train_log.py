@@ -16,7 +16,7 @@ _noisy = logging.getLogger("speechbrain.utils.train_logger")
 _noisy.disabled = True
 from speechbrain.utils.train_logger import FileTrainLogger  # noqa: E402
 
-from speechbrain_mifuse.errors import writing  # noqa: E402
+from speechbrain_mifuse.utils.errors import writing  # noqa: E402
 
 _noisy.disabled = False
 

@@ -21,11 +21,11 @@ from speechbrain.utils.distributed import ddp_barrier, if_main_process, main_pro
 from speechbrain.utils.epoch_loop import EpochCounter
 
 from speechbrain_mifuse.brains.dealt_batches import dealt_loader
-from speechbrain_mifuse.corpora.manifest import atomic_write, json_object
-from speechbrain_mifuse.errors import UserError, writing
 from speechbrain_mifuse.features.dataset import frame_batches
 from speechbrain_mifuse.nnet.across_processes import average_gradients, frames_dealt, process_count
-from speechbrain_mifuse.progress import progress, quiet
+from speechbrain_mifuse.utils.errors import UserError, writing
+from speechbrain_mifuse.utils.files import atomic_write, json_object
+from speechbrain_mifuse.utils.progress import progress, quiet
 
 logger = logging.getLogger(__name__)
 

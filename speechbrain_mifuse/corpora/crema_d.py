@@ -14,7 +14,8 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
-from speechbrain_mifuse.corpora.manifest import Corpus, Utterance
+from speechbrain_mifuse.corpora.corpus import Corpus
+from speechbrain_mifuse.corpora.manifest import Utterance
 from speechbrain_mifuse.corpora.release_files import own_recordings
 
 LABEL_MAP = {"ANG": "angry", "HAP": "happy", "NEU": "neutral", "SAD": "sad", "DIS": None, "FEA": None}

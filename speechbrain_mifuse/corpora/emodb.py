@@ -20,7 +20,8 @@ from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
-from speechbrain_mifuse.corpora.manifest import Corpus, Utterance
+from speechbrain_mifuse.corpora.corpus import Corpus
+from speechbrain_mifuse.corpora.manifest import Utterance
 from speechbrain_mifuse.corpora.release_files import own_recordings
 
 LABEL_MAP = {"W": "angry", "F": "happy", "N": "neutral", "T": "sad", "L": None, "E": None, "A": None}

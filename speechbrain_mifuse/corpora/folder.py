@@ -39,13 +39,15 @@ from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path, PureWindowsPath
 
+from speechbrain_mifuse.corpora.corpus import Corpus
 from speechbrain_mifuse.corpora.emotion_words import emotion_of, plain
 from speechbrain_mifuse.corpora.folder_names import read_folder_names
 from speechbrain_mifuse.corpora.layouts import Listing, read_file_names
-from speechbrain_mifuse.corpora.manifest import LABELS, Corpus, CorpusError, Splits, Utterance
+from speechbrain_mifuse.corpora.manifest import LABELS, CorpusError, Utterance
 from speechbrain_mifuse.corpora.recordings import TABLES, recordings_below
+from speechbrain_mifuse.corpora.splits import Splits
 from speechbrain_mifuse.corpora.tables import read_table
-from speechbrain_mifuse.texts import shown
+from speechbrain_mifuse.utils.texts import shown
 
 logger = logging.getLogger(__name__)
 

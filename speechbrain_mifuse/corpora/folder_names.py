@@ -10,7 +10,7 @@ from pathlib import Path
 from speechbrain_mifuse.corpora.emotion_words import all_emotions, plain, resembling
 from speechbrain_mifuse.corpora.layouts import Listing
 from speechbrain_mifuse.corpora.manifest import LABELS, CorpusError
-from speechbrain_mifuse.texts import shown
+from speechbrain_mifuse.utils.texts import shown
 
 # A level whose folders are all named so holds no speakers: containers, parts of the material, dates.
 NOT_SPEAKERS = re.compile(

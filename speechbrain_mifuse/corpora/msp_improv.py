@@ -21,7 +21,9 @@ import re
 from collections.abc import Mapping
 from pathlib import Path
 
-from speechbrain_mifuse.corpora.manifest import Corpus, CorpusError, Utterance, by_stem, check_release, map_label
+from speechbrain_mifuse.corpora.checks import check_release
+from speechbrain_mifuse.corpora.corpus import Corpus, by_stem, map_label
+from speechbrain_mifuse.corpora.manifest import CorpusError, Utterance
 from speechbrain_mifuse.corpora.release_files import report_other_classes
 
 LABEL_MAP = {"A": "angry", "H": "happy", "N": "neutral", "S": "sad", "O": None, "X": None}

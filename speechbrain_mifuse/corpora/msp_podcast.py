@@ -26,7 +26,8 @@ from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
-from speechbrain_mifuse.corpora.manifest import Corpus, CorpusError, Utterance, by_stem, map_label
+from speechbrain_mifuse.corpora.corpus import Corpus, by_stem, map_label
+from speechbrain_mifuse.corpora.manifest import CorpusError, Utterance
 from speechbrain_mifuse.corpora.release_files import report_other_classes
 from speechbrain_mifuse.corpora.tables import read_table
 

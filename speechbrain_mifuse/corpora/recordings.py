@@ -8,8 +8,8 @@ from collections import Counter, deque
 from collections.abc import Iterator
 from pathlib import Path
 
-from speechbrain_mifuse.audio_files import ENDINGS, FOREIGN, has_ffmpeg
-from speechbrain_mifuse.texts import shown
+from speechbrain_mifuse.utils.audio_files import ENDINGS, FOREIGN, has_ffmpeg
+from speechbrain_mifuse.utils.texts import shown
 
 logger = logging.getLogger(__name__)
 

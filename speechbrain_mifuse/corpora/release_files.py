@@ -8,9 +8,10 @@ from collections import Counter
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 
-from speechbrain_mifuse.audio_files import ENDINGS
-from speechbrain_mifuse.corpora.manifest import CorpusError, by_stem
-from speechbrain_mifuse.texts import shown
+from speechbrain_mifuse.corpora.corpus import by_stem
+from speechbrain_mifuse.corpora.manifest import CorpusError
+from speechbrain_mifuse.utils.audio_files import ENDINGS
+from speechbrain_mifuse.utils.texts import shown
 
 logger = logging.getLogger(__name__)
 

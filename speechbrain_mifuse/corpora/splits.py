@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 import logging
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
 
-from speechbrain_mifuse.texts import shown
+from speechbrain_mifuse import __version__
+from speechbrain_mifuse.corpora.manifest import CorpusError, Utterance
+from speechbrain_mifuse.utils.texts import shown
 
 logger = logging.getLogger(__name__)
 
@@ -93,3 +98,154 @@ def _report_uneven(vectors: Mapping, where: Mapping, splits: Mapping, total: Map
                     *(split, count, total[label], label, 100 * share),
                     *(len(holders), f"{kind}s" if len(holders) > 1 else kind, shown(", ".join(holders[:3]))),
                 )
+
+
+# Of each split, either a share of the speakers or sessions, or a list of the corpus's official partitions; where it has
+# none, of its speakers or sessions.
+Splits = Mapping[str, float] | Mapping[str, Sequence[str]]
+
+
+def split_groups(groups: Sequence[str], splits: Mapping[str, float], kind: str = "speaker") -> dict[str, list[str]]:
+    """Deal speakers or sessions to splits in the corpus's fixed order, each split getting its share of them.
+
+    The outcome depends on the arguments alone: no seed, no directory order.
+
+    Parameters
+    ----------
+    groups : sequence of str
+        All speakers or sessions, in the fixed order of the corpus's file.
+    splits : mapping of str to float
+        Share of the groups for each split; the shares add up to 1.
+    kind : str
+        What a group is, for the message.
+
+    Returns
+    -------
+    dict of str to list of str
+        Disjoint, each with at least one group.
+
+    Raises
+    ------
+    CorpusError
+        If the shares do not add up to 1 or there are fewer groups than splits.
+
+    Example
+    -------
+    >>> split_groups(["a", "b", "c", "d", "e"], {"train": 0.6, "test": 0.4})
+    {'train': ['a', 'b', 'c'], 'test': ['d', 'e']}
+    """
+    _require_shares(splits, len(groups), kind)
+    dealt, start, share = {}, 0, 0.0
+    for place, (name, part) in enumerate(splits.items(), start=1):
+        share += part
+        later = len(splits) - place
+        stop = min(max(round(share * len(groups)), start + 1), len(groups) - later)
+        dealt[name] = list(groups[start:stop])
+        start = stop
+    return dealt
+
+
+def _require_shares(splits: Mapping[str, float], groups: int, kind: str) -> None:
+    """Refuse shares that cannot be given."""
+    if abs(sum(splits.values()) - 1.0) > 1e-6 or groups < len(splits):
+        raise CorpusError(
+            f"Cannot deal {groups} {kind}s to {dict(splits)}: "
+            f"shares must add up to 1, and every split needs a {kind} of its own."
+        )
+
+
+def choose_partitions(
+    known: Iterable[str], splits: Mapping[str, Sequence[str]], kind: str = "partition"
+) -> dict[str, list[str]]:
+    """Give each split the official partitions, speakers or sessions that it asks for."""
+    if not all(isinstance(part, Sequence) and not isinstance(part, str) for part in splits.values()):
+        raise CorpusError(f"splits: {dict(splits)} must be shares that add up to 1, or lists of {kind}s.")
+    wanted = Counter(partition for part in splits.values() for partition in part)
+    wrong = sorted(partition for partition, times in wanted.items() if partition not in known or times > 1)
+    if wrong:
+        raise CorpusError(
+            f"splits: {kind} {', '.join(map(str, wrong))} is unknown, holds no labelled recording, or is asked for "
+            f"twice; there are {', '.join(sorted(known)) or 'none'}."
+        )
+    return {split: list(part) for split, part in splits.items()}
+
+
+def deal(
+    utterances: Sequence[Utterance],
+    splits: Splits,
+    order: Sequence[str] = (),
+    group: str = "speaker",
+    balanced: bool = False,
+) -> tuple[str, dict[str, list[str]]]:
+    """Decide which speakers, sessions or official partitions each split gets."""
+    if any(not isinstance(part, int | float) for part in splits.values()):
+        kind = "partition" if any(utterance.partition for utterance in utterances) else group
+        return kind, choose_partitions({getattr(u, kind) for u in utterances} - {None}, splits, kind)
+    present = {getattr(utterance, group) for utterance in utterances}
+    if balanced:
+        _require_shares(splits, len(present), group)
+        counts = {name: Counter() for name in present}
+        for utterance in utterances:
+            counts[getattr(utterance, group)][utterance.emo] += 1
+        return group, balanced_groups(counts, splits, group)
+    stand_ins = present & {utterance.speaker for utterance in utterances if not utterance.speaker_known}
+    ordered = [name for name in order if name in present - stand_ins]
+    named = [*ordered, *sorted(present.difference(stand_ins, ordered))]
+    return group, split_groups(evenly(named, sorted(stand_ins)), splits, group)
+
+
+def evenly(first: Sequence[str], second: Sequence[str]) -> list[str]:
+    """Join two lists so that any stretch of the whole holds about the same share of both."""
+    place = {name: (number + 0.5) / len(part) for part in (first, second) for number, name in enumerate(part)}
+    return sorted(place, key=place.get)
+
+
+def leave_out_shared(placed: Mapping[str, Sequence[Utterance]]) -> tuple[dict[str, list[Utterance]], dict[str, str]]:
+    """Take out of a split the recordings of speakers who are in a later split as well."""
+    kept, left_out, seen = {}, {}, {}
+    for split in reversed(list(placed)):
+        shared = [utterance for utterance in placed[split] if utterance.speaker in seen]
+        kept[split] = [utterance for utterance in placed[split] if utterance.speaker not in seen]
+        for u in shared:
+            place = seen[u.speaker]
+            left_out[u.utt_id] = (
+                f"{u.wav}: its speaker {u.speaker} is also in split '{place}', so it takes no part in '{split}'."
+            )
+        seen |= dict.fromkeys({utterance.speaker for utterance in kept[split]}, split)
+    return {split: kept[split] for split in placed}, left_out
+
+
+def thin_out(utterances: Sequence[Utterance], keep: Mapping[str, float] | None) -> list[Utterance]:
+    """Keep only a share of some classes: a simulated skew of the classes."""
+    known = sorted({str(utterance.emo) for utterance in utterances if utterance.emo})
+    dropped = set()
+    for label, share in (keep or {}).items():
+        if label not in known or not isinstance(share, int | float) or not 0 <= share <= 1:
+            raise CorpusError(
+                f"keep: {{{label}: {share}}} must be a share between 0 and 1 of one of these labels: "
+                f"{', '.join(known) or 'none, the recordings are unlabelled'}."
+            )
+        ids = [utterance.utt_id for utterance in utterances if utterance.emo == label]
+        ids.sort(key=lambda utt_id: hashlib.sha256(utt_id.encode()).digest())
+        dropped.update(ids[round(share * len(ids)) :])
+    return [utterance for utterance in utterances if utterance.utt_id not in dropped]
+
+
+def settings_of(
+    corpus: str,
+    utterances: Iterable[Utterance],
+    data_folder: str | Path,
+    splits: Splits,
+    keep: Mapping[str, float] | None,
+) -> dict:
+    """Everything that decides what the manifests hold, but for the recordings' own bytes."""
+    root = Path(data_folder)
+    rows = sorted(((u.utt_id, u.row(root, 0)) for u in utterances), key=lambda row: (row[0], row[1]["wav"]))
+    return {
+        "corpus": corpus,
+        "data_root": str(root.resolve()),
+        "splits": {split: part if isinstance(part, int | float) else list(part) for split, part in splits.items()},
+        "keep": dict(keep) if keep else None,
+        "listing": hashlib.sha256(json.dumps(rows).encode()).hexdigest(),
+        "code_version": __version__,
+    }

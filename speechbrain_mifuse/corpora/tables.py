@@ -9,8 +9,9 @@ import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from speechbrain_mifuse.corpora.manifest import CorpusError, bounded_bytes
-from speechbrain_mifuse.texts import csv_value, shown
+from speechbrain_mifuse.corpora.manifest import CorpusError
+from speechbrain_mifuse.utils.files import bounded_bytes
+from speechbrain_mifuse.utils.texts import csv_value, shown
 
 SEPARATORS = (",", ";", "\t")
 

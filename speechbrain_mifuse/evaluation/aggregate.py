@@ -11,9 +11,9 @@ from pathlib import Path
 
 import numpy as np
 
-from speechbrain_mifuse.corpora.manifest import atomic_write
-from speechbrain_mifuse.errors import UserError
-from speechbrain_mifuse.texts import csv_text, markdown_cell, shown
+from speechbrain_mifuse.utils.errors import UserError
+from speechbrain_mifuse.utils.files import atomic_write
+from speechbrain_mifuse.utils.texts import csv_text, markdown_cell, shown
 
 COLUMNS = ("source", "target", "teacher", "method", "seed", "UA", "WA", "macro_F1", "n_test")
 # Rows that no method without labels is measured against as a rival: where all start, and what labels would give.

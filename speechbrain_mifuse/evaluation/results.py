@@ -8,20 +8,13 @@ from pathlib import Path
 
 import torch
 
-from speechbrain_mifuse import __version__
-from speechbrain_mifuse.corpora.manifest import (
-    atomic_write,
-    known_speakers,
-    read_manifest,
-    recordings_without_speaker,
-)
+from speechbrain_mifuse.corpora.manifest import known_speakers, read_manifest, recordings_without_speaker
 from speechbrain_mifuse.evaluation.intervals import speaker_bootstrap, speaker_counts
 from speechbrain_mifuse.evaluation.metrics import scores_of
-from speechbrain_mifuse.evaluation.plots import plot_confusion
 from speechbrain_mifuse.features.dataset import label_index
-from speechbrain_mifuse.texts import markdown
+from speechbrain_mifuse.utils.files import atomic_write
+from speechbrain_mifuse.utils.texts import markdown
 
-FIELDS = ("method", "source", "target", "teacher", "seed", "encoder", "protocol", "selection", "n_train", "n_test")
 SCORES = ("UA", "WA", "macro_F1", "ci95")
 
 
@@ -104,46 +97,6 @@ def score_snapshots(snapshots: Sequence[Mapping], manifest: str | Path, labels: 
         rest = {key: value for key, value in snapshot.items() if key not in ("step", "predictions")}
         found.append({"step": snapshot["step"], "UA": None if counts is None else scores_of(counts)["UA"], **rest})
     return found
-
-
-def write_results(folder: str | Path, scored: Mapping, labels: Sequence[str], **about) -> dict:
-    """Write `results.json` and, where there are labels, `confusion.png` of one method.
-
-    Parameters
-    ----------
-    folder : str or pathlib.Path
-        The method's folder.
-    scored : mapping
-        As `evaluate` gives.
-    labels : sequence of str
-        Class names.
-    **about
-        `method, source, target, teacher, seed, encoder, protocol, selection, n_train`, and whatever else is known.
-
-    Returns
-    -------
-    dict
-        What was written: fractions in [0, 1], or `None` for scores without labels.
-
-    Example
-    -------
-    >>> import tempfile
-    >>> counts = torch.tensor([[3, 1, 0], [0, 2, 0]])
-    >>> scored = {**scores_of(counts), "ci95": [0.5, 1.0], "n_test": 6, "counts": counts}
-    >>> about = dict(method="oracle", source="a", target="b", teacher="c", seed=1, encoder="toy", n_train=9)
-    >>> found = write_results(tempfile.mkdtemp(), scored, ["x", "y"], protocol="toy", selection="last", **about)
-    >>> found["UA"], found["n_test"]
-    (0.875, 6)
-    """
-    record = {**about, **{key: value for key, value in scored.items() if key != "counts"}, "labels": list(labels)}
-    if "counts" in scored:
-        record["confusion"] = scored["counts"].tolist()
-        title = f"{record['method']}: {record['source']} to {record['target']}, UA {100 * record['UA']:.1f} %"
-        plot_confusion(Path(folder) / "confusion.png", scored["counts"], labels, title)
-    record["code_version"] = __version__
-    record = {**{field: record[field] for field in FIELDS}, **record}
-    atomic_write(Path(folder) / "results.json", json.dumps(record, indent=1))
-    return record
 
 
 def side_by_side(folder: str | Path, order: Sequence[str]) -> str:

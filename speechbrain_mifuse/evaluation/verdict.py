@@ -12,7 +12,7 @@ import torch
 
 from speechbrain_mifuse.adaptation.selection import criteria
 from speechbrain_mifuse.adaptation.uncertainty import entropy
-from speechbrain_mifuse.texts import markdown
+from speechbrain_mifuse.utils.texts import markdown
 
 # Recordings below which shares say little.
 FEW = 50

@@ -12,7 +12,7 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
-from speechbrain_mifuse.audio import BadAudio, content_hash, load_audio
+from speechbrain_mifuse.utils.audio import BadAudio, content_hash, load_audio
 
 # Recordings that are read ahead of the one whose turn it is.
 AHEAD = 64

@@ -24,10 +24,11 @@ from speechbrain.integrations.huggingface.wavlm import WavLM
 from speechbrain.integrations.huggingface.whisper import Whisper
 from transformers import AutoConfig, AutoModel, FeatureExtractionMixin
 
-from speechbrain_mifuse.corpora.manifest import held_bytes
-from speechbrain_mifuse.errors import UserError
-from speechbrain_mifuse.features.demo_encoder import demo_encoder
-from speechbrain_mifuse.folder_schema import (
+from speechbrain_mifuse.demo.encoder import demo_encoder
+from speechbrain_mifuse.utils.errors import UserError
+from speechbrain_mifuse.utils.files import held_bytes
+from speechbrain_mifuse.utils.progress import quiet_loading
+from speechbrain_mifuse.utils.schemas import (
     WEIGHT_SUFFIXES,
     EncoderConfig,
     FeatureExtractorConfig,
@@ -35,7 +36,6 @@ from speechbrain_mifuse.folder_schema import (
     checked,
     plain_json,
 )
-from speechbrain_mifuse.progress import quiet_loading
 
 # Written by transformers itself: they change with its version or with the folder, never with the features.
 _VOLATILE = ("_name_or_path", "architectures", "dtype", "torch_dtype", "transformers_version")
@@ -79,7 +79,7 @@ class FrozenEncoder(torch.nn.Module):
     ---------
     source : str or pathlib.Path
         Folder in Hugging Face format, hub id (``facebook/hubert-large-ll60k``), or ``demo``
-        (:func:`~speechbrain_mifuse.features.demo_encoder.demo_encoder`).
+        (:func:`~speechbrain_mifuse.demo.encoder.demo_encoder`).
     layers : int or list of int, optional
         Which layers to return, negative ones counting from the end. Default: the last.
     save_path : str, optional

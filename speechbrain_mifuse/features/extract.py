@@ -16,14 +16,14 @@ import torch
 from filelock import FileLock
 from speechbrain.utils.distributed import ddp_barrier, ddp_prevent_block, get_rank, if_main_process
 
-from speechbrain_mifuse.audio import trim_silence
-from speechbrain_mifuse.audio_warnings import summarized
 from speechbrain_mifuse.corpora.manifest import read_manifest
-from speechbrain_mifuse.features import cache_folder
 from speechbrain_mifuse.features.encode_files import Recording, in_batches, side_by_side
 from speechbrain_mifuse.features.shards import Shard, take_over_shards
 from speechbrain_mifuse.features.store import FeatureStore
-from speechbrain_mifuse.progress import progress
+from speechbrain_mifuse.utils.audio import trim_silence
+from speechbrain_mifuse.utils.audio_warnings import summarized
+from speechbrain_mifuse.utils.files import cache_folder
+from speechbrain_mifuse.utils.progress import progress
 
 logger = logging.getLogger(__name__)
 

@@ -7,9 +7,9 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from speechbrain_mifuse.audio import load_audio, trim_silence
 from speechbrain_mifuse.features.encoder import FAMILIES, load_wrapper
 from speechbrain_mifuse.features.speakers import SpeakerOffsets
+from speechbrain_mifuse.utils.audio import load_audio, trim_silence
 
 # Bytes of frames that stay in memory once read: all of a small corpus, and a fixed amount of a large one.
 KEPT_BYTES = 64 * 2**20

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from speechbrain.lobes.features import VocalFeatures
 
-from speechbrain_mifuse.audio import trim_silence
+from speechbrain_mifuse.utils.audio import trim_silence
 
 # What is taken of each curve: it stands in a store's fingerprint.
 FUNCTIONALS = ("mean", "deviation", "10 %", "50 %", "90 %", "slope")

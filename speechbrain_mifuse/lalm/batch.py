@@ -28,10 +28,6 @@ from typing import IO, NamedTuple
 import openai
 from filelock import FileLock, Timeout
 
-from speechbrain_mifuse.audio import BadAudio
-from speechbrain_mifuse.audio_warnings import summarized
-from speechbrain_mifuse.corpora.manifest import atomic_write
-from speechbrain_mifuse.errors import UserError, WriteError, writing
 from speechbrain_mifuse.lalm.answer import Response
 from speechbrain_mifuse.lalm.client import BLOCKED, FAULTS, Clip, LalmClient
 from speechbrain_mifuse.lalm.collect import Ask, Utterance, Wanted, check_usable, read_recording, run_to_end
@@ -40,7 +36,11 @@ from speechbrain_mifuse.lalm.limits import LalmError, expected_tokens, most_toke
 from speechbrain_mifuse.lalm.prompt import Prompt
 from speechbrain_mifuse.lalm.redaction import redacted, short
 from speechbrain_mifuse.lalm.store import LabelStore, Query, Record
-from speechbrain_mifuse.progress import progress
+from speechbrain_mifuse.utils.audio import BadAudio
+from speechbrain_mifuse.utils.audio_warnings import summarized
+from speechbrain_mifuse.utils.errors import UserError, WriteError, writing
+from speechbrain_mifuse.utils.files import atomic_write
+from speechbrain_mifuse.utils.progress import progress
 
 logger = logging.getLogger(__name__)
 

@@ -8,8 +8,8 @@ from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import NamedTuple
 
-from speechbrain_mifuse.errors import UserError
 from speechbrain_mifuse.lalm.profile import AUDIO_PARTS, CONSTRAINTS, Profile
+from speechbrain_mifuse.utils.errors import UserError
 
 YES, NO, UNKNOWN = "yes", "no", "cannot tell"
 # Value of a finding where the server does not merely ignore a field but answers with an error.
@@ -146,7 +146,7 @@ def check(card: Card, needs: Needs) -> list[str]:
     >>> check(card, Needs(Profile(), samples=5))
     Traceback (most recent call last):
     ...
-    speechbrain_mifuse.errors.UserError: m at http://127.0.0.1:8000/v1 lacks what the collection needs:
+    speechbrain_mifuse.utils.errors.UserError: m at http://127.0.0.1:8000/v1 lacks what the collection needs:
       honours_n: no (1 choice of 3): set honours_n: False in the profile
     """
     lacking, untold = [], []

@@ -24,7 +24,6 @@ import openai
 from aiohttp.http_exceptions import HttpProcessingError
 from openai.types.chat import ChatCompletion
 
-from speechbrain_mifuse.errors import UserError
 from speechbrain_mifuse.lalm.answer import Answer, Reply, Response
 from speechbrain_mifuse.lalm.limits import (
     LONGEST_PAUSE,
@@ -41,6 +40,7 @@ from speechbrain_mifuse.lalm.profile import NO_TOKENS, Profile, Tokens
 from speechbrain_mifuse.lalm.prompt import Prompt
 from speechbrain_mifuse.lalm.redaction import keep_requests_out_of_logs, redacted, redactor, short
 from speechbrain_mifuse.lalm.store import clean_base_url
+from speechbrain_mifuse.utils.errors import UserError
 
 logger = logging.getLogger(__name__)
 

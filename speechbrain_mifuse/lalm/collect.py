@@ -21,15 +21,15 @@ from typing import NamedTuple
 import torch
 from tqdm import tqdm
 
-from speechbrain_mifuse.audio import BadAudio, content_hash, load_audio, pcm16
-from speechbrain_mifuse.audio_warnings import summarized
-from speechbrain_mifuse.errors import UserError, WriteError
 from speechbrain_mifuse.lalm.client import Clip, LalmClient
 from speechbrain_mifuse.lalm.hashes import HashCache, Known, file_stamp
 from speechbrain_mifuse.lalm.limits import Breaker, BudgetReached, LalmError, Signal
 from speechbrain_mifuse.lalm.prompt import Prompt
 from speechbrain_mifuse.lalm.store import LabelStore, Query, Record
-from speechbrain_mifuse.progress import progress
+from speechbrain_mifuse.utils.audio import BadAudio, content_hash, load_audio, pcm16
+from speechbrain_mifuse.utils.audio_warnings import summarized
+from speechbrain_mifuse.utils.errors import UserError, WriteError
+from speechbrain_mifuse.utils.progress import progress
 
 SAMPLE_RATE = 16000
 

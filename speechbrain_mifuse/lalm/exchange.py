@@ -24,13 +24,13 @@ from pathlib import Path
 from typing import IO
 
 from speechbrain_mifuse import __version__
-from speechbrain_mifuse.corpora.manifest import encodable, replacing, strict_object
-from speechbrain_mifuse.errors import UserError
 from speechbrain_mifuse.lalm.answer import KINDS, SAMPLE_KINDS
 from speechbrain_mifuse.lalm.integrity import SUM_TOLERANCE
 from speechbrain_mifuse.lalm.redaction import redactor
 from speechbrain_mifuse.lalm.store import Entry, LabelStore, Query, StoreError
-from speechbrain_mifuse.progress import progress
+from speechbrain_mifuse.utils.errors import UserError
+from speechbrain_mifuse.utils.files import encodable, replacing, strict_object
+from speechbrain_mifuse.utils.progress import progress
 
 FORMAT = "speechbrain-mifuse labels"
 VERSION = 1

@@ -8,9 +8,9 @@ from collections.abc import Iterator
 
 import numpy as np
 
-from speechbrain_mifuse.errors import UserError
 from speechbrain_mifuse.lalm.answer import KINDS, SAMPLE_KINDS
 from speechbrain_mifuse.lalm.store import LabelStore, Query, StoreError
+from speechbrain_mifuse.utils.errors import UserError
 
 # float32 probabilities of a few labels add up to 1 within this.
 SUM_TOLERANCE = 1e-4

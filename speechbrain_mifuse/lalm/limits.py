@@ -8,9 +8,9 @@ import math
 import time
 from collections.abc import Callable, Iterable, Mapping
 
-from speechbrain_mifuse.errors import UserError
 from speechbrain_mifuse.lalm.profile import Price, Profile, Tokens
 from speechbrain_mifuse.lalm.prompt import Prompt
+from speechbrain_mifuse.utils.errors import UserError
 
 # Seconds that a server may ask to wait; a longer pause is a matter for people.
 LONGEST_PAUSE = 600.0

@@ -9,9 +9,6 @@ import logging
 from collections.abc import Mapping
 from pathlib import Path
 
-from speechbrain_mifuse.audio import BadAudio, content_hash, load_audio
-from speechbrain_mifuse.audio_warnings import summarized
-from speechbrain_mifuse.errors import WriteError
 from speechbrain_mifuse.lalm.batch import BATCH_SHARE
 from speechbrain_mifuse.lalm.client import LalmClient
 from speechbrain_mifuse.lalm.collect import SAMPLE_RATE, Wanted
@@ -20,7 +17,10 @@ from speechbrain_mifuse.lalm.limits import expected_tokens, most_tokens
 from speechbrain_mifuse.lalm.profile import NO_TOKENS, Price, Profile, Tokens
 from speechbrain_mifuse.lalm.prompt import Prompt
 from speechbrain_mifuse.lalm.store import LabelStore, Query
-from speechbrain_mifuse.progress import progress
+from speechbrain_mifuse.utils.audio import BadAudio, content_hash, load_audio
+from speechbrain_mifuse.utils.audio_warnings import summarized
+from speechbrain_mifuse.utils.errors import WriteError
+from speechbrain_mifuse.utils.progress import progress
 
 logger = logging.getLogger(__name__)
 

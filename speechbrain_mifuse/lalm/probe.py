@@ -14,7 +14,6 @@ from collections.abc import Mapping, Sequence
 
 import torch
 
-from speechbrain_mifuse.errors import UserError
 from speechbrain_mifuse.lalm.card import Card
 from speechbrain_mifuse.lalm.client import LalmClient, LalmError, reply_of
 from speechbrain_mifuse.lalm.collect import SAMPLE_RATE, encode_wav, run_to_end
@@ -32,7 +31,8 @@ from speechbrain_mifuse.lalm.findings import (
 from speechbrain_mifuse.lalm.profile import AUDIO_PARTS, Profile
 from speechbrain_mifuse.lalm.prompt import ANSWER_FORMS, Prompt
 from speechbrain_mifuse.lalm.redaction import redacted
-from speechbrain_mifuse.progress import progress
+from speechbrain_mifuse.utils.errors import UserError
+from speechbrain_mifuse.utils.progress import progress
 
 _TEXT_ONLY = "without audio"
 LENGTHS = (10.0, 30.0, 60.0)

@@ -8,8 +8,8 @@ import re
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
-from speechbrain_mifuse.errors import UserError
-from speechbrain_mifuse.folder_schema import plain_yaml
+from speechbrain_mifuse.utils.errors import UserError
+from speechbrain_mifuse.utils.schemas import plain_yaml
 
 Labels = tuple[str, ...]
 
@@ -200,7 +200,7 @@ class Profile:
     >>> Profile.of({"audio_part": "wav"})
     Traceback (most recent call last):
     ...
-    speechbrain_mifuse.errors.UserError: lalm_profile: audio_part 'wav' is none of input_audio, audio_url
+    speechbrain_mifuse.utils.errors.UserError: lalm_profile: audio_part 'wav' is none of input_audio, audio_url
     """
 
     name: str = "default"

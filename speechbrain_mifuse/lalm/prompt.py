@@ -8,7 +8,6 @@ import json
 import random
 from collections.abc import Callable, Sequence
 
-from speechbrain_mifuse.errors import UserError
 from speechbrain_mifuse.lalm.answer import (
     Answer,
     Parser,
@@ -20,6 +19,7 @@ from speechbrain_mifuse.lalm.answer import (
     parse_logprobs,
 )
 from speechbrain_mifuse.lalm.profile import AUDIO_PARTS, CONSTRAINTS
+from speechbrain_mifuse.utils.errors import UserError
 
 DEFAULT_TEMPLATE = (
     "Listen to the recording. Judge the emotion from how the voice sounds, not from what is said. "

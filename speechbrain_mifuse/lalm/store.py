@@ -20,14 +20,14 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
-from speechbrain_mifuse.corpora.manifest import encodable
-from speechbrain_mifuse.errors import UserError
 from speechbrain_mifuse.lalm.answer import KINDS, SAMPLE_KINDS, Response
 from speechbrain_mifuse.lalm.hashes import foreign_journal
 from speechbrain_mifuse.lalm.limits import used_tokens
 from speechbrain_mifuse.lalm.profile import Tokens
 from speechbrain_mifuse.lalm.prompt import Prompt
-from speechbrain_mifuse.texts import shown
+from speechbrain_mifuse.utils.errors import UserError
+from speechbrain_mifuse.utils.files import encodable
+from speechbrain_mifuse.utils.texts import shown
 
 logger = logging.getLogger(__name__)
 

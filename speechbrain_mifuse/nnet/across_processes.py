@@ -13,7 +13,7 @@ from collections.abc import Iterable, Sequence
 import torch
 from torch import distributed
 
-from speechbrain_mifuse.errors import UserError
+from speechbrain_mifuse.utils.errors import UserError
 
 # Utterances of the batch whose frames are dealt to the processes; None outside of a training step.
 _dealt: int | None = None

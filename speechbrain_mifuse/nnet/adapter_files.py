@@ -11,12 +11,12 @@ import torch
 from safetensors.torch import save
 
 from speechbrain_mifuse import __version__
-from speechbrain_mifuse.corpora.manifest import atomic_write, bounded_bytes
-from speechbrain_mifuse.errors import UserError
 from speechbrain_mifuse.features.store import difference
-from speechbrain_mifuse.folder_schema import AdapterAbout, checked, plain_json
 from speechbrain_mifuse.nnet.wap_transformer import WAPTransformer
 from speechbrain_mifuse.nnet.weights import build_with_weights, load_all_weights
+from speechbrain_mifuse.utils.errors import UserError
+from speechbrain_mifuse.utils.files import atomic_write, bounded_bytes
+from speechbrain_mifuse.utils.schemas import AdapterAbout, checked, plain_json
 
 WEIGHTS, ABOUT = "adapter.safetensors", "about.json"
 PRETRAIN_AGAIN = "Pretrain the adapter again."

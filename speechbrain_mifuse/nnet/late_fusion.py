@@ -8,8 +8,8 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from speechbrain_mifuse.errors import UserError
 from speechbrain_mifuse.nnet.adapter_classifier import AdapterClassifier
+from speechbrain_mifuse.utils.errors import UserError
 
 
 @torch.no_grad()

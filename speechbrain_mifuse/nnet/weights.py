@@ -9,8 +9,8 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file
 
-from speechbrain_mifuse.corpora.manifest import refuse_unreadable
-from speechbrain_mifuse.errors import UserError
+from speechbrain_mifuse.utils.errors import UserError
+from speechbrain_mifuse.utils.files import refuse_unreadable
 
 # The largest absolute value of a weight. Beyond it products leave float32, and the answers are not numbers.
 MAX_WEIGHT = 1e6
@@ -53,7 +53,7 @@ def build_with_weights(
     >>> build_with_weights(lambda: torch.nn.Linear(10**9, 10**9), path, UserError, "Train it again.")
     Traceback (most recent call last):
     ...
-    speechbrain_mifuse.errors.UserError: .../weights.safetensors: cannot be loaded (weight has the shape [1, 2], ...
+    speechbrain_mifuse.utils.errors.UserError: .../weights.safetensors: cannot be loaded (weight has the shape ...
     """
     try:
         with torch.device("meta"):
@@ -91,7 +91,7 @@ def load_all_weights(module: torch.nn.Module, path: str | Path, problem: type[Us
     >>> load_all_weights(torch.nn.Linear(1, 1), "missing.safetensors", UserError, "Train it again.")
     Traceback (most recent call last):
     ...
-    speechbrain_mifuse.errors.UserError: missing.safetensors: cannot be loaded (...). Train it again.
+    speechbrain_mifuse.utils.errors.UserError: missing.safetensors: cannot be loaded (...). Train it again.
     """
     try:
         compare_header(path, module.state_dict())

@@ -21,10 +21,10 @@ import torch
 from torch.nn import functional as F
 from transformers import AutoConfig, AutoFeatureExtractor, AutoModel, AutoTokenizer
 
-from speechbrain_mifuse.audio import trim_silence
-from speechbrain_mifuse.errors import UserError
 from speechbrain_mifuse.features.extract import PREPROCESSING_VERSION
-from speechbrain_mifuse.progress import quiet_loading
+from speechbrain_mifuse.utils.audio import trim_silence
+from speechbrain_mifuse.utils.errors import UserError
+from speechbrain_mifuse.utils.progress import quiet_loading
 from speechbrain_mifuse.zero_shot.window import HeardWindow, build_window, heard_window, known_repeats, known_window
 
 # Written by transformers itself: they change with its version or with the folder, never with the vectors.
@@ -388,7 +388,7 @@ def open_audio_text_model(
     >>> open_audio_text_model("./no-such-folder")
     Traceback (most recent call last):
     ...
-    speechbrain_mifuse.errors.UserError: --alm: './no-such-folder' is no folder. ...
+    speechbrain_mifuse.utils.errors.UserError: --alm: './no-such-folder' is no folder. ...
     """
     with alm_errors(source, flag):
         kind = AutoConfig.from_pretrained(str(source), trust_remote_code=trust_remote_code).model_type

@@ -7,8 +7,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from speechbrain_mifuse.errors import UserError
-from speechbrain_mifuse.folder_schema import plain_yaml
+from speechbrain_mifuse.utils.errors import UserError
+from speechbrain_mifuse.utils.schemas import plain_yaml
 from speechbrain_mifuse.zero_shot.prompts import PLACE, PromptSet, checked_texts
 
 WHO, UNKNOWN = "{who}", "unknown"

@@ -16,16 +16,16 @@ import torch
 from safetensors.torch import save
 
 from speechbrain_mifuse import __version__
-from speechbrain_mifuse.corpora.manifest import atomic_write
-from speechbrain_mifuse.errors import UserError
 from speechbrain_mifuse.features.encoder import FrozenEncoder
 from speechbrain_mifuse.features.extract import FrameReader
 from speechbrain_mifuse.features.store import difference
 from speechbrain_mifuse.features.text_encoder import FrozenTextEncoder
-from speechbrain_mifuse.folder_schema import DualEncoderAbout, checked, plain_json
 from speechbrain_mifuse.nnet.adapter_files import DECISIVE
 from speechbrain_mifuse.nnet.dual_encoder import DualEncoder
 from speechbrain_mifuse.nnet.weights import build_with_weights, load_all_weights
+from speechbrain_mifuse.utils.errors import UserError
+from speechbrain_mifuse.utils.files import atomic_write
+from speechbrain_mifuse.utils.schemas import DualEncoderAbout, checked, plain_json
 from speechbrain_mifuse.zero_shot.audio_text import AudioTextModel, name_of, open_audio_text_model
 from speechbrain_mifuse.zero_shot.window import known_repeats
 

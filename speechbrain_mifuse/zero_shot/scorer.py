@@ -10,12 +10,12 @@ from typing import NamedTuple
 import torch
 from torch.nn import functional as F
 
-from speechbrain_mifuse.audio import content_hash
 from speechbrain_mifuse.corpora.manifest import read_manifest
-from speechbrain_mifuse.errors import UserError
 from speechbrain_mifuse.features.dataset import pad_frames
 from speechbrain_mifuse.features.extract import batched, fill_store
 from speechbrain_mifuse.features.store import FeatureStore, StoreError
+from speechbrain_mifuse.utils.audio import content_hash
+from speechbrain_mifuse.utils.errors import UserError
 from speechbrain_mifuse.zero_shot.audio_text import AudioTextModel
 from speechbrain_mifuse.zero_shot.prompts import PromptSet, repeated
 

@@ -7,8 +7,8 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch.nn import functional as F
 
-from speechbrain_mifuse.errors import UserError
 from speechbrain_mifuse.features.store import FeatureStore
+from speechbrain_mifuse.utils.errors import UserError
 from speechbrain_mifuse.zero_shot.audio_text import AudioTextModel
 from speechbrain_mifuse.zero_shot.prompts import PromptSet
 from speechbrain_mifuse.zero_shot.scorer import normalise_scores, zero_shot_scores

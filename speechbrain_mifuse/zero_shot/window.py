@@ -22,7 +22,7 @@ from dataclasses import dataclass
 
 import torch
 
-from speechbrain_mifuse.errors import UserError
+from speechbrain_mifuse.utils.errors import UserError
 
 
 def native_fill(asked: int, size: int) -> int:

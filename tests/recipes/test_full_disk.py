@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 from processes import ONE_THREAD, run_script, start
 
-from speechbrain_mifuse import errors
+from speechbrain_mifuse.utils import errors
 
 ROOT = Path(__file__).resolve().parents[2]
 PAGE = 4096

@@ -21,7 +21,7 @@ from toy_corpora import LABELS
 
 from speechbrain_mifuse import __version__
 from speechbrain_mifuse.inference import EmotionRecognizer
-from speechbrain_mifuse.lalm.serve import EmotionServer
+from speechbrain_mifuse.inference.server import EmotionServer
 
 ROOT = Path(__file__).parents[2]
 SCRIPT, HPARAMS = "recipes/RAVDESS/mifuse/train.py", "hparams/nemo2rav.yaml"

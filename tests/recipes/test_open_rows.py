@@ -8,7 +8,7 @@ from pathlib import Path
 import processes
 import pytest
 
-from speechbrain_mifuse.corpora import synthetic
+from speechbrain_mifuse.demo import synthetic
 
 ROOT = Path(__file__).parents[2]
 ROWS = {

@@ -15,7 +15,7 @@ from batch_server import simulated_batch_server
 from toy_corpora import LABELS, utterance, write_wav
 
 from speechbrain_mifuse.inference import EmotionRecognizer
-from speechbrain_mifuse.lalm.serve import EmotionServer
+from speechbrain_mifuse.inference.server import EmotionServer
 
 ROOT = Path(__file__).resolve().parents[2]
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").rglob("*.md"))]
@@ -44,7 +44,7 @@ COMMANDS = sorted({line for path in PAGES for line in lines_of(path) if line.sta
 RECIPES = sorted({line for path in PAGES for line in lines_of(path) if re.match(r"python recipes/", line)})
 
 
-CONSOLE_SCRIPT = "from speechbrain_mifuse.cli import main\n\nmain()\n"
+CONSOLE_SCRIPT = "from speechbrain_mifuse.cli.main import main\n\nmain()\n"
 
 
 class World:

@@ -16,7 +16,7 @@ from toy_corpora import LABELS, utterance, write_crema_d, write_hubert, write_pa
 
 from speechbrain_mifuse import corpora
 from speechbrain_mifuse.inference import EmotionRecognizer
-from speechbrain_mifuse.lalm.serve import EmotionServer
+from speechbrain_mifuse.inference.server import EmotionServer
 
 ROOT = Path(__file__).parents[2]
 LONG = pytest.mark.long

@@ -5,9 +5,10 @@ from html.parser import HTMLParser
 
 import numpy as np
 
-from speechbrain_mifuse.corpora.manifest import atomic_write, read_manifest
+from speechbrain_mifuse.corpora.manifest import read_manifest
 from speechbrain_mifuse.evaluation.metrics import scores_of
 from speechbrain_mifuse.evaluation.results import counts_by_speaker
+from speechbrain_mifuse.utils.files import atomic_write
 
 LABELS = ("angry", "happy", "sad")
 METHODS = {"source_only": 0.5, "lalm_zero_shot": 0.6, "mi_fuse": 0.75, "oracle": 0.95}

@@ -15,21 +15,21 @@ from hyperpyyaml import load_hyperpyyaml
 from safetensors.torch import load_file
 from toy_corpora import utterance, write_wav
 
-from speechbrain_mifuse import adapt as adapt_module
-from speechbrain_mifuse.adapt import RECIPE, adapt, judged
-from speechbrain_mifuse.audio import load_audio
 from speechbrain_mifuse.brains import adaptation as brains
 from speechbrain_mifuse.brains.classifier import train_classifier
-from speechbrain_mifuse.cli import main
-from speechbrain_mifuse.corpora.manifest import atomic_write
-from speechbrain_mifuse.errors import UserError
+from speechbrain_mifuse.cli.main import main
 from speechbrain_mifuse.evaluation.verdict import judge
+from speechbrain_mifuse.experiments import adapt as adapt_module
+from speechbrain_mifuse.experiments.adapt import RECIPE, adapt, judged
 from speechbrain_mifuse.features.encoder import FrozenEncoder
 from speechbrain_mifuse.features.extract import FrameReader, extract
 from speechbrain_mifuse.features.front import StoredFrames
-from speechbrain_mifuse.inference import EmotionRecognizer, load_classifier, recogniser_digest
-from speechbrain_mifuse.lalm.serve import EmotionServer
+from speechbrain_mifuse.inference.recognizer import EmotionRecognizer, load_classifier, recogniser_digest
+from speechbrain_mifuse.inference.server import EmotionServer
 from speechbrain_mifuse.nnet.calibration import mean_nll
+from speechbrain_mifuse.utils.audio import load_audio
+from speechbrain_mifuse.utils.errors import UserError
+from speechbrain_mifuse.utils.files import atomic_write
 
 ROOT = Path(__file__).parents[2]
 QUICK = {"number_of_steps": 20, "batch_size": 12, "learning_rate": 0.003, "lalm_samples": 3}
@@ -291,7 +291,7 @@ def test_a_damaged_source_or_teacher_is_refused_before_anything_is_written(
 def test_an_api_that_cannot_be_reached_or_lacks_a_key_is_refused_before_anything_is_encoded(
     source, recordings, cache, tmp_path, monkeypatch
 ):
-    monkeypatch.setattr("speechbrain_mifuse.pipeline.open_reader", lambda *_: pytest.fail("encoded"))
+    monkeypatch.setattr("speechbrain_mifuse.experiments.features.open_reader", lambda *_: pytest.fail("encoded"))
     monkeypatch.delenv("OPENAI_API_KEY", raising=False)
     more = {"output_folder": tmp_path / "out", "lalm_model": "m", **QUICK}
     with pytest.raises(UserError, match=r"--lalm_base_url http://127.0.0.1:9/v1: cannot be reached"):
@@ -343,7 +343,7 @@ def test_the_settings_come_with_the_package_and_exist_once():
 
 
 def test_importing_the_module_loads_no_torch():
-    code = "import sys, speechbrain_mifuse.adapt; assert 'torch' not in sys.modules"
+    code = "import sys, speechbrain_mifuse.experiments.adapt; assert 'torch' not in sys.modules"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
 
 

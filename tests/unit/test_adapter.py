@@ -12,17 +12,15 @@ from hyperpyyaml import load_hyperpyyaml
 
 from speechbrain_mifuse.adaptation.method import described
 from speechbrain_mifuse.brains import adapter as brains
-from speechbrain_mifuse.brains.arms import few_labels
 from speechbrain_mifuse.brains.classifier import starting_classifier, train_classifier
 from speechbrain_mifuse.brains.training import SettingsError
 from speechbrain_mifuse.corpora.folds import fold_splits, prepare_folds
-from speechbrain_mifuse.corpora.manifest import LABELS, CorpusError, atomic_write
+from speechbrain_mifuse.corpora.manifest import LABELS, CorpusError
 from speechbrain_mifuse.corpora.ravdess import prepare_ravdess_8
-from speechbrain_mifuse.errors import UserError
-from speechbrain_mifuse.evaluation.arm_report import arm_table, pooled_counts
+from speechbrain_mifuse.experiments.variants import few_labels
 from speechbrain_mifuse.features.front import StoredFrames
 from speechbrain_mifuse.features.prosody import ProsodyReader
-from speechbrain_mifuse.inference import load_classifier
+from speechbrain_mifuse.inference.recognizer import load_classifier
 from speechbrain_mifuse.nnet import adapter_objectives as objectives
 from speechbrain_mifuse.nnet.adapter_classifier import AdapterClassifier, MeanPooling
 from speechbrain_mifuse.nnet.adapter_files import AdapterError, export_adapter, load_adapter
@@ -31,6 +29,9 @@ from speechbrain_mifuse.nnet.block_masking import block_mask, draw_masks
 from speechbrain_mifuse.nnet.ema import ema_copy, linear_decay
 from speechbrain_mifuse.nnet.local_attributes import LocalAttributes
 from speechbrain_mifuse.nnet.wap_transformer import WAPTransformer
+from speechbrain_mifuse.report.variant_report import arm_table, pooled_counts
+from speechbrain_mifuse.utils.errors import UserError
+from speechbrain_mifuse.utils.files import atomic_write
 
 D = 6
 HPARAMS = Path(__file__).parents[2] / "hparams"

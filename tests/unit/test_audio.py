@@ -13,10 +13,18 @@ import pytest
 import soundfile
 import torch
 
-from speechbrain_mifuse import audio, audio_files
-from speechbrain_mifuse.audio import BadAudio, content_hash, duration, load_audio, nothing_varies, pcm16, trim_silence
-from speechbrain_mifuse.audio_warnings import summarized
-from speechbrain_mifuse.errors import WriteError
+from speechbrain_mifuse.utils import audio, audio_files
+from speechbrain_mifuse.utils.audio import (
+    BadAudio,
+    content_hash,
+    duration,
+    load_audio,
+    nothing_varies,
+    pcm16,
+    trim_silence,
+)
+from speechbrain_mifuse.utils.audio_warnings import summarized
+from speechbrain_mifuse.utils.errors import WriteError
 
 
 def sine(rate, seconds=0.5, pitch=440.0, level=0.5):

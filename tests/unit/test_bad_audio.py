@@ -17,22 +17,23 @@ from chaos_server import LABELS, MODEL, ChaosServer, right_label
 from safetensors.torch import save
 from torchaudio.functional import resample
 
-from speechbrain_mifuse import audio
-from speechbrain_mifuse.audio import BadAudio, content_hash, duration, load_audio, resampled, shown
+from speechbrain_mifuse.cli.recognizer import as_csv, printed
 from speechbrain_mifuse.corpora.folder import list_folder, prepare_folder
-from speechbrain_mifuse.corpora.manifest import CorpusError, atomic_write, read_manifest
+from speechbrain_mifuse.corpora.manifest import CorpusError, read_manifest
 from speechbrain_mifuse.corpora.tables import read_table
 from speechbrain_mifuse.features.encoder import FrozenEncoder
 from speechbrain_mifuse.features.extract import FrameReader, extract
 from speechbrain_mifuse.inference import EmotionRecognizer, Recognition
+from speechbrain_mifuse.inference.model_folder import TEXT, write_folder
 from speechbrain_mifuse.lalm.client import LalmClient
 from speechbrain_mifuse.lalm.collect import collect, read_recording
 from speechbrain_mifuse.lalm.profile import Profile
 from speechbrain_mifuse.lalm.prompt import Prompt
 from speechbrain_mifuse.lalm.store import LabelStore, Query
 from speechbrain_mifuse.nnet.classifier import EmotionClassifier
-from speechbrain_mifuse.recogniser_commands import as_csv, printed
-from speechbrain_mifuse.recogniser_files import TEXT, write_folder
+from speechbrain_mifuse.utils import audio
+from speechbrain_mifuse.utils.audio import BadAudio, content_hash, duration, load_audio, resampled, shown
+from speechbrain_mifuse.utils.files import atomic_write
 
 GOOD = ("good_a.wav", "good_b.wav", "z/good_c.flac")
 RATE = 16000

@@ -8,9 +8,10 @@ import time
 
 import pytest
 
-from speechbrain_mifuse.corpora.manifest import ROOT, CorpusError, atomic_write, read_manifest
-from speechbrain_mifuse.errors import UserError
+from speechbrain_mifuse.corpora.manifest import ROOT, CorpusError, read_manifest
 from speechbrain_mifuse.features.dataset import encoded_rows, label_index
+from speechbrain_mifuse.utils.errors import UserError
+from speechbrain_mifuse.utils.files import atomic_write
 
 LABELS = ("angry", "happy", "neutral", "sad")
 ABOUT = {"data_root": "/toy", "splits": {"train": 0.5, "test": 0.5}}

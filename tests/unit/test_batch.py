@@ -15,8 +15,6 @@ from lalm_support import LABELS, completion, write_tones
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from batch_server import simulated_batch_server
 
-from speechbrain_mifuse.audio import content_hash, load_audio
-from speechbrain_mifuse.errors import UserError, WriteError
 from speechbrain_mifuse.lalm import batch as batch_module
 from speechbrain_mifuse.lalm.batch import BATCH_SHARE, BatchJob
 from speechbrain_mifuse.lalm.client import LalmClient, LalmError
@@ -26,6 +24,8 @@ from speechbrain_mifuse.lalm.limits import Budget
 from speechbrain_mifuse.lalm.profile import Price, Profile, Tokens
 from speechbrain_mifuse.lalm.prompt import Prompt
 from speechbrain_mifuse.lalm.store import LabelStore, Query, StoreError
+from speechbrain_mifuse.utils.audio import content_hash, load_audio
+from speechbrain_mifuse.utils.errors import UserError, WriteError
 
 KEY = "sk-planted-0123456789"
 PROMPT = Prompt(LABELS)

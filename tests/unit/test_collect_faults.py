@@ -11,8 +11,7 @@ from pathlib import Path
 import pytest
 from chaos_server import LABELS, MODEL, PASSING, ChaosServer, noises, right_label
 
-from speechbrain_mifuse.audio import content_hash
-from speechbrain_mifuse.cli import main
+from speechbrain_mifuse.cli.main import main
 from speechbrain_mifuse.lalm.client import LalmClient, LalmError
 from speechbrain_mifuse.lalm.collect import collect
 from speechbrain_mifuse.lalm.exchange import export
@@ -20,6 +19,7 @@ from speechbrain_mifuse.lalm.integrity import check
 from speechbrain_mifuse.lalm.profile import Profile
 from speechbrain_mifuse.lalm.prompt import Prompt
 from speechbrain_mifuse.lalm.store import LabelStore, Query
+from speechbrain_mifuse.utils.audio import content_hash
 
 sys.path.append(str(Path(__file__).resolve().parents[2] / "benchmarks"))
 

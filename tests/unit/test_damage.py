@@ -32,12 +32,12 @@ from speechbrain_mifuse.brains.training import (
     alone_at,
     same_settings,
 )
-from speechbrain_mifuse.corpora.manifest import CorpusError, Utterance, atomic_write, read_manifest, write_splits
-from speechbrain_mifuse.errors import WriteError, one_clear_error
+from speechbrain_mifuse.corpora.corpus import write_splits
+from speechbrain_mifuse.corpora.manifest import CorpusError, Utterance, read_manifest
 from speechbrain_mifuse.evaluation.aggregate import write_csv
-from speechbrain_mifuse.evaluation.plots import plot_confusion
 from speechbrain_mifuse.features.extract import extract
 from speechbrain_mifuse.features.store import FeatureStore, StoreError
+from speechbrain_mifuse.inference.model_folder import RecogniserError, load_classifier, write_folder
 from speechbrain_mifuse.lalm.answer import Answer, Response
 from speechbrain_mifuse.lalm.hashes import HashCache, Known
 from speechbrain_mifuse.lalm.integrity import check
@@ -47,7 +47,9 @@ from speechbrain_mifuse.lalm.store import StoreError as LabelStoreError
 from speechbrain_mifuse.nnet.adapter_files import AdapterError, export_adapter, load_adapter
 from speechbrain_mifuse.nnet.classifier import EmotionClassifier
 from speechbrain_mifuse.nnet.wap_transformer import WAPTransformer
-from speechbrain_mifuse.recogniser_files import RecogniserError, load_classifier, write_folder
+from speechbrain_mifuse.report.plots import plot_confusion
+from speechbrain_mifuse.utils.errors import WriteError, one_clear_error
+from speechbrain_mifuse.utils.files import atomic_write
 
 LABELS = ("angry", "sad")
 FINGERPRINT = {"encoder": "toy", "layers": [2, 5], "dim": 16}

@@ -16,8 +16,9 @@ import processes
 import pytest
 import yaml
 
-from speechbrain_mifuse import __version__, cli
-from speechbrain_mifuse.registry import plain_values
+from speechbrain_mifuse import __version__
+from speechbrain_mifuse.cli import main as cli
+from speechbrain_mifuse.experiments.registry import plain_values
 
 ROOT = Path(__file__).resolve().parents[2]
 DOCS, PACKAGE = ROOT / "docs", ROOT / "speechbrain_mifuse"
@@ -96,8 +97,8 @@ def test_links_of_the_repository_become_links_of_the_site():
     assert hooks().linked(text, "adding_a_corpus.md") == (
         "[a](api/corpora.md#speechbrain_mifuse.corpora.folder) [b](notebooks/equations.md) [c](method.md#x) [d](https://h/e)"
     )
-    assert hooks().linked("[a](../../speechbrain_mifuse/audio.py)", "tutorials/x.md") == (
-        "[a](../api/use.md#speechbrain_mifuse.audio)"
+    assert hooks().linked("[a](../../speechbrain_mifuse/utils/audio.py)", "tutorials/x.md") == (
+        "[a](../api/use.md#speechbrain_mifuse.utils.audio)"
     )
 
 

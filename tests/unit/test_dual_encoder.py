@@ -12,19 +12,20 @@ from safetensors.torch import load_file
 from tiny_text_encoder import write_text_encoder
 from torch.nn import functional as F
 
-from speechbrain_mifuse import zero_shot_pipeline
 from speechbrain_mifuse.brains import dual_encoder as brains
 from speechbrain_mifuse.brains.dual_encoder import Source, train_dual_encoder
 from speechbrain_mifuse.brains.training import SettingsError
 from speechbrain_mifuse.corpora import emodb, iemocap, msp_improv, msp_podcast, nemo, ravdess
-from speechbrain_mifuse.corpora.manifest import CorpusError, atomic_write, read_manifest
-from speechbrain_mifuse.errors import UserError
+from speechbrain_mifuse.corpora.manifest import CorpusError, read_manifest
+from speechbrain_mifuse.experiments import zero_shot_steps as zero_shot_pipeline
 from speechbrain_mifuse.features import text_encoder as texts
 from speechbrain_mifuse.features.encoder import FrozenEncoder
 from speechbrain_mifuse.features.extract import FrameReader
 from speechbrain_mifuse.features.front import StoredFrames
 from speechbrain_mifuse.features.text_encoder import FrozenTextEncoder
 from speechbrain_mifuse.nnet.dual_encoder import SCALE_MAX, DualEncoder, contrastive_loss, frame_statistics
+from speechbrain_mifuse.utils.errors import UserError
+from speechbrain_mifuse.utils.files import atomic_write
 from speechbrain_mifuse.zero_shot.captions import CaptionSet, draw_caption, read_captions
 from speechbrain_mifuse.zero_shot.own_dual_encoder import (
     DualEncoderError,

@@ -14,9 +14,9 @@ import torch
 import transformers
 from huggingface_hub import constants
 
-from speechbrain_mifuse import features
-from speechbrain_mifuse.features import demo_encoder as demo
+from speechbrain_mifuse.demo import encoder as demo
 from speechbrain_mifuse.features.encoder import FrozenEncoder, load_wrapper
+from speechbrain_mifuse.utils import files
 
 N_LAYERS, DIM = 2, 32
 # Dropout, LayerDrop and masking are all on, so that any trace of training mode shows.
@@ -416,9 +416,9 @@ def test_an_unknown_model_type_lists_the_known_ones(tmp_path):
 def test_the_cache_folder_follows_the_environment(monkeypatch, tmp_path):
     monkeypatch.delenv("MIFUSE_CACHE", raising=False)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    assert features.cache_folder() == tmp_path / "speechbrain_mifuse"
+    assert files.cache_folder() == tmp_path / "speechbrain_mifuse"
     monkeypatch.setenv("MIFUSE_CACHE", str(tmp_path / "mine"))
-    assert features.cache_folder() == tmp_path / "mine"
+    assert files.cache_folder() == tmp_path / "mine"
 
 
 def _variable(name, array, code):

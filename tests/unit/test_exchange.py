@@ -8,11 +8,11 @@ import pytest
 import torch
 from test_lalm_store import LABELS, QUERY, REFUSAL, audio, record, sample
 
-from speechbrain_mifuse.errors import WriteError
 from speechbrain_mifuse.lalm.answer import Answer, Reply, Response
 from speechbrain_mifuse.lalm.exchange import export, import_file, merge
 from speechbrain_mifuse.lalm.integrity import check
 from speechbrain_mifuse.lalm.store import LabelStore, Record, StoreError
+from speechbrain_mifuse.utils.errors import WriteError
 
 KEY = "sk-planted-0123456789abcdef"
 OTHER = dataclasses.replace(QUERY, model="n", labels=LABELS[::-1], prompt="Which of them?")

@@ -10,11 +10,11 @@ import pytest
 import torch
 from toy_corpora import write_wav
 
-from speechbrain_mifuse.audio import content_hash, load_audio, trim_silence
-from speechbrain_mifuse.corpora.manifest import atomic_write
 from speechbrain_mifuse.features.extract import FrameReader, average_frames, extract, file_stamp, open_store
 from speechbrain_mifuse.features.store import StoreError
 from speechbrain_mifuse.nnet.statistical_attentive_pooling import StatisticalAttentivePooling
+from speechbrain_mifuse.utils.audio import content_hash, load_audio, trim_silence
+from speechbrain_mifuse.utils.files import atomic_write
 
 
 class Encoder:

@@ -14,15 +14,15 @@ from speechbrain.utils.distributed import ddp_init_group
 from test_extract import Encoder, corpus, is_whole, reader
 from toy_corpora import LABELS, write_wav
 
-from speechbrain_mifuse.cli import main
-from speechbrain_mifuse.corpora.manifest import atomic_write
-from speechbrain_mifuse.errors import UserError
+from speechbrain_mifuse.cli.main import main
 from speechbrain_mifuse.features import store as store_module
 from speechbrain_mifuse.features.encode_files import similar
 from speechbrain_mifuse.features.encoder import FrozenEncoder
 from speechbrain_mifuse.features.extract import FrameReader, extract, fill_store, open_store
 from speechbrain_mifuse.features.shards import Shard
 from speechbrain_mifuse.features.store import FeatureStore, Row, StoreError
+from speechbrain_mifuse.utils.errors import UserError
+from speechbrain_mifuse.utils.files import atomic_write
 
 ABOUT = {"layers": [1, 2], "dim": 4}
 CLASSIFIER = str(Path(__file__).resolve().parents[2] / "hparams" / "classifier_ravdess.yaml")

@@ -6,14 +6,14 @@ import pytest
 import torch
 from toy_corpora import LABELS, write_encoder, write_hubert, write_wav
 
-from speechbrain_mifuse import inference
-from speechbrain_mifuse.audio import load_audio
 from speechbrain_mifuse.features.dataset import pad_frames
 from speechbrain_mifuse.features.encoder import FrozenEncoder
 from speechbrain_mifuse.features.front import FinetunedEncoder
-from speechbrain_mifuse.inference import EmotionRecognizer, RecogniserError
+from speechbrain_mifuse.inference import recognizer as inference
+from speechbrain_mifuse.inference.model_folder import export_recogniser
+from speechbrain_mifuse.inference.recognizer import EmotionRecognizer, RecogniserError
 from speechbrain_mifuse.nnet.classifier import EmotionClassifier
-from speechbrain_mifuse.recogniser_files import export_recogniser
+from speechbrain_mifuse.utils.audio import load_audio
 
 
 @pytest.fixture(scope="module")

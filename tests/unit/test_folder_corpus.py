@@ -7,9 +7,10 @@ from collections import Counter
 import pytest
 from toy_corpora import LABELS, utterance, write_ravdess, write_tess, write_wav
 
+from speechbrain_mifuse.corpora.corpus import find_corpus
 from speechbrain_mifuse.corpora.folder import list_folder, prepare_folder
-from speechbrain_mifuse.corpora.manifest import CorpusError, Utterance, deal, find_corpus, read_manifest
-from speechbrain_mifuse.corpora.splits import balanced_groups
+from speechbrain_mifuse.corpora.manifest import CorpusError, Utterance, read_manifest
+from speechbrain_mifuse.corpora.splits import balanced_groups, deal
 
 SHARES = {"adapt": 0.6, "test": 0.4}
 SPEAKERS = ("anna", "bert", "carl")

@@ -10,12 +10,12 @@ from folder_fuzz import write_recognizer
 from safetensors.torch import load, save
 
 from speechbrain_mifuse.corpora.manifest import CorpusError, read_manifest
-from speechbrain_mifuse.errors import UserError
 from speechbrain_mifuse.inference import EmotionRecognizer
+from speechbrain_mifuse.inference.model_folder import RecogniserError, load_classifier, read_about, recogniser_digest
 from speechbrain_mifuse.nnet.adapter_files import AdapterError, export_adapter, load_adapter
 from speechbrain_mifuse.nnet.dual_encoder import DualEncoder
 from speechbrain_mifuse.nnet.wap_transformer import WAPTransformer
-from speechbrain_mifuse.recogniser_files import RecogniserError, load_classifier, read_about, recogniser_digest
+from speechbrain_mifuse.utils.errors import UserError
 from speechbrain_mifuse.zero_shot.own_dual_encoder import (
     DualEncoderError,
     export_dual_encoder,

@@ -15,11 +15,11 @@ from toy_corpora import LABELS, utterance, write_wav
 
 from speechbrain_mifuse.features.encoder import FrozenEncoder
 from speechbrain_mifuse.inference import EmotionRecognizer
+from speechbrain_mifuse.inference.model_folder import export_recogniser
 from speechbrain_mifuse.nnet.classifier import EmotionClassifier
-from speechbrain_mifuse.recogniser_files import export_recogniser
 
 CODE = """import json, sys
-from speechbrain_mifuse.errors import UserError
+from speechbrain_mifuse.utils.errors import UserError
 from speechbrain_mifuse.inference import EmotionRecognizer
 recogniser = EmotionRecognizer.from_hparams("someone/emotions")
 print(json.dumps(recogniser.predict_file(sys.argv[1])[1].flatten().tolist()))

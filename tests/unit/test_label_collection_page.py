@@ -6,7 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from speechbrain_mifuse import cli, label_commands
+from speechbrain_mifuse.cli import labels as label_commands
+from speechbrain_mifuse.cli import main as cli
 
 ROOT = Path(__file__).resolve().parents[2]
 PAGE = (ROOT / "docs" / "label_collection.md").read_text(encoding="utf-8")

@@ -16,7 +16,7 @@ from test_lalm_store import QUERY, REFUSAL, audio, record, sample
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from batch_server import simulated_batch_server
 
-from speechbrain_mifuse.cli import main
+from speechbrain_mifuse.cli.main import main
 from speechbrain_mifuse.lalm.store import LabelStore
 
 ROOT = Path(__file__).resolve().parents[2]

@@ -7,10 +7,10 @@ import openai
 import pytest
 from lalm_support import LABELS, EnergyRecogniser, completion, scripted_server, tone
 
+from speechbrain_mifuse.inference.server import EmotionServer
 from speechbrain_mifuse.lalm.client import LalmClient, LalmError
 from speechbrain_mifuse.lalm.collect import encode_wav
 from speechbrain_mifuse.lalm.prompt import Prompt
-from speechbrain_mifuse.lalm.serve import EmotionServer
 
 WAV = encode_wav(tone(3))
 KEY = "sk-planted-0123456789"

@@ -14,13 +14,13 @@ import pytest
 import torch
 from lalm_support import LABELS, EnergyRecogniser, completion, scripted_server, tone, write_tones
 
-from speechbrain_mifuse.audio import content_hash, load_audio
-from speechbrain_mifuse.errors import UserError
+from speechbrain_mifuse.inference.server import EmotionServer
 from speechbrain_mifuse.lalm.client import LalmClient, LalmError
 from speechbrain_mifuse.lalm.collect import MAX_UNUSABLE, RETRY_SEED_STRIDE, CollectReport, collect, plan
 from speechbrain_mifuse.lalm.prompt import Prompt
-from speechbrain_mifuse.lalm.serve import EmotionServer
 from speechbrain_mifuse.lalm.store import LabelStore, Query, StoreError
+from speechbrain_mifuse.utils.audio import content_hash, load_audio
+from speechbrain_mifuse.utils.errors import UserError
 
 KEY = "sk-planted-0123456789"
 ENDPOINT = "local:test"

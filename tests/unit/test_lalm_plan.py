@@ -13,10 +13,7 @@ import pytest
 import soundfile
 from lalm_support import LABELS, completion, scripted_server, tone, write_tones
 
-from speechbrain_mifuse import audio
-from speechbrain_mifuse.audio import content_hash, load_audio
-from speechbrain_mifuse.cli import main
-from speechbrain_mifuse.errors import UserError
+from speechbrain_mifuse.cli.main import main
 from speechbrain_mifuse.lalm import collect as collect_module
 from speechbrain_mifuse.lalm.card import Card, Finding
 from speechbrain_mifuse.lalm.client import LalmClient, LalmError
@@ -27,6 +24,9 @@ from speechbrain_mifuse.lalm.plan import known_recordings, make_plan, spent_befo
 from speechbrain_mifuse.lalm.profile import Price, Profile
 from speechbrain_mifuse.lalm.prompt import Prompt
 from speechbrain_mifuse.lalm.store import LabelStore, Query
+from speechbrain_mifuse.utils import audio
+from speechbrain_mifuse.utils.audio import content_hash, load_audio
+from speechbrain_mifuse.utils.errors import UserError
 
 ROOT = Path(__file__).resolve().parents[2]
 KEY = "sk-planted-0123456789"
@@ -398,7 +398,7 @@ def test_ctrl_c_ends_the_command_without_a_traceback(tmp_path, toy_folder, capfd
         raise KeyboardInterrupt
 
     monkeypatch.setattr(audio, "load_audio", interrupted)
-    monkeypatch.setattr("speechbrain_mifuse.pipeline.known_recordings", interrupted)
+    monkeypatch.setattr("speechbrain_mifuse.experiments.teacher.known_recordings", interrupted)
     with pytest.raises(SystemExit) as stopped:
         main(command(tmp_path, toy_folder))
     assert stopped.value.code == 130 and "the same command goes on" in capfd.readouterr().err

@@ -10,13 +10,13 @@ import pytest
 from chaos_server import ChaosServer, heard
 from lalm_support import LABELS, EnergyRecogniser, completion, scripted_server
 
-from speechbrain_mifuse.cli import main
-from speechbrain_mifuse.errors import UserError
+from speechbrain_mifuse.cli.main import main
+from speechbrain_mifuse.inference.server import EmotionServer
 from speechbrain_mifuse.lalm.card import Card, Needs, check, read_card
 from speechbrain_mifuse.lalm.client import LalmClient, LalmError
 from speechbrain_mifuse.lalm.probe import lengths_up_to, probe, questions, speech_like
 from speechbrain_mifuse.lalm.profile import Profile, read_profile
-from speechbrain_mifuse.lalm.serve import EmotionServer
+from speechbrain_mifuse.utils.errors import UserError
 
 KEY = "sk-planted-0123456789"
 SPEECH = speech_like()

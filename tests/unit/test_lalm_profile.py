@@ -7,11 +7,11 @@ import pytest
 import yaml
 from hyperpyyaml import load_hyperpyyaml
 
-from speechbrain_mifuse.errors import UserError
+from speechbrain_mifuse.experiments.teacher import profile_of, question_of
 from speechbrain_mifuse.lalm.answer import Reply
 from speechbrain_mifuse.lalm.profile import AUDIO_PARTS, CONSTRAINTS, Price, Profile, Tokens, read_profile
 from speechbrain_mifuse.lalm.prompt import ANSWER_FORMS, Prompt
-from speechbrain_mifuse.pipeline import profile_of, question_of
+from speechbrain_mifuse.utils.errors import UserError
 
 HPARAMS = Path(__file__).resolve().parents[2] / "hparams"
 PROFILES = sorted(path.name for path in (HPARAMS / "lalm").glob("*.yaml"))

@@ -24,13 +24,14 @@ import soundfile
 import torch
 from lalm_support import LABELS, EnergyRecogniser, tone
 
-from speechbrain_mifuse.errors import UserError
 from speechbrain_mifuse.features.extract import ENCODING_THREADS
-from speechbrain_mifuse.lalm import http_server, serve
+from speechbrain_mifuse.inference import http_server
+from speechbrain_mifuse.inference import server as serve
+from speechbrain_mifuse.inference.http_limits import SPARE_DESCRIPTORS, Limits
+from speechbrain_mifuse.inference.server import EmotionServer
 from speechbrain_mifuse.lalm.collect import encode_wav
-from speechbrain_mifuse.lalm.http_limits import SPARE_DESCRIPTORS, Limits
 from speechbrain_mifuse.lalm.prompt import Prompt
-from speechbrain_mifuse.lalm.serve import EmotionServer
+from speechbrain_mifuse.utils.errors import UserError
 
 
 @pytest.fixture(scope="module")
@@ -736,9 +737,8 @@ def test_sigterm_lets_a_request_be_answered_and_a_second_one_does_not(signals, c
 
 
 def test_help_of_serve_loads_neither_model_nor_client():
-    code = (
-        "import sys; from speechbrain_mifuse.cli import main\ntry: main(['serve', '--help'])\nexcept SystemExit: pass\n"
-    )
+    code = "import sys; from speechbrain_mifuse.cli.main import main\ntry: main(['serve', '--help'])\n"
+    code += "except SystemExit: pass\n"
     code += "assert not {'torch', 'numpy', 'speechbrain', 'openai', 'soundfile'} & set(sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False, stdout=subprocess.DEVNULL).returncode == 0
 

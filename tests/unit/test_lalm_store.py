@@ -10,11 +10,11 @@ import sys
 import pytest
 import torch
 
-from speechbrain_mifuse.errors import UserError
 from speechbrain_mifuse.lalm.answer import KINDS, Answer, Response
 from speechbrain_mifuse.lalm.integrity import check
 from speechbrain_mifuse.lalm.profile import Tokens
 from speechbrain_mifuse.lalm.store import LabelStore, Query, Record, StoreError
+from speechbrain_mifuse.utils.errors import UserError
 
 LABELS = ("angry", "happy", "neutral", "sad")
 QUERY = Query("0" * 64, LABELS, "m", "http://127.0.0.1:1/v1", {"temperature": 1.0, "seed": 0})

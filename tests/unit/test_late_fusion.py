@@ -4,9 +4,9 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from speechbrain_mifuse.errors import UserError
 from speechbrain_mifuse.nnet.adapter_classifier import AdapterClassifier
 from speechbrain_mifuse.nnet.late_fusion import LateFusion, LogitAverage, ScoresOnly, SpecialistOnly
+from speechbrain_mifuse.utils.errors import UserError
 
 FRAMES, LENGTHS = torch.zeros(3, 5, 8), torch.ones(3)
 # For the classes 2 and 0, and for one that is none of the four.

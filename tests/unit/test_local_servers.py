@@ -7,13 +7,13 @@ import pytest
 import torch
 from chaos_server import LABELS, noises
 
-from speechbrain_mifuse.audio import content_hash
 from speechbrain_mifuse.lalm.client import LalmClient
 from speechbrain_mifuse.lalm.collect import collect
 from speechbrain_mifuse.lalm.probe import probe, speech_like
 from speechbrain_mifuse.lalm.profile import Profile
 from speechbrain_mifuse.lalm.prompt import Prompt
 from speechbrain_mifuse.lalm.store import LabelStore, Query
+from speechbrain_mifuse.utils.audio import content_hash
 
 # What each is known to do; a simulator's answers say nothing about hearing unless they are the same for all.
 KNOWN = {

@@ -14,20 +14,11 @@ import soundfile
 from toy_corpora import write_ravdess, write_wav
 
 from speechbrain_mifuse.corpora import manifest
-from speechbrain_mifuse.corpora.manifest import (
-    Corpus,
-    CorpusError,
-    Utterance,
-    atomic_write,
-    find_corpus,
-    map_label,
-    read_manifest,
-    split_groups,
-    thin_out,
-    unlabelled,
-    write_splits,
-)
+from speechbrain_mifuse.corpora.corpus import Corpus, find_corpus, map_label, write_splits
+from speechbrain_mifuse.corpora.manifest import CorpusError, Utterance, read_manifest, unlabelled
 from speechbrain_mifuse.corpora.ravdess import RAVDESS, prepare_ravdess
+from speechbrain_mifuse.corpora.splits import split_groups, thin_out
+from speechbrain_mifuse.utils.files import atomic_write
 
 SPLITS = {"adapt": 0.6, "test": 0.4}
 

@@ -14,19 +14,19 @@ import yaml
 from markdown_it import MarkdownIt
 from toy_corpora import utterance, write_wav
 
-from speechbrain_mifuse.command_line import file_arguments
+from speechbrain_mifuse.cli.recognizer import as_csv
 from speechbrain_mifuse.corpora.tables import read_table
-from speechbrain_mifuse.errors import UserError, one_clear_error
 from speechbrain_mifuse.evaluation.aggregate import COLUMNS, Table, write_csv
-from speechbrain_mifuse.evaluation.plots import plot_confusion
-from speechbrain_mifuse.evaluation.report_parts import tag
 from speechbrain_mifuse.evaluation.results import side_by_side
-from speechbrain_mifuse.evaluation.teacher_report import write_teacher_report
 from speechbrain_mifuse.evaluation.verdict import told
+from speechbrain_mifuse.inference.model_card import adapted_card, trained_card
 from speechbrain_mifuse.lalm.store import Samples
-from speechbrain_mifuse.model_card import adapted_card, trained_card
-from speechbrain_mifuse.recogniser_commands import as_csv
-from speechbrain_mifuse.texts import code_span, csv_text, csv_value, markdown, shown
+from speechbrain_mifuse.report.parts import tag
+from speechbrain_mifuse.report.plots import plot_confusion
+from speechbrain_mifuse.report.teacher_report import write_teacher_report
+from speechbrain_mifuse.utils.command_line import file_arguments
+from speechbrain_mifuse.utils.errors import UserError, one_clear_error
+from speechbrain_mifuse.utils.texts import code_span, csv_text, csv_value, markdown, shown
 
 MARKUP = [
     *("<script>alert(1)</script>", "[x](javascript:alert(1))", "![x](http://127.0.0.1/x.png)", "<!-- a", "&lt;b&gt;"),
@@ -180,7 +180,7 @@ def test_a_full_disk_behind_standard_output_is_one_line(match):
 
 
 def test_a_terminal_without_utf_8_is_enough():
-    code = "from speechbrain_mifuse.errors import one_clear_error\nwith one_clear_error(): print('żółw')"
+    code = "from speechbrain_mifuse.utils.errors import one_clear_error\nwith one_clear_error(): print('żółw')"
     environment = {**os.environ, "PYTHONIOENCODING": "ascii"}
     done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True)
     assert (done.returncode, done.stdout) == (0, "\\u017c\\xf3\\u0142w\n")
@@ -233,7 +233,7 @@ COMMANDS = [
 
 @pytest.mark.parametrize("words", COMMANDS, ids=" ".join)
 def test_every_command_says_what_to_write_for_a_file_that_begins_with_a_dash(words, tmp_path, monkeypatch, capsys):
-    from speechbrain_mifuse.cli import main
+    from speechbrain_mifuse.cli.main import main
 
     monkeypatch.chdir(tmp_path)
     with pytest.raises(SystemExit) as stopped:
@@ -243,7 +243,7 @@ def test_every_command_says_what_to_write_for_a_file_that_begins_with_a_dash(wor
 
 
 def test_recordings_of_any_name_are_recognised_and_come_back_from_the_table(tmp_path, monkeypatch, capsys, recogniser):
-    from speechbrain_mifuse.cli import main
+    from speechbrain_mifuse.cli.main import main
 
     names = ["-x.wav", "--csv=out.wav", "=1+1.wav", "a,b.wav", 'a"b.wav', "a\nb.wav", "2024.wav", "-5"]
     for number, name in enumerate(names):
@@ -272,7 +272,7 @@ def recogniser(toy_encoder, tmp_path_factory):
     import types
 
     from speechbrain_mifuse.features.encoder import FrozenEncoder
-    from speechbrain_mifuse.inference import export_recogniser
+    from speechbrain_mifuse.inference.recognizer import export_recogniser
     from speechbrain_mifuse.nnet.classifier import EmotionClassifier
 
     front = types.SimpleNamespace(

@@ -13,11 +13,11 @@ import soundfile
 import torch
 from toy_corpora import LABELS, utterance, write_wav
 
-from speechbrain_mifuse.audio import load_audio
-from speechbrain_mifuse.cli import main
+from speechbrain_mifuse.cli.main import main
 from speechbrain_mifuse.features.encoder import FrozenEncoder
-from speechbrain_mifuse.inference import EmotionRecognizer, export_recogniser
+from speechbrain_mifuse.inference.recognizer import EmotionRecognizer, export_recogniser
 from speechbrain_mifuse.nnet.classifier import EmotionClassifier
+from speechbrain_mifuse.utils.audio import load_audio
 
 
 @pytest.fixture(scope="module")
@@ -192,7 +192,8 @@ def test_a_server_answers_on_the_device_and_at_the_precision_that_it_is_told(fol
     assert "error: --device: cuda:99 cannot be used here" in capsys.readouterr().err
     served = []
     monkeypatch.setattr(
-        "speechbrain_mifuse.lalm.serve.serve_until_stopped", lambda server, _: served.append(server) or server.close()
+        "speechbrain_mifuse.inference.server.serve_until_stopped",
+        lambda server, _: served.append(server) or server.close(),
     )
     main(["serve", str(folder), "--port", "0", "--device", "cpu", "--precision", "bf16"])
     recogniser = served[0].recogniser
@@ -262,6 +263,6 @@ def test_a_moved_recogniser_without_its_card_still_answers(folder, recordings, t
 
 @pytest.mark.parametrize("command", ["predict", "adapt"])
 def test_help_of_the_command_loads_no_torch(command):
-    code = f"import sys; from speechbrain_mifuse.cli import main\ntry: main(['{command}', '--help'])\n"
+    code = f"import sys; from speechbrain_mifuse.cli.main import main\ntry: main(['{command}', '--help'])\n"
     code += "except SystemExit: pass\nassert not {'torch', 'numpy', 'speechbrain'} & set(sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False, stdout=subprocess.DEVNULL).returncode == 0

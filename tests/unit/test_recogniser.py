@@ -16,21 +16,27 @@ from speechbrain.inference.interfaces import foreign_class
 from torchaudio.functional import resample
 from toy_corpora import LABELS, utterance, write_wav
 
-from speechbrain_mifuse import inference
-from speechbrain_mifuse.audio import BadAudio, load_audio
 from speechbrain_mifuse.brains import classifier as brains
 from speechbrain_mifuse.brains.training import SettingsError
-from speechbrain_mifuse.cli import main
-from speechbrain_mifuse.corpora.manifest import CorpusError, atomic_write
-from speechbrain_mifuse.errors import UserError
+from speechbrain_mifuse.cli.main import main
+from speechbrain_mifuse.corpora.manifest import CorpusError
 from speechbrain_mifuse.features.encoder import FrozenEncoder
 from speechbrain_mifuse.features.extract import FrameReader, extract
 from speechbrain_mifuse.features.front import StoredFrames
-from speechbrain_mifuse.inference import EmotionRecognizer, RecogniserError, load_classifier, recogniser_digest
-from speechbrain_mifuse.lalm.serve import EmotionServer
-from speechbrain_mifuse.model_card import encoder_told, licence_told, scores_told, trained_card
+from speechbrain_mifuse.inference import recognizer as inference
+from speechbrain_mifuse.inference.model_card import encoder_told, licence_told, scores_told, trained_card
+from speechbrain_mifuse.inference.recognizer import (
+    EmotionRecognizer,
+    RecogniserError,
+    load_classifier,
+    recogniser_digest,
+)
+from speechbrain_mifuse.inference.server import EmotionServer
+from speechbrain_mifuse.inference.windows import Windowing, heard_windows, smoothed, stretches
 from speechbrain_mifuse.nnet.calibration import fit_temperature, mean_nll, tempered
-from speechbrain_mifuse.windows import Windowing, heard_windows, smoothed, stretches
+from speechbrain_mifuse.utils.audio import BadAudio, load_audio
+from speechbrain_mifuse.utils.errors import UserError
+from speechbrain_mifuse.utils.files import atomic_write
 
 YAML = Path(__file__).parents[2] / "hparams" / "base" / "classifier.yaml"
 QUICK = {"number_of_epochs": 30, "batch_size": 8, "learning_rate": 0.001}
@@ -576,9 +582,11 @@ def test_a_folder_of_an_earlier_version_is_loaded_without_a_temperature(copied, 
     text = (copied / "hyperparams.yaml").read_text()
     text = re.sub("temperature: .*\n", "", text)
     text = text.replace(
-        "speechbrain_mifuse.recogniser_files.FolderPretrainer", "speechbrain.utils.parameter_transfer.Pretrainer"
+        "speechbrain_mifuse.inference.model_folder.FolderPretrainer", "speechbrain.utils.parameter_transfer.Pretrainer"
     )
-    text = text.replace("speechbrain_mifuse.recogniser_files.load_weights", "speechbrain_mifuse.inference.load_weights")
+    text = text.replace(
+        "speechbrain_mifuse.inference.model_folder.load_weights", "speechbrain_mifuse.inference.load_weights"
+    )
     (copied / "hyperparams.yaml").write_text(text)
     for name in ("custom.py", "README.md"):
         (copied / name).unlink()

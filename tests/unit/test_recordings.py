@@ -6,9 +6,9 @@ import os
 import pytest
 import soundfile
 
-from speechbrain_mifuse.audio import load_audio
-from speechbrain_mifuse.audio_files import ENDINGS, FOREIGN
 from speechbrain_mifuse.corpora.recordings import recordings_below
+from speechbrain_mifuse.utils.audio import load_audio
+from speechbrain_mifuse.utils.audio_files import ENDINGS, FOREIGN
 
 # Endings that libsndfile's formats usually have.
 USUAL = {

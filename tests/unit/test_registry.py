@@ -7,8 +7,14 @@ from pathlib import Path
 
 import pytest
 
-from speechbrain_mifuse import registry
-from speechbrain_mifuse.registry import RegistryError, adaptation_recipe, listing, plain_values, registered_recipes
+from speechbrain_mifuse.experiments import registry
+from speechbrain_mifuse.experiments.registry import (
+    RegistryError,
+    adaptation_recipe,
+    listing,
+    plain_values,
+    registered_recipes,
+)
 
 ROOT = Path(__file__).resolve().parents[2]
 RECIPES = registered_recipes(ROOT)
@@ -121,7 +127,7 @@ def test_a_registry_with_other_columns_or_with_a_file_that_is_not_there_is_an_er
 
 
 def test_the_command_lists_recipes_without_loading_torch():
-    code = "import sys; from speechbrain_mifuse.cli import main\nmain(['recipes', '--match', 'nemo2rav'])\n"
+    code = "import sys; from speechbrain_mifuse.cli.main import main\nmain(['recipes', '--match', 'nemo2rav'])\n"
     check = [sys.executable, "-c", code + "assert 'torch' not in sys.modules"]
     shown = subprocess.run(check, check=True, capture_output=True, text=True, cwd=ROOT / "hparams").stdout
     assert "python recipes/RAVDESS/mifuse/train.py hparams/nemo2rav.yaml\n" in shown

@@ -9,7 +9,7 @@ import pytest
 from browser import find_browser, opened, running_browser
 from report_support import toy_run, toy_sweep
 
-from speechbrain_mifuse.evaluation.report import write_report
+from speechbrain_mifuse.report.page import write_report
 
 PHONE, DESK = 375, 1280
 HOSTILE = "<script>window.ran=1</script><img src=x onerror=window.ran=1>"

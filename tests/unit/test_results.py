@@ -9,8 +9,7 @@ import pytest
 import torch
 
 from speechbrain_mifuse import __version__
-from speechbrain_mifuse.corpora.manifest import CorpusError, atomic_write
-from speechbrain_mifuse.errors import UserError
+from speechbrain_mifuse.corpora.manifest import CorpusError
 from speechbrain_mifuse.evaluation.aggregate import (
     Comparison,
     bootstrap,
@@ -21,9 +20,12 @@ from speechbrain_mifuse.evaluation.aggregate import (
     transfer_table,
 )
 from speechbrain_mifuse.evaluation.metrics import scores, scores_of
-from speechbrain_mifuse.evaluation.plots import plot_confusion, plot_heatmap, plot_transfers
-from speechbrain_mifuse.evaluation.results import FIELDS, evaluate, side_by_side, write_results
-from speechbrain_mifuse.evaluation.selection_report import selection_table, spearman
+from speechbrain_mifuse.evaluation.results import evaluate, side_by_side
+from speechbrain_mifuse.report.plots import plot_confusion, plot_heatmap, plot_transfers
+from speechbrain_mifuse.report.results import FIELDS, write_results
+from speechbrain_mifuse.report.selection_report import selection_table, spearman
+from speechbrain_mifuse.utils.errors import UserError
+from speechbrain_mifuse.utils.files import atomic_write
 
 LABELS = ("angry", "happy", "sad")
 EMOTIONS = ["angry", "angry", "happy", "happy", "sad", "sad", "sad", "angry"]

@@ -13,16 +13,16 @@ from safetensors.torch import save
 from speechbrain.inference.interfaces import foreign_class
 from speechbrain.utils.checkpoints import Checkpointer
 
-from speechbrain_mifuse.adapt import adapt, source_settings
 from speechbrain_mifuse.adaptation.method import AdaptationMethod
 from speechbrain_mifuse.brains.adaptation import Memory
-from speechbrain_mifuse.errors import UserError
+from speechbrain_mifuse.experiments.adapt import adapt, source_settings
+from speechbrain_mifuse.experiments.settings import load_hparams
 from speechbrain_mifuse.features.encoder import FrozenEncoder
-from speechbrain_mifuse.folder_schema import TAGS
 from speechbrain_mifuse.inference import EmotionRecognizer
+from speechbrain_mifuse.inference.model_folder import TEXT, RecogniserError, load_classifier, read_about, write_folder
 from speechbrain_mifuse.nnet.classifier import EmotionClassifier
-from speechbrain_mifuse.recogniser_files import TEXT, RecogniserError, load_classifier, read_about, write_folder
-from speechbrain_mifuse.settings import load_hparams
+from speechbrain_mifuse.utils.errors import UserError
+from speechbrain_mifuse.utils.schemas import TAGS
 
 ROOT = Path(__file__).resolve().parents[2]
 PAGE = ROOT / "docs" / "security.md"
@@ -127,7 +127,7 @@ CODE = {
     "another file": "extra: !include:{mark}",
     "a tag written out": "extra: !<!apply:os.mkdir> [{mark}]",
     "python's own tag": "extra: !!python/object/apply:os.mkdir [{mark}]",
-    "a part of ours that is not a recogniser's": "extra: !name:speechbrain_mifuse.corpora.manifest.atomic_write",
+    "a part of ours that is not a recogniser's": "extra: !name:speechbrain_mifuse.utils.files.atomic_write",
     "in a list that holds itself": "extra: &x [*x, !apply:os.mkdir [{mark}]]",
     "round brackets": "extra: (!!python/object/apply:os.mkdir [{mark}])",
     "round brackets in quotes": "extra: \"(!!python/object/apply:os.mkdir ['{mark}'])\"",

@@ -20,10 +20,10 @@ import soundfile
 import torch
 from lalm_support import LABELS, EnergyRecogniser, tone
 
+from speechbrain_mifuse.inference.http_limits import Limits
+from speechbrain_mifuse.inference.server import EmotionServer
 from speechbrain_mifuse.lalm.collect import encode_wav
-from speechbrain_mifuse.lalm.http_limits import Limits
 from speechbrain_mifuse.lalm.prompt import Prompt
-from speechbrain_mifuse.lalm.serve import EmotionServer
 
 KEY = "the-key-of-this-test"
 LIMITS = Limits(max_concurrent=4, max_connections=24, max_body_bytes=2**18, read_timeout=2.0, idle_timeout=5.0)

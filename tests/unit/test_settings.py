@@ -5,8 +5,8 @@ from pathlib import Path
 
 import pytest
 
-from speechbrain_mifuse.errors import UserError
-from speechbrain_mifuse.settings import RULES, load_hparams, overrides_of, parse_arguments
+from speechbrain_mifuse.experiments.settings import RULES, load_hparams, overrides_of, parse_arguments
+from speechbrain_mifuse.utils.errors import UserError
 
 ROOT = Path(__file__).resolve().parents[2]
 NAMES = [

@@ -10,12 +10,10 @@ import pytest
 import torch
 from toy_corpora import LABELS, utterance, write_wav
 
-from speechbrain_mifuse import pipeline
 from speechbrain_mifuse.corpora.folder import prepare_folder
-from speechbrain_mifuse.corpora.manifest import atomic_write
-from speechbrain_mifuse.errors import UserError
 from speechbrain_mifuse.evaluation.aggregate import Comparison, protocol
-from speechbrain_mifuse.evaluation.results import evaluate, side_by_side, write_results
+from speechbrain_mifuse.evaluation.results import evaluate, side_by_side
+from speechbrain_mifuse.experiments import choices, features, results
 from speechbrain_mifuse.features.front import StoredFrames
 from speechbrain_mifuse.features.speakers import (
     FoundSpeakers,
@@ -28,7 +26,15 @@ from speechbrain_mifuse.features.speakers import (
     speaker_vectors,
 )
 from speechbrain_mifuse.features.store import FeatureStore, StoreError
-from speechbrain_mifuse.inference import EmotionRecognizer, RecogniserError, load_classifier, recogniser_digest
+from speechbrain_mifuse.inference.recognizer import (
+    EmotionRecognizer,
+    RecogniserError,
+    load_classifier,
+    recogniser_digest,
+)
+from speechbrain_mifuse.report.results import write_results
+from speechbrain_mifuse.utils.errors import UserError
+from speechbrain_mifuse.utils.files import atomic_write
 
 ROOT = Path(__file__).parents[2]
 OPTIONS = {"speaker_norm_strength": 10, "speaker_embedding": "frames", "speaker_clusters": None}
@@ -137,15 +143,15 @@ def test_a_name_in_two_splits_is_two_speakers(tmp_path):
 @pytest.mark.parametrize("name", ["known", "clustered"])
 def test_no_manifest_with_labels_is_opened(name, toy, tmp_path, monkeypatch):
     atomic_write(tmp_path / "adapt.json", "no manifest at all")
-    monkeypatch.setattr(pipeline, "store_frames", lambda *arguments: toy[0])
+    monkeypatch.setattr(features, "store_frames", lambda *arguments: toy[0])
     hparams = {**OPTIONS, "speaker_norm": name, "target_manifests": tmp_path, "teacher_manifests": tmp_path}
-    assert set(pipeline.open_front(hparams, "target", 1, None).offsets.offsets) == set(FRAMES)
+    assert set(features.open_front(hparams, "target", 1, None).offsets.offsets) == set(FRAMES)
 
 
 def test_the_api_teachers_frames_are_left_alone(toy, tmp_path, monkeypatch):
-    monkeypatch.setattr(pipeline, "store_frames", lambda *arguments: toy[0])
+    monkeypatch.setattr(features, "store_frames", lambda *arguments: toy[0])
     hparams = {**OPTIONS, "speaker_norm": "known", "teacher_manifests": tmp_path}
-    assert pipeline.open_front(hparams, "teacher", 1, None).offsets is None
+    assert features.open_front(hparams, "teacher", 1, None).offsets is None
 
 
 def test_an_utterance_that_lacks_frames_is_passed_over_and_one_of_another_manifest_refused(toy, tmp_path):
@@ -285,7 +291,7 @@ def test_a_wrong_value_is_an_error_that_names_the_flag(wrong, said):
 
 def test_an_encoder_that_is_trained_along_has_no_frames_to_normalise():
     with pytest.raises(UserError, match=r"--speaker_norm known.*--features stored"):
-        pipeline.finetuned_front({**OPTIONS, "speaker_norm": "known", "encoder": "x", "trim_db": None})
+        features.finetuned_front({**OPTIONS, "speaker_norm": "known", "encoder": "x", "trim_db": None})
 
 
 # Speakers that are not known: what is said of them.
@@ -305,11 +311,11 @@ def nameless(tmp_path_factory):
 
 
 def test_the_protocol_tells_how_far_speakers_are_known(nameless):
-    told = pipeline.protocol(LABELS, nameless)
+    told = results.protocol(LABELS, nameless)
     assert told.startswith("speaker-independent as far as speakers are known, 4 classes, ")
     assert "2 speakers to adapt, 2 others to test, 8 of 16 recordings without a known speaker" in told
     assert "transductive" not in told
-    told = pipeline.protocol(LABELS, nameless, KnownSpeakers(10.0))
+    told = results.protocol(LABELS, nameless, KnownSpeakers(10.0))
     assert "; speaker_norm known (" in told and "n / (n + 10)" in told and "transductive" in told
 
 
@@ -436,6 +442,6 @@ def test_the_upper_bound_on_a_target_without_labels_is_one_error_that_says_what_
     prepare_folder(tmp_path / "mine", tmp_path / "manifests", {"adapt": 0.6, "test": 0.4})
     methods = {name: type("Method", (), {"uses_labels": name == "oracle"}) for name in ("mi_fuse", "oracle")}
     hparams = {"adaptation": {"methods": methods}, "target": "folder", "target_manifests": tmp_path / "manifests"}
-    pipeline.require_labels(hparams, ["mi_fuse"])
+    choices.require_labels(hparams, ["mi_fuse"])
     with pytest.raises(UserError, match=r"--method: oracle .*'folder' has none .*adapt.json.*Leave it out"):
-        pipeline.require_labels(hparams, ["mi_fuse", "oracle"])
+        choices.require_labels(hparams, ["mi_fuse", "oracle"])

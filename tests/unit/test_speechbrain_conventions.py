@@ -14,12 +14,12 @@ from hyperpyyaml import load_hyperpyyaml
 from speechbrain.inference.interfaces import foreign_class
 from toy_corpora import LABELS, utterance, write_wav
 
-from speechbrain_mifuse.audio import BadAudio, load_audio
-from speechbrain_mifuse.errors import UserError
 from speechbrain_mifuse.features.encoder import FrozenEncoder
 from speechbrain_mifuse.inference import EmotionRecognizer
+from speechbrain_mifuse.inference.model_folder import export_recogniser
 from speechbrain_mifuse.nnet.classifier import EmotionClassifier
-from speechbrain_mifuse.recogniser_files import export_recogniser
+from speechbrain_mifuse.utils.audio import BadAudio, load_audio
+from speechbrain_mifuse.utils.errors import UserError
 
 PAGE = Path(__file__).parents[2] / "docs" / "use.md"
 

@@ -12,8 +12,9 @@ from pathlib import Path
 
 import pytest
 
-from speechbrain_mifuse import cli, registry, sweep
-from speechbrain_mifuse.errors import UserError
+from speechbrain_mifuse.cli import main as cli
+from speechbrain_mifuse.experiments import registry, sweep
+from speechbrain_mifuse.utils.errors import UserError
 
 METHODS = ["source_only", "shot", "mi_fuse", "oracle"]
 # What a recipe does, as far as the sweep can see: it reads flags, takes a while, writes results, notes when.

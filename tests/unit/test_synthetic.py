@@ -11,8 +11,8 @@ import numpy as np
 import pytest
 import soundfile
 
-from speechbrain_mifuse.corpora import synthetic
 from speechbrain_mifuse.corpora.manifest import LABELS, CorpusError, read_manifest
+from speechbrain_mifuse.demo import synthetic
 
 needs_espeak = pytest.mark.skipif(
     not importlib.util.find_spec("espeakng_loader"),
@@ -62,7 +62,7 @@ def test_a_clip_does_not_depend_on_what_was_rendered_before(domain):
 def test_another_process_renders_the_same_bytes():
     clip = clips_of("C", "happy")[7]
     program = (
-        "import hashlib, speechbrain_mifuse.corpora.synthetic as s;"
+        "import hashlib, speechbrain_mifuse.demo.synthetic as s;"
         f"c = next(c for c in s.list_clips('C') if c.clip_id == '{clip.clip_id}');"
         "print(hashlib.sha256(s.render_clip(c, s.DOMAINS['C']).tobytes()).hexdigest())"
     )

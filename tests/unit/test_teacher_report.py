@@ -11,11 +11,12 @@ import soundfile
 import torch
 
 from speechbrain_mifuse.adaptation.uncertainty import mutual_information
-from speechbrain_mifuse.audio import content_hash, load_audio
-from speechbrain_mifuse.cli import main
-from speechbrain_mifuse.corpora.manifest import atomic_write
-from speechbrain_mifuse.errors import UserError
-from speechbrain_mifuse.evaluation.teacher_report import (
+from speechbrain_mifuse.cli.main import main
+from speechbrain_mifuse.lalm.answer import KINDS, Answer, Response
+from speechbrain_mifuse.lalm.profile import Price, Tokens
+from speechbrain_mifuse.lalm.store import LabelStore, Query, Record, Samples
+from speechbrain_mifuse.nnet.classifier import EmotionClassifier
+from speechbrain_mifuse.report.teacher_report import (
     Bill,
     classified_frames,
     reference_of,
@@ -24,10 +25,9 @@ from speechbrain_mifuse.evaluation.teacher_report import (
     teacher_figures,
     write_teacher_report,
 )
-from speechbrain_mifuse.lalm.answer import KINDS, Answer, Response
-from speechbrain_mifuse.lalm.profile import Price, Tokens
-from speechbrain_mifuse.lalm.store import LabelStore, Query, Record, Samples
-from speechbrain_mifuse.nnet.classifier import EmotionClassifier
+from speechbrain_mifuse.utils.audio import content_hash, load_audio
+from speechbrain_mifuse.utils.errors import UserError
+from speechbrain_mifuse.utils.files import atomic_write
 
 LABELS = ("angry", "sad")
 QUERY = Query("0" * 64, LABELS, "m", "http://127.0.0.1:1/v1", {"temperature": 1.0, "seed": 0}, prompt="Which?")

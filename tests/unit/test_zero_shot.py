@@ -11,15 +11,17 @@ import torch
 import transformers
 from toy_corpora import write_wav
 
-from speechbrain_mifuse import zero_shot_pipeline
-from speechbrain_mifuse.audio import load_audio
 from speechbrain_mifuse.corpora import emodb, msp_podcast, ravdess
-from speechbrain_mifuse.corpora.manifest import LABELS, atomic_write
-from speechbrain_mifuse.errors import UserError
+from speechbrain_mifuse.corpora.manifest import LABELS
+from speechbrain_mifuse.experiments import zero_shot_steps as zero_shot_pipeline
+from speechbrain_mifuse.experiments.features import store_frames
+from speechbrain_mifuse.experiments.registry import repository_root
+from speechbrain_mifuse.experiments.teacher import zero_shot_teacher
 from speechbrain_mifuse.features.extract import FrameReader
 from speechbrain_mifuse.features.store import StoreError
-from speechbrain_mifuse.pipeline import store_frames, zero_shot_teacher
-from speechbrain_mifuse.registry import repository_root
+from speechbrain_mifuse.utils.audio import load_audio
+from speechbrain_mifuse.utils.errors import UserError
+from speechbrain_mifuse.utils.files import atomic_write
 from speechbrain_mifuse.zero_shot import audio_text
 from speechbrain_mifuse.zero_shot.audio_text import ClapModel, GenericAudioTextModel, name_of, open_audio_text_model
 from speechbrain_mifuse.zero_shot.own_dual_encoder import alm_name, open_alm

@@ -10,13 +10,14 @@ import torch
 from torch.nn import functional as F
 from toy_corpora import write_wav
 
-from speechbrain_mifuse import pipeline
-from speechbrain_mifuse.corpora.manifest import atomic_write
-from speechbrain_mifuse.errors import UserError
+from speechbrain_mifuse.experiments import teacher
+from speechbrain_mifuse.experiments.registry import repository_root
+from speechbrain_mifuse.experiments.results import teacher_name
+from speechbrain_mifuse.experiments.teacher import ask_teacher, collect_answers, zero_shot_teacher
 from speechbrain_mifuse.features.store import FeatureStore
 from speechbrain_mifuse.nnet.dual_encoder import DualEncoder
-from speechbrain_mifuse.pipeline import ask_teacher, collect_answers, teacher_name, zero_shot_teacher
-from speechbrain_mifuse.registry import repository_root
+from speechbrain_mifuse.utils.errors import UserError
+from speechbrain_mifuse.utils.files import atomic_write
 from speechbrain_mifuse.zero_shot.own_dual_encoder import export_dual_encoder, open_alm, toy_about
 from speechbrain_mifuse.zero_shot.prompts import PromptSet
 from speechbrain_mifuse.zero_shot.teacher import drawn_classes, teacher_samples
@@ -102,7 +103,7 @@ def test_the_teacher_loads_on_the_runs_device_and_runs_its_code_only_if_allowed(
         opened.append((given, options))
         return SimpleNamespace(trained_on=("emodb", "nemo"))
 
-    monkeypatch.setattr(pipeline, "open_alm", opens)
+    monkeypatch.setattr(teacher, "open_alm", opens)
     hparams = {"teacher_alm": "clap", "teacher_alm_trust_remote_code": True, "target": "ravdess"}
     assert zero_shot_teacher(hparams, {"device": "cuda:1"}).trained_on
     options = {"trust_remote_code": True, "device": "cuda:1", "flag": "--teacher_alm"}

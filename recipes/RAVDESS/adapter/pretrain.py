@@ -14,11 +14,11 @@ import sys
 import speechbrain as sb
 from speechbrain.utils.distributed import ddp_init_group, if_main_process, run_on_main
 
-from speechbrain_mifuse.errors import one_clear_error, writing
-from speechbrain_mifuse.fold_pipeline import adapter_run, chosen_among, fold_front, pretrained_adapter
-from speechbrain_mifuse.pipeline import open_reader
-from speechbrain_mifuse.preflight import require_ready
-from speechbrain_mifuse.settings import parse_arguments, read_hparams
+from speechbrain_mifuse.experiments.features import open_reader
+from speechbrain_mifuse.experiments.folds import adapter_run, chosen_among, fold_front, pretrained_adapter
+from speechbrain_mifuse.experiments.preflight import require_ready
+from speechbrain_mifuse.experiments.settings import parse_arguments, read_hparams
+from speechbrain_mifuse.utils.errors import one_clear_error, writing
 
 if __name__ == "__main__":
     with one_clear_error():

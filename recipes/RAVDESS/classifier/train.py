@@ -15,10 +15,11 @@ import speechbrain as sb
 from speechbrain.utils.distributed import ddp_init_group, if_main_process
 
 from speechbrain_mifuse.brains.classifier import train_classifier
-from speechbrain_mifuse.errors import one_clear_error, writing
-from speechbrain_mifuse.pipeline import chosen_front, prepare_role
-from speechbrain_mifuse.preflight import require_ready
-from speechbrain_mifuse.settings import parse_arguments, read_hparams
+from speechbrain_mifuse.experiments.features import chosen_front
+from speechbrain_mifuse.experiments.preflight import require_ready
+from speechbrain_mifuse.experiments.settings import parse_arguments, read_hparams
+from speechbrain_mifuse.experiments.source import prepare_role
+from speechbrain_mifuse.utils.errors import one_clear_error, writing
 
 if __name__ == "__main__":
     with one_clear_error():

@@ -16,11 +16,11 @@ import speechbrain as sb
 from speechbrain.utils.distributed import ddp_init_group, if_main_process
 
 from speechbrain_mifuse.brains.dual_encoder import train_dual_encoder
-from speechbrain_mifuse.errors import one_clear_error, writing
-from speechbrain_mifuse.pipeline import open_reader
-from speechbrain_mifuse.preflight import require_ready
-from speechbrain_mifuse.settings import parse_arguments, read_hparams
-from speechbrain_mifuse.zero_shot_pipeline import source_fronts
+from speechbrain_mifuse.experiments.features import open_reader
+from speechbrain_mifuse.experiments.preflight import require_ready
+from speechbrain_mifuse.experiments.settings import parse_arguments, read_hparams
+from speechbrain_mifuse.experiments.zero_shot_steps import source_fronts
+from speechbrain_mifuse.utils.errors import one_clear_error, writing
 
 if __name__ == "__main__":
     with one_clear_error():

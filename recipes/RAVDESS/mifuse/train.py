@@ -18,19 +18,15 @@ from speechbrain.utils.distributed import ddp_init_group, if_main_process, run_o
 
 from speechbrain_mifuse.brains.adaptation import adapt
 from speechbrain_mifuse.corpora.manifest import unlabelled
-from speechbrain_mifuse.errors import one_clear_error, writing
+from speechbrain_mifuse.experiments.choices import chosen_methods
+from speechbrain_mifuse.experiments.features import open_front, open_reader
+from speechbrain_mifuse.experiments.preflight import require_data, require_ready, require_recordings_to_adapt_to
+from speechbrain_mifuse.experiments.results import report, summary
+from speechbrain_mifuse.experiments.settings import parse_arguments, read_hparams
+from speechbrain_mifuse.experiments.source import source_recogniser
+from speechbrain_mifuse.experiments.teacher import ask_teacher
 from speechbrain_mifuse.features.dataset import encoded_rows, label_index
-from speechbrain_mifuse.pipeline import (
-    ask_teacher,
-    chosen_methods,
-    open_front,
-    open_reader,
-    report,
-    source_recogniser,
-    summary,
-)
-from speechbrain_mifuse.preflight import require_data, require_ready, require_recordings_to_adapt_to
-from speechbrain_mifuse.settings import parse_arguments, read_hparams
+from speechbrain_mifuse.utils.errors import one_clear_error, writing
 
 
 def dataio_prepare(hparams, method, front, answers):

@@ -14,19 +14,19 @@ import sys
 import speechbrain as sb
 from speechbrain.utils.distributed import ddp_init_group, if_main_process, run_on_main
 
-from speechbrain_mifuse.brains.zs_fuse import train_fusion_arm
-from speechbrain_mifuse.errors import one_clear_error, writing
-from speechbrain_mifuse.fold_pipeline import arm_summary, chosen_parts
-from speechbrain_mifuse.pipeline import open_reader
-from speechbrain_mifuse.preflight import require_comparison, require_folds, require_ready
-from speechbrain_mifuse.settings import parse_arguments, read_hparams
-from speechbrain_mifuse.zero_shot_pipeline import (
+from speechbrain_mifuse.experiments.features import open_reader
+from speechbrain_mifuse.experiments.folds import arm_summary, chosen_parts
+from speechbrain_mifuse.experiments.fusion_variants import train_fusion_arm
+from speechbrain_mifuse.experiments.preflight import require_comparison, require_folds, require_ready
+from speechbrain_mifuse.experiments.settings import parse_arguments, read_hparams
+from speechbrain_mifuse.experiments.zero_shot_steps import (
     amplification_report,
     chosen_specialist,
     fusion_run,
     score_tables,
     specialist_front,
 )
+from speechbrain_mifuse.utils.errors import one_clear_error, writing
 
 if __name__ == "__main__":
     with one_clear_error():

@@ -1,0 +1,1 @@
+"""Settings, steps, sweeps and checks of recipes."""

@@ -1,0 +1,189 @@
+"""What zero-shot scores are worth to a specialist: classifiers with and without them, trained alike."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import random
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from speechbrain.utils.seed import seed_everything
+
+from speechbrain_mifuse.adaptation.method import described
+from speechbrain_mifuse.brains.late_fusion import FusionBrain
+from speechbrain_mifuse.corpora.manifest import read_manifest, unlabelled
+from speechbrain_mifuse.evaluation.metrics import scores_of
+from speechbrain_mifuse.evaluation.results import counts_by_speaker
+from speechbrain_mifuse.experiments.adapter_variants import Arm, adapter_settings, starting_adapter
+from speechbrain_mifuse.experiments.variants import (
+    Run,
+    few_labels,
+    fit_and_predict,
+    found_done,
+    shared_settings,
+    write_record,
+)
+from speechbrain_mifuse.features.dataset import label_index
+from speechbrain_mifuse.nnet.late_fusion import LateFusion
+from speechbrain_mifuse.utils.errors import UserError
+from speechbrain_mifuse.zero_shot.scorer import normalise_scores
+
+# Numbers of repeats of the audio and of the text.
+Amplification = tuple[int, int]
+
+
+@dataclass(frozen=True)
+class ScoreTable:
+    """Scores of every utterance of a corpus by one model."""
+
+    labels: Sequence[str]
+    values: Mapping[str, torch.Tensor]
+    about: Mapping = field(default_factory=dict)
+
+    def of(self, keys: Sequence[str]) -> torch.Tensor:
+        """Stack the scores of some utterances."""
+        missing = [key for key in keys if key not in self.values]
+        if missing:
+            raise UserError(f"{len(missing)} utterances have no scores, as {missing[0]}. Score the corpus again.")
+        return torch.stack([self.values[key] for key in keys])
+
+    def classes_among(self, classes: Sequence[str]) -> list[int | None]:
+        """Find what each score is for."""
+        places = {label: place for place, label in enumerate(classes)}
+        return [places.get(label) for label in self.labels]
+
+    def decisions(self, classes: Sequence[str]) -> dict[str, torch.Tensor]:
+        """Arrange the scores as predictions of classes, which the highest score decides."""
+        found = self.classes_among(classes)
+        of = [score for score, place in enumerate(found) if place is not None]
+        into = [found[score] for score in of]
+        if not of:
+            return {}
+        scores = torch.full((len(self.values), len(classes)), float("-inf"))
+        scores[:, into] = torch.stack(list(self.values.values()))[:, of]
+        return dict(zip(self.values, scores, strict=True))
+
+
+@dataclass(frozen=True)
+class Specialist(Arm):
+    """The foundation model's side: what is pooled to the vector that scores are fused with."""
+
+    front: Callable | None = None
+
+
+@dataclass(frozen=True)
+class FusionArm:
+    """One side of the comparison."""
+
+    classifier: Callable[..., torch.nn.Module] = LateFusion
+    scores: str = "zero_shot"
+    permuted: bool = False
+    standardised: bool = False
+
+
+def chosen_amplification(grid: Mapping[Amplification, ScoreTable], run: Run, labels: Sequence[str]) -> Amplification:
+    """Choose the numbers of repeats whose zero-shot scores are best on the run's own labelled utterances."""
+    if len(grid) == 1:
+        return next(iter(grid))
+    rows, scored = read_manifest(run.splits[0]), next(iter(grid.values())).values
+    numbered = {key: {"label": label_index(labels, row, key)} for key, row in rows.items() if key in scored}
+    given = {key: rows[key] for key in few_labels(numbered, run.labels_per_class, run.seed)}
+    classes = [label for label in labels if any(row["emo"] == label for row in given.values())]
+    found = {}
+    for pair, table in grid.items():
+        counts = counts_by_speaker(table.decisions(classes), given, classes)
+        found[pair] = scores_of(counts.sum(0))["UA"]
+    return min(found, key=lambda pair: (-found[pair], pair[0] + pair[1], pair))
+
+
+def dealt(table: ScoreTable, splits: Sequence[Sequence[str]], seed: int) -> ScoreTable:
+    """Deal every utterance the scores of another one of its split."""
+    dice, values = random.Random(seed), {}
+    for keys in splits:
+        order = sorted(keys)
+        values.update(zip(order, (table.values[key] for key in dice.sample(order, len(order))), strict=True))
+    return ScoreTable(table.labels, values, {**table.about, "dealt": seed})
+
+
+def prepared(arm: FusionArm, table: ScoreTable, run: Run) -> ScoreTable:
+    """Give an arm's scores as it reads them."""
+    if not (arm.standardised or arm.permuted):
+        return table
+    splits = [[key for key in read_manifest(unlabelled(path)) if key in table.values] for path in run.splits]
+    if arm.standardised:
+        keys = list(table.values)
+        values = normalise_scores(table.of(keys), table.of(splits[0]))
+        told = {"standardised_by": hashlib.sha256("".join(sorted(splits[0])).encode()).hexdigest()}
+        table = ScoreTable(table.labels, dict(zip(keys, values, strict=True)), {**table.about, **told})
+    return dealt(table, splits, run.seed) if arm.permuted else table
+
+
+def train_fusion_arm(
+    name: str,
+    hparams: Mapping,
+    run: Run,
+    front,
+    tables: Mapping[str, Mapping[Amplification, ScoreTable]],
+    adapters: Mapping[str, Path],
+    run_opts: Mapping | None = None,
+) -> dict:
+    """Train one arm on a fold's training set, score it on the test set; what is done already is read.
+
+    Parameters
+    ----------
+    name : str
+        A key of `hparams["arms"]`.
+    hparams : mapping
+        As `hparams/base/zsfuse.yaml` defines.
+    run : Run
+        Fold, seed, labels.
+    front : StoredFrames
+        Reads the specialist's frames.
+    tables : mapping of str to mapping
+        Scores of every utterance by their name, then by the repeats of audio and text.
+    adapters : mapping of str to pathlib.Path
+        Folder of the specialist's pretrained adapter, by its pretraining, if it has one.
+    run_opts : mapping, optional
+        SpeechBrain's run options.
+
+    Returns
+    -------
+    dict
+        The record, as written to `results.json`.
+
+    Raises
+    ------
+    SettingsError
+        If the folder holds a result got otherwise.
+    """
+    arm, specialist, folder = hparams["arms"][name], hparams["specialist"], run.arm_folder(name)
+    pair = chosen_amplification(tables[arm.scores], run, hparams["labels"])
+    table = prepared(arm, tables[arm.scores][pair], run)
+    if record := found_done(folder, fusion_settings(arm, hparams, run, front, table, adapters)):
+        return record
+    seed_everything(run.seed)
+    adapter = starting_adapter(specialist, hparams, run, front, adapters)
+    n_classes = len(hparams["labels"])
+    score_classes = table.classes_among(hparams["labels"])
+    classifier = arm.classifier(specialist.classifier(front.dim, n_classes, adapter), score_classes, n_classes)
+    columns = {"scores": table.values}
+    brain, predictions, n_train = fit_and_predict(
+        name, hparams, run, front, classifier, run_opts, columns, kind=FusionBrain
+    )
+    told = {"audio_repeats": pair[0], "text_repeats": pair[1], "score_labels": list(table.labels)}
+    return write_record(folder, name, hparams, run, predictions, n_train, brain.optimizer_step, **told)
+
+
+def fusion_settings(
+    arm: FusionArm, hparams: Mapping, run: Run, front, table: ScoreTable, adapters: Mapping[str, Path]
+) -> dict:
+    """Everything that decides an arm's result."""
+    found = {**shared_settings(hparams, run, front), **described("classifier", arm.classifier)}
+    specialist: Specialist = hparams["specialist"]
+    found |= described("specialist", specialist.classifier)
+    found |= adapter_settings(specialist, hparams, adapters)
+    digest = hashlib.sha256(json.dumps([table.about, list(table.labels)], sort_keys=True).encode()).hexdigest()[:16]
+    return {**found, "scores": digest}

@@ -1,0 +1,124 @@
+"""What a recipe writes and prints at its end."""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from speechbrain_mifuse.adaptation.selection import chosen_snapshot, known_rule
+from speechbrain_mifuse.brains.snapshots import Snapshots
+from speechbrain_mifuse.corpora.manifest import (
+    ABOUT,
+    known_speakers,
+    read_about,
+    read_manifest,
+    recordings_without_speaker,
+    unlabelled,
+)
+from speechbrain_mifuse.evaluation.results import evaluate, score_snapshots, side_by_side
+from speechbrain_mifuse.features.speakers import chosen_norm
+from speechbrain_mifuse.inference.model_card import encoder_told
+from speechbrain_mifuse.inference.model_folder import read_about as read_recogniser
+from speechbrain_mifuse.inference.model_folder import write_card
+from speechbrain_mifuse.report.page import write_report
+from speechbrain_mifuse.report.results import write_results
+from speechbrain_mifuse.utils.files import atomic_write
+from speechbrain_mifuse.zero_shot import ZERO_SHOT
+from speechbrain_mifuse.zero_shot.own_dual_encoder import alm_name
+
+logger = logging.getLogger(__name__)
+
+
+def report(
+    hparams: Mapping, name: str, predictions: Mapping, n_train: int, teacher_model: Mapping | None = None
+) -> None:
+    """Score one method's predictions and write its results; here the target's labels are opened, if there are any."""
+    method, target = hparams["adaptation"]["methods"][name], Path(hparams["target_manifests"])
+    folder, rule = Path(hparams["output_folder"]) / name, hparams["adaptation"]["selection"]
+    norm = chosen_norm(hparams)
+    scored = evaluate(predictions, target / "test.json", hparams["labels"])
+    if scored["UA"] is None:
+        logger.warning(
+            "%s has no labels, nothing is scored: see %s.", target / "test.json", folder / "predictions.json"
+        )
+    snapshots = Snapshots(folder, rule).saved()
+    record = write_results(
+        folder,
+        scored,
+        hparams["labels"],
+        method=name,
+        source=source_name(hparams),
+        target=hparams["target"],
+        teacher=teacher_name(hparams),
+        teacher_model=teacher_model,
+        seed=hparams["seed"],
+        encoder=f"{encoder_told(hparams['encoder'])}, layer {hparams['layer']}, frozen",
+        protocol=protocol(hparams["labels"], target, norm),
+        target_copy=copy_told(read_about(target / ABOUT)) or None,
+        speaker_norm="none" if norm is None else norm.told(),
+        selection=known_rule(rule)[1],
+        n_train=n_train if method.trains or "adapt" in method.answers_for else 0,
+        diversity_weight=hparams["diversity_weight"],
+        temperature=hparams["temperature"],
+        steps=chosen_snapshot(snapshots, rule)["step"] if snapshots else 0,
+        snapshots=score_snapshots(snapshots, target / "test.json", hparams["labels"]),
+    )
+    if method.trains:
+        write_card(folder / "recogniser", record)
+
+
+def source_name(hparams: Mapping) -> str:
+    """Say what the source recognizer was trained on."""
+    folder = hparams["source_recogniser"]
+    return hparams["source"] if folder is None else corpus_of(folder, read_recogniser(folder))
+
+
+def corpus_of(folder: str | Path, about: Mapping) -> str:
+    """Name what a recognizer was trained on."""
+    # Not as an expression: the name becomes a value in YAML.
+    return about.get("corpus", Path(folder).resolve().parent.name.lstrip("!("))
+
+
+def teacher_name(hparams: Mapping) -> str:
+    """Say who the teacher is."""
+    if hparams["teacher"] == ZERO_SHOT:
+        # A run of which no method asks the teacher need not say which model it would be.
+        return ZERO_SHOT if hparams["teacher_alm"] is None else alm_name(hparams["teacher_alm"])
+    return hparams["teacher"] if hparams["lalm_base_url"] is None else hparams["lalm_model"]
+
+
+def copy_told(about: Mapping) -> str:
+    """Say in what a target differs from the whole published corpus, as far as is known."""
+    told, check = [], about.get("release_check") or {"matches": True}
+    if not check["matches"]:
+        usable = check["total_found"] - check.get("unusable", 0)
+        told.append(f"not the published release ({usable} of {check['total_expected']} utterances)")
+    kept = ", ".join(f"{100 * share:g} % of {label}" for label, share in (about.get("keep") or {}).items())
+    return ", ".join([*told, *([f"of the adaptation set only {kept} kept"] if kept else [])])
+
+
+def protocol(labels: Sequence[str], manifests: Path, norm=None) -> str:
+    """Say how the target was split, how many of its speakers are known, and what was done with them."""
+    paths = [unlabelled(manifests / f"{split}.json") for split in ("adapt", "test")]
+    splits = [read_manifest(path) for path in paths]
+    adapt, test = (known_speakers(rows) for rows in splits)
+    rows = {**splits[0], **splits[1]}
+    without = recordings_without_speaker(rows)
+    if adapt & test or len(rows) < len(splits[0]) + len(splits[1]):
+        told = f"adapted and predicted on the same speakers, {len(labels)} classes, {len(adapt | test)} speakers"
+    else:
+        told = f"speaker-independent{' as far as speakers are known' if without else ''}, {len(labels)} classes, "
+        told += f"{len(adapt)} speakers to adapt, {len(test)} others to test"
+    told += f", {without} of {len(rows)} recordings without a known speaker" if without else ""
+    return told if norm is None else f"{told}; speaker_norm {norm.told()}"
+
+
+def summary(hparams: Mapping, names: Sequence[str]) -> str:
+    """Bring the results of a run together: `results.json`, `results.md` and `report.html` in the output folder."""
+    folder = Path(hparams["output_folder"])
+    records = [json.loads((folder / name / "results.json").read_text()) for name in names]
+    atomic_write(folder / "results.json", json.dumps(records if len(records) > 1 else records[0], indent=1))
+    write_report(folder, results=folder.glob("*/results.json"))
+    return side_by_side(folder, list(hparams["adaptation"]["methods"]))

@@ -1,0 +1,335 @@
+"""A recogniser's folder: weights as safetensors, YAML for SpeechBrain's `Pretrained`, provenance, model card."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import torch
+from safetensors.torch import save
+from speechbrain.utils.fetching import fetch
+from speechbrain.utils.parameter_transfer import Pretrainer
+
+from speechbrain_mifuse import __version__
+from speechbrain_mifuse.features.encoder import FrozenEncoder
+from speechbrain_mifuse.features.store import difference
+from speechbrain_mifuse.inference.model_card import adapted_card, trained_card
+from speechbrain_mifuse.nnet.classifier import EmotionClassifier
+from speechbrain_mifuse.nnet.weights import build_with_weights, load_all_weights
+from speechbrain_mifuse.utils.errors import UserError
+from speechbrain_mifuse.utils.files import atomic_write, bounded_bytes
+from speechbrain_mifuse.utils.schemas import (
+    MAX_YAML_BYTES,
+    TAGS,
+    ClassifierSizes,
+    RecognizerAbout,
+    RecognizerSettings,
+    checked,
+    plain_json,
+    plain_yaml,
+)
+
+# What two stores must share for a classifier of the one to read the other.
+DECISIVE = ("encoder", "dim", "trim_db", "frame_average", "preprocessing_version", "speaker_norm")
+
+TEXT = """# An emotion recogniser; load it with speechbrain_mifuse.inference.EmotionRecognizer.from_hparams.
+pretrained_path: .
+labels: {labels}
+sample_rate: 16000
+temperature: {temperature}
+trim_db: {trim_db}
+frame_average: {frame_average}
+encoder: !new:speechbrain_mifuse.features.encoder.FrozenEncoder
+    source: {encoder}
+    layers: {layers}
+classifier: !new:speechbrain_mifuse.nnet.classifier.EmotionClassifier
+    input_size: {input_size}
+    n_classes: {n_classes}
+    hidden_size: {hidden_size}
+    dropout: {dropout}
+    n_layers: {n_layers}
+    attention_size: {attention_size}
+    adapter: {adapter}
+modules:
+    encoder: !ref <encoder>
+    classifier: !ref <classifier>
+pretrainer: !new:speechbrain_mifuse.inference.FolderPretrainer
+    loadables:
+        classifier: !ref <classifier>
+    paths:
+        classifier: !ref <pretrained_path>/classifier.safetensors
+    custom_hooks:
+        classifier: !name:speechbrain_mifuse.inference.load_weights
+"""
+NORMALISED = """# Trained on frames from which each speaker's offset was subtracted. A recording comes without a speaker
+# here, so its offset is 0.
+speaker_norm: {name}
+"""
+
+
+# How to mend a folder that is no recogniser.
+GIVE_WHOLE = "Train it again, or give a whole folder as a recipe exports it; one on a hub is downloaded first."
+EXPORT_AGAIN = "Export the recogniser again."
+# For a YAML that is not that of an exported recogniser.
+NOT_EXPORTED = "Get the folder anew, or export it again. If it is a program that you trust, pass trust_code=True to "
+NOT_EXPORTED += "from_hparams, which runs it."
+SETTINGS, WEIGHTS, ABOUT = "hyperparams.yaml", "classifier.safetensors", "about.json"
+# Samples of the clip that a loaded recogniser is tried out with.
+TRIED_SAMPLES = 8000
+# Keys of the YAML that mean something; the others only wire its parts for SpeechBrain.
+SETTING_NAMES = [key for key, field in RecognizerSettings.model_fields.items() if not field.exclude]
+
+# What SpeechBrain's `foreign_class` looks for beside the YAML.
+INTERFACE = '''"""Lets SpeechBrain's `foreign_class` load this folder, where speechbrain-mifuse is installed."""
+
+from speechbrain_mifuse.inference import EmotionRecognizer as CustomInterface  # noqa: F401
+'''
+CARD = "README.md"
+
+
+class RecogniserError(UserError):
+    """A recogniser's folder that is not whole, or does not fit what is asked of it."""
+
+
+def read_settings(path: str | Path) -> RecognizerSettings:
+    """Read the YAML of a recogniser as plain data: nothing that it names is run."""
+    try:
+        content = plain_yaml(path, TAGS)
+    except ValueError as error:
+        raise RecogniserError(f"{path}: {error}. {NOT_EXPORTED}") from None
+    return checked(RecognizerSettings, content, path, RecogniserError, NOT_EXPORTED)
+
+
+def open_recogniser(
+    source: str | Path,
+    overrides: Mapping | None = None,
+    overrides_must_match: bool = True,
+    hparams_file: str = SETTINGS,
+    download_only: bool = False,
+    **fetching,
+) -> dict | None:
+    """Build the parts of a recogniser from its folder or hub repository, of which no code is run."""
+    path = _fetched(hparams_file, source, **fetching)
+    settings = read_settings(path)
+    _refuse_disagreement(path, settings, source, **fetching)
+    changes = dict(overrides or {})
+    more = {} if overrides_must_match else {key: changes.pop(key) for key in {*changes} - {*SETTING_NAMES}}
+    settings = _changed(settings, {"pretrained_path": str(source), **own_encoder(source)}, changes)
+    weights = _fetched(WEIGHTS, settings.pretrained_path, **fetching)
+    if download_only:
+        return None
+    classifier = _build_classifier(settings.classifier, weights)
+    modules = {"encoder": _open_encoder(source, settings), "classifier": classifier}
+    _try_out(source, **modules)
+    return {**more, **settings.model_dump(), **modules, "modules": modules, "savedir": fetching.get("savedir")}
+
+
+def _fetched(name: str, source: str | Path, **fetching) -> Path:
+    """Fetch a file of a recogniser as SpeechBrain does."""
+    try:
+        return Path(fetch(name, str(source), **fetching))
+    except Exception as error:  # the clients of hubs share no class of errors
+        reason = " ".join(str(error).split())
+        raise RecogniserError(
+            f"{source}: no folder of a recogniser, and no repository of a hub that can be read ({name}: {reason})."
+        ) from error
+
+
+def _refuse_disagreement(path: Path, settings: RecognizerSettings, source: str | Path, **fetching) -> None:
+    """Make sure that `about.json`, if there is one, describes the same classifier as the YAML."""
+    try:
+        about_path = _fetched(ABOUT, source, **fetching)
+    except RecogniserError:
+        return
+    about = _checked_about(about_path)
+    differs = difference(*({key: getattr(each, key) for key in ("labels", "classifier")} for each in (settings, about)))
+    if differs:
+        raise RecogniserError(f"{path}: differs from {about_path} ({differs}). {NOT_EXPORTED}")
+
+
+def _changed(settings: RecognizerSettings, own: Mapping, overrides: Mapping) -> RecognizerSettings:
+    """Change settings first to where the parts lie now, then to what the user wants."""
+    values = settings.model_dump()
+    for changes in (own, overrides):
+        for key, value in changes.items():
+            inner = isinstance(value, Mapping) and isinstance(values.get(key), Mapping)
+            values[key] = {**values[key], **value} if inner else value
+    advice = f"Settings of a recogniser: {', '.join(SETTING_NAMES)}."
+    return checked(RecognizerSettings, values, "overrides", RecogniserError, advice)
+
+
+def _open_encoder(source: str | Path, settings: RecognizerSettings) -> FrozenEncoder:
+    """Load the encoder of a recogniser and make sure that its classifier takes its frames."""
+    name_it = "say where the encoder is: overrides={'encoder': {'source': FOLDER_OR_HUB_ID}}."
+    try:
+        encoder = FrozenEncoder(settings.encoder.source, settings.encoder.layers)
+    except Exception as error:  # a damaged folder can raise anything in transformers
+        raise RecogniserError(
+            f"{source}: cannot be loaded ({' '.join(str(error).split())[:1000]}). Bring the whole folder, with "
+            f"`encoder` if it had one, or {name_it}"
+        ) from error
+    given = {"input_size": encoder.dim, "n_layers": len(encoder.layers), "sample_rate": encoder.sample_rate}
+    wanted = {**settings.classifier.model_dump(), "sample_rate": settings.sample_rate}
+    differs = difference(given, {key: wanted[key] for key in given})
+    if differs:
+        raise RecogniserError(
+            f"{source}: the encoder '{settings.encoder.source}' does not fit the classifier ({differs}). "
+            f"Bring the encoder that it was trained with, or {name_it}"
+        )
+    return encoder
+
+
+def _try_out(source: str | Path, encoder: FrozenEncoder, classifier: EmotionClassifier) -> None:
+    """Make sure that the parts answer to a short clip: settings and weights may be valid one by one only."""
+    training = classifier.training
+    try:
+        with torch.no_grad():
+            frames = encoder(torch.linspace(-0.5, 0.5, TRIED_SAMPLES))
+            classifier.eval()
+            logits = classifier.head(classifier.embed(frames.unsqueeze(0)), stochastic=False)
+        if not logits.isfinite().all():
+            raise ValueError("its answers are not finite numbers")
+    except Exception as error:  # what torch makes of parts that do not fit together
+        reason = " ".join(str(error).split())[:500]
+        raise RecogniserError(f"{source}: the encoder and classifier do not work ({reason}). {EXPORT_AGAIN}") from error
+    finally:
+        classifier.train(training)
+
+
+def _build_classifier(sizes: ClassifierSizes, path: str | Path) -> EmotionClassifier:
+    return build_with_weights(lambda: EmotionClassifier(**sizes.model_dump()), path, RecogniserError, EXPORT_AGAIN)
+
+
+def own_encoder(source: str | Path) -> dict:
+    """Say where the encoder of a recogniser is, if it lies in its folder; its YAML names where it was exported to."""
+    encoder = Path(source) / "encoder"
+    return {"encoder": {"source": str(encoder.resolve())}} if encoder.is_dir() else {}
+
+
+class FolderPretrainer(Pretrainer):
+    """SpeechBrain's `Pretrainer`, which finds weights beside the YAML wherever the process runs."""
+
+    def collect_files(self, default_source=None, **options):
+        """Fetch the weights; see SpeechBrain's `Pretrainer.collect_files`."""
+        if isinstance(default_source, str | Path):
+            self.paths = {
+                name: f"{default_source}/{path[2:]}" if str(path).startswith("./") else path
+                for name, path in self.paths.items()
+            }
+        return super().collect_files(default_source, **options)
+
+
+def load_weights(module: torch.nn.Module, path: str | Path, end_of_epoch: bool = False) -> None:
+    """Load safetensors into a module; a hook for SpeechBrain's `Pretrainer`."""
+    load_all_weights(module, path, RecogniserError, EXPORT_AGAIN)
+
+
+def export_recogniser(
+    folder: str | Path, classifier, front, hparams: Mapping, about: Mapping, temperature: float = 1.0
+) -> None:
+    """Write a recogniser: weights, the YAML that builds it, what it was trained on, a model card."""
+    folder = Path(folder)
+    # Absolute, because a recogniser is loaded from other folders than it was trained in.
+    source = str(Path(hparams["encoder"]).resolve()) if Path(hparams["encoder"]).is_dir() else hparams["encoder"]
+    layers = None
+    if hasattr(front, "export"):
+        source = str((folder / "encoder").resolve())
+        front.export(source)
+    else:
+        layers = front.store.layers if front.layer is None else [front.layer]
+    sizes = {
+        "input_size": front.dim,
+        "n_classes": len(hparams["labels"]),
+        "hidden_size": classifier.hidden.out_features,
+        "dropout": classifier.dropout,
+        "n_layers": front.n_layers,
+        "attention_size": classifier.pooling.project.out_features,
+        "adapter": None if classifier.adapter is None else classifier.adapter.sizes,
+    }
+    text = TEXT.format(
+        labels=list(hparams["labels"]),
+        temperature=temperature,
+        trim_db="null" if hparams["trim_db"] is None else hparams["trim_db"],
+        frame_average=getattr(front, "frame_average", 1),
+        encoder=json.dumps(str(source)),
+        layers=json.dumps(layers),
+        **{**sizes, "adapter": json.dumps(sizes["adapter"])},
+    )
+    norm = about["features"].get("speaker_norm")
+    text += NORMALISED.format(**norm) if norm else ""
+    weights = {name: tensor.contiguous() for name, tensor in classifier.state_dict().items()}
+    about = {**about, "classifier": sizes, "temperature": temperature, "code_version": __version__}
+    write_folder(folder, save(weights), text, about, trained_card(about))
+
+
+def export_student(
+    folder: str | Path, source: str | Path, weights: bytes, about: Mapping, temperature: float = 1.0
+) -> None:
+    """Write an adapted student as a recogniser: its source's folder with other weights and another temperature."""
+    known = read_about(source)
+    # Its text is taken over, hence must be that of a recogniser and of nothing else.
+    read_settings(Path(source) / SETTINGS)
+    kept = {key: known[key] for key in ("labels", "features", "layer", "classifier", "corpus") if key in known}
+    text = (Path(source) / SETTINGS).read_text(encoding="utf-8")
+    text = re.sub(r"(?m)^temperature: .*\n", "", text)
+    text = re.sub(r"(?m)^(sample_rate: .*\n)", rf"\g<1>temperature: {temperature}\n", text)
+    own = {"adapted_from": recogniser_digest(source), "temperature": temperature, "code_version": __version__}
+    write_folder(folder, weights, text, {**kept, **about, **own})
+
+
+def write_folder(folder: str | Path, weights: bytes, text: str, about: Mapping, card: str | None = None) -> None:
+    """Write the files of a recogniser."""
+    folder = Path(folder)
+    atomic_write(folder / WEIGHTS, weights)
+    atomic_write(folder / SETTINGS, text)
+    atomic_write(folder / "custom.py", INTERFACE)
+    if card is not None:
+        atomic_write(folder / CARD, card)
+    # Last, because its presence tells that the folder is whole.
+    atomic_write(folder / ABOUT, json.dumps(about, indent=1))
+
+
+def write_card(folder: str | Path, record: Mapping) -> None:
+    """Write the model card of an adapted student, from its results."""
+    atomic_write(Path(folder) / CARD, adapted_card(read_about(folder), record))
+
+
+def read_about(folder: str | Path) -> dict:
+    """Read what a recogniser's folder says of itself."""
+    return _checked_about(Path(folder) / ABOUT).model_dump(exclude_unset=True)
+
+
+def _checked_about(path: Path) -> RecognizerAbout:
+    try:
+        content = plain_json(path)
+    except ValueError as error:
+        reason = f"{path.name}: {error}"
+        raise RecogniserError(f"{path.parent}: no whole recogniser there ({reason}). {GIVE_WHOLE}") from None
+    return checked(RecognizerAbout, content, path, RecogniserError, GIVE_WHOLE)
+
+
+def recogniser_digest(folder: str | Path) -> str:
+    """Identity of a recogniser: SHA-256 over its weights and its YAML."""
+    folder = Path(folder)
+    try:
+        content = [bounded_bytes(folder / WEIGHTS), bounded_bytes(folder / SETTINGS, MAX_YAML_BYTES)]
+    except (OSError, ValueError):
+        raise RecogniserError(f"{folder}: no whole recogniser there. {GIVE_WHOLE}") from None
+    return hashlib.sha256(b"".join(content)).hexdigest()[:16]
+
+
+def load_classifier(folder: str | Path, labels: Sequence[str], features: Mapping) -> EmotionClassifier:
+    """Build the classifier of a recogniser without its encoder, for frames that are stored already."""
+    folder = Path(folder)
+    about = read_about(folder)
+    found = {"labels": about["labels"], **{key: about["features"].get(key) for key in DECISIVE}}
+    wanted = {"labels": list(labels), **{key: features.get(key) for key in DECISIVE}}
+    differs = difference(found, wanted)
+    if differs:
+        raise RecogniserError(
+            f"{folder}: was trained on something else ({differs}). Pass the same --encoder and --speaker_norm."
+        )
+    return _build_classifier(ClassifierSizes(**about["classifier"]), folder / WEIGHTS)
