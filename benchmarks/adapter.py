@@ -35,7 +35,7 @@ from speechbrain.utils.epoch_loop import EpochCounter
 from speechbrain_mifuse.brains.adapter import make_brain
 from speechbrain_mifuse.brains.training import EVERY_EPOCH
 from speechbrain_mifuse.corpora.manifest import read_manifest
-from speechbrain_mifuse.experiments.features import open_reader
+from speechbrain_mifuse.experiments.features import EncoderSettings, open_reader
 from speechbrain_mifuse.features.dataset import frame_batches
 from speechbrain_mifuse.features.extract import extract
 from speechbrain_mifuse.features.front import StoredFrames
@@ -73,8 +73,8 @@ def run(quick: bool) -> tuple[str, dict[str, Figure]]:
         folder = Path(scratch)
         kind, manifests = write_manifests(folder, {setting.clips}, seconds)
         manifest = unlabelled_copy(manifests[setting.clips])
-        options = {"encoder": setting.source(folder / "encoder"), "encoder_layers": [LAYER], "trim_db": TRIM_DB}
-        readers = {count: open_reader({**options, "frame_average": count}) for count in (FINE, COARSE)}
+        source = setting.source(folder / "encoder")
+        readers = {n: open_reader(EncoderSettings(source, [LAYER], TRIM_DB, n)) for n in (FINE, COARSE)}
         fronts = {n: StoredFrames(extract([manifest], reader, folder / f"{n}"), LAYER) for n, reader in readers.items()}
         audio = audio_seconds(manifest)
         train = functools.partial(Training, setting, manifest, fronts[FINE], audio["trimmed"])

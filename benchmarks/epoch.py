@@ -41,7 +41,7 @@ from speechbrain.utils.train_logger import FileTrainLogger
 from speechbrain_mifuse.brains.classifier import labelled_dataset, make_brain
 from speechbrain_mifuse.brains.training import EVERY_EPOCH
 from speechbrain_mifuse.corpora.manifest import read_manifest
-from speechbrain_mifuse.experiments.features import open_reader
+from speechbrain_mifuse.experiments.features import EncoderSettings, open_reader
 from speechbrain_mifuse.features.dataset import frame_batches, pad_frames
 from speechbrain_mifuse.features.encoder import load_wrapper
 from speechbrain_mifuse.features.extract import average_frames, extract, open_store
@@ -90,7 +90,7 @@ def compared(name: str, setting: Setting, source: str, manifests: dict, folder: 
     """Fill the stores, let the sides take turns, and name the figures."""
     everything = manifests[setting.stored_clips]
     preprocessing = {"trim_db": TRIM_DB, "frame_average": 1}
-    reader = open_reader({"encoder": source, "encoder_layers": [setting.layer], **preprocessing})
+    reader = open_reader(EncoderSettings(source, [setting.layer], **preprocessing))
     start = time.perf_counter()
     every_frame = extract([everything], reader, folder / "every_frame")
     extraction = len(every_frame.rows) / (time.perf_counter() - start)

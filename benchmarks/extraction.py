@@ -28,7 +28,7 @@ from epoch import TINY_WHISPER, TRIM_DB, random_whisper
 from measure import Figure, ratio, take_turns
 from recognise import gathered
 
-from speechbrain_mifuse.experiments.features import open_reader
+from speechbrain_mifuse.experiments.features import EncoderSettings, open_reader
 from speechbrain_mifuse.features.encode_files import BATCH_S, similar
 from speechbrain_mifuse.features.extract import ENCODING_THREADS, FrameReader, extract, one_thread_per_operation
 from speechbrain_mifuse.utils.audio import load_audio
@@ -45,8 +45,7 @@ def run(quick: bool) -> tuple[str, dict[str, Figure]]:
     with tempfile.TemporaryDirectory() as scratch, quiet(*CHATTER):
         folder = Path(scratch)
         encoder = random_whisper(folder / "encoder", **TINY_WHISPER) if quick else "demo"
-        settings = {"encoder": encoder, "encoder_layers": [LAYER], "trim_db": TRIM_DB, "frame_average": 4}
-        reader = open_reader(settings, {"device": device})
+        reader = open_reader(EncoderSettings(encoder, [LAYER], TRIM_DB, 4), {"device": device})
         (folder / "clips").mkdir()
         kind, manifests = write_manifests(folder / "clips", {count}, seconds)
         recordings = gathered(manifests[count], folder / "recordings")

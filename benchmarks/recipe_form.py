@@ -50,7 +50,7 @@ from speechbrain.utils.data_pipeline import DynamicItem
 
 from speechbrain_mifuse.corpora.emodb import SEVEN_CLASSES, SPEAKERS, list_emodb
 from speechbrain_mifuse.corpora.manifest import read_manifest, unlabelled
-from speechbrain_mifuse.experiments.features import open_reader
+from speechbrain_mifuse.experiments.features import EncoderSettings, open_reader
 from speechbrain_mifuse.features.dataset import frame_batches, pad_frames
 from speechbrain_mifuse.features.extract import FrameReader, extract
 from speechbrain_mifuse.features.front import StoredFrames
@@ -129,7 +129,7 @@ class Side:
 
     def __init__(self, name: str, make: Callable, encoder: str, classes: tuple, folder: Path, setting: Setting):
         self.name, self.make, self.classes, self.folder, self.setting = name, make, classes, folder, setting
-        self.open_reader = functools.partial(open_reader, {"encoder": encoder, "encoder_layers": [LAYER]} | READING)
+        self.open_reader = functools.partial(open_reader, EncoderSettings(encoder, [LAYER], **READING))
         self.found: dict[str, list[float]] = {key: [] for key in ("total", "epoch", "loss", "accuracy", "rss")}
 
     def __call__(self) -> float:

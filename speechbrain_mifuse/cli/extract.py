@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import NamedTuple
+from typing import TYPE_CHECKING
 
 from speechbrain_mifuse.utils.errors import UserError, stopped_by_ctrl_c
+
+if TYPE_CHECKING:
+    from speechbrain_mifuse.experiments.features import CorpusSettings
 
 
 def add_extract(commands) -> None:
@@ -28,51 +31,29 @@ def add_extract(commands) -> None:
     extract.set_defaults(run=run_extract, recipe_flags=True)
 
 
-class Wanted(NamedTuple):
-    """A corpus whose frames a recipe needs."""
+def wanted_corpora(hparams: Mapping) -> Iterator[CorpusSettings]:
+    """List the corpora whose frames a recipe stores: not where something trained takes the place of a corpus."""
+    from speechbrain_mifuse.experiments.features import CorpusSettings
+    from speechbrain_mifuse.experiments.folds import fold_corpus
+    from speechbrain_mifuse.experiments.teacher import TeacherSettings
 
-    name: str
-    prepare: Callable[[], None]
-    manifests: Path
-
-
-def wanted_corpora(hparams: Mapping) -> Iterator[Wanted]:
-    """List the corpora whose frames a recipe stores."""
-    from speechbrain_mifuse.corpora.folds import fold_folder
-
-    for role, is_needed in ROLES.items():
-        if f"prepare_{role}" in hparams and is_needed(hparams):
-            yield Wanted(hparams[role], hparams[f"prepare_{role}"], Path(hparams[f"{role}_manifests"]))
+    if "prepare_target" in hparams:
+        yield CorpusSettings.target_of(hparams)
+    if "prepare_source" in hparams and hparams.get("source_recogniser") is None:
+        yield CorpusSettings.source_of(hparams)
+    if "prepare_teacher" in hparams and TeacherSettings.of(hparams).is_local:
+        yield CorpusSettings.teacher_of(hparams)
     for name, source in hparams.get("sources", {}).items():
-        yield Wanted(name, source.prepare, Path(source.manifests))
+        yield CorpusSettings(name, Path(source.manifests), source.prepare, hparams["feature_folder"])
     if "prepare" in hparams:  # every fold has all utterances, and all folds share a store
-        yield Wanted(hparams["source"], hparams["prepare"], fold_folder(hparams["manifests"], 1))
-
-
-def _needs_source(hparams: Mapping) -> bool:
-    return hparams.get("source_recogniser") is None
-
-
-def _needs_teacher(hparams: Mapping) -> bool:
-    from speechbrain_mifuse.zero_shot import ZERO_SHOT
-
-    elsewhere = (hparams.get("teacher_recogniser"), hparams["lalm_base_url"])
-    return elsewhere == (None, None) and hparams["teacher"] != ZERO_SHOT
-
-
-# When the corpus of a role is encoded: not where a trained recogniser, an API or an audio-text model takes its place.
-ROLES: dict[str, Callable[[Mapping], bool]] = {
-    "target": lambda hparams: True,
-    "source": _needs_source,
-    "teacher": _needs_teacher,
-}
+        yield fold_corpus(hparams, 1)
 
 
 def run_extract(options: argparse.Namespace) -> None:
     """Store the frames that a recipe needs, or a part of them."""
     if not options.yaml.is_file():
         raise UserError(f"{options.yaml}: no such file. The recipe's YAML file comes first, as hparams/nemo2rav.yaml")
-    from speechbrain_mifuse.experiments.features import open_reader
+    from speechbrain_mifuse.experiments.features import EncoderSettings, open_reader
     from speechbrain_mifuse.experiments.settings import load_hparams
     from speechbrain_mifuse.features.shards import Shard
 
@@ -82,12 +63,12 @@ def run_extract(options: argparse.Namespace) -> None:
     if not corpora or hparams.get("features", "stored") != "stored":
         raise UserError(f"{options.yaml}: this recipe stores no frames, so there is nothing to extract.")
     with stopped_by_ctrl_c():
-        reader = open_reader(hparams, run_opts)
+        reader = open_reader(EncoderSettings.of(hparams), run_opts)
         for corpus in corpora:
-            print(extracted(corpus, reader, hparams["feature_folder"], shard), flush=True)
+            print(extracted(corpus, reader, shard), flush=True)
 
 
-def extracted(corpus: Wanted, reader, feature_folder: str | None, shard=None) -> str:
+def extracted(corpus: CorpusSettings, reader, shard=None) -> str:
     """Prepare a corpus and fill its store."""
     from speechbrain_mifuse.brains.training import one_at_a_time
     from speechbrain_mifuse.features.extract import fill_store
@@ -97,5 +78,5 @@ def extracted(corpus: Wanted, reader, feature_folder: str | None, shard=None) ->
     with one_at_a_time(f"{corpus.manifests}.lock"):
         corpus.prepare()
     manifests = sorted(corpus.manifests.glob("*_unlabelled.json"))
-    store = fill_store(corpus.name, manifests, reader, feature_folder, shard)
+    store = fill_store(corpus.name, manifests, reader, corpus.feature_folder, shard)
     return f"{corpus.name}: {len(store.rows)} utterances in {store.folder}"

@@ -201,29 +201,31 @@ def run_batch(options: argparse.Namespace) -> None:
         raise UserError(
             f"{options.yaml}: no such file. The recipe's YAML file comes after the step, as hparams/nemo2rav.yaml"
         )
-    from speechbrain_mifuse.experiments import choices, teacher
+    from speechbrain_mifuse.experiments.choices import chosen_methods
     from speechbrain_mifuse.experiments.settings import load_hparams
+    from speechbrain_mifuse.experiments.teacher import EVERY_REQUEST, TeacherSettings, wanted_recordings
     from speechbrain_mifuse.lalm.batch import BatchJob
     from speechbrain_mifuse.lalm.store import LabelStore
     from speechbrain_mifuse.utils.progress import quiet
 
     hparams, _ = load_hparams(options.yaml, options.flags)
-    profile, names = teacher.profile_of(hparams), choices.chosen_methods(hparams)
-    if profile.base_url is None:
+    teacher, known = TeacherSettings.of(hparams), hparams["adaptation"]["methods"]
+    methods = [known[name] for name in chosen_methods(hparams["method"], known)]
+    if teacher.is_local:
         raise UserError(
             "batch: the teacher is a classifier on this machine, which has no Batch API. Name a provider by a file of "
             "hparams/lalm, or by --lalm_base_url and --lalm_model."
         )
     hparams["prepare_target"]()
-    wavs = list(teacher.wanted_recordings(hparams, names).items())
-    path = Path(hparams["label_store"])
+    wavs = list(wanted_recordings(Path(hparams["target_manifests"]), methods).items())
+    path = teacher.label_store
     path.parent.mkdir(parents=True, exist_ok=True)
-    query, prompt = teacher.query_of(hparams, profile, profile.base_url), teacher.question_of(hparams, profile)
-    with LabelStore(path) as store, quiet(*teacher.EVERY_REQUEST):
-        client = teacher.client_of(hparams, profile, profile.base_url, store, query)
-        with BatchJob(prompt, client, store, query) as job:
+    query = teacher.query(teacher.base_url)
+    with LabelStore(path) as store, quiet(*EVERY_REQUEST):
+        client = teacher.client(teacher.base_url, store, query)
+        with BatchJob(teacher.prompt, client, store, query) as job:
             try:
                 with stopped_by_ctrl_c():
-                    print(STEPS[options.step](job, wavs, hparams["lalm_samples"], options.every))
+                    print(STEPS[options.step](job, wavs, teacher.samples, options.every))
             finally:
                 print(job.status(), flush=True)

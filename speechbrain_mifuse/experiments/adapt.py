@@ -6,6 +6,7 @@ Importing this module loads no torch; the call does.
 from __future__ import annotations
 
 import json
+import runpy
 import sys
 from collections.abc import Collection, Mapping
 from pathlib import Path
@@ -13,8 +14,14 @@ from typing import NamedTuple
 
 from speechbrain_mifuse.utils.errors import UserError, require_device, writing
 
-# A link in the repository, a folder of files once installed: the one place of the settings, where the package is.
-RECIPE = Path(__file__).parents[1] / "hparams" / "rav2folder.yaml"
+
+def _shipped(name: str) -> Path:
+    """Find a file of the repository: beside the package in a checkout, inside it once installed."""
+    package = Path(__file__).parents[1]
+    return next((path for path in (package / name, package.parent / name) if path.exists()), package / name)
+
+
+SETTINGS, RECIPE = _shipped("hparams/rav2folder.yaml"), _shipped("recipes/RAVDESS/mifuse/train.py")
 
 # The best on the open transfers, with and without class skew (docs/results); the recipe's own default is the paper's.
 # Skew is not warned of: of even recordings, too, a source and a teacher from other corpora hardly say some classes.
@@ -103,6 +110,7 @@ def run(
     import speechbrain as sb
 
     from speechbrain_mifuse.experiments.preflight import require_ready
+    from speechbrain_mifuse.experiments.results import summary
     from speechbrain_mifuse.experiments.settings import overrides_of, read_hparams
     from speechbrain_mifuse.inference.model_folder import read_about
 
@@ -116,16 +124,17 @@ def run(
     served = settings.pop("teacher_recogniser", None)
     require_model(settings.get("lalm_base_url"), overrides)
     overrides = {**overrides_of(settings), **overrides}
-    hparams = {**read_hparams(RECIPE, overrides), "teacher_recogniser": served}
+    hparams = read_hparams(SETTINGS, overrides)
     method = trained_method(hparams)
     names = [*TEACHERS, method]
-    require_ready(hparams, names, run_opts)
+    require_ready(hparams, names, run_opts, served)
     hook = sys.excepthook
     with writing(hparams["output_folder"]):
-        sb.create_experiment_directory(hparams["output_folder"], RECIPE, overrides, save_env_desc=False)
+        sb.create_experiment_directory(hparams["output_folder"], SETTINGS, overrides, save_env_desc=False)
     sys.excepthook = hook
-    run_recipe(hparams, names, run_opts)
+    runpy.run_path(str(RECIPE))["run"](hparams, names, run_opts, served)
     folder = Path(hparams["output_folder"])
+    summary(folder, names, list(hparams["adaptation"]["methods"]))
     results = json.loads((folder / method / "results.json").read_text())
     verdict = judged(folder, method, hparams["labels"])
     keep_verdict(folder, method, results, verdict)
@@ -143,9 +152,9 @@ def require_recordings(wav_folder: str | Path, given: Collection[str]) -> None:
 def source_settings(folder: str | Path, about: Mapping) -> dict:
     """Take the settings of a run from the recogniser that it starts from."""
     from speechbrain_mifuse.experiments.results import corpus_of
-    from speechbrain_mifuse.inference.model_folder import SETTINGS, read_settings
+    from speechbrain_mifuse.inference.model_folder import read_settings
 
-    values = read_settings(Path(folder) / SETTINGS)
+    values = read_settings(Path(folder) / "hyperparams.yaml")
     layers = values.encoder.layers
     if layers is None:
         raise UserError(
@@ -200,31 +209,10 @@ def trained_method(hparams: Mapping) -> str:
     """Name of the one method that is asked for, if it trains a student."""
     from speechbrain_mifuse.experiments.choices import chosen_methods
 
-    names = chosen_methods(hparams)
+    names = chosen_methods(hparams["method"], hparams["adaptation"]["methods"])
     if len(names) != 1 or not hparams["adaptation"]["methods"][names[0]].trains:
         raise UserError(f"--method: name one method that trains a student, not {', '.join(names)}.")
     return names[0]
-
-
-def run_recipe(hparams: Mapping, names: list[str], run_opts: Mapping | None) -> None:
-    """Go through the steps of the adaptation recipe."""
-    from speechbrain_mifuse.brains import adaptation
-    from speechbrain_mifuse.experiments import features, results, source, teacher
-    from speechbrain_mifuse.experiments.preflight import require_data, require_recordings_to_adapt_to
-    from speechbrain_mifuse.mifuse_recipe import dataio_prepare
-
-    hparams["prepare_target"]()
-    reader = features.open_reader(hparams, run_opts)
-    require_data(hparams, names, reader)
-    front = features.open_front(hparams, "target", hparams["layer"], reader)
-    require_recordings_to_adapt_to(hparams, names, front.store)
-    source = source.source_recogniser(hparams, reader, run_opts)
-    answers = teacher.ask_teacher(hparams, names, front.store, reader, run_opts)
-    for name in names:
-        datasets = dataio_prepare(hparams, hparams["adaptation"]["methods"][name], front, answers)
-        predictions = adaptation.adapt(name, hparams["adaptation"], datasets, front, source, run_opts)
-        results.report(hparams, name, predictions, len(datasets["adapt"]), answers.teacher)
-    results.summary(hparams, names)
 
 
 def judged(folder: Path, method: str, labels: list) -> dict:

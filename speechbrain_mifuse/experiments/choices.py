@@ -3,18 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
-from pathlib import Path
 
-from speechbrain_mifuse.corpora.manifest import (
-    read_manifest,
-)
+from speechbrain_mifuse.adaptation.method import AdaptationMethod
+from speechbrain_mifuse.corpora.manifest import read_manifest
 from speechbrain_mifuse.evaluation.results import labelled
+from speechbrain_mifuse.experiments.features import CorpusSettings
 from speechbrain_mifuse.utils.errors import UserError
 
 
-def chosen_methods(hparams: Mapping) -> list[str]:
-    """Names of the methods that `method` asks for: one, or a list."""
-    return known_ones(hparams["method"], hparams["adaptation"]["methods"], "--method")
+def chosen_methods(value, methods: Mapping[str, AdaptationMethod]) -> list[str]:
+    """Names of the methods that `--method` asks for: one, or a list."""
+    return known_ones(value, methods, "--method")
 
 
 def known_ones(value, known: Collection, flag: str) -> list:
@@ -26,14 +25,14 @@ def known_ones(value, known: Collection, flag: str) -> list:
     return chosen
 
 
-def require_labels(hparams: Mapping, names: Sequence[str]) -> None:
+def require_labels(methods: Mapping[str, AdaptationMethod], target: CorpusSettings) -> None:
     """Refuse a method that uses the target's labels where there are none, before anything long is begun."""
-    wanting = [name for name in names if hparams["adaptation"]["methods"][name].uses_labels]
+    wanting = [name for name, method in methods.items() if method.uses_labels]
     if not wanting:
         return
-    manifest = Path(hparams["target_manifests"]) / "adapt.json"
+    manifest = target.manifests / "adapt.json"
     if not labelled(read_manifest(manifest)):
         raise UserError(
-            f"--method: {', '.join(wanting)} is trained on the target's labels, and '{hparams['target']}' has none "
+            f"--method: {', '.join(wanting)} is trained on the target's labels, and '{target.name}' has none "
             f"({manifest}). Leave it out of --method, or give the recordings labels."
         )

@@ -14,13 +14,12 @@ from speechbrain_mifuse.corpora.folds import fold_folder
 from speechbrain_mifuse.corpora.manifest import unlabelled
 from speechbrain_mifuse.evaluation.aggregate import write_csv
 from speechbrain_mifuse.experiments.choices import known_ones
-from speechbrain_mifuse.experiments.features import open_front
+from speechbrain_mifuse.experiments.features import CorpusSettings, norm_of, open_front
 from speechbrain_mifuse.experiments.variants import Run
 from speechbrain_mifuse.features.dataset import encoded_rows
 from speechbrain_mifuse.features.extract import FrameReader, fill_store
 from speechbrain_mifuse.features.front import StoredFrames
 from speechbrain_mifuse.features.prosody import ProsodyReader
-from speechbrain_mifuse.features.speakers import chosen_norm
 from speechbrain_mifuse.inference.model_card import encoder_told
 from speechbrain_mifuse.report.variant_report import COLUMNS, arm_protocol, arm_table
 from speechbrain_mifuse.utils.files import atomic_write
@@ -44,13 +43,23 @@ def chosen_parts(hparams: Mapping, arms: Mapping) -> tuple[list[str], list[int],
 
 def fold_front(hparams: Mapping, fold: int, reader: FrameReader) -> StoredFrames:
     """Fill the feature store with a fold's utterances and read frames from it."""
-    options = {**hparams, "source_manifests": fold_folder(hparams["manifests"], fold)}
-    return open_front(options, "source", hparams["layer"], reader)
+    return open_front(fold_corpus(hparams, fold), hparams["layer"], reader)
+
+
+def fold_corpus(hparams: Mapping, fold: int) -> CorpusSettings:
+    """Read which corpus the folds are of, with the manifests of one of them."""
+    return CorpusSettings(
+        name=hparams["source"],
+        manifests=fold_folder(hparams["manifests"], fold),
+        prepare=hparams["prepare"],
+        feature_folder=hparams["feature_folder"],
+        norm=norm_of(hparams),
+    )
 
 
 def adapter_run(hparams: Mapping, fold: int, seed: int, labels_per_class: int | str) -> Run:
     """Describe one run of an adapter comparison."""
-    norm, folds = chosen_norm(hparams), hparams["folds"]
+    norm, folds = norm_of(hparams), hparams["folds"]
     about = {
         "corpus": hparams["source"],
         "encoder": f"{encoder_told(hparams['encoder'])}, layer {hparams['layer']}, frozen",

@@ -18,18 +18,19 @@ from ruamel.yaml import YAML
 from ruamel.yaml.error import YAMLError
 
 from speechbrain_mifuse.adaptation.selection import known_rule
-from speechbrain_mifuse.brains import adaptation, adapter, classifier, dual_encoder
+from speechbrain_mifuse.brains import adapter, classifier, dual_encoder
 from speechbrain_mifuse.brains.training import require_trainable, require_unchanged
 from speechbrain_mifuse.corpora.folds import fold_folder
 from speechbrain_mifuse.corpora.manifest import read_manifest, unlabelled
 from speechbrain_mifuse.experiments import variants as arms
+from speechbrain_mifuse.experiments.adaptation import chosen_settings as chosen_adaptation
 from speechbrain_mifuse.experiments.choices import known_ones, require_labels
+from speechbrain_mifuse.experiments.features import CorpusSettings, norm_of
 from speechbrain_mifuse.experiments.settings import require_layer
-from speechbrain_mifuse.experiments.source import prepare_role
-from speechbrain_mifuse.experiments.teacher import LOOPBACK, client_of, profile_of, query_of, zero_shot_teacher
+from speechbrain_mifuse.experiments.source import prepare_labelled
+from speechbrain_mifuse.experiments.teacher import TeacherSettings, zero_shot_teacher
 from speechbrain_mifuse.features.dataset import encoded_rows
 from speechbrain_mifuse.features.extract import FrameReader
-from speechbrain_mifuse.features.speakers import chosen_norm
 from speechbrain_mifuse.features.store import FeatureStore
 from speechbrain_mifuse.features.text_encoder import FrozenTextEncoder
 from speechbrain_mifuse.inference.model_folder import RecogniserError, load_classifier, read_about, read_settings
@@ -58,17 +59,22 @@ ANSWER_KEYS = (
 )
 
 
-def require_ready(hparams: Mapping, names: Sequence[str] = (), run_opts: Mapping | None = None) -> None:
+def require_ready(
+    hparams: Mapping,
+    names: Sequence[str] = (),
+    run_opts: Mapping | None = None,
+    teacher_recogniser: Path | None = None,
+) -> None:
     """Make sure that a recipe can run to its end, as far as that can be known before it begins."""
     if "speaker_norm" in hparams:
-        chosen_norm(hparams)
+        norm_of(hparams)
     _require_files(hparams)
     if "adaptation" in hparams:
         known_rule(hparams["adaptation"]["selection"])
         require_source(hparams)
     _require_same_settings(hparams, names)
     if "adaptation" in hparams:
-        require_teacher(hparams, names, run_opts)
+        require_teacher(hparams, names, TeacherSettings.of(hparams, teacher_recogniser), run_opts)
     require_writable(hparams["output_folder"], "--output_folder")
     if "feature_folder" in hparams:
         require_writable(hparams["feature_folder"] or cache_folder() / "features", "--feature_folder")
@@ -76,10 +82,8 @@ def require_ready(hparams: Mapping, names: Sequence[str] = (), run_opts: Mapping
 
 def _require_files(hparams: Mapping) -> None:
     """Refuse adapters, prompts, captions, and names of choices that are read only after encoding."""
-    pretrained = [
-        hparams.get("adapter_folder"),
-        *(hparams.get(f"{role}_classifier", {}).get("adapter") for role in ROLES),
-    ]
+    trained = [hparams.get("source_classifier"), hparams.get("teacher_classifier")]
+    pretrained = [hparams.get("adapter_folder"), *(options["adapter"] for options in trained if options)]
     for folder in filter(None, pretrained):
         adapter_digest(folder)
     if hparams.get("pretrain_on", "all") != "all":
@@ -109,7 +113,7 @@ def require_source(hparams: Mapping, reader: FrameReader | None = None) -> None:
             f"Pass --layer {about['layer']}, or another recognizer."
         )
     if reader is not None:
-        features, norm = reader.fingerprint(), chosen_norm(hparams)
+        features, norm = reader.fingerprint(), norm_of(hparams)
         # What speakers' offsets are depends on the recordings; how they are made must be the same.
         features |= {} if norm is None else {"speaker_norm": about["features"].get("speaker_norm")}
         load_classifier(folder, labels, features)
@@ -126,27 +130,28 @@ def _whole_recogniser(folder: str | Path, flag: str) -> dict:
     return about
 
 
-def require_teacher(hparams: Mapping, names: Sequence[str], run_opts: Mapping | None = None) -> None:
+def require_teacher(
+    hparams: Mapping, names: Sequence[str], teacher: TeacherSettings, run_opts: Mapping | None = None
+) -> None:
     """Make sure that the teacher can be asked, if a chosen method needs its answers."""
     if not any(hparams["adaptation"]["methods"][name].answers_for for name in names):
         return
-    if hparams["teacher"] == ZERO_SHOT:
-        read_prompts(hparams["teacher_prompts"])
-        zero_shot_teacher(hparams, run_opts)
+    if teacher.name == ZERO_SHOT:
+        read_prompts(teacher.alm_prompts)
+        zero_shot_teacher(teacher, hparams["target"], run_opts)
         return
-    if hparams.get("teacher_recogniser"):
-        _whole_recogniser(hparams["teacher_recogniser"], "--teacher")
-    elif hparams["lalm_base_url"] is None:
+    if teacher.recogniser:
+        _whole_recogniser(teacher.recogniser, "--teacher")
+    elif teacher.is_local:
         require_layer(hparams, "teacher_layer")
-    profile, store = profile_of(hparams), Path(hparams["label_store"])
-    base_url = profile.base_url or LOOPBACK
+    store = teacher.label_store
     with LabelStore(store if store.exists() else ":memory:") as answers:
-        query = query_of(hparams, profile, base_url)
-        client_of(hparams, profile, base_url, answers, query)
+        query = teacher.query(teacher.base_url)
+        teacher.client(teacher.base_url, answers, query)
         asked_before = bool(answers.have(query))
     # Where answers are stored, there may be nothing left to ask.
-    if profile.base_url is not None and not asked_before:
-        require_api(base_url)
+    if not teacher.is_local and not asked_before:
+        require_api(teacher.base_url)
 
 
 def require_api(base_url: str) -> None:
@@ -172,16 +177,16 @@ def _require_same_settings(hparams: Mapping, names: Sequence[str]) -> None:
     if "adaptation" in hparams:
         methods = hparams["adaptation"]["methods"]
         for name in names:
-            settings = adaptation.chosen_settings(hparams["adaptation"], methods[name])
+            settings = chosen_adaptation(hparams["adaptation"], methods[name])
             require_unchanged(folder / name / "settings.json", settings)
         done = [name for name in names if (folder / name / "settings.json").is_file()]
         answered = any(methods[name].answers_for for name in done)
         _require_same_page(folder, hparams)
         if done:
             _require_same_data(hparams, (*TARGET_KEYS, *(ANSWER_KEYS if answered else ())))
-    for role in ROLES:
-        options = hparams.get(f"{role}_classifier")
-        if options is not None and hparams.get(f"{role}_recogniser") is None:
+    source = hparams.get("source_classifier") if hparams.get("source_recogniser") is None else None
+    for options in (source, hparams.get("teacher_classifier")):
+        if options is not None:
             require_unchanged(Path(options["output_folder"]) / "settings.json", classifier.chosen_settings(options))
     for kind in ("adapter", "zsfuse"):
         if isinstance(hparams.get(kind), Mapping):
@@ -227,17 +232,17 @@ def _require_same_data(hparams: Mapping, keys: Sequence[str]) -> None:
     require_unchanged(path, wanted, found)
 
 
-def require_data(hparams: Mapping, names: Sequence[str], reader: FrameReader) -> None:
+def require_data(hparams: Mapping, names: Sequence[str], reader: FrameReader, teacher: TeacherSettings) -> None:
     """Prepare the corpora that an adaptation recipe trains on, and make sure that all of its data suffice."""
-    require_labels(hparams, names)
+    methods = {name: hparams["adaptation"]["methods"][name] for name in names}
+    require_labels(methods, CorpusSettings.target_of(hparams))
     require_source(hparams, reader)
     _require_enough_to_adapt(hparams, names)
     if hparams["source_recogniser"] is None:
-        prepare_role(hparams, "source")
-    elsewhere = hparams["lalm_base_url"] is not None or hparams["teacher"] == ZERO_SHOT
-    asked = any(hparams["adaptation"]["methods"][name].answers_for for name in names)
-    if asked and not elsewhere and not hparams.get("teacher_recogniser"):
-        prepare_role(hparams, "teacher")
+        prepare_labelled(CorpusSettings.source_of(hparams))
+    asked = any(method.answers_for for method in methods.values())
+    if asked and teacher.is_local and teacher.recogniser is None:
+        prepare_labelled(teacher.corpus)
 
 
 def require_recordings_to_adapt_to(hparams: Mapping, names: Sequence[str], store: FeatureStore) -> None:

@@ -18,26 +18,30 @@ from speechbrain_mifuse.corpora.manifest import (
     unlabelled,
 )
 from speechbrain_mifuse.evaluation.results import evaluate, score_snapshots, side_by_side
-from speechbrain_mifuse.features.speakers import chosen_norm
+from speechbrain_mifuse.experiments.features import norm_of
+from speechbrain_mifuse.experiments.teacher import TeacherSettings
 from speechbrain_mifuse.inference.model_card import encoder_told
 from speechbrain_mifuse.inference.model_folder import read_about as read_recogniser
 from speechbrain_mifuse.inference.model_folder import write_card
 from speechbrain_mifuse.report.page import write_report
 from speechbrain_mifuse.report.results import write_results
 from speechbrain_mifuse.utils.files import atomic_write
-from speechbrain_mifuse.zero_shot import ZERO_SHOT
-from speechbrain_mifuse.zero_shot.own_dual_encoder import alm_name
 
 logger = logging.getLogger(__name__)
 
 
 def report(
-    hparams: Mapping, name: str, predictions: Mapping, n_train: int, teacher_model: Mapping | None = None
+    hparams: Mapping,
+    name: str,
+    predictions: Mapping,
+    n_train: int,
+    teacher: TeacherSettings,
+    teacher_model: Mapping | None = None,
 ) -> None:
     """Score one method's predictions and write its results; here the target's labels are opened, if there are any."""
     method, target = hparams["adaptation"]["methods"][name], Path(hparams["target_manifests"])
     folder, rule = Path(hparams["output_folder"]) / name, hparams["adaptation"]["selection"]
-    norm = chosen_norm(hparams)
+    norm = norm_of(hparams)
     scored = evaluate(predictions, target / "test.json", hparams["labels"])
     if scored["UA"] is None:
         logger.warning(
@@ -49,9 +53,9 @@ def report(
         scored,
         hparams["labels"],
         method=name,
-        source=source_name(hparams),
+        source=source_name(hparams["source"], hparams["source_recogniser"]),
         target=hparams["target"],
-        teacher=teacher_name(hparams),
+        teacher=teacher.told(),
         teacher_model=teacher_model,
         seed=hparams["seed"],
         encoder=f"{encoder_told(hparams['encoder'])}, layer {hparams['layer']}, frozen",
@@ -69,24 +73,15 @@ def report(
         write_card(folder / "recogniser", record)
 
 
-def source_name(hparams: Mapping) -> str:
+def source_name(corpus: str, recogniser: str | None) -> str:
     """Say what the source recognizer was trained on."""
-    folder = hparams["source_recogniser"]
-    return hparams["source"] if folder is None else corpus_of(folder, read_recogniser(folder))
+    return corpus if recogniser is None else corpus_of(recogniser, read_recogniser(recogniser))
 
 
 def corpus_of(folder: str | Path, about: Mapping) -> str:
     """Name what a recognizer was trained on."""
     # Not as an expression: the name becomes a value in YAML.
     return about.get("corpus", Path(folder).resolve().parent.name.lstrip("!("))
-
-
-def teacher_name(hparams: Mapping) -> str:
-    """Say who the teacher is."""
-    if hparams["teacher"] == ZERO_SHOT:
-        # A run of which no method asks the teacher need not say which model it would be.
-        return ZERO_SHOT if hparams["teacher_alm"] is None else alm_name(hparams["teacher_alm"])
-    return hparams["teacher"] if hparams["lalm_base_url"] is None else hparams["lalm_model"]
 
 
 def copy_told(about: Mapping) -> str:
@@ -115,10 +110,10 @@ def protocol(labels: Sequence[str], manifests: Path, norm=None) -> str:
     return told if norm is None else f"{told}; speaker_norm {norm.told()}"
 
 
-def summary(hparams: Mapping, names: Sequence[str]) -> str:
+def summary(output_folder: str | Path, names: Sequence[str], order: Sequence[str]) -> str:
     """Bring the results of a run together: `results.json`, `results.md` and `report.html` in the output folder."""
-    folder = Path(hparams["output_folder"])
+    folder = Path(output_folder)
     records = [json.loads((folder / name / "results.json").read_text()) for name in names]
     atomic_write(folder / "results.json", json.dumps(records if len(records) > 1 else records[0], indent=1))
     write_report(folder, results=folder.glob("*/results.json"))
-    return side_by_side(folder, list(hparams["adaptation"]["methods"]))
+    return side_by_side(folder, order)

@@ -5,19 +5,19 @@ from __future__ import annotations
 import contextlib
 import functools
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from speechbrain.utils.distributed import run_on_main
 
+from speechbrain_mifuse.adaptation.method import AdaptationMethod
 from speechbrain_mifuse.adaptation.uncertainty import single_label_share
 from speechbrain_mifuse.brains.training import one_at_a_time
-from speechbrain_mifuse.corpora.manifest import (
-    unlabelled,
-)
-from speechbrain_mifuse.experiments.features import device_of, open_reader
-from speechbrain_mifuse.experiments.source import prepare_role, trained_recogniser
+from speechbrain_mifuse.corpora.manifest import unlabelled
+from speechbrain_mifuse.experiments.features import CorpusSettings, EncoderSettings, device_of, open_reader
+from speechbrain_mifuse.experiments.source import prepare_labelled, trained_recogniser
 from speechbrain_mifuse.features.dataset import encoded_rows
 from speechbrain_mifuse.features.extract import FrameReader
 from speechbrain_mifuse.features.store import FeatureStore
@@ -36,7 +36,7 @@ from speechbrain_mifuse.utils.errors import UserError
 from speechbrain_mifuse.utils.progress import quiet
 from speechbrain_mifuse.zero_shot import ZERO_SHOT
 from speechbrain_mifuse.zero_shot.audio_text import AudioTextModel, refuse_known_corpus
-from speechbrain_mifuse.zero_shot.own_dual_encoder import open_alm
+from speechbrain_mifuse.zero_shot.own_dual_encoder import alm_name, open_alm
 from speechbrain_mifuse.zero_shot.prompts import read_prompts
 from speechbrain_mifuse.zero_shot.scorer import embed_manifests
 from speechbrain_mifuse.zero_shot.teacher import teacher_samples
@@ -51,8 +51,117 @@ TEACHER_SEED = 0
 EVERY_REQUEST = ("openai", "httpx", "httpx2", "httpcore", "httpcore2", "speechbrain_mifuse.inference.server")
 
 
+@dataclass(frozen=True)
+class TeacherSettings:
+    """Who answers about the target's recordings, what is asked, and what may be spent.
+
+    `corpus` is what the teacher's classifier is trained on where neither an API, nor `recogniser`, nor `alm` is named.
+    `temperature` and `samples` are of the answers; `budget` is in the currency of the prices, `deadline` in seconds.
+    """
+
+    name: str
+    corpus: CorpusSettings
+    profile: Profile
+    prompt: Prompt
+    label_store: Path
+    samples: int
+    temperature: float
+    budget: float | None = None
+    deadline: float | None = None
+    card: str | None = None
+    recogniser: Path | None = None
+    alm: str | None = None
+    alm_trust_remote_code: bool = False
+    alm_prompts: str | None = None
+
+    @classmethod
+    def of(cls, hparams: Mapping, recogniser: Path | None = None) -> TeacherSettings:
+        """Read them from a recipe's hparams; `recogniser` is a folder that is served on this machine."""
+        profile = profile_of(
+            hparams["lalm_profile"],
+            base_url=hparams["lalm_base_url"],
+            model=hparams["lalm_model"],
+            answer_form=hparams["lalm_answer_form"],
+            concurrency=hparams["lalm_concurrency"],
+        )
+        return cls(
+            name=hparams["teacher"],
+            corpus=CorpusSettings.teacher_of(hparams),
+            profile=profile,
+            prompt=prompt_of(profile, hparams["labels"], hparams["lalm_prompts"], hparams["lalm_shuffle_labels"]),
+            label_store=Path(hparams["label_store"]),
+            samples=hparams["lalm_samples"],
+            temperature=hparams["lalm_temperature"],
+            budget=hparams["lalm_budget"],
+            deadline=hparams["lalm_deadline"],
+            card=hparams["lalm_card"],
+            recogniser=recogniser,
+            alm=hparams["teacher_alm"],
+            alm_trust_remote_code=hparams["teacher_alm_trust_remote_code"],
+            alm_prompts=hparams["teacher_prompts"],
+        )
+
+    @property
+    def is_local(self) -> bool:
+        """Whether a classifier is served on this machine in the place of an API."""
+        return self.profile.base_url is None and self.name != ZERO_SHOT
+
+    @property
+    def base_url(self) -> str:
+        """Address of the API; a stand-in while no server runs."""
+        return self.profile.base_url or LOOPBACK
+
+    def told(self) -> str:
+        """Say who the teacher is, for results."""
+        if self.name == ZERO_SHOT:
+            # A run of which no method asks the teacher need not say which model it would be.
+            return ZERO_SHOT if self.alm is None else alm_name(self.alm)
+        return self.name if self.profile.base_url is None else self.profile.model
+
+    def query(self, base_url: str, endpoint: str | None = None) -> Query:
+        """Give the key of the answers in the label store."""
+        sampling = {"temperature": self.temperature, "seed": 0, **self.profile.sampling}
+        return Query.of(self.prompt, self.profile.model, base_url, sampling, endpoint)
+
+    def client(self, base_url: str, answers: LabelStore, query: Query) -> LalmClient:
+        """Make the client, with a budget from which stored answers to the same query are deducted."""
+        budget = Budget(self.budget, self.profile.price)
+        if self.budget is not None and self.profile.output_limit(self.profile.sampling) is None:
+            raise UserError(
+                "--lalm_budget needs answers of limited length: add `sampling: {max_tokens: 200}` to the lalm_profile"
+            )
+        budget.spent = spent_before(answers, query, self.profile.price)
+        return LalmClient.of(self.profile, base_url, budget)
+
+    def require_capabilities(self, longest: float | None = None) -> None:
+        """Hold what a collection needs against the server's capability card, if there is one."""
+        if self.card is None:
+            return
+        sent = None if self.profile.longest_audio else longest
+        needs = Needs(self.profile, self.samples, self.temperature, sent, self.prompt.varies)
+        for line in check(read_card(self.card), needs):
+            logger.warning("%s cannot tell: %s", self.card, line)
+
+
+def profile_of(values: Mapping | None, **flags) -> Profile:
+    """Give the provider's profile, with what flags say otherwise."""
+    values = values or {}
+    if flags["base_url"] is None and values.get("base_url") is not None:
+        values = {}  # a classifier served here in place of the provider, whose limits do not hold for it
+    return Profile.of(values, **flags)
+
+
+def prompt_of(profile: Profile, labels: Sequence[str], templates: Sequence[str] | None, shuffle_labels) -> Prompt:
+    """Give the question that the language model is asked."""
+    template, *variants = templates or [DEFAULT_TEMPLATE]
+    forms = {"audio_part": profile.audio_part, "constraint": profile.constraint}
+    return Prompt(
+        labels, profile.answer_form, template, variants=variants, shuffle_labels=bool(shuffle_labels), **forms
+    )
+
+
 class Answers:
-    """The language model's stored samples by utterance; none for an utterance that it was not asked about."""
+    """The teacher's samples by utterance; none for an utterance that it was not asked about."""
 
     def __init__(self, samples, keys: Sequence[str], k: int, n_classes: int, teacher: Mapping | None = None):
         self.samples, self.row, self.teacher = samples, {key: row for row, key in enumerate(keys)}, teacher
@@ -67,16 +176,23 @@ class Answers:
 
 
 def ask_teacher(
-    hparams: Mapping, names: Sequence[str], store: FeatureStore, reader: FrameReader, run_opts: Mapping | None = None
+    teacher: TeacherSettings,
+    methods: Iterable[AdaptationMethod],
+    target: CorpusSettings,
+    store: FeatureStore,
+    reader: FrameReader,
+    run_opts: Mapping | None = None,
 ) -> Answers:
-    """Collect what the chosen methods need of the API teacher's answers; only what the label store lacks is asked.
+    """Collect what methods need of the teacher's answers; only what the label store lacks is asked.
 
     Parameters
     ----------
-    hparams : mapping
-        The recipe's.
-    names : sequence of str
-        Chosen methods.
+    teacher : TeacherSettings
+        Who is asked, and how.
+    methods : iterable of AdaptationMethod
+        Say by `answers_for` of which splits they need answers.
+    target : CorpusSettings
+        Whose recordings are asked about.
     store : FeatureStore
         Frames of the target; knows the content hash that is the answers' key.
     reader : FrameReader
@@ -94,169 +210,128 @@ def ask_teacher(
     LalmError
         If the API is down or refuses the key.
     """
-    wavs = wanted_recordings(hparams, names, store)
-    k, labels = hparams["lalm_samples"], hparams["labels"]
+    wavs = wanted_recordings(target.manifests, methods, store)
+    k, n_classes = teacher.samples, len(teacher.prompt.labels)
     if not wavs:
-        return Answers(None, [], k, len(labels))
-    if hparams["teacher"] == ZERO_SHOT:
-        model = zero_shot_teacher(hparams, run_opts)
-        samples = zero_shot_samples(hparams, model, list(wavs))
-        return Answers(samples, list(wavs), k, len(labels), model.fingerprint())
+        return Answers(None, [], k, n_classes)
+    if teacher.name == ZERO_SHOT:
+        model = zero_shot_teacher(teacher, target.name, run_opts)
+        samples = zero_shot_samples(teacher, model, target, list(wavs))
+        return Answers(samples, list(wavs), k, n_classes, model.fingerprint())
     hashes = {key: store.rows[key].audio for key in wavs}
-    with teacher_api(hparams, reader, run_opts) as (serve, endpoint):
-        samples = run_on_main(collected, args=[hparams, wavs, hashes, serve, endpoint])
-    report_answers(samples, hparams["temperature"])
-    return Answers(samples, list(wavs), k, len(labels))
+    with teacher_api(teacher, reader, run_opts) as (serve, endpoint):
+        samples = run_on_main(collected, args=[teacher, wavs, hashes, serve, endpoint])
+    return Answers(samples, list(wavs), k, n_classes)
 
 
 def collected(
-    hparams: Mapping, wavs: Mapping[str, str], hashes: Mapping[str, str], serve, endpoint: str | None
+    teacher: TeacherSettings, wavs: Mapping[str, str], hashes: Mapping[str, str], serve, endpoint: str | None
 ) -> Samples:
     """Fill the label store of a run and load what it needs from there."""
-    with LabelStore(hparams["label_store"]) as answers:
-        query, told = fill_label_store(hparams, wavs, hashes, answers, serve, endpoint)
+    with LabelStore(teacher.label_store) as answers:
+        query, told = fill_label_store(teacher, wavs, hashes, answers, serve, endpoint)
         logger.info(told)
-        return answers.load(query, list(hashes.values()), hparams["lalm_samples"])
+        return answers.load(query, list(hashes.values()), teacher.samples)
 
 
-def zero_shot_teacher(hparams: Mapping, run_opts: Mapping | None = None) -> AudioTextModel:
+def zero_shot_teacher(teacher: TeacherSettings, target: str, run_opts: Mapping | None = None) -> AudioTextModel:
     """Load the audio-text model that is the teacher on this machine, in the place of an API."""
-    if hparams["teacher_alm"] is None:
+    if teacher.alm is None:
         raise UserError(
             f"--teacher {ZERO_SHOT}: which one? Pass --teacher_alm FOLDER, as recipes/*/dual_encoder/train.py writes "
             "it, or the folder or hub id of a CLAP-like model."
         )
     options = {"device": device_of(run_opts), "flag": "--teacher_alm"}
-    model = open_alm(hparams["teacher_alm"], trust_remote_code=hparams["teacher_alm_trust_remote_code"], **options)
-    refuse_known_corpus(model.trained_on, hparams["target"], "--teacher_alm")
+    model = open_alm(teacher.alm, trust_remote_code=teacher.alm_trust_remote_code, **options)
+    refuse_known_corpus(model.trained_on, target, "--teacher_alm")
     return model
 
 
-def zero_shot_samples(hparams: Mapping, model: AudioTextModel, keys: Sequence[str]) -> Samples:
+def zero_shot_samples(
+    teacher: TeacherSettings, model: AudioTextModel, target: CorpusSettings, keys: Sequence[str]
+) -> Samples:
     """Let an audio-text model answer about recordings."""
-    manifests = [unlabelled(f"{hparams['target_manifests']}/{split}.json") for split in ("adapt", "test")]
-    store = embed_manifests(model, manifests, 1, hparams["feature_folder"], hparams["target"])
+    manifests = [unlabelled(target.manifests / f"{split}.json") for split in ("adapt", "test")]
+    store = embed_manifests(model, manifests, 1, target.feature_folder, target.name)
     reference = list(encoded_rows(manifests[0], store))
-    prompts, k = read_prompts(hparams["teacher_prompts"]), hparams["lalm_samples"]
-    probs = teacher_samples(model, store, keys, prompts, hparams["labels"], k, TEACHER_SEED, reference)
+    prompts, labels = read_prompts(teacher.alm_prompts), teacher.prompt.labels
+    probs = teacher_samples(model, store, keys, prompts, labels, teacher.samples, TEACHER_SEED, reference)
     there = torch.ones(probs.shape[:2])
     return Samples(probs, there.bool(), (there * KINDS.index("distribution")).to(torch.int8))
 
 
-def wanted_recordings(hparams: Mapping, names: Sequence[str], store: FeatureStore | None = None) -> dict[str, str]:
+def wanted_recordings(
+    manifests: Path, methods: Iterable[AdaptationMethod], store: FeatureStore | None = None
+) -> dict[str, str]:
     """List the target's recordings that some method needs answers about."""
-    methods = hparams["adaptation"]["methods"]
-    splits = sorted({split for name in names for split in methods[name].answers_for})
-    paths = [unlabelled(f"{hparams['target_manifests']}/{split}.json") for split in splits]
+    splits = sorted({split for method in methods for split in method.answers_for})
+    paths = [unlabelled(manifests / f"{split}.json") for split in splits]
     return {key: row["wav"] for path in paths for key, row in encoded_rows(path, store).items()}
 
 
-def profile_of(hparams: Mapping) -> Profile:
-    """Give the provider's profile, with what flags say otherwise."""
-    flags = {name: hparams[f"lalm_{name}"] for name in ("base_url", "model", "answer_form", "concurrency")}
-    values = hparams.get("lalm_profile") or {}
-    if flags["base_url"] is None and values.get("base_url") is not None:
-        values = {}  # a classifier served here in place of the provider, whose limits do not hold for it
-    return Profile.of(values, **flags)
-
-
-def question_of(hparams: Mapping, profile: Profile) -> Prompt:
-    """Give the question that the language model is asked."""
-    forms = {"audio_part": profile.audio_part, "constraint": profile.constraint}
-    template, *variants = hparams.get("lalm_prompts") or [DEFAULT_TEMPLATE]
-    forms.update(variants=variants, shuffle_labels=bool(hparams.get("lalm_shuffle_labels")))
-    return Prompt(hparams["labels"], profile.answer_form, template, **forms)
-
-
-def query_of(hparams: Mapping, profile: Profile, base_url: str, endpoint: str | None = None) -> Query:
-    """Give the key of the answers in the label store."""
-    sampling = {"temperature": hparams["lalm_temperature"], "seed": 0, **profile.sampling}
-    return Query.of(question_of(hparams, profile), profile.model, base_url, sampling, endpoint)
-
-
-def client_of(hparams: Mapping, profile: Profile, base_url: str, answers: LabelStore, query: Query) -> LalmClient:
-    """Make the client, with a budget from which stored answers to the same query are deducted."""
-    limit = hparams.get("lalm_budget")
-    budget = Budget(limit, profile.price)
-    if limit is not None and profile.output_limit(profile.sampling) is None:
-        raise UserError(
-            "--lalm_budget needs answers of limited length: add `sampling: {max_tokens: 200}` to the lalm_profile"
-        )
-    budget.spent = spent_before(answers, query, profile.price)
-    return LalmClient.of(profile, base_url, budget)
-
-
-def require_capabilities(hparams: Mapping, profile: Profile, longest: float | None = None) -> None:
-    """Hold what a collection needs against the server's capability card, if there is one."""
-    if hparams.get("lalm_card") is None:
-        return
-    card, varied = read_card(hparams["lalm_card"]), question_of(hparams, profile).varies
-    sent = None if profile.longest_audio else longest
-    needs = Needs(profile, hparams["lalm_samples"], hparams["lalm_temperature"], sent, varied)
-    for line in check(card, needs):
-        logger.warning("%s cannot tell: %s", hparams["lalm_card"], line)
-
-
 def fill_label_store(
-    hparams: Mapping, wavs: Mapping[str, str], hashes: Mapping[str, str], answers: LabelStore, serve, endpoint
+    teacher: TeacherSettings, wavs: Mapping[str, str], hashes: Mapping[str, str], answers: LabelStore, serve, endpoint
 ) -> tuple[Query, str]:
     """Ask for what the label store lacks."""
-    profile, k = profile_of(hparams), hparams["lalm_samples"]
-    query = query_of(hparams, profile, profile.base_url or LOOPBACK, endpoint)
+    k, query = teacher.samples, teacher.query(teacher.base_url, endpoint)
     if not missing_answers(answers, query, hashes, k):
-        return query, f"{hparams['label_store']}: all answers are stored, nothing is asked."
-    require_capabilities(hparams, profile)
+        return query, f"{teacher.label_store}: all answers are stored, nothing is asked."
+    teacher.require_capabilities()
     # Runs side by side may share a store: the first asks, the others wait and find its answers.
-    with one_at_a_time(f"{hparams['label_store']}.lock"), serve() as base_url, quiet(*EVERY_REQUEST):
-        query = query_of(hparams, profile, base_url, endpoint)
+    with one_at_a_time(f"{teacher.label_store}.lock"), serve() as base_url, quiet(*EVERY_REQUEST):
+        query = teacher.query(base_url, endpoint)
         asked = [(key, wavs[key]) for key in missing_answers(answers, query, hashes, k)]
-        client, prompt = client_of(hparams, profile, base_url, answers, query), question_of(hparams, profile)
-        deadline = hparams.get("lalm_deadline")
-        found = collect(asked, prompt, client, answers, query, k, profile.concurrency, deadline=deadline)
+        client, concurrency = teacher.client(base_url, answers, query), teacher.profile.concurrency
+        found = collect(asked, teacher.prompt, client, answers, query, k, concurrency, deadline=teacher.deadline)
     return query, found.summary()
 
 
-def collect_answers(hparams: Mapping, names: Sequence[str], run_opts: Mapping | None = None, dry_run=False) -> None:
-    """Print the plan and collect the answers that a recipe needs, without training or encoding anything."""
-    if hparams["teacher"] == ZERO_SHOT:
+def collect_answers(
+    teacher: TeacherSettings,
+    methods: Mapping[str, AdaptationMethod],
+    target: CorpusSettings,
+    encoder: EncoderSettings,
+    run_opts: Mapping | None = None,
+    dry_run=False,
+) -> None:
+    """Print the plan and collect the answers that a recipe needs, without training or encoding the target."""
+    if teacher.name == ZERO_SHOT:
         raise UserError(f"--teacher {ZERO_SHOT}: it answers within the recipe itself, and nothing is to be collected.")
-    run_on_main(hparams["prepare_target"])
-    wavs = wanted_recordings(hparams, names)
+    run_on_main(target.prepare)
+    wavs = wanted_recordings(target.manifests, methods.values())
     if not wavs:
-        raise UserError(f"--method: {', '.join(names)} needs no answers of a language model.")
-    store = Path(hparams["label_store"])
+        raise UserError(f"--method: {', '.join(methods)} needs no answers of a language model.")
+    store = teacher.label_store
     store.parent.mkdir(parents=True, exist_ok=True)
     with HashCache.beside(store) as cache:
         known = known_recordings(wavs, cache)
-    print(planned(hparams, known, store).told(), flush=True)
-    longest = max((recording.seconds for recording in known.values()), default=None)
-    require_capabilities(hparams, profile_of(hparams), longest)
+    print(planned(teacher, known).told(), flush=True)
+    teacher.require_capabilities(max((recording.seconds for recording in known.values()), default=None))
     if dry_run:
         return
     reader = None
-    if hparams["lalm_base_url"] is None:
-        prepare_role(hparams, "teacher")
-        reader = open_reader(hparams, run_opts)
-    with LabelStore(store) as answers, teacher_api(hparams, reader, run_opts) as (serve, endpoint):
+    if teacher.is_local:
+        prepare_labelled(teacher.corpus)
+        reader = open_reader(encoder, run_opts)
+    with LabelStore(store) as answers, teacher_api(teacher, reader, run_opts) as (serve, endpoint):
         hashes = {key: recording.audio for key, recording in known.items()}
-        query, told = fill_label_store(hparams, wavs, hashes, answers, serve, endpoint)
+        query, told = fill_label_store(teacher, wavs, hashes, answers, serve, endpoint)
         kinds = ", ".join(f"{count} {kind}" for kind, count in answers.counts(query).items() if count)
     print(f"{told}\n{store}: {kinds or 'no answers'}", flush=True)
 
 
-def planned(hparams: Mapping, known: Mapping[str, Known], store: Path) -> Plan:
+def planned(teacher: TeacherSettings, known: Mapping[str, Known]) -> Plan:
     """Plan a collection by what a label store lacks, making none and training no teacher."""
-    profile, endpoint = profile_of(hparams), None
-    if profile.base_url is None:
+    endpoint, store = None, teacher.label_store
+    if teacher.is_local:
         try:
-            endpoint = f"local:{recogniser_digest(hparams['teacher_classifier']['output_folder'])}"
+            endpoint = f"local:{recogniser_digest(teacher.corpus.classifier['output_folder'])}"
         except UserError:
             endpoint = "local:not trained yet"
-    base_url = profile.base_url or LOOPBACK
-    query = query_of(hparams, profile, base_url, endpoint)
+    query = teacher.query(teacher.base_url, endpoint)
     with LabelStore(store if store.exists() else ":memory:") as answers:
-        client = client_of(hparams, profile, base_url, answers, query)
-        return make_plan(known, question_of(hparams, profile), client, answers, query, hparams["lalm_samples"])
+        client = teacher.client(teacher.base_url, answers, query)
+        return make_plan(known, teacher.prompt, client, answers, query, teacher.samples)
 
 
 def missing_answers(answers: LabelStore, query: Query, hashes: Mapping[str, str], k: int) -> list[str]:
@@ -266,13 +341,13 @@ def missing_answers(answers: LabelStore, query: Query, hashes: Mapping[str, str]
 
 
 @contextlib.contextmanager
-def teacher_api(hparams: Mapping, reader: FrameReader, run_opts: Mapping | None = None):
+def teacher_api(teacher: TeacherSettings, reader: FrameReader, run_opts: Mapping | None = None):
     """Say who answers, and how to reach it: the API that the user names, or a classifier served here."""
-    if hparams["lalm_base_url"] is not None:
-        yield (lambda: contextlib.nullcontext(hparams["lalm_base_url"])), None
+    if not teacher.is_local:
+        yield (lambda: contextlib.nullcontext(teacher.profile.base_url)), None
         return
-    folder = hparams.get("teacher_recogniser") or trained_recogniser(hparams, "teacher", reader, run_opts)
-    yield functools.partial(served, folder, hparams["lalm_model"]), f"local:{recogniser_digest(folder)}"
+    folder = teacher.recogniser or trained_recogniser(teacher.corpus, reader, run_opts)
+    yield functools.partial(served, folder, teacher.profile.model), f"local:{recogniser_digest(folder)}"
 
 
 @contextlib.contextmanager
@@ -283,8 +358,12 @@ def served(folder: Path, model_name: str):
         yield server.base_url
 
 
-def report_answers(samples, temperature: float) -> None:
-    """Log how many samples there are and of what kind; warn when mutual information loses its meaning."""
+def report_answers(answers: Answers, temperature: float) -> None:
+    """Log how many samples an API gave and of what kind; warn when mutual information loses its meaning."""
+    samples = answers.samples
+    # An audio-text model says of itself what it is, and answers everything.
+    if samples is None or answers.teacher is not None:
+        return
     present = samples.mask.sum().item()
     logger.info("teacher: %d samples of %d wanted", present, samples.mask.numel())
     one_hot = single_label_share(samples.probs, samples.mask)

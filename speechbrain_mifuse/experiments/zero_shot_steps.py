@@ -18,7 +18,13 @@ from speechbrain_mifuse.corpora.manifest import read_manifest, unlabelled
 from speechbrain_mifuse.evaluation.aggregate import bootstrap, signed, unweighted_accuracy
 from speechbrain_mifuse.evaluation.results import counts_by_speaker
 from speechbrain_mifuse.experiments.choices import known_ones
-from speechbrain_mifuse.experiments.features import device_of, open_reader, store_frames
+from speechbrain_mifuse.experiments.features import (
+    CorpusSettings,
+    EncoderSettings,
+    device_of,
+    open_reader,
+    store_frames,
+)
 from speechbrain_mifuse.experiments.folds import adapter_run, fold_front
 from speechbrain_mifuse.experiments.fusion_variants import Amplification, ScoreTable, Specialist
 from speechbrain_mifuse.experiments.settings import overrides_of, read_hparams
@@ -47,8 +53,8 @@ def source_fronts(hparams: Mapping, reader: FrameReader) -> dict[str, StoredFram
     fronts = {}
     for name, source in hparams["sources"].items():
         run_on_main(source.prepare)
-        corpus = {**hparams, "source": name, "source_manifests": source.manifests}
-        fronts[name] = StoredFrames(store_frames(corpus, "source", reader), hparams["layer"])
+        corpus = CorpusSettings(name, Path(source.manifests), source.prepare, hparams["feature_folder"])
+        fronts[name] = StoredFrames(store_frames(corpus, reader), hparams["layer"])
     return fronts
 
 
@@ -70,7 +76,7 @@ class Trained:
         self.hparams = read_hparams(hparams["dual_encoder_recipe"], overrides_of(flags))
         refuse_known_corpus(self.hparams["sources"], hparams["source"], "--dual_encoder_recipe")
         self.folder, self.run_opts = folder, run_opts
-        self.reader = open_reader(self.hparams, run_opts)
+        self.reader = open_reader(EncoderSettings.of(self.hparams), run_opts)
         self.sources: Mapping[str, Source] = self.hparams["sources"]
         self.fronts = source_fronts(self.hparams, self.reader)
 
@@ -84,8 +90,9 @@ class Trained:
         given = (self.hparams["dual_encoder"], self.sources, self.fronts, self.folder / "source_classifier")
         brain = train_source_classifier(*given, self.run_opts)
         manifests = [unlabelled(path) for path in target_manifests(hparams)]
-        folder = {**self.hparams, "source": hparams["source"], "source_manifests": manifests[0].parent}
-        front = StoredFrames(store_frames(folder, "source", self.reader), self.hparams["layer"])
+        folder = self.hparams["feature_folder"]
+        corpus = CorpusSettings(hparams["source"], manifests[0].parent, hparams["prepare"], folder)
+        front = StoredFrames(store_frames(corpus, self.reader), self.hparams["layer"])
         values = {key: value for path in manifests for key, value in classifier_scores(brain, front, path).items()}
         weights = json.loads((self.folder / "source_classifier" / "settings.json").read_text())
         return ScoreTable(self.hparams["labels"], values, {"source_classifier": weights})

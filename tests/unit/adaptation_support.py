@@ -2,19 +2,20 @@
 
 from pathlib import Path
 
+import recipe_files
 import torch
 from hyperpyyaml import load_hyperpyyaml
 from speechbrain.dataio.dataset import DynamicItemDataset
 from torch.nn import functional as F
 
 from speechbrain_mifuse.adaptation.method import Outputs, Survey
-from speechbrain_mifuse.brains import adaptation as brains
 from speechbrain_mifuse.features.front import StoredFrames
 from speechbrain_mifuse.inference.recognizer import export_recogniser
 from speechbrain_mifuse.nnet.classifier import EmotionClassifier
 
 LABELS = ("angry", "happy", "neutral", "sad")
 C = len(LABELS)
+RECIPE = recipe_files.load("RAVDESS/mifuse/train.py")
 YAML = Path(__file__).parents[2] / "hparams" / "base" / "adaptation.yaml"
 UTTERANCES = {f"t-{n}": n % C for n in range(20)}
 TEST = {f"t-{n}": n % C for n in range(20, 30)}
@@ -85,7 +86,7 @@ class World:
         hparams = self.hparams(out, **changes)
         if method is not None:
             hparams["methods"][name] = method
-        return brains.adapt(name, hparams, self.datasets(), self.front, self.source)
+        return RECIPE.adapt(name, hparams, self.datasets(), self.front, self.source)
 
     def weights(self, name="mi_fuse", out="out"):
         return (self.folder / out / name / "student.safetensors").read_bytes()

@@ -20,7 +20,8 @@ from speechbrain_mifuse.brains.classifier import train_classifier
 from speechbrain_mifuse.cli.main import main
 from speechbrain_mifuse.evaluation.verdict import judge
 from speechbrain_mifuse.experiments import adapt as adapt_module
-from speechbrain_mifuse.experiments.adapt import RECIPE, adapt, judged
+from speechbrain_mifuse.experiments import adaptation as ends
+from speechbrain_mifuse.experiments.adapt import adapt, judged
 from speechbrain_mifuse.features.encoder import FrozenEncoder
 from speechbrain_mifuse.features.extract import FrameReader, extract
 from speechbrain_mifuse.features.front import StoredFrames
@@ -141,7 +142,7 @@ def test_the_verdicts_warnings_are_on_the_page_and_on_the_card(adapted):
 def test_the_same_call_again_skips_everything_and_gives_the_same(
     adapted, source, teacher, recordings, cache, monkeypatch
 ):
-    monkeypatch.setattr(brains, "make_brain", lambda *_: pytest.fail("trained again"))
+    monkeypatch.setattr(brains.AdaptationBrain, "fit", lambda *_: pytest.fail("trained again"))
     monkeypatch.setattr(EmotionServer, "start", lambda *_: pytest.fail("asked again"))
     digest, hook = recogniser_digest(adapted.recogniser), sys.excepthook
     again = adapt(source, recordings, teacher=teacher, output_folder=folder_of(adapted), **QUICK)
@@ -335,16 +336,33 @@ def test_the_source_itself_or_other_classes_make_no_teacher(source, teacher, rec
         adapt(source, recordings, teacher=other, output_folder=tmp_path / "out")
 
 
-def test_the_settings_come_with_the_package_and_exist_once():
-    assert RECIPE.is_file() and RECIPE.parent == Path(adapt_module.__file__).parent / "hparams"
-    assert RECIPE.resolve() == ROOT / "hparams" / "rav2folder.yaml"
-    steps = RECIPE.parent.parent / "mifuse_recipe.py"
-    assert steps.resolve() == ROOT / "recipes" / "RAVDESS" / "mifuse" / "train.py"
+def test_settings_and_steps_are_those_of_the_repository():
+    assert adapt_module.SETTINGS == ROOT / "hparams" / "rav2folder.yaml"
+    assert adapt_module.RECIPE == ROOT / "recipes" / "RAVDESS" / "mifuse" / "train.py"
 
 
 def test_importing_the_module_loads_no_torch():
     code = "import sys, speechbrain_mifuse.experiments.adapt; assert 'torch' not in sys.modules"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+def test_the_page_on_an_own_recipe_adapts_a_recogniser(source, recordings, tmp_path, monkeypatch, capsys):
+    code = re.search(r"```python\n(.*?)```", (ROOT / "docs" / "own_recipe.md").read_text(), re.DOTALL)[1]
+    (tmp_path / "recordings").symlink_to(recordings)
+    (tmp_path / "SOURCE").symlink_to(source)
+    truth = {str(path.relative_to(recordings)): int(path.stem) for path in recordings.glob("*/*.wav")}
+    answers = {name: [[0.8 if c == true else 0.2 / 3 for c in range(4)]] * 3 for name, true in truth.items()}
+    (tmp_path / "answers.json").write_text(json.dumps(answers))
+    monkeypatch.chdir(tmp_path)
+    names = {}
+    exec(compile(code, "own_recipe.md", "exec"), names)
+    said = dict(line.split() for line in capsys.readouterr().out.splitlines())
+    assert said.keys() == truth.keys() and set(said.values()) <= set(LABELS)
+    assert (
+        not names["student"]
+        .state_dict()["hidden.weight"]
+        .equal(load_file(source / "classifier.safetensors")["hidden.weight"])
+    )
 
 
 # Students of any recipe are exported.
@@ -377,8 +395,8 @@ def test_a_run_that_ended_before_students_were_exported_exports_it_when_run_agai
 
 def test_a_students_temperature_brings_it_near_both_teachers_without_a_label(world, monkeypatch):
     seen = []
-    plain = brains.fit_temperature
-    monkeypatch.setattr(brains, "fit_temperature", lambda *args: seen.append(args) or plain(*args))
+    plain = ends.fit_temperature
+    monkeypatch.setattr(ends, "fit_temperature", lambda *args: seen.append(args) or plain(*args))
     world.adapt("mi_fuse_plus", number_of_steps=40)
     ((probs, teachers),) = seen
     about = json.loads((world.folder / "out" / "mi_fuse_plus" / "recogniser" / "about.json").read_text())

@@ -7,6 +7,7 @@ import pytest
 import torch
 from adaptation_support import (
     LABELS,
+    RECIPE,
     TEST,
     UTTERANCES,
     C,
@@ -308,7 +309,7 @@ def test_the_moving_average_is_the_recursion_from_the_source_with_its_buffers():
     student, alpha = EmotionClassifier(3, C, hidden_size=5), 0.9
     student.norm.running_mean.normal_()
     source = {name: value.clone() for name, value in student.state_dict().items()}
-    teacher = brains.ema_copy(student, alpha)
+    teacher = RECIPE.ema_copy(student, alpha)
     expected = {name: value.double() for name, value in source.items() if value.is_floating_point()}
     for _ in range(5):
         with torch.no_grad():
@@ -325,13 +326,13 @@ def test_the_moving_average_is_the_recursion_from_the_source_with_its_buffers():
 
 
 def test_the_moving_average_is_not_trained_and_stays_in_evaluation_mode():
-    teacher = brains.ema_copy(EmotionClassifier(3, C).train(), 0.9)
+    teacher = RECIPE.ema_copy(EmotionClassifier(3, C).train(), 0.9)
     assert not teacher.module.training and not any(p.requires_grad for p in teacher.parameters())
 
 
 @pytest.mark.parametrize(("window", "steps", "alpha"), [(0.5, 200, 0.99), (1.0, 1000, 0.999), (0.5, 1, 0.0)])
 def test_the_decay_is_a_window_that_is_a_share_of_the_run(window, steps, alpha):
-    assert brains.ema_decay(window, steps) == pytest.approx(alpha)
+    assert RECIPE.ema_decay(window, steps) == pytest.approx(alpha)
 
 
 # Stored frames that stay in memory.
@@ -364,17 +365,17 @@ def world(filled_store, tmp_path):
 
 def test_the_classifier_teacher_starts_as_the_source_and_follows_each_step_of_the_student(world, monkeypatch):
     made, states = [], []
-    make, step = brains.make_brain, brains.AdaptationBrain.on_fit_batch_end
+    make, step = RECIPE.make_brain, brains.AdaptationBrain.on_fit_batch_end
 
     def recorded(brain, *args):
         step(brain, *args)
         states.append({name: value.clone() for name, value in brain.modules.student.state_dict().items()})
 
-    monkeypatch.setattr(brains, "make_brain", lambda *args: made.append(make(*args)) or made[-1])
+    monkeypatch.setattr(RECIPE, "make_brain", lambda *args: made.append(make(*args)) or made[-1])
     monkeypatch.setattr(brains.AdaptationBrain, "on_fit_batch_end", recorded)
     world.adapt()
     assert len(states) == 8
-    alpha = brains.ema_decay(0.5, 8)
+    alpha = RECIPE.ema_decay(0.5, 8)
     expected = load_file(world.source / "classifier.safetensors")
     for state in states:
         expected = {name: alpha * value + (1 - alpha) * state[name] for name, value in expected.items()}
@@ -466,7 +467,7 @@ def test_the_language_model_predicts_the_mean_of_its_answers_and_nothing_where_i
 
 def test_a_finished_adaptation_is_not_done_again(world, monkeypatch):
     first = world.adapt()
-    monkeypatch.setattr(brains, "make_brain", lambda *_: pytest.fail("adapted again"))
+    monkeypatch.setattr(RECIPE, "make_brain", lambda *_: pytest.fail("adapted again"))
     assert world.adapt() == first
 
 

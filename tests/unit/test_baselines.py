@@ -8,7 +8,7 @@ import math
 import numpy as np
 import pytest
 import torch
-from adaptation_support import TEST, UTTERANCES, C, distributions, make_world, recipe, some_survey
+from adaptation_support import RECIPE, TEST, UTTERANCES, C, distributions, make_world, recipe, some_survey
 from safetensors.torch import load_file
 
 from speechbrain_mifuse.adaptation import selection
@@ -423,7 +423,7 @@ def test_a_method_is_refreshed_within_epochs_where_these_are_few(world):
 def test_a_survey_is_that_of_the_source_before_the_first_step_in_the_order_of_the_set(world):
     spy = Spy()
     world.adapt("spy", method=spy)
-    model = brains.load_classifier(world.source, ("angry", "happy", "neutral", "sad"), world.front.store.fingerprint)
+    model = RECIPE.load_classifier(world.source, ("angry", "happy", "neutral", "sad"), world.front.store.fingerprint)
     for n, key in enumerate(UTTERANCES):
         vectors, hidden, logits = model.eval().parts(world.front.read(key, "").float()[None])
         torch.testing.assert_close(spy.first.vectors[n], vectors[0], atol=1e-5, rtol=1e-4)
@@ -508,7 +508,7 @@ def test_a_killed_run_of_a_method_that_remembers_ends_as_an_unbroken_one(name, w
 def test_a_run_killed_between_a_snapshot_and_its_checkpoint_ends_with_the_same_snapshots(rule, world, monkeypatch):
     options = {"number_of_steps": 20, "selection": rule}
     world.adapt("nrc", "whole", **options)
-    with killed_at(monkeypatch, brains.WholeCheckpointer, "save_checkpoint", 3):
+    with killed_at(monkeypatch, RECIPE.WholeCheckpointer, "save_checkpoint", 3):
         world.adapt("nrc", "broken", **options)
     world.adapt("nrc", "broken", **options)
     assert everything(world.folder / "broken" / "nrc") == everything(world.folder / "whole" / "nrc")
@@ -541,7 +541,7 @@ def test_a_run_keeps_its_criteria_and_predictions_at_five_moments_and_the_last_i
 
 def test_criteria_are_those_of_the_student_on_the_adaptation_set(world):
     world.adapt("lalm_sfuda")
-    model = brains.load_classifier(world.source, ("angry", "happy", "neutral", "sad"), world.front.store.fingerprint)
+    model = RECIPE.load_classifier(world.source, ("angry", "happy", "neutral", "sad"), world.front.store.fingerprint)
     model.load_state_dict(load_file(world.folder / "out" / "lalm_sfuda" / "student.safetensors"))
     probs = torch.cat(
         [model.eval()(world.front.read(key, "").float()[None]).softmax(-1) for key in UTTERANCES]
@@ -563,7 +563,7 @@ def test_a_rule_decides_which_student_is_kept_and_predicts(rule, world, monkeypa
     answer = world.adapt("lalm_sfuda", number_of_steps=22, selection=rule)
     found = snapshots(world)[values[rule].index(max(values[rule]))]
     assert answer == found["predictions"]
-    model = brains.load_classifier(world.source, ("angry", "happy", "neutral", "sad"), world.front.store.fingerprint)
+    model = RECIPE.load_classifier(world.source, ("angry", "happy", "neutral", "sad"), world.front.store.fingerprint)
     model.load_state_dict(load_file(world.folder / "out" / "lalm_sfuda" / "student.safetensors"))
     for key in TEST:
         expected = model.eval()(world.front.read(key, "").float()[None]).softmax(-1)[0].tolist()
@@ -572,7 +572,7 @@ def test_a_rule_decides_which_student_is_kept_and_predicts(rule, world, monkeypa
 
 def test_looking_at_a_run_does_not_change_it(world, monkeypatch):
     world.adapt("mi_fuse", "watched")
-    monkeypatch.setattr(brains, "LOG_POINTS", 1)
+    monkeypatch.setattr(RECIPE, "LOG_POINTS", 1)
     world.adapt("mi_fuse", "left alone")
     assert len(snapshots(world, "mi_fuse", "watched")) == 4 and len(snapshots(world, "mi_fuse", "left alone")) == 1
     assert world.weights(out="watched") == world.weights(out="left alone")
@@ -607,7 +607,7 @@ def test_another_rule_of_selection_in_the_same_folder_is_an_error_naming_it(worl
 
 def test_a_parameter_that_a_method_does_not_have_does_not_concern_it(world, monkeypatch):
     world.adapt("lalm_sfuda", number_of_steps=2)
-    monkeypatch.setattr(brains, "make_brain", lambda *_: pytest.fail("adapted again"))
+    monkeypatch.setattr(RECIPE, "make_brain", lambda *_: pytest.fail("adapted again"))
     world.adapt("lalm_sfuda", number_of_steps=2, temperature=0.7)
 
 

@@ -11,11 +11,11 @@ import torch
 from adaptation_support import make_world
 from report_support import LABELS, METHODS, Read, tables_of, toy_run, toy_sweep
 
-from speechbrain_mifuse.brains.adaptation import plane
 from speechbrain_mifuse.cli import main as cli
 from speechbrain_mifuse.evaluation.aggregate import Comparison, read_records, transfer_table
 from speechbrain_mifuse.evaluation.verdict import judge
 from speechbrain_mifuse.experiments import results, sweep
+from speechbrain_mifuse.experiments.adaptation import plane
 from speechbrain_mifuse.report.cases import read_cases, read_log
 from speechbrain_mifuse.report.page import write_report
 from speechbrain_mifuse.report.parts import Html, Line, curves, heat, tag, ticks
@@ -289,10 +289,9 @@ def test_results_that_are_none_of_an_adaptation_and_copies_of_them_are_passed_ov
 
 
 def test_a_recipe_leaves_the_same_page_again(run, monkeypatch):
-    hparams = {"output_folder": str(run), "adaptation": {"methods": dict.fromkeys(METHODS)}}
-    results.summary(hparams, ["mi_fuse"])
+    results.summary(run, ["mi_fuse"], list(METHODS))
     first = (run / "report.html").read_bytes()
-    results.summary(hparams, ["mi_fuse"])
+    results.summary(run, ["mi_fuse"], list(METHODS))
     assert (run / "report.html").read_bytes() == first
 
 

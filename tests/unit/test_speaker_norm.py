@@ -14,6 +14,8 @@ from speechbrain_mifuse.corpora.folder import prepare_folder
 from speechbrain_mifuse.evaluation.aggregate import Comparison, protocol
 from speechbrain_mifuse.evaluation.results import evaluate, side_by_side
 from speechbrain_mifuse.experiments import choices, features, results
+from speechbrain_mifuse.experiments.registry import repository_root
+from speechbrain_mifuse.experiments.settings import load_hparams
 from speechbrain_mifuse.features.front import StoredFrames
 from speechbrain_mifuse.features.speakers import (
     FoundSpeakers,
@@ -144,14 +146,18 @@ def test_a_name_in_two_splits_is_two_speakers(tmp_path):
 def test_no_manifest_with_labels_is_opened(name, toy, tmp_path, monkeypatch):
     atomic_write(tmp_path / "adapt.json", "no manifest at all")
     monkeypatch.setattr(features, "store_frames", lambda *arguments: toy[0])
-    hparams = {**OPTIONS, "speaker_norm": name, "target_manifests": tmp_path, "teacher_manifests": tmp_path}
-    assert set(features.open_front(hparams, "target", 1, None).offsets.offsets) == set(FRAMES)
+    norm = chosen_norm({**OPTIONS, "speaker_norm": name})
+    target = features.CorpusSettings("toy", tmp_path, None, None, norm=norm)
+    assert set(features.open_front(target, 1, None).offsets.offsets) == set(FRAMES)
 
 
 def test_the_api_teachers_frames_are_left_alone(toy, tmp_path, monkeypatch):
     monkeypatch.setattr(features, "store_frames", lambda *arguments: toy[0])
-    hparams = {**OPTIONS, "speaker_norm": "known", "teacher_manifests": tmp_path}
-    assert features.open_front(hparams, "teacher", 1, None).offsets is None
+    flags = ["--data_folder", str(tmp_path), "--speaker_norm", "known", "--teacher_manifests", str(tmp_path)]
+    hparams, _ = load_hparams(repository_root() / "hparams" / "nemo2rav.yaml", flags)
+    assert features.CorpusSettings.target_of(hparams).norm is not None
+    teacher = features.CorpusSettings.teacher_of(hparams)
+    assert features.open_front(teacher, 1, None).offsets is None
 
 
 def test_an_utterance_that_lacks_frames_is_passed_over_and_one_of_another_manifest_refused(toy, tmp_path):
@@ -291,7 +297,7 @@ def test_a_wrong_value_is_an_error_that_names_the_flag(wrong, said):
 
 def test_an_encoder_that_is_trained_along_has_no_frames_to_normalise():
     with pytest.raises(UserError, match=r"--speaker_norm known.*--features stored"):
-        features.finetuned_front({**OPTIONS, "speaker_norm": "known", "encoder": "x", "trim_db": None})
+        features.finetuned_front("x", None, chosen_norm({**OPTIONS, "speaker_norm": "known"}))
 
 
 # Speakers that are not known: what is said of them.
@@ -441,7 +447,7 @@ def test_the_upper_bound_on_a_target_without_labels_is_one_error_that_says_what_
         write_wav(tmp_path / "mine" / f"{number}.wav", utterance("sad", number, 1))
     prepare_folder(tmp_path / "mine", tmp_path / "manifests", {"adapt": 0.6, "test": 0.4})
     methods = {name: type("Method", (), {"uses_labels": name == "oracle"}) for name in ("mi_fuse", "oracle")}
-    hparams = {"adaptation": {"methods": methods}, "target": "folder", "target_manifests": tmp_path / "manifests"}
-    choices.require_labels(hparams, ["mi_fuse"])
+    target = features.CorpusSettings("folder", tmp_path / "manifests", None, None)
+    choices.require_labels({"mi_fuse": methods["mi_fuse"]}, target)
     with pytest.raises(UserError, match=r"--method: oracle .*'folder' has none .*adapt.json.*Leave it out"):
-        choices.require_labels(hparams, ["mi_fuse", "oracle"])
+        choices.require_labels(methods, target)

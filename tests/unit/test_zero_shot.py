@@ -14,7 +14,7 @@ from toy_corpora import write_wav
 from speechbrain_mifuse.corpora import emodb, msp_podcast, ravdess
 from speechbrain_mifuse.corpora.manifest import LABELS
 from speechbrain_mifuse.experiments import zero_shot_steps as zero_shot_pipeline
-from speechbrain_mifuse.experiments.features import store_frames
+from speechbrain_mifuse.experiments.features import CorpusSettings, store_frames
 from speechbrain_mifuse.experiments.registry import repository_root
 from speechbrain_mifuse.experiments.teacher import zero_shot_teacher
 from speechbrain_mifuse.features.extract import FrameReader
@@ -484,8 +484,7 @@ def test_a_model_of_frames_finds_those_that_a_recipe_has_stored(tmp_path):
             return {"layers": [1], "dim": 160}
 
     manifest, folder = corpus(tmp_path, [0.4, 0.5]), tmp_path / "features"
-    recipe = {"feature_folder": folder, "target": "toy", "target_manifests": tmp_path}
-    stored = store_frames(recipe, "target", FrameReader(Encoder()))
+    stored = store_frames(CorpusSettings("toy", tmp_path, None, folder), FrameReader(Encoder()))
     model = SimpleNamespace(reader=lambda repeats: FrameReader(Encoder(), repeats=repeats))
     assert embed_manifests(model, [manifest], 1, folder, "toy").folder == stored.folder and len(passes) == 2
     assert embed_manifests(model, [manifest], 2, folder, "toy").folder != stored.folder and len(passes) == 4
@@ -627,7 +626,7 @@ def test_a_folder_that_is_no_audio_text_model_is_one_error_naming_the_flag(tmp_p
 def test_the_flag_that_an_error_advises_is_that_of_whoever_asked(tmp_path):
     folder = str(with_code(tiny_clap.build(tmp_path / "spoilt")))
     with pytest.raises(UserError, match=r"^--teacher_alm: .* allow it with --teacher_alm_trust_remote_code True\.$"):
-        zero_shot_teacher({"teacher_alm": folder, "teacher_alm_trust_remote_code": False})
+        zero_shot_teacher(SimpleNamespace(alm=folder, alm_trust_remote_code=False), "toy")
 
 
 def test_a_hub_id_that_cannot_be_reached_is_one_error_naming_the_flag(monkeypatch):

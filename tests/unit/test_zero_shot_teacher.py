@@ -1,6 +1,7 @@
 """An audio-text model in the place of the API teacher."""
 
 import json
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -11,9 +12,9 @@ from torch.nn import functional as F
 from toy_corpora import write_wav
 
 from speechbrain_mifuse.experiments import teacher
+from speechbrain_mifuse.experiments.features import CorpusSettings
 from speechbrain_mifuse.experiments.registry import repository_root
-from speechbrain_mifuse.experiments.results import teacher_name
-from speechbrain_mifuse.experiments.teacher import ask_teacher, collect_answers, zero_shot_teacher
+from speechbrain_mifuse.experiments.teacher import TeacherSettings, ask_teacher, collect_answers, zero_shot_teacher
 from speechbrain_mifuse.features.store import FeatureStore
 from speechbrain_mifuse.nnet.dual_encoder import DualEncoder
 from speechbrain_mifuse.utils.errors import UserError
@@ -24,6 +25,13 @@ from speechbrain_mifuse.zero_shot.teacher import drawn_classes, teacher_samples
 
 LABELS = ("angry", "sad")
 PROMPTS = PromptSet("toy", ("I am {e}.", "{e}!", "Such a {e} voice."), {"angry": ("angry",), "sad": ("sad",)})
+
+
+def settings(**changes):
+    """A teacher of which nothing but the given is known."""
+    given = {"name": "dual_encoder", "corpus": None, "profile": SimpleNamespace(base_url=None), "label_store": Path()}
+    given |= {"prompt": SimpleNamespace(labels=LABELS), "samples": 3, "temperature": 1.0}
+    return TeacherSettings(**{**given, **changes})
 
 
 class Model:
@@ -88,12 +96,12 @@ def test_prompts_are_drawn_with_replacement_and_averaged():
 
 def test_a_teacher_without_a_model_is_one_clear_error():
     with pytest.raises(UserError, match="--teacher_alm FOLDER"):
-        zero_shot_teacher({"teacher_alm": None})
+        zero_shot_teacher(settings(), "toy")
 
 
 def test_there_is_nothing_to_collect_from_it():
     with pytest.raises(UserError, match="--teacher dual_encoder: it answers within the recipe itself"):
-        collect_answers({"teacher": "dual_encoder"}, ["mi_fuse"])
+        collect_answers(settings(), {}, None, None)
 
 
 def test_the_teacher_loads_on_the_runs_device_and_runs_its_code_only_if_allowed(monkeypatch):
@@ -104,17 +112,17 @@ def test_the_teacher_loads_on_the_runs_device_and_runs_its_code_only_if_allowed(
         return SimpleNamespace(trained_on=("emodb", "nemo"))
 
     monkeypatch.setattr(teacher, "open_alm", opens)
-    hparams = {"teacher_alm": "clap", "teacher_alm_trust_remote_code": True, "target": "ravdess"}
-    assert zero_shot_teacher(hparams, {"device": "cuda:1"}).trained_on
+    clap = settings(alm="clap", alm_trust_remote_code=True)
+    assert zero_shot_teacher(clap, "ravdess", {"device": "cuda:1"}).trained_on
     options = {"trust_remote_code": True, "device": "cuda:1", "flag": "--teacher_alm"}
     assert opened == [(("clap",), options)]
     with pytest.raises(UserError, match="--teacher_alm: this model was trained with the labels of nemo"):
-        zero_shot_teacher({**hparams, "target": "nemo"}, {"device": "cuda:1"})
+        zero_shot_teacher(clap, "nemo", {"device": "cuda:1"})
 
 
 @pytest.fixture(scope="module")
 def clap_run(tmp_path_factory):
-    """Hparams of a run with a tiny CLAP as teacher, and four recordings."""
+    """A tiny CLAP as teacher, and a target of four recordings."""
     folder = tmp_path_factory.mktemp("run")
     for split in ("adapt", "test"):
         rows = {}
@@ -124,32 +132,23 @@ def clap_run(tmp_path_factory):
             rows[f"{split}-{number}"] = {"wav": str(path), "speaker": split}
         atomic_write(folder / f"{split}_unlabelled.json", json.dumps(rows))
     atomic_write(folder / "corpus.json", json.dumps({"data_root": str(folder)}))
-    methods = {"asks": SimpleNamespace(answers_for=("adapt", "test")), "asks_nothing": SimpleNamespace(answers_for=())}
-    return {
-        "teacher": "dual_encoder",
-        "teacher_alm": str(tiny_clap.build(folder / "small clap")),
-        "teacher_alm_trust_remote_code": False,
-        "teacher_prompts": repository_root() / "hparams" / "prompts" / "english.yaml",
-        "adaptation": {"methods": methods},
-        "labels": list(LABELS),
-        "lalm_samples": 3,
-        "target": "toy",
-        "target_manifests": folder,
-        "feature_folder": folder / "features",
-    }
+    alm, prompts = tiny_clap.build(folder / "small clap"), repository_root() / "hparams" / "prompts" / "english.yaml"
+    return settings(alm=str(alm), alm_prompts=prompts), CorpusSettings("toy", folder, None, folder / "features")
 
 
-def test_answers_are_one_for_all_seeds_and_say_which_model_gave_them(clap_run):
-    first, second = (ask_teacher({**clap_run, "seed": seed}, ["asks"], None, None) for seed in (1, 2))
+def test_answers_are_the_same_again_and_say_which_model_gave_them(clap_run):
+    teacher, target = clap_run
+    asks = [SimpleNamespace(answers_for=("adapt", "test"))]
+    first, second = (ask_teacher(teacher, asks, target, None, None) for _ in range(2))
     assert first.samples.probs.shape == (4, 3, 2) and torch.equal(first.samples.probs, second.samples.probs)
-    assert first.teacher == open_alm(clap_run["teacher_alm"]).fingerprint() and json.dumps(first.teacher)
-    assert ask_teacher(clap_run, ["asks_nothing"], None, None).teacher is None
+    assert first.teacher == open_alm(teacher.alm).fingerprint() and json.dumps(first.teacher)
+    assert ask_teacher(teacher, [SimpleNamespace(answers_for=())], target, None, None).teacher is None
 
 
 def test_results_name_the_teacher_that_was_asked(clap_run, tmp_path):
-    hparams = {"teacher": "dual_encoder", "lalm_base_url": "https://host/v1", "lalm_model": "m", "teacher_alm": None}
-    assert teacher_name(hparams) == "dual_encoder"
-    assert teacher_name({**hparams, "teacher": "emodb"}) == "m"
+    api = SimpleNamespace(base_url="https://host/v1", model="m")
+    assert settings(profile=api).told() == "dual_encoder"
+    assert settings(profile=api, name="emodb").told() == "m"
     export_dual_encoder(tmp_path, DualEncoder(8, 6), toy_about())
-    assert teacher_name({**hparams, "teacher_alm": str(tmp_path)}) == "dual_encoder"
-    assert teacher_name({**hparams, "teacher_alm": clap_run["teacher_alm"]}) == "small-clap"
+    assert settings(alm=str(tmp_path)).told() == "dual_encoder"
+    assert settings(alm=clap_run[0].alm).told() == "small-clap"

@@ -14,7 +14,7 @@ import sys
 import speechbrain as sb
 from speechbrain.utils.distributed import ddp_init_group, if_main_process, run_on_main
 
-from speechbrain_mifuse.experiments.features import open_reader
+from speechbrain_mifuse.experiments.features import EncoderSettings, open_reader
 from speechbrain_mifuse.experiments.folds import adapter_run, chosen_among, fold_front, pretrained_adapter
 from speechbrain_mifuse.experiments.preflight import require_ready
 from speechbrain_mifuse.experiments.settings import parse_arguments, read_hparams
@@ -32,7 +32,7 @@ if __name__ == "__main__":
         with writing(hparams["output_folder"]):
             sb.create_experiment_directory(hparams["output_folder"], hparams_file, overrides)
         run_on_main(hparams["prepare"])
-        reader = open_reader(hparams, run_opts)
+        reader = open_reader(EncoderSettings.of(hparams), run_opts)
         for fold in folds:
             front = fold_front(hparams, fold, reader)
             for seed in hparams["seeds"]:

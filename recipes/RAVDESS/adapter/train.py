@@ -16,7 +16,7 @@ import speechbrain as sb
 from speechbrain.utils.distributed import ddp_init_group, if_main_process, run_on_main
 
 from speechbrain_mifuse.experiments.adapter_variants import train_arm
-from speechbrain_mifuse.experiments.features import open_reader
+from speechbrain_mifuse.experiments.features import EncoderSettings, open_reader
 from speechbrain_mifuse.experiments.folds import adapter_run, arm_summary, chosen_parts, fold_front, pretrained_adapter
 from speechbrain_mifuse.experiments.preflight import require_comparison, require_folds, require_ready
 from speechbrain_mifuse.experiments.settings import parse_arguments, read_hparams
@@ -35,7 +35,7 @@ if __name__ == "__main__":
             sb.create_experiment_directory(hparams["output_folder"], hparams_file, overrides)
         run_on_main(hparams["prepare"])
         require_folds(hparams, folds)
-        reader = open_reader(hparams, run_opts)
+        reader = open_reader(EncoderSettings.of(hparams), run_opts)
         records = []
         for fold in folds:
             front = fold_front(hparams, fold, reader)

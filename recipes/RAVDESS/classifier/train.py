@@ -15,10 +15,17 @@ import speechbrain as sb
 from speechbrain.utils.distributed import ddp_init_group, if_main_process
 
 from speechbrain_mifuse.brains.classifier import train_classifier
-from speechbrain_mifuse.experiments.features import chosen_front
+from speechbrain_mifuse.experiments.choices import known_ones
+from speechbrain_mifuse.experiments.features import (
+    CorpusSettings,
+    EncoderSettings,
+    finetuned_front,
+    open_front,
+    open_reader,
+)
 from speechbrain_mifuse.experiments.preflight import require_ready
 from speechbrain_mifuse.experiments.settings import parse_arguments, read_hparams
-from speechbrain_mifuse.experiments.source import prepare_role
+from speechbrain_mifuse.experiments.source import prepare_labelled
 from speechbrain_mifuse.utils.errors import one_clear_error, writing
 
 if __name__ == "__main__":
@@ -29,8 +36,13 @@ if __name__ == "__main__":
         require_ready(hparams)
         with writing(hparams["output_folder"]):
             sb.create_experiment_directory(hparams["output_folder"], hparams_file, overrides)
-        prepare_role(hparams, "source")
-        front = chosen_front(hparams, run_opts)
+        corpus = CorpusSettings.source_of(hparams)
+        prepare_labelled(corpus)
+        known_ones(hparams["features"], ("stored", "finetune"), "--features")
+        if hparams["features"] == "finetune":
+            front = finetuned_front(hparams["encoder"], hparams["trim_db"], corpus.norm)
+        else:
+            front = open_front(corpus, hparams["layer"], open_reader(EncoderSettings.of(hparams), run_opts))
         recogniser = train_classifier(hparams["source_classifier"], front, run_opts)
         if if_main_process():
             print(recogniser)

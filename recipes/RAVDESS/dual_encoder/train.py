@@ -16,7 +16,7 @@ import speechbrain as sb
 from speechbrain.utils.distributed import ddp_init_group, if_main_process
 
 from speechbrain_mifuse.brains.dual_encoder import train_dual_encoder
-from speechbrain_mifuse.experiments.features import open_reader
+from speechbrain_mifuse.experiments.features import EncoderSettings, open_reader
 from speechbrain_mifuse.experiments.preflight import require_ready
 from speechbrain_mifuse.experiments.settings import parse_arguments, read_hparams
 from speechbrain_mifuse.experiments.zero_shot_steps import source_fronts
@@ -30,7 +30,7 @@ if __name__ == "__main__":
         require_ready(hparams)
         with writing(hparams["output_folder"]):
             sb.create_experiment_directory(hparams["output_folder"], hparams_file, overrides)
-        fronts = source_fronts(hparams, open_reader(hparams, run_opts))
+        fronts = source_fronts(hparams, open_reader(EncoderSettings.of(hparams), run_opts))
         model = train_dual_encoder(hparams["dual_encoder"], hparams["sources"], fronts, run_opts)
         if if_main_process():
             print(model)

@@ -9,23 +9,34 @@ It prepares manifests, stores frozen encoder frames, trains the source classifie
 target speech, adapts a student, and scores it on other speakers. What is done already is skipped; a killed run goes on.
 """
 
+import math
 import sys
+from pathlib import Path
 
 import speechbrain as sb
 import torch
 from speechbrain.dataio.dataset import DynamicItemDataset
 from speechbrain.utils.distributed import ddp_init_group, if_main_process, run_on_main
+from speechbrain.utils.epoch_loop import EpochCounter
+from speechbrain.utils.seed import seed_everything
 
-from speechbrain_mifuse.brains.adaptation import adapt
+from speechbrain_mifuse.brains.adaptation import LOG_POINTS, AdaptationBrain, Memory
+from speechbrain_mifuse.brains.snapshots import Snapshots
+from speechbrain_mifuse.brains.train_log import TrainLog
+from speechbrain_mifuse.brains.training import WholeCheckpointer, fit
+from speechbrain_mifuse.brains.whole_set import WholeSet
 from speechbrain_mifuse.corpora.manifest import unlabelled
+from speechbrain_mifuse.experiments.adaptation import adaptation_settings, finish, finished
 from speechbrain_mifuse.experiments.choices import chosen_methods
-from speechbrain_mifuse.experiments.features import open_front, open_reader
+from speechbrain_mifuse.experiments.features import CorpusSettings, EncoderSettings, device_of, open_front, open_reader
 from speechbrain_mifuse.experiments.preflight import require_data, require_ready, require_recordings_to_adapt_to
 from speechbrain_mifuse.experiments.results import report, summary
 from speechbrain_mifuse.experiments.settings import parse_arguments, read_hparams
-from speechbrain_mifuse.experiments.source import source_recogniser
-from speechbrain_mifuse.experiments.teacher import ask_teacher
+from speechbrain_mifuse.experiments.source import trained_recogniser
+from speechbrain_mifuse.experiments.teacher import TeacherSettings, ask_teacher, report_answers
 from speechbrain_mifuse.features.dataset import encoded_rows, label_index
+from speechbrain_mifuse.inference.model_folder import load_classifier
+from speechbrain_mifuse.nnet.ema import ema_copy, ema_decay
 from speechbrain_mifuse.utils.errors import one_clear_error, writing
 
 
@@ -54,25 +65,88 @@ def dataio_prepare(hparams, method, front, answers):
     return datasets
 
 
+def make_brain(settings, method, student, n_utterances, folder, run_opts=None):
+    """Wire the Brain of one method: the student, its EMA (the classifier teacher), epochs, log and checkpoints."""
+    steps_per_epoch = max(n_utterances // settings["batch_size"], 1)
+    epoch_counter = EpochCounter(math.ceil(settings["number_of_steps"] / steps_per_epoch))
+    number_of_steps = epoch_counter.limit * steps_per_epoch
+    for part in method.frozen:
+        student.get_submodule(part).requires_grad_(False)
+    ema = ema_copy(student, ema_decay(settings["ema_window"], number_of_steps))
+    folder.mkdir(parents=True, exist_ok=True)
+    memory = Memory(method, device_of(run_opts))
+    brain = AdaptationBrain(
+        modules={"student": student},
+        opt_class=settings["opt_class"],
+        hparams={
+            "seed": settings["seed"],
+            "method": method,
+            "ema": ema,
+            "passes": settings["passes"],
+            "number_of_steps": number_of_steps,
+            "epoch_counter": epoch_counter,
+            "log_interval": math.ceil(epoch_counter.limit / LOG_POINTS),
+            "train_logger": TrainLog(folder / "train_log.txt"),
+        },
+        run_opts={**(run_opts or {}), "noprogressbar": True},
+        checkpointer=WholeCheckpointer(
+            folder / "save", {"student": student, "ema": ema, "counter": epoch_counter, "memory": memory}
+        ),
+    )
+    ema.to(brain.device)
+    return brain
+
+
+def adapt(name, settings, datasets, front, source, run_opts=None):
+    """Train the student of one method, or find it trained, and predict the test set with it.
+
+    `settings` is what `hparams/base/adaptation.yaml` defines, `source` the folder of the source classifier. The adapted
+    classifier lies in `<output_folder>/<name>/recogniser` for `EmotionRecognizer.from_hparams`.
+    """
+    method, folder = settings["methods"][name], Path(settings["output_folder"]) / name
+    predictions = finished(folder, method, adaptation_settings(settings, method, front, source, datasets))
+    if predictions is not None:
+        return predictions
+    seed_everything(settings["seed"])
+    student = load_classifier(source, settings["labels"], front.fingerprint)
+    brain = make_brain(settings, method, student, len(datasets["adapt"]), folder, run_opts)
+    frames = {key: row.frames for key, row in front.store.rows.items()}
+    sets = {split: WholeSet(dataset, frames, settings["batch_size"]) for split, dataset in datasets.items()}
+    brain.look_at(sets["adapt"], sets["test"], Snapshots(folder, settings["selection"]))
+    brain.begin()
+    if method.trains:
+        fit(brain, datasets["adapt"], name, settings["batch_size"])
+    return run_on_main(finish, args=[name, brain, folder, source])
+
+
+def run(hparams, names, run_opts=None, teacher_recogniser=None):
+    """Go through the recipe's steps for some methods, one after the other."""
+    target, teacher = CorpusSettings.target_of(hparams), TeacherSettings.of(hparams, teacher_recogniser)
+    methods = {name: hparams["adaptation"]["methods"][name] for name in names}
+    run_on_main(target.prepare)
+    reader = open_reader(EncoderSettings.of(hparams), run_opts)
+    require_data(hparams, names, reader, teacher)
+    front = open_front(target, hparams["layer"], reader)
+    require_recordings_to_adapt_to(hparams, names, front.store)
+    source = hparams["source_recogniser"] or trained_recogniser(CorpusSettings.source_of(hparams), reader, run_opts)
+    answers = ask_teacher(teacher, methods.values(), target, front.store, reader, run_opts)
+    report_answers(answers, hparams["temperature"])
+    for name, method in methods.items():
+        datasets = dataio_prepare(hparams, method, front, answers)
+        predictions = adapt(name, hparams["adaptation"], datasets, front, source, run_opts)
+        # The target's labels, if there are any, are opened here and nowhere before.
+        run_on_main(report, args=[hparams, name, predictions, len(datasets["adapt"]), teacher, answers.teacher])
+
+
 if __name__ == "__main__":
     with one_clear_error():
         hparams_file, run_opts, overrides = parse_arguments(sys.argv[1:])
         ddp_init_group(run_opts)
         hparams = read_hparams(hparams_file, overrides)
-        names = chosen_methods(hparams)
+        names = chosen_methods(hparams["method"], hparams["adaptation"]["methods"])
         require_ready(hparams, names, run_opts)
         with writing(hparams["output_folder"]):
             sb.create_experiment_directory(hparams["output_folder"], hparams_file, overrides)
-        run_on_main(hparams["prepare_target"])
-        reader = open_reader(hparams, run_opts)
-        require_data(hparams, names, reader)
-        front = open_front(hparams, "target", hparams["layer"], reader)
-        require_recordings_to_adapt_to(hparams, names, front.store)
-        source = source_recogniser(hparams, reader, run_opts)
-        answers = ask_teacher(hparams, names, front.store, reader, run_opts)
-        for name in names:
-            datasets = dataio_prepare(hparams, hparams["adaptation"]["methods"][name], front, answers)
-            predictions = adapt(name, hparams["adaptation"], datasets, front, source, run_opts)
-            run_on_main(report, args=[hparams, name, predictions, len(datasets["adapt"]), answers.teacher])
+        run(hparams, names, run_opts)
         if if_main_process():
-            print(summary(hparams, names))
+            print(summary(hparams["output_folder"], names, list(hparams["adaptation"]["methods"])))

@@ -14,7 +14,7 @@ import sys
 import speechbrain as sb
 from speechbrain.utils.distributed import ddp_init_group, if_main_process, run_on_main
 
-from speechbrain_mifuse.experiments.features import open_reader
+from speechbrain_mifuse.experiments.features import EncoderSettings, open_reader
 from speechbrain_mifuse.experiments.folds import arm_summary, chosen_parts
 from speechbrain_mifuse.experiments.fusion_variants import train_fusion_arm
 from speechbrain_mifuse.experiments.preflight import require_comparison, require_folds, require_ready
@@ -44,7 +44,7 @@ if __name__ == "__main__":
         require_folds(hparams, folds)
         wanted = list(dict.fromkeys(["zero_shot", *(arms[name].scores for name in names)]))
         tables = {seed: score_tables(hparams, wanted, seed, run_opts) for seed in hparams["seeds"]}
-        reader = open_reader(hparams, run_opts)
+        reader = open_reader(EncoderSettings.of(hparams), run_opts)
         options = {**hparams["zsfuse"], "specialist": specialist}
         records = []
         for fold in folds:

@@ -1,0 +1,118 @@
+"""What surrounds the training of one adaptation method: finding it done, and writing what came of it."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import safetensors.torch
+import torch
+from speechbrain.dataio.dataset import DynamicItemDataset
+
+from speechbrain_mifuse.adaptation.method import AdaptationMethod, Survey
+from speechbrain_mifuse.adaptation.mi_fuse import MIFuse
+from speechbrain_mifuse.brains.adaptation import AdaptationBrain
+from speechbrain_mifuse.brains.training import same_settings
+from speechbrain_mifuse.inference.model_folder import export_student, recogniser_digest
+from speechbrain_mifuse.nnet.calibration import fit_temperature
+from speechbrain_mifuse.utils.files import atomic_write
+
+logger = logging.getLogger(__name__)
+
+# What decides the adapted weights, beside method and data.
+DECISIVE = ("seed", "number_of_steps", "batch_size", "learning_rate", "ema_window", "passes", "selection", "layer")
+
+
+def chosen_settings(settings: Mapping, method: AdaptationMethod) -> dict:
+    """Give what a recipe says of the training, the part of `adaptation_settings` that is known before it begins."""
+    return {**{name: settings[name] for name in DECISIVE}, **method.describe()}
+
+
+def adaptation_settings(
+    settings: Mapping,
+    method: AdaptationMethod,
+    front,
+    source: str | Path,
+    datasets: Mapping[str, DynamicItemDataset],
+) -> dict:
+    """Everything that decides the adapted weights."""
+    return {
+        **chosen_settings(settings, method),
+        "features": front.fingerprint,
+        "source": recogniser_digest(source),
+        "data": fingerprint_answers(datasets, method.answers_for),
+    }
+
+
+def fingerprint_answers(datasets: Mapping[str, DynamicItemDataset], answers_for: Sequence[str]) -> str:
+    """Hash of which utterances a run sees, what the language model said of them, and of labels where they are given."""
+    digest = hashlib.sha256()
+    for name in sorted(datasets):
+        for key, row in sorted(datasets[name].data.items()):
+            digest.update(f"{name} {key} {int(row.get('reference', -1))}".encode())
+            if name in answers_for:
+                digest.update(row["lalm"].numpy().tobytes() + row["lalm_mask"].numpy().tobytes())
+    return digest.hexdigest()
+
+
+def finished(folder: Path, method: AdaptationMethod, settings: Mapping) -> dict[str, list[float]] | None:
+    """Give the predictions of a method that ran to its end with these settings; none if it did not."""
+    predictions = folder / "predictions.json"
+    exported = not method.trains or (folder / "recogniser" / "about.json").exists()
+    if not (same_settings(folder / "settings.json", settings) and predictions.exists() and exported):
+        return None
+    logger.info("%s: done already, skipped.", folder)
+    return json.loads(predictions.read_text())
+
+
+def finish(name: str, brain: AdaptationBrain, folder: Path, source: str | Path) -> dict[str, list[float]]:
+    """Export the preferred student, if one was trained, and write what the method predicts."""
+    if brain.hparams.method.trains:
+        _keep_student(name, brain, folder, source)
+        found = brain.snapshots.chosen()["predictions"]
+    else:
+        found = brain.predictions()
+    atomic_write(folder / "predictions.json", json.dumps(found))
+    return found
+
+
+def _keep_student(name: str, brain: AdaptationBrain, folder: Path, source: str | Path) -> None:
+    """Export a trained student, and write what figures are made of."""
+    method, (probs, hidden) = brain.hparams.method, brain.untrained
+    weights = brain.snapshots.weights.read_bytes()
+    atomic_write(folder / "student.safetensors", weights)
+    brain.modules.student.load_state_dict(safetensors.torch.load(weights))
+    temperature = label_free_temperature(method, brain.adaptation, probs)
+    about = {"method": name, "temperature_fitted_to": method.consensus_told}
+    export_student(folder / "recogniser", source, weights, about, temperature)
+    embeddings = {"ids": brain.test_keys, **plane(hidden, brain.test.student().hidden)}
+    atomic_write(folder / "embeddings.json", json.dumps(embeddings))
+    if isinstance(method, MIFuse):
+        atomic_write(folder / "weighing.json", json.dumps(brain.weighing()))
+
+
+def label_free_temperature(method: AdaptationMethod, survey: Survey, source: torch.Tensor) -> float:
+    """Temperature at which the student comes nearest to what its two teachers say together."""
+    answered = survey.lalm_available
+    if "adapt" not in method.answers_for or not answered.any():
+        return 1.0
+    teachers = method.consensus(survey, source)[answered]
+    return fit_temperature(survey.student().probs[answered].cpu(), teachers.cpu())
+
+
+def plane(before: torch.Tensor, after: torch.Tensor) -> dict:
+    """Project vectors of two moments on the two directions in which all of them together differ most."""
+    both = torch.cat([before - before.mean(0), after - after.mean(0)]).double().cpu()
+    variances, directions = torch.linalg.eigh(both.T @ both)
+    directions = directions[:, [-1, -2]]
+    directions = directions * directions.gather(0, directions.abs().argmax(0, keepdim=True)).sign()
+    points = (both @ directions).round(decimals=3) + 0.0
+    explained = (variances[[-1, -2]] / variances.sum().clamp(min=1e-12)).round(decimals=4) + 0.0
+    return {
+        "before": points[: len(before)].tolist(),
+        "after": points[len(before) :].tolist(),
+        "explained": explained.tolist(),
+    }

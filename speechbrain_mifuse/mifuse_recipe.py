@@ -1,1 +1,0 @@
-../recipes/RAVDESS/mifuse/train.py
