@@ -4,6 +4,7 @@ import ast
 import importlib.metadata
 import subprocess
 import sys
+import zipfile
 from pathlib import Path
 
 import pytest
@@ -116,3 +117,15 @@ def test_loading_an_encoder_and_importing_a_brain_print_nothing(toy_encoder):
     )
     result = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True)
     assert (result.stdout, result.stderr) == ("", "")
+
+
+@pytest.mark.long
+def test_a_built_package_holds_the_settings_and_steps_of_adapt(tmp_path):
+    for name in ("setup.py", "pyproject.toml", "README.md", "LICENSE", "speechbrain_mifuse", "hparams", "recipes"):
+        (tmp_path / name).symlink_to(ROOT / name)
+    build = [sys.executable, "setup.py", "-q", "build", "--build-base", "b", "bdist_wheel", "--dist-dir", "dist"]
+    subprocess.run(build, cwd=tmp_path, check=True, capture_output=True)
+    with zipfile.ZipFile(next((tmp_path / "dist").glob("*.whl"))) as wheel:
+        names = set(wheel.namelist())
+    assert {"speechbrain_mifuse/hparams/rav2folder.yaml", "speechbrain_mifuse/hparams/base/adaptation.yaml"} <= names
+    assert "speechbrain_mifuse/recipes/RAVDESS/mifuse/train.py" in names
