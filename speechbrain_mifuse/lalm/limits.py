@@ -134,7 +134,8 @@ class Pace:
         estimated, used : float
             As given to `admit`, and as the reply says.
         """
-        self._next_token += (used - estimated) * self.per_token
+        # A server that counts a billion tokens must not stop the run for years.
+        self._next_token += min((used - estimated) * self.per_token, LONGEST_PAUSE)
 
     def pause(self, seconds: float):
         """Let no call start for a while, whoever makes it.
