@@ -319,6 +319,24 @@ def test_a_batch_api_that_says_odd_things_is_one_clear_error(said, tmp_path, mon
         assert all(KEY.encode() not in path.read_bytes() for path in job.folder.rglob("*") if path.is_file())
 
 
+def test_a_list_of_batches_without_end_is_left_and_starts_no_batch_twice(tmp_path, monkeypatch):
+    monkeypatch.setattr(batch_module, "MAX_LISTED", 20)
+    monkeypatch.setattr(batch_module, "TRANSFER_RETRIES", 0)
+    page = {"data": [{"id": "other", "created_at": 10**12, "status": "completed"}] * 10, "has_more": True}
+
+    def script(path, head, _):
+        if "/files" in path:
+            return [reply(b'{"id": "file-1"}')]
+        return [reply(json.dumps(page).encode()) if head.startswith("GET") else reply(b"{}", status="500 Oops")]
+
+    with raw_server(script) as (url, asked), job_at(url, tmp_path) as job:
+        with pytest.raises(LalmError, match="HTTP 500"):
+            in_batches(job, tmp_path)
+        with pytest.raises(LalmError, match="none of the 20 newest batches"):
+            in_batches(job, tmp_path)
+    assert sum(path.endswith("/batches") and head.startswith("POST") for path, head, _ in asked) == 1
+
+
 # Bad replies: no answer, tried again by the rules, named.
 
 BAD = {
