@@ -504,8 +504,9 @@ class BatchJob:
             looked_at += 1
             if looked_at > MAX_LISTED:
                 raise LalmError(
-                    f"{self.folder}: none of the {MAX_LISTED} newest batches of the server is part {part.name}, which may "
-                    "have been started. If the server's own pages show that it was not, delete this folder and run again"
+                    f"{self.folder}: none of the {MAX_LISTED} newest batches of the server is part {part.name}, which "
+                    "may have been started. If the server's own pages show that it was not, delete this folder and run "
+                    "again"
                 )
             if batch.created_at and batch.created_at < part.tried - _DAY:
                 return None
