@@ -363,7 +363,8 @@ def decode_audio(
         with soundfile.SoundFile(_Seekable(content)) as file:
             rate = file.samplerate
             _check_size(file, max_seconds)
-            samples = file.read(dtype="float32", always_2d=True)
+            # Without a number, soundfile refuses formats that cannot seek, such as GSM.
+            samples = file.read(file.frames, dtype="float32", always_2d=True)
     except (RuntimeError, OSError):
         raise RequestError("input_audio.data: not an audio file that can be decoded") from None
     if len(samples) == 0 or not max(samples.max(), -samples.min()) <= LOUDEST:

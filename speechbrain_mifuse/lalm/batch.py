@@ -62,6 +62,9 @@ TRANSFER_RETRIES = 4
 # Of a file of results, which is read whole.
 _MOST_BYTES = 2**29
 
+# Batches that are looked through for one that may have been started; a server can list batches without end.
+MAX_LISTED = 10_000
+
 # Batches older than this before an attempt to start one cannot be its outcome, whatever the clocks say.
 _DAY = 86400
 
@@ -455,7 +458,15 @@ class BatchJob:
 
     async def _find(self, part: Part):
         """Find the batch that an attempt with an unknown outcome has started; `None` if it has not."""
+        looked_at = 0
         async for batch in self._patient().batches.list(limit=100):
+            looked_at += 1
+            if looked_at > MAX_LISTED:
+                raise LalmError(
+                    f"{self.folder}: none of the {MAX_LISTED} newest batches of the server is part {part.name}, which "
+                    "may have been started. If the server's own pages show that it was not, delete this folder and run "
+                    "again"
+                )
             if batch.created_at and batch.created_at < part.tried - _DAY:
                 return None
             marks = batch.metadata or {}

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import base64
 import dataclasses
+import http.cookiejar
 import io
 import ipaddress
 import json
@@ -65,7 +66,8 @@ _MOST_BYTES = 8 * 2**20
 _MOST_HEADERS = 250
 # What is known to grow by a bounded factor when it is unpacked piece by piece.
 _ENCODINGS = {"", "identity", "gzip", "deflate"}
-_OF_THE_TRANSFER = {"content-encoding", "content-length", "transfer-encoding"}
+# Headers that say how a body was sent.
+_OF_THE_TRANSFER = {"content-encoding", "content-length", "content-type", "transfer-encoding"}
 # Characters of a text of a reply that are kept.
 _LONGEST_TEXT = 2**18
 # Alternatives for a token; servers give at most 20.
@@ -118,10 +120,41 @@ class _TooSlow(_Unusable):
     """A reply that had not come whole when the time-out was over."""
 
 
+class _Connector(aiohttp.TCPConnector):
+    """Reuses no connection on which bytes came unasked: they would be taken for the answer to the next request."""
+
+    async def connect(self, *request, **options):
+        """Give a connection on which nothing has been received since its last reply."""
+        for _ in range(2):  # the event loop reads what has arrived on idle connections, then hands it over
+            await asyncio.sleep(0)
+        for _ in range(_CALLS_PER_LINE + 2):
+            connection = await super().connect(*request, **options)
+            if not connection.protocol.should_close:
+                return connection
+            connection.close()
+        raise aiohttp.ClientConnectionError("the server sends replies to requests that it did not get")
+
+
+def _guarded(transport):
+    """Make a transport of aiohttp use our connector, and keep no cookies: they would grow with each reply."""
+    ssl, limit = transport.ssl_context, transport.limits.max_connections
+    transport.client = lambda: aiohttp.ClientSession(
+        connector=_Connector(ssl=ssl, limit=limit, keepalive_timeout=transport.limits.keepalive_expiry),
+        cookie_jar=aiohttp.DummyCookieJar(),
+    )
+    return transport
+
+
 class _BoundedHttpClient(openai.DefaultAioHttpClient):
     """An HTTP client that reads all of a reply: so many bytes after decompression, within the time-out as a whole."""
 
     most_bytes = _MOST_BYTES
+
+    def _init_transport(self, *args, **options):
+        return _guarded(super()._init_transport(*args, **options))
+
+    def _init_proxy_transport(self, *args, **options):
+        return _guarded(super()._init_proxy_transport(*args, **options))
 
     async def send(self, request, **options):
         """Send a request; the whole reply is read before it is given back."""
@@ -150,6 +183,8 @@ class _BoundedHttpClient(openai.DefaultAioHttpClient):
         finally:
             await reply.aclose()
         headers = [pair for pair in reply.headers.multi_items() if pair[0].lower() not in _OF_THE_TRANSFER]
+        # JSON is UTF-8; of the other codecs that a header can name, some fail and some take minutes.
+        headers.append(("content-type", reply.headers.get("content-type", "").partition(";")[0]))
         return type(reply)(reply.status_code, headers=headers, content=bytes(content), request=request)
 
 
@@ -391,7 +426,7 @@ class LalmClient:
         """
         api = self._free_line().api.with_options(timeout=min(self.timeout, _QUICKLY))
         try:
-            await api.models.list()
+            await _list_of_models(api)
         except (openai.APIConnectionError, openai.AuthenticationError) as error:
             if not _timed_out(error) and _unusable(error) is None:
                 raise await self.explain(error) from None
@@ -644,7 +679,8 @@ class LalmClient:
             )
         checked = self.base_url.startswith("https:") or not here
         # aiohttp takes half of the processor time that httpx's own transport takes, with many calls at a time.
-        line = _BoundedHttpClient(trust_env=not here, verify=checked, follow_redirects=False)
+        no_cookies = http.cookiejar.CookieJar(http.cookiejar.DefaultCookiePolicy(allowed_domains=[]))
+        line = _BoundedHttpClient(trust_env=not here, verify=checked, follow_redirects=False, cookies=no_cookies)
         line.most_bytes = most_bytes
         return openai.AsyncOpenAI(
             api_key=self._key(),
@@ -697,11 +733,16 @@ class LalmClient:
     async def _models(self) -> str:
         api = self._free_line().api.with_options(timeout=_QUICKLY)
         try:
-            page = await api.models.list()
-            names = [short(model.id) for model in page.data[:20]]
+            models = _items(_get(json.loads(await _list_of_models(api)), "data"))
         except FAULTS:
             return ""
+        names = [name for model in models[:20] if (name := short(_get(model, "id")))]
         return f"; it offers {', '.join(names)}" if names else ""
+
+
+async def _list_of_models(api: openai.AsyncOpenAI) -> str:
+    # The package's own method makes an object of each model, which takes minutes for a list of millions.
+    return await api.get("/models", cast_to=str)
 
 
 _REMEDIES = {

@@ -92,7 +92,8 @@ class Pace:
 
     def settle(self, estimated: float, used: float):
         """Correct the count of tokens after a call."""
-        self._next_token += (used - estimated) * self.per_token
+        # A server that counts a billion tokens must not stop the run for years.
+        self._next_token += min((used - estimated) * self.per_token, LONGEST_PAUSE)
 
     def pause(self, seconds: float):
         """Let no call start for a while, whoever makes it."""

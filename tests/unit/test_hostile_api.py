@@ -8,6 +8,7 @@ import logging
 import resource
 import sqlite3
 import struct
+import time
 import zlib
 
 import pytest
@@ -22,6 +23,7 @@ from speechbrain_mifuse.lalm.batch import BatchJob
 from speechbrain_mifuse.lalm.client import LalmClient, LalmError
 from speechbrain_mifuse.lalm.collect import collect, encode_wav
 from speechbrain_mifuse.lalm.limits import known_usage
+from speechbrain_mifuse.lalm.profile import Profile
 from speechbrain_mifuse.lalm.prompt import Prompt
 from speechbrain_mifuse.lalm.store import LabelStore, Query, Record, StoreError
 
@@ -147,6 +149,38 @@ def test_a_text_without_end_is_kept_in_part():
     assert len(response.raw) < 2**18 + 1000
 
 
+@pytest.mark.parametrize("pause", [0.0, 0.02])
+def test_a_reply_that_nobody_asked_for_is_never_the_answer_about_the_next_recording(pause):
+    def script(*_):
+        yield reply(json.dumps(completion(LABELS[len(asked)])).encode())
+        time.sleep(pause)
+        yield reply(json.dumps(completion("angry")).encode())
+
+    async def main(url):
+        async with LalmClient(url, "m", timeout=5.0, max_retries=0) as client:
+            for _ in range(3):
+                yield (await client.ask(Prompt(LABELS, "label"), encode_wav(tone(0))))[0].answer
+                await asyncio.sleep(3 * pause)  # in which the second reply arrives
+
+    async def answers(url):
+        return [answer.probs.index(1.0) async for answer in main(url)]
+
+    with raw_server(script) as (url, asked):
+        assert asyncio.run(answers(url)) == [1, 2, 3]
+
+
+def test_cookies_are_neither_kept_nor_sent_back():
+    cookies = [f"Set-Cookie: {name}={'x' * 4000}" for name in range(50)]
+    with raw_server(lambda *_: [reply(GOOD, cookies)]) as (url, asked):
+
+        async def main():
+            async with LalmClient(url, "m") as client:
+                await client.ask(Prompt(LABELS, "label"), encode_wav(tone(0)), n=2)
+
+        asyncio.run(main())
+    assert len(asked) == 2 and all("cookie" not in head.lower() and len(head) < 2000 for _, head, _ in asked)
+
+
 # Size and time.
 
 
@@ -211,6 +245,41 @@ def test_a_list_of_models_without_end_holds_nothing_up(reply_of_list, monkeypatc
         assert "no such model" in failure(url)
 
 
+@pytest.mark.parametrize("status", ["200 OK", "404 Not Found"])
+@pytest.mark.parametrize("charset", ["punycode", "zlib", "rot13", "undefined", "utf-16", "quopri"])
+def test_a_reply_is_read_as_utf_8_whatever_codec_it_names(charset, status):
+    """Some codecs of Python fail in their own ways, and punycode takes minutes."""
+    body, header = b"a" * 2**17 + b"-" + b"9" * 2**17, f"Content-Type: application/json; charset={charset}"
+    replies = iter([reply(body, [header], "500 Oops"), reply(GOOD, [header], status)])
+    with raw_server(lambda path, *_: [reply(body, [header]) if "models" in path else next(replies)]) as (url, _):
+        if status == "200 OK":
+            assert ask(url)[0].answer.is_sample
+        else:
+            assert "HTTP 404" in failure(url)
+
+
+def test_a_list_of_a_million_models_is_read_soon():
+    models = reply(b'{"data": [{"id": "m7"}, ' + b"{}, " * 10**6 + b"{}]}")
+    missing = reply(b"{}", status="404 Not Found")
+    with raw_server(lambda path, *_: [models if "models" in path else missing]) as (url, _):
+        check(url)
+        assert failure(url).endswith("it offers m7")
+
+
+def test_a_server_that_counts_a_billion_tokens_holds_the_next_call_up_for_minutes_at_most(monkeypatch):
+    monkeypatch.setattr("speechbrain_mifuse.lalm.limits.LONGEST_PAUSE", 0.01)
+    usage = {"prompt_tokens": 10**12, "completion_tokens": 0, "total_tokens": 10**12}
+    profile = Profile(tokens_per_minute=10**6)
+    with scripted_server(lambda *_: (200, {**completion("sad"), "usage": usage})) as (url, asked):
+
+        async def main():
+            async with LalmClient(url, "m", profile=profile) as client:
+                await asyncio.wait_for(client.ask(Prompt(LABELS, "label"), encode_wav(tone(0)), n=2), 10)
+
+        asyncio.run(main())
+    assert len(asked) == 2
+
+
 # The Batch API.
 
 
@@ -248,6 +317,24 @@ def test_a_batch_api_that_says_odd_things_is_one_clear_error(said, tmp_path, mon
             in_batches(job, tmp_path)
         assert "\n" not in str(caught.value) and len(str(caught.value)) < 1000
         assert all(KEY.encode() not in path.read_bytes() for path in job.folder.rglob("*") if path.is_file())
+
+
+def test_a_list_of_batches_without_end_is_left_and_starts_no_batch_twice(tmp_path, monkeypatch):
+    monkeypatch.setattr(batch_module, "MAX_LISTED", 20)
+    monkeypatch.setattr(batch_module, "TRANSFER_RETRIES", 0)
+    page = {"data": [{"id": "other", "created_at": 10**12, "status": "completed"}] * 10, "has_more": True}
+
+    def script(path, head, _):
+        if "/files" in path:
+            return [reply(b'{"id": "file-1"}')]
+        return [reply(json.dumps(page).encode()) if head.startswith("GET") else reply(b"{}", status="500 Oops")]
+
+    with raw_server(script) as (url, asked), job_at(url, tmp_path) as job:
+        with pytest.raises(LalmError, match="HTTP 500"):
+            in_batches(job, tmp_path)
+        with pytest.raises(LalmError, match="none of the 20 newest batches"):
+            in_batches(job, tmp_path)
+    assert sum(path.endswith("/batches") and head.startswith("POST") for path, head, _ in asked) == 1
 
 
 # Bad replies: no answer, tried again by the rules, named.

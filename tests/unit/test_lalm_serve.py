@@ -166,6 +166,14 @@ def test_usage_grows_with_the_audio(api):
     assert ask(api, n=3).usage.completion_tokens > ask(api, n=1).usage.completion_tokens > 0
 
 
+def test_a_format_that_cannot_seek_is_read_from_its_beginning(api):
+    buffer = io.BytesIO()
+    soundfile.write(buffer, tone(3)[::2].numpy(), 8000, format="WAV", subtype="GSM610")
+    near = json.loads(texts(ask(api, wav=buffer.getvalue(), temperature=0))[0])
+    exact = json.loads(texts(ask(api, temperature=0))[0])
+    assert near == pytest.approx(exact, abs=0.2) and sum(near.values()) == pytest.approx(1, abs=1e-4)
+
+
 @pytest.mark.parametrize("form", ["WAV", "FLAC", "OGG"])
 def test_other_formats_rates_and_channels_are_understood(api, form):
     buffer = io.BytesIO()
