@@ -1,4 +1,4 @@
-"""`PERFORMANCE.md`: what each registered recipe reached where its corpus was at hand, from `docs/results/*.csv`."""
+"""`PERFORMANCE.md`: what each recipe reached where its corpus was at hand, from `docs/results/*.csv`."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import statistics
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 
-from speechbrain_mifuse.experiments.registry import plain_values
+from speechbrain_mifuse.experiments.registry import registered_recipes
 
 HEAD = """# Performance of the recipes
 
@@ -83,12 +83,12 @@ TABLES = {"mifuse": "open_transfer", "adapter": "adapter", "zsfuse": "zsfuse"}
 
 
 def performance_table(root: Path) -> str:
-    """Give the page, from a repository's registry files and results."""
-    lines, tables = [], root / "docs" / "results"
-    for path in sorted((root / "tests" / "recipes").glob("*.csv")):
-        for row in read(path):
-            kind = Path(row["Script_file"]).parent.name
-            found = KINDS[kind](plain_values(root / row["Hparam_file"]), tables) if kind in KINDS else ""
-            link = f"[{TABLES[kind]}](docs/results/{TABLES[kind]}.md)" if found else ""
-            lines.append(f"| `{row['Script_file']}` | `{row['Hparam_file']}` | {found} | {link} |")
+    """Give the page, from a repository's recipes and results."""
+    lines = []
+    for recipe in registered_recipes(root):
+        _, script, hparams, *_ = recipe.command.split()
+        kind = recipe.script.parent.name
+        found = KINDS[kind](recipe.values, root / "docs" / "results") if kind in KINDS else ""
+        link = f"[{TABLES[kind]}](docs/results/{TABLES[kind]}.md)" if found else ""
+        lines.append(f"| `{script}` | `{hparams}` | {found} | {link} |")
     return HEAD + "\n".join(lines) + "\n"
