@@ -44,7 +44,8 @@ def tree(tmp_path):
     files = {
         "recipes/T/m/train.py": "",
         "hparams/base/more.yaml": "seed: 0\nmethods:\n    one: !new:no.such.A\n    two: !new:no.such.B {a: 1}\n",
-        "hparams/a2t.yaml": "# Toy.\n#\n#   python recipes/T/m/train.py hparams/a2t.yaml\n\nkey: !PLACEHOLDER\nname: b\nsource: !ref <name>\ntarget: t\nteacher: c\nencoder: toy\n"
+        "hparams/a2t.yaml": "# Toy.\n#\n#   python recipes/T/m/train.py hparams/a2t.yaml\n\n"
+        "key: !PLACEHOLDER\nname: b\nsource: !ref <name>\ntarget: t\nteacher: c\nencoder: toy\n"
         "layer: 2\nprepare: !name:no.such.function\n    x: !ref <key>/y\n__apply: !apply:os.abort []\n"
         "adaptation: !include:base/more.yaml\n    seed: 5\n",
     }

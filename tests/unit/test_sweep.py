@@ -50,7 +50,8 @@ def tree(tmp_path, monkeypatch):
     """A repository with a toy recipe and two pairs, as the current folder."""
     root = tmp_path / "a repository"
     methods = "methods:\n" + "".join(f"    {name}: !new:no.such.Class\n" for name in METHODS)
-    pair = "# python recipes/T/m/train.py hparams/\nteacher: c\nencoder: toy\nlabel_store: x\nteacher_folder: y\nlalm_base_url: null\nlalm_samples: 5\n"
+    pair = "# python recipes/T/m/train.py hparams/\n"
+    pair += "teacher: c\nencoder: toy\nlabel_store: x\nteacher_folder: y\nlalm_base_url: null\nlalm_samples: 5\n"
     pair += "takes: 0.2\nfails: null\nnote: null\nlearning_rate: 0.1\nteacher_alm: null\n"
     files = {
         "recipes/T/m/train.py": SCRIPT,
