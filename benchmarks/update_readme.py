@@ -2,9 +2,9 @@
 
 `PERFORMANCE.md` is written as a whole; the block `recipes` of each `recipes/*/README.md` is the table of that corpus.
 In `docs/results/`, `speed.md` and `speed_headlines.md` are made here from the JSON that `run.py NAME --json
-docs/results/speed/NAME.json` writes, `reliability.md` from that of `run.py faults --json docs/results/reliability.json`,
-and the short tables of `method_tables.py` from the long ones. With `--check` nothing is written; the exit status tells
-whether all are up to date (1 when not).
+docs/results/speed/NAME.json` writes, `reliability.md` from that of `run.py faults --json
+docs/results/reliability.json`, and the short tables of `method_tables.py` from the long ones. With `--check` nothing is
+written; the exit status tells whether all are up to date (1 when not).
 """
 
 from __future__ import annotations

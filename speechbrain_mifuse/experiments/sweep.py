@@ -169,42 +169,7 @@ def make_plan(
     flags: Sequence[str] = (),
     threads: int = 1,
 ) -> Plan:
-    """Plan a sweep from the registry.
-
-    Parameters
-    ----------
-    root : str or pathlib.Path
-        The repository.
-    pairs : sequence of str
-        Names of registered YAML files.
-    output : str or pathlib.Path
-        Folder of the runs.
-    seeds : sequence of int
-        Training seeds.
-    methods : sequence of str
-        Those of the YAML files' tables, by default.
-    flags : sequence of str
-        More flags of the recipe, for every run.
-    threads : int
-        Threads of a run.
-
-    Returns
-    -------
-    Plan
-        Methods in the order in which the YAML registers them.
-
-    Raises
-    ------
-    UserError
-        If a pair or method is unknown, a pair is named twice, or a flag is one that the sweep gives itself.
-
-    Example
-    -------
-    >>> from speechbrain_mifuse.experiments.registry import repository_root
-    >>> plan = make_plan(repository_root(Path(__file__).parent), ["nemo2rav"], "out", [1, 2], ["oracle", "mi_fuse"])
-    >>> plan.methods, [run.folder.name for run in plan.runs()]
-    (['mi_fuse', 'oracle'], ['1', '2'])
-    """
+    """Plan a sweep of YAML files by name; methods are those of their tables by default."""
     recipes = [adaptation_recipe(root, pair) for pair in dict.fromkeys(Path(pair).stem for pair in pairs)]
     for key in flag_values(flags):
         if key in OWN_FLAGS:
@@ -392,26 +357,7 @@ def _signal(process: subprocess.Popen, number: int) -> None:
 
 
 def run_plan(plan: Plan, jobs: int) -> None:
-    """Run what is missing; what is done starts no process.
-
-    Parameters
-    ----------
-    plan : Plan
-        Pairs, methods, seeds.
-    jobs : int
-        Runs at a time.
-
-    Raises
-    ------
-    UserError
-        If runs failed, after all were tried; the message names each run's log and last line.
-    SystemExit
-        With status 130 on Ctrl-C, after the processes were stopped.
-
-    Example
-    -------
-    >>> run_plan(Plan([], ["mi_fuse"], [1], Path("out")), jobs=1)  # no pair, no run
-    """
+    """Run what is missing, at most `jobs` at a time; failed runs are an error after all were tried."""
     runs = plan.runs()
     missing = [run for run in runs if not run.done()]
     if not missing:
