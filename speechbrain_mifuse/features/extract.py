@@ -30,13 +30,13 @@ logger = logging.getLogger(__name__)
 PREPROCESSING_VERSION = 1
 
 
-def usable_threads() -> int:
-    """Count the threads that encode: one for each core that this process may use, and no more than eight."""
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return min(max(cores // int(os.environ.get("LOCAL_WORLD_SIZE", 1)), 1), 8)
+def usable_cores() -> int:
+    """Count the cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-ENCODING_THREADS = usable_threads()
+# One for each core that this process may use, and no more than eight.
+ENCODING_THREADS = min(max(usable_cores() // int(os.environ.get("LOCAL_WORLD_SIZE", 1)), 1), 8)
 
 
 class FrameReader:
