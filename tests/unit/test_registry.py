@@ -18,6 +18,7 @@ from speechbrain_mifuse.experiments.registry import (
 
 ROOT = Path(__file__).resolve().parents[2]
 RECIPES = registered_recipes(ROOT)
+IDS = [recipe.name for recipe in RECIPES]
 COLUMNS = (
     *("Task", "Dataset", "Script_file", "Hparam_file", "Data_prep_file", "Readme_file", "Result_url", "HF_repo"),
     *("test_debug_flags", "test_debug_checks", "performance"),
@@ -142,3 +143,10 @@ def test_the_command_lists_recipes_without_loading_torch():
     check = [sys.executable, "-c", code + "assert 'torch' not in sys.modules"]
     shown = subprocess.run(check, check=True, capture_output=True, text=True, cwd=ROOT / "hparams").stdout
     assert "python recipes/RAVDESS/mifuse/train.py hparams/nemo2rav.yaml\n" in shown
+
+
+@pytest.mark.parametrize("recipe", RECIPES, ids=IDS)
+def test_the_page_of_a_corpus_shows_each_of_its_recipes_with_its_command(recipe):
+    page = (recipe.script.parents[1] / "README.md").read_text(encoding="utf-8")
+    table = page.split("<!-- begin recipes -->")[1].split("<!-- end recipes -->")[0]
+    assert f"hparams/{recipe.hparams.name}) |" in table and f"`{recipe.command.split(' --')[0]}" in table
