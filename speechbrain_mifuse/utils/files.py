@@ -7,7 +7,6 @@ import hashlib
 import json
 import math
 import os
-import pathlib
 import stat
 import tempfile
 from collections import Counter
@@ -151,10 +150,10 @@ def encodable(text: str) -> bool:
     return True
 
 
-def cache_folder():
+def cache_folder() -> Path:
     """Folder for what is made once and reused: the demo encoder, extracted frames."""
     chosen = os.environ.get("MIFUSE_CACHE")
     if chosen:
-        return pathlib.Path(chosen).expanduser()
-    base = os.environ.get("XDG_CACHE_HOME") or pathlib.Path.home() / ".cache"
-    return pathlib.Path(base) / "speechbrain_mifuse"
+        return Path(chosen).expanduser()
+    base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    return Path(base) / "speechbrain_mifuse"
