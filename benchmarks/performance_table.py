@@ -1,13 +1,14 @@
-"""`PERFORMANCE.md`: what each registered recipe reached where its corpus was at hand, from `docs/results/*.csv`."""
+"""`PERFORMANCE.md` and the tables of `recipes/*/README.md`: what each recipe reached, from `docs/results/*.csv`."""
 
 from __future__ import annotations
 
 import csv
+import re
 import statistics
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 
-from speechbrain_mifuse.experiments.registry import plain_values
+from speechbrain_mifuse.experiments.registry import Recipe, registered_recipes
 
 HEAD = """# Performance of the recipes
 
@@ -82,13 +83,66 @@ KINDS = {"mifuse": of_pair, "adapter": of_arms("adapter"), "zsfuse": of_arms("zs
 TABLES = {"mifuse": "open_transfer", "adapter": "adapter", "zsfuse": "zsfuse"}
 
 
+METHODS = {
+    "mifuse": "adaptation without labels",
+    "classifier": "classifier with labels",
+    "adapter": "adapter on a frozen encoder",
+    "dual_encoder": "dual encoder of speech and text",
+    "zsfuse": "ZS-Fuse",
+}
+ABOUT = """UA: unweighted accuracy, the mean recall over classes, in percent: mean ± standard deviation over seeds, on
+held-out speakers. Encoder: Whisper tiny.en's, frozen. The linked table has intervals and protocol.
+
+"""
+CORPUS_HEAD = "| settings | method | UA % | command | hardware |\n|---|---|---|---|---|\n"
+NOT_RUN = "not run here"
+
+
+def result_of(recipe: Recipe, root: Path) -> tuple[str, str]:
+    """What a recipe reached, and the table that has it; both empty where no table has."""
+    kind = recipe.script.parent.name
+    found = KINDS[kind](recipe.values, root / "docs" / "results") if kind in KINDS else ""
+    return found, f"docs/results/{TABLES[kind]}.md" if found else ""
+
+
 def performance_table(root: Path) -> str:
-    """Give the page, from a repository's registry files and results."""
-    lines, tables = [], root / "docs" / "results"
-    for path in sorted((root / "tests" / "recipes").glob("*.csv")):
-        for row in read(path):
-            kind = Path(row["Script_file"]).parent.name
-            found = KINDS[kind](plain_values(root / row["Hparam_file"]), tables) if kind in KINDS else ""
-            link = f"[{TABLES[kind]}](docs/results/{TABLES[kind]}.md)" if found else ""
-            lines.append(f"| `{row['Script_file']}` | `{row['Hparam_file']}` | {found} | {link} |")
+    """Give the page, from a repository's recipes and results."""
+    lines = []
+    for recipe in registered_recipes(root):
+        found, table = result_of(recipe, root)
+        _, script, hparams, *_ = recipe.command.split()
+        link = f"[{Path(table).stem}]({table})" if table else ""
+        lines.append(f"| `{script}` | `{hparams}` | {found} | {link} |")
     return HEAD + "\n".join(lines) + "\n"
+
+
+def header_command(recipe: Recipe) -> str:
+    """Read the command in the header of a recipe's YAML file, without the comment behind it."""
+    text = re.sub(r"\\\n# *", "", recipe.hparams.read_text(encoding="utf-8"))
+    (command, *_) = re.findall(r"^# +(python recipes/\S+/train\.py hparams/.*?)(?: {3,}.*)?$", text, re.MULTILINE)
+    return " ".join(command.split())
+
+
+def corpus_tables(root: Path) -> dict[str, str]:
+    """Give the table of each corpus's recipes, by the name of its folder in `recipes`."""
+    tables: dict[str, list[str]] = {}
+    results = {recipe: result_of(recipe, root) for recipe in registered_recipes(root)}
+    at_hand = {recipe.script.parents[1].name for recipe, (found, _) in results.items() if found}
+    for recipe, (found, table) in results.items():
+        corpus, hardware = recipe.script.parents[1].name, "2 CPU cores"
+        if found:
+            found += f" ([table](../../{table}))"
+        elif corpus == "Demo":
+            found = "synthetic speech: [table](../../docs/results/demo.md)"
+        elif corpus in at_hand:
+            found = "no table; in the run's `train_log.txt`"
+        else:
+            found, hardware = NOT_RUN, "-"
+        settings = f"[{recipe.hparams.name}](../../hparams/{recipe.hparams.name})"
+        method = METHODS[recipe.script.parent.name]
+        tables.setdefault(corpus, []).append(
+            f"| {settings} | {method} | {found} | `{header_command(recipe)}` | {hardware} |"
+        )
+    return {
+        corpus: ABOUT * (corpus in at_hand) + CORPUS_HEAD + "\n".join(lines) + "\n" for corpus, lines in tables.items()
+    }

@@ -1,7 +1,8 @@
 """Put the generated tables of `docs/results/` into the README and the pages of `docs/`, between their marks.
 
-`PERFORMANCE.md` is written as a whole. In `docs/results/`, `speed.md` and `speed_headlines.md` are made here from the
-JSON that `run.py NAME --json docs/results/speed/NAME.json` writes, `reliability.md` from that of `run.py faults --json
+`PERFORMANCE.md` is written as a whole; the block `recipes` of each `recipes/*/README.md` is the table of that corpus.
+In `docs/results/`, `speed.md` and `speed_headlines.md` are made here from the JSON that `run.py NAME --json
+docs/results/speed/NAME.json` writes, `reliability.md` from that of `run.py faults --json
 docs/results/reliability.json`, and the short tables of `method_tables.py` from the long ones. With `--check` nothing is
 written; the exit status tells whether all are up to date (1 when not).
 """
@@ -14,7 +15,7 @@ import sys
 from pathlib import Path
 
 from method_tables import METHOD_TABLES
-from performance_table import performance_table
+from performance_table import corpus_tables, performance_table
 
 from speechbrain_mifuse.utils.files import atomic_write
 
@@ -151,6 +152,15 @@ def reliability_table(path: Path) -> str:
     )
 
 
+def corpus_pages() -> dict[Path, str]:
+    """Pages of the corpora with the tables of their recipes."""
+    pages = {ROOT / "recipes" / corpus / "README.md": table for corpus, table in corpus_tables(ROOT).items()}
+    return {
+        path: BLOCK.sub(lambda m, table=table: f"{m[1]}\n{table}\n{m[3]}", path.read_text(encoding="utf-8"))
+        for path, table in pages.items()
+    }
+
+
 def pages() -> list[Path]:
     """Files that may hold tables."""
     return [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -179,5 +189,5 @@ def update(wanted: dict[Path, str], check: bool) -> None:
 if __name__ == "__main__":
     check = "--check" in sys.argv[1:]
     # The pages hold the tables, so these come first.
-    update(short_tables(), check)
+    update(short_tables() | corpus_pages(), check)
     update({path: filled(path.read_text(encoding="utf-8"), TABLES) for path in pages()}, check)

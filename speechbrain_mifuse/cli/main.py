@@ -232,8 +232,7 @@ def run_sweep(options: argparse.Namespace) -> None:
     sweep.require_methods(plan, "--baselines", baselines)
     sweep.require_methods(plan, "--figure_methods", figure_methods)
     if options.commands is not None:
-        sweep.write_commands(options.commands, plan.runs())
-        print(sweep.advice(options.commands, plan))
+        print(sweep.write_commands(options.commands, plan))
         return
     if not options.collect:
         sweep.require_settings(plan)

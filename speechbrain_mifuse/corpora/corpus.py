@@ -6,6 +6,7 @@ import fnmatch
 import json
 import logging
 import os
+import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -14,6 +15,7 @@ from pathlib import Path
 from speechbrain_mifuse.corpora.checks import check_utterances, find_unusable, warn_of_unusable, with_unusable
 from speechbrain_mifuse.corpora.manifest import (
     ABOUT,
+    LABELS,
     CorpusError,
     Utterance,
     read_about,
@@ -23,6 +25,7 @@ from speechbrain_mifuse.corpora.manifest import (
 from speechbrain_mifuse.corpora.splits import Splits, deal, leave_out_shared, settings_of, thin_out
 from speechbrain_mifuse.utils.audio_files import ENDINGS
 from speechbrain_mifuse.utils.files import atomic_write
+from speechbrain_mifuse.utils.texts import shown
 
 logger = logging.getLogger(__name__)
 
@@ -77,11 +80,69 @@ def by_stem(paths: Iterable[Path]) -> dict[str, Path]:
     return {stem: found[stem] for stem in sorted(found)}
 
 
+def common_classes(emotions: Mapping[str, str | None]) -> dict[str, str | None]:
+    """Give a map of labels in which all but the four common classes are left out."""
+    return {code: emotion if emotion in LABELS else None for code, emotion in emotions.items()}
+
+
 def map_label(label_map: Mapping[str, str | None], code: str, where: str | Path) -> str | None:
     """Translate a corpus's own label, `None` meaning that the class is left out."""
     if code not in label_map:
         raise CorpusError(f"{where}: unknown label '{code}'; known are {', '.join(sorted(label_map))}.")
     return label_map[code]
+
+
+def own_recordings(
+    corpus: str,
+    paths: Iterable[Path],
+    pattern: re.Pattern,
+    label_map: Mapping[str, str | None],
+    emotions: Mapping[str, str],
+    other_parts: re.Pattern | None = None,
+) -> list[tuple[Path, re.Match, str]]:
+    """List the recordings of the wanted classes by their file names, and log what takes no part."""
+    audio = sorted(path for path in paths if path.suffix.lower() in ENDINGS and path.name[0] != ".")
+    own = [path for path in audio if _code(pattern, path) in emotions]
+    rest = sorted(set(audio).difference(own))
+    parts = [path for path in rest if other_parts and other_parts.fullmatch(path.stem)]
+    _report_strange(corpus, sorted(set(rest).difference(parts)), len(audio))
+    if parts:
+        logger.info("%s: %d files of other parts of the release take no part.", corpus, len(parts))
+    distinct = by_stem(own)
+    if len(distinct) < len(own):
+        doubled = next(path for path in own if distinct[path.stem] != path)
+        logger.warning(
+            "%s: %d recordings are there a second time (first: %s); each utterance counts once.",
+            *(corpus, len(own) - len(distinct), shown(doubled)),
+        )
+    matches = [(path, pattern.fullmatch(stem)) for stem, path in distinct.items()]
+    report_other_classes(corpus, (emotions[m["code"]] for _, m in matches if label_map[m["code"]] is None))
+    return [(path, match, emo) for path, match in matches if (emo := label_map[match["code"]]) is not None]
+
+
+def _code(pattern: re.Pattern, path: Path) -> str | None:
+    """Emotion code in a recording's name, if it has the corpus's form."""
+    match = pattern.fullmatch(path.stem)
+    return match["code"] if match else None
+
+
+def _report_strange(corpus: str, strange: list[Path], audio: int) -> None:
+    """Count files that are not named as the corpus's are; if they are most, it is another corpus."""
+    if not strange:
+        return
+    what = f"{corpus}: {len(strange)} of {audio} audio files are not named as this corpus's recordings"
+    what += f" (first: {shown(strange[0])})"
+    if 2 * len(strange) > audio:
+        raise CorpusError(f"{what}. Is --data_folder the right one? Restore the release's own file names.")
+    logger.warning("%s and take no part.", what)
+
+
+def report_other_classes(corpus: str, emotions: Iterable[str]) -> None:
+    """Log how many recordings are left out because of their class."""
+    counts = Counter(emotions)
+    if counts:
+        listed = ", ".join(f"{name} {count}" for name, count in sorted(counts.items()))
+        logger.info("%s: %d recordings of other classes take no part: %s.", corpus, counts.total(), listed)
 
 
 def write_splits(
@@ -205,20 +266,7 @@ class Corpus:
         self.prepare_in(find_corpus(self.folder_name, self.marker, data_folder), save_folder, splits, keep)
 
     def prepare_in(self, folder: Path, save_folder, splits, keep=None) -> None:
-        """Do what `prepare` does with the corpus's own folder.
-
-        Parameters
-        ----------
-        folder : pathlib.Path
-            The corpus's folder.
-        save_folder, splits, keep
-            As for `prepare`.
-
-        Raises
-        ------
-        CorpusError
-            If a recording does not fit.
-        """
+        """Do what `prepare` does with the corpus's own folder."""
         utterances = self.list_utterances(folder)
         # Also when the rest is skipped: a copy that is not the published release, or not whole, is said at every run.
         facts = self.facts(folder, utterances) if self.facts else None

@@ -1,10 +1,6 @@
-"""CREMA-D: crowd-sourced emotional multimodal actors dataset (Cao et al. 2014), English.
+"""CREMA-D (Cao et al. 2014), English: 7,442 clips of 91 actors. How to get it: `recipes/CREMA-D/README.md`.
 
-7,442 clips of 91 actors (48 men, 43 women), twelve sentences, six emotions. Doi 10.1109/TAFFC.2014.2336244.
-Licence: Open Database License (ODbL).
-Tree: `AudioWAV/1001_DFA_ANG_XX.wav` (any file type that libsndfile reads): actor, sentence, intended emotion, level.
-`AudioMP3` and `VideoFlash` beside it hold the same utterances and are not read.
-
+Tree: `AudioWAV/1001_DFA_ANG_XX.wav`: actor, sentence, intended emotion, level.
 Four classes, by the intended emotion: ANG, HAP, NEU, SAD; DIS and FEA take no part.
 Split policy: speaker-independent. Actors are dealt to the splits in numerical order.
 """
@@ -14,12 +10,11 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
-from speechbrain_mifuse.corpora.corpus import Corpus
+from speechbrain_mifuse.corpora.corpus import Corpus, common_classes, own_recordings
 from speechbrain_mifuse.corpora.manifest import Utterance
-from speechbrain_mifuse.corpora.release_files import own_recordings
 
-LABEL_MAP = {"ANG": "angry", "HAP": "happy", "NEU": "neutral", "SAD": "sad", "DIS": None, "FEA": None}
-EMOTIONS = {**LABEL_MAP, "DIS": "disgust", "FEA": "fearful"}
+EMOTIONS = {"ANG": "angry", "HAP": "happy", "NEU": "neutral", "SAD": "sad", "DIS": "disgust", "FEA": "fearful"}
+LABEL_MAP = common_classes(EMOTIONS)
 NAME = re.compile(r"(?P<speaker>\d{4})_[A-Z]{3}_(?P<code>[A-Z]{3})_[A-Z]{1,2}")
 SPEAKERS = tuple(str(actor) for actor in range(1001, 1092))
 

@@ -1,11 +1,6 @@
-"""EmoDB: the Berlin database of emotional speech (Burkhardt et al. 2005), German.
+"""EmoDB (Burkhardt et al. 2005), German: 535 clips of ten actors. See `recipes/EmoDB/README.md`, also on "EmoDB, 2 s".
 
-535 clips of ten actors (five men, five women), ten sentences, seven emotions. Tree: `wav/SSttEv.wav` (any file type
-that libsndfile reads): speaker, text, emotion letter, version. What lies beside `wav` (`lablaut`, `labsilb`, `silb`,
-`erkennung.txt`, ...) is not read.
-The openly mirrored copy, in a folder called `emodb_2s`, has every clip cut or padded to exactly 2.000 s, and no licence
-is stated with it: figures on it are "EmoDB, 2 s" and are not comparable with published EmoDB figures.
-
+Tree: `wav/SSttEv.wav`: speaker, text, emotion letter, version. What lies beside `wav` is not read.
 Four classes: W anger 127, F happiness 71, N neutral 79, T sadness 62; boredom, disgust and fear take no part.
 `prepare_emodb_7` takes all seven: L boredom 81, E disgust 46, A fear 69 beside them.
 Split policy: speaker-independent. Speakers are dealt to the splits in the order of `SPEAKERS`, which alternates the
@@ -20,12 +15,11 @@ from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
-from speechbrain_mifuse.corpora.corpus import Corpus
+from speechbrain_mifuse.corpora.corpus import Corpus, common_classes, own_recordings
 from speechbrain_mifuse.corpora.manifest import Utterance
-from speechbrain_mifuse.corpora.release_files import own_recordings
 
-LABEL_MAP = {"W": "angry", "F": "happy", "N": "neutral", "T": "sad", "L": None, "E": None, "A": None}
-SEVEN_CLASSES = {**LABEL_MAP, "L": "bored", "E": "disgust", "A": "fearful"}
+SEVEN_CLASSES = {"W": "angry", "F": "happy", "N": "neutral", "T": "sad", "L": "bored", "E": "disgust", "A": "fearful"}
+LABEL_MAP = common_classes(SEVEN_CLASSES)
 NAME = re.compile(r"(?P<speaker>\d\d)[a-z]\d\d(?P<code>[A-Z])[a-z]")
 SPEAKERS = ("03", "08", "10", "09", "11", "13", "12", "14", "15", "16")
 MEN = ("03", "10", "11", "12", "15")

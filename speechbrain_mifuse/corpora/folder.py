@@ -1,12 +1,10 @@
 """Any folder of recordings: what a user brings along, with labels or without.
 
-Recordings: see `recordings_below`.
-Labels are optional. They come from the first of these that is there, and the log says from which:
+Labels come from the first of these that is there, and the log says from which:
 
 - `labels.csv` (or `labels.tsv`, in any case) in the folder, or in one folder below it: columns `file,emo` and, if
-  known, `speaker`, or other names of `COLUMNS`; separated by comma, semicolon or tab; UTF-8, or UTF-16 with its mark.
-  `file` is the path from the table's folder on. `emo` is filled in every row or in none. Recordings that it does not
-  name take no part.
+  known, `speaker`, or other names of `COLUMNS`; see `tables.py`. `file` is the path from the table's folder on. `emo`
+  is filled in every row or in none. Recordings that it does not name take no part.
 - File names of a corpus that `layouts.py` knows, if nearly all recordings have them.
 - The folders on the way to a recording. One level of them gives the emotions if every folder of that level is named by
   an emotion (`emotion_words.py`) and at least two emotions occur. Where some folders look like emotions and others do
@@ -17,16 +15,11 @@ recordings would take no part because nothing is known of them.
 
 Speakers come from the same place: the `speaker` column, the file names, or the one level of folders that remains
 (`anna/angry/1.wav` and `angry/anna/1.wav` are of speaker `anna`). With labels, two such levels are an error that asks
-for `labels.csv`; folders such as `part1` or `2024-05-01` are no speakers. Names that differ in case or Unicode form
-alone are one speaker. A recording whose speaker is not known counts as a speaker of its own, so the splits are
-speaker-independent only as far as speakers are named; `corpus.json` counts the others under
-`recordings_without_speaker`, and results say so wherever they speak of speakers.
+for `labels.csv`; folders such as `part1` or `2024-05-01` are no speakers. A recording whose speaker is not known counts
+as a speaker of its own; `corpus.json` counts these under `recordings_without_speaker`, and results say so.
 
-Split policy: with labels, by speaker, so that each split gets its share of every class (`splits.py`); what cannot be
-divided so is logged. Without any label nothing
-can be scored or trained with labels, so each split holds every recording whatever its share: the folder is what is
-adapted to and what is predicted.
-Ids start with the folder's name and end with the path below it; they stay while that name and path do.
+Split policy: with labels, by speaker, so that each split gets its share of every class (`splits.py`). Without any label
+each split holds every recording whatever its share: the folder is what is adapted to and what is predicted.
 """
 
 from __future__ import annotations
@@ -217,31 +210,7 @@ def facts(data_folder: Path, utterances: list[Utterance]) -> Mapping:
 def prepare_folder(
     data_folder: str | Path | None, save_folder: str | Path, splits: Splits, keep: Mapping[str, float] | None = None
 ) -> None:
-    """Write manifests of a folder of recordings, unless they are there already.
-
-    Parameters
-    ----------
-    data_folder : str or pathlib.Path
-        The folder itself; it is looked for nowhere else.
-    save_folder : str or pathlib.Path
-        Where the manifests go.
-    splits : mapping of str to float
-        Share of every class for each split, by whole speakers; without labels each split holds everything.
-    keep : mapping of str to float, optional
-        As for `Corpus.prepare`.
-
-    Raises
-    ------
-    CorpusError
-        If there is no such folder, no recording in it, or its labels do not fit.
-
-    Example
-    -------
-    >>> prepare_folder(None, "/nowhere", {"adapt": 0.6, "test": 0.4})
-    Traceback (most recent call last):
-    ...
-    speechbrain_mifuse.corpora.manifest.CorpusError: None is no folder. Pass --data_folder with the folder ...
-    """
+    """Write manifests of a folder of recordings, unless they are there already."""
     if data_folder is None or not Path(data_folder).is_dir():
         raise CorpusError(f"{data_folder} is no folder. Pass --data_folder with the folder of your recordings.")
     FOLDER.prepare_in(Path(data_folder), save_folder, splits, keep)

@@ -31,29 +31,6 @@ def fold_folder(save_folder: str | Path, fold: int) -> Path:
 def prepare_folds(
     prepare: Callable, data_folder: str | Path | None, save_folder: str | Path, folds: Sequence[Sequence[str]]
 ) -> None:
-    """Write the manifests of every fold, unless they are there already.
-
-    Parameters
-    ----------
-    prepare : callable
-        A corpus's `prepare_x`.
-    data_folder : str or pathlib.Path or None
-        As for it.
-    save_folder : str or pathlib.Path
-        Each fold gets a folder below it, with `train.json`, `test.json` and their twins without labels.
-    folds : sequence of sequence of str
-        As for `fold_splits`.
-
-    Raises
-    ------
-    CorpusError
-        If the corpus is not found, or lacks a group that a fold names.
-
-    Example
-    -------
-    >>> prepare_folds(lambda data, save, splits: print(save.name, splits), None, "manifests", [["a"], ["b"]])
-    fold_1 {'train': ['b'], 'test': ['a']}
-    fold_2 {'train': ['a'], 'test': ['b']}
-    """
+    """Write the manifests of every fold, each into a folder of its own, unless they are there."""
     for fold in range(1, len(folds) + 1):
         prepare(data_folder, fold_folder(save_folder, fold), fold_splits(folds, fold))

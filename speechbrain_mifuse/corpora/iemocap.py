@@ -1,17 +1,11 @@
-r"""IEMOCAP: interactive emotional dyadic motion capture database (Busso et al. 2008), English.
+r"""IEMOCAP (Busso et al. 2008), English: five sessions of a woman and a man. See `recipes/IEMOCAP/README.md`.
 
-About twelve hours of five sessions; in each a woman and a man act scripted plays and improvise with each other, so ten
-speakers. Doi 10.1007/s10579-008-9076-6. Licence: free for research on a signed form, from the Signal Analysis and
-Interpretation Laboratory (SAIL) of the University of Southern California, page "IEMOCAP release".
-Tree, in `IEMOCAP_full_release`: labels `Session{1..5}/dialog/EmoEvaluation/*.txt`, recordings
-`Session1/sentences/wav/Ses01F_impro01/Ses01F_impro01_F000.wav` (any file type that libsndfile reads). In a label file
-a line `[start - end]\tSes01F_impro01_F000\tneu\t[V, A, D]` gives a turn; the annotators' lines follow and are passed
-over. The folder also holds `Attribute/ Categorical/ Self-evaluation/`, and copies made by macOS hold `._*` twins of all
-files: neither is read.
-
-Four classes: ang, hap and exc (excited counts as happy), neu, sad = 5,531 utterances, by session 1,085, 1,023, 1,151,
-1,031 and 1,241. Another copy is reported, in the log and in `corpus.json` under `release_check`; so are labels
-whose recording cannot be used. Frustration, surprise, fear, disgust, other and xxx (no agreement) take no part.
+Tree: labels `Session{1..5}/dialog/EmoEvaluation/*.txt`, recordings
+`Session1/sentences/wav/Ses01F_impro01/Ses01F_impro01_F000.wav`. In a label file a line
+`[start - end]\tSes01F_impro01_F000\tneu\t[V, A, D]` gives a turn; the annotators' lines follow and are passed over.
+Four classes: ang, hap and exc (excited counts as happy), neu, sad = 5,531 utterances. Another copy is reported, in the
+log and in `corpus.json` under `release_check`; so are labels whose recording cannot be used. Frustration, surprise,
+fear, disgust, other and xxx (no agreement) take no part.
 Speaker: session and the F or M of the turn, as Ses01F; the F or M after the session in a dialogue's name is not it.
 Split policy: whole sessions, in numerical order, because the two speakers of one talk to each other.
 """
@@ -23,18 +17,11 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from speechbrain_mifuse.corpora.checks import check_release
-from speechbrain_mifuse.corpora.corpus import Corpus, by_stem, map_label
+from speechbrain_mifuse.corpora.corpus import Corpus, by_stem, map_label, report_other_classes
 from speechbrain_mifuse.corpora.manifest import CorpusError, Utterance
-from speechbrain_mifuse.corpora.release_files import report_other_classes
 
-LABEL_MAP = {
-    "ang": "angry",
-    "hap": "happy",
-    "exc": "happy",
-    "neu": "neutral",
-    "sad": "sad",
-    **dict.fromkeys(("fru", "sur", "fea", "dis", "oth", "xxx")),
-}
+LABEL_MAP = {"ang": "angry", "hap": "happy", "exc": "happy", "neu": "neutral", "sad": "sad"}
+LABEL_MAP |= dict.fromkeys(("fru", "sur", "fea", "dis", "oth", "xxx"))
 SESSIONS = {"Ses01": 1085, "Ses02": 1023, "Ses03": 1151, "Ses04": 1031, "Ses05": 1241}
 TURN = re.compile(r"\[[^]]*\]\s+((Ses\d\d)[FM]_\S+)_([FM])(\w+)\s+(\w+)\s+\[")
 

@@ -69,10 +69,7 @@ LAYOUTS = (
     Layout(
         "CREMA-D",
         r"(?P<speaker>1\d{3})_[A-Z]{3}_(?P<code>ANG|DIS|FEA|HAP|NEU|SAD)_[A-Z]{1,2}",
-        {
-            **{"ang": "angry", "hap": "happy", "neu": "neutral", "sad": "sad"},
-            **{"dis": "disgust", "fea": "fearful"},
-        },
+        {**{"ang": "angry", "hap": "happy", "neu": "neutral", "sad": "sad"}, **{"dis": "disgust", "fea": "fearful"}},
     ),
     Layout(
         "ESD",

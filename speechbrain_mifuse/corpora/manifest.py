@@ -76,20 +76,7 @@ class Utterance:
     speaker_known: bool = True
 
     def row(self, data_folder: str | Path, length: float) -> dict:
-        """Give the utterance's entry in a manifest.
-
-        Parameters
-        ----------
-        data_folder : str or pathlib.Path
-            The corpus's folder, replaced by `{data_root}`.
-        length : float
-            Seconds.
-
-        Returns
-        -------
-        dict
-            Without what the corpus does not have.
-        """
+        """Give the utterance's entry in a manifest."""
         wav = f"{ROOT}/" + self.wav.relative_to(data_folder).as_posix()
         row = {"wav": wav, "length": round(length, 4), "emo": self.emo, "speaker": self.speaker}
         row |= {"session": self.session, "partition": self.partition}
@@ -108,23 +95,7 @@ def write_manifest(corpus: str, rows: Mapping[str, Mapping], path: Path) -> Path
 
 
 def unlabelled(path: str | Path) -> Path:
-    """Path of a manifest's twin without labels.
-
-    Parameters
-    ----------
-    path : str or pathlib.Path
-        A labelled manifest.
-
-    Returns
-    -------
-    pathlib.Path
-        Its twin.
-
-    Example
-    -------
-    >>> unlabelled("save/train.json").name
-    'train_unlabelled.json'
-    """
+    """Path of a manifest's twin without labels."""
     path = Path(path)
     return path.with_name(f"{path.stem}{TWIN}.json")
 
@@ -172,6 +143,7 @@ def read_manifest(path: str | Path) -> dict[str, dict]:
 
     Example
     -------
+    >>> import tempfile
     >>> folder = Path(tempfile.mkdtemp())
     >>> atomic_write(folder / "train.json", '{"t-a": {"wav": "{data_root}/a.wav", "speaker": "1"}}')
     >>> atomic_write(folder / "corpus.json", '{"data_root": "/toy"}')

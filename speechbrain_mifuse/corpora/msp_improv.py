@@ -1,17 +1,13 @@
-"""MSP-IMPROV: acted corpus of dyadic interactions (Busso et al. 2017), English.
+"""MSP-IMPROV (Busso et al. 2017), English: six sessions of a woman and a man. See `recipes/MSP-IMPROV/README.md`.
 
-Six sessions; in each a woman and a man act scenarios that lead up to target sentences with an intended emotion, so
-twelve speakers. Doi 10.1109/TAFFC.2016.2515617. Licence: academic licence signed by the institution, from the
-Multimodal Signal Processing (MSP) laboratory of the University of Texas at Dallas, page "MSP-IMPROV".
 Tree: labels `Evalution.txt` (so spelled in the release; `Evaluation.txt` in some copies), recordings
-`session{1..6}/S01A/{P,R,S,T}/MSP-IMPROV-S01A-F01-P-FM01.wav` (any file type that libsndfile reads), in some copies
-below `Audio/`. A name gives sentence and intended emotion, speaker (sex and session), scenario (P natural, R read,
-S improvised, T target) and turn. A label line `UTD-IMPROV-S01A-F01-P-FM01.avi; N; A:2.8; V:3.0; D:3.2; N:3.9;` names
-the video of the same turn; the annotators' lines that follow are passed over.
-
-Four classes: A angry, H happy, N neutral, S sad; O (other) and X (no agreement) take no part. The commonly cited counts
-are 7,798: angry 792, happy 2,644, neutral 3,477, sad 885. Another copy is reported, in the log and in `corpus.json`
-under `release_check`; so are labels whose recording cannot be used.
+`session{1..6}/S01A/{P,R,S,T}/MSP-IMPROV-S01A-F01-P-FM01.wav`, in some copies below `Audio/`. A name gives sentence and
+intended emotion, speaker (sex and session), scenario (P natural, R read, S improvised, T target) and turn. A label line
+`UTD-IMPROV-S01A-F01-P-FM01.avi; N; A:2.8; V:3.0; D:3.2; N:3.9;` names the video of the same turn; the annotators' lines
+that follow are passed over.
+Four classes: A angry, H happy, N neutral, S sad; O (other) and X (no agreement) take no part. A copy that differs from
+the commonly cited counts is reported, in the log and in `corpus.json` under `release_check`; so are labels whose
+recording cannot be used.
 Split policy: whole sessions, in numerical order, because the two speakers of one talk to each other.
 """
 
@@ -22,9 +18,8 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from speechbrain_mifuse.corpora.checks import check_release
-from speechbrain_mifuse.corpora.corpus import Corpus, by_stem, map_label
+from speechbrain_mifuse.corpora.corpus import Corpus, by_stem, map_label, report_other_classes
 from speechbrain_mifuse.corpora.manifest import CorpusError, Utterance
-from speechbrain_mifuse.corpora.release_files import report_other_classes
 
 LABEL_MAP = {"A": "angry", "H": "happy", "N": "neutral", "S": "sad", "O": None, "X": None}
 COUNTS = {"angry": 792, "happy": 2644, "neutral": 3477, "sad": 885}

@@ -1,20 +1,14 @@
-"""MSP-Podcast: natural emotional speech from podcasts (Lotfian & Busso 2019), English.
+"""MSP-Podcast (Lotfian & Busso 2019), English: natural speech, of any release. See `recipes/MSP-Podcast/README.md`.
 
-Speaking turns of about 3 to 11 s. Doi 10.1109/TAFFC.2017.2736999. It grows from release to release, and every release
-has other counts, so `corpus.json` records the release (from the folder's name, as `MSP-PODCAST-Publish-1.12`) and the
-counts by partition and class. Licence: academic licence signed by the institution, from the Multimodal Signal
-Processing (MSP) laboratory of the University of Texas at Dallas, page "MSP-Podcast".
 Tree: `Labels/labels_consensus.csv` with the columns `FileName, EmoClass, SpkrID, Split_Set` among others, recordings
-`Audios/*.wav` (`Audio/` in some releases; any file type that libsndfile reads).
-
+`Audios/*.wav` (`Audio/` in some releases). `corpus.json` records the release, from the folder's name, and its counts.
 Four classes: A angry, H happy, N neutral, S sad; U surprise, F fear, D disgust, C contempt, O other and
 X (no agreement) take no part. `prepare_msp_podcast_8` takes all but the last two.
 Split policy: the official partitions `Train, Development, Test1, Test2`, by name. Test1 is the one to report: Test2 is
-known to be gender-biased, and Test3 carries no labels and is left out.
-Partitions are speaker-disjoint by intention of the release, and checked: recordings of a known speaker who is also in a
-later split (`test`, `valid`) are left out of the earlier one (`adapt`, `train`), and counted in `corpus.json`.
-Unknown speakers have no name to compare, so each of their recordings counts as a speaker of its own, here and in
-confidence intervals by speaker, which are somewhat too narrow for it; results say how many there are.
+known to be gender-biased, and Test3 carries no labels and is left out. Recordings of a known speaker who is also in a
+later split (`test`, `valid`) are left out of the earlier one (`adapt`, `train`), and counted in `corpus.json`. Each
+recording of an unknown speaker counts as a speaker of its own, so intervals by speaker are somewhat too narrow; results
+say how many there are.
 """
 
 from __future__ import annotations
@@ -26,19 +20,13 @@ from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
-from speechbrain_mifuse.corpora.corpus import Corpus, by_stem, map_label
+from speechbrain_mifuse.corpora.corpus import Corpus, by_stem, common_classes, map_label, report_other_classes
 from speechbrain_mifuse.corpora.manifest import CorpusError, Utterance
-from speechbrain_mifuse.corpora.release_files import report_other_classes
 from speechbrain_mifuse.corpora.tables import read_table
 
-LABEL_MAP = {
-    "A": "angry",
-    "H": "happy",
-    "N": "neutral",
-    "S": "sad",
-    **dict.fromkeys("UFDCOX"),
-}
-EIGHT_CLASSES = {**LABEL_MAP, "U": "surprised", "F": "fearful", "D": "disgust", "C": "contempt"}
+EIGHT_CLASSES = {"A": "angry", "H": "happy", "N": "neutral", "S": "sad", "U": "surprised", "F": "fearful"}
+EIGHT_CLASSES |= {"D": "disgust", "C": "contempt", "O": None, "X": None}
+LABEL_MAP = common_classes(EIGHT_CLASSES)
 COLUMNS = ("FileName", "EmoClass", "SpkrID", "Split_Set")
 UNLABELLED = "Test3"
 

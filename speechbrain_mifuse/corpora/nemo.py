@@ -1,9 +1,7 @@
-"""nEMO: emotional speech in Polish (Christop, LREC-COLING 2024).
+"""nEMO (Christop 2024), Polish: nine actors. How to get it: `recipes/nEMO/README.md`.
 
-Nine actors read the same sentences in six emotions. Licence: CC BY-NC-SA 4.0.
-Tree: `samples/<speaker>_<emotion>_<sentence>.wav` (any file type that libsndfile reads) and `data.tsv` with the columns
-`file_id, emotion, raw_text, normalized_text, speaker_id, gender, age`. A copy may hold fewer speakers or emotions.
-
+Tree: `samples/<speaker>_<emotion>_<sentence>.wav` and `data.tsv` with the columns `file_id, emotion, raw_text,
+normalized_text, speaker_id, gender, age`. A copy may hold fewer speakers or emotions.
 Four classes: anger, happiness, neutral, sadness; fear and surprise take no part. `prepare_nemo_6` takes all six, or
 those that a copy holds.
 Split policy: speaker-independent. Speakers are dealt to the splits in the order of `SPEAKERS`, so that a man and a
@@ -17,21 +15,14 @@ from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
 
-from speechbrain_mifuse.corpora.corpus import Corpus, by_stem, map_label
+from speechbrain_mifuse.corpora.corpus import Corpus, by_stem, common_classes, map_label, report_other_classes
 from speechbrain_mifuse.corpora.manifest import CorpusError, Utterance
-from speechbrain_mifuse.corpora.release_files import report_other_classes
 from speechbrain_mifuse.corpora.tables import read_table
 
-LABEL_MAP = {
-    "anger": "angry",
-    "happiness": "happy",
-    "neutral": "neutral",
-    "sadness": "sad",
-    "fear": None,
-    # As the release's table has it, and as its paper does.
-    **dict.fromkeys(("surprised", "surprise")),
-}
-SIX_CLASSES = {**LABEL_MAP, "fear": "fearful", "surprised": "surprised", "surprise": "surprised"}
+SIX_CLASSES = {"anger": "angry", "happiness": "happy", "neutral": "neutral", "sadness": "sad", "fear": "fearful"}
+# As the release's table has it, and as its paper does.
+SIX_CLASSES |= dict.fromkeys(("surprised", "surprise"), "surprised")
+LABEL_MAP = common_classes(SIX_CLASSES)
 COLUMNS = dict.fromkeys(("file_id", "emotion", "speaker_id"), ())
 SPEAKERS = ("SM0", "IC0", "KD0", "TP0", "MK0")
 MEN = ("SM0", "TP0")

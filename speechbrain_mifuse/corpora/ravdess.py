@@ -1,15 +1,11 @@
-"""RAVDESS: Ryerson Audio-Visual Database of Emotional Speech and Song (Livingstone & Russo 2018).
+"""RAVDESS (Livingstone & Russo 2018), North American English, speech part. See `recipes/RAVDESS/README.md`.
 
-Speech part, audio only: 1,440 clips of 24 professional actors (odd numbers male, even female), North American English,
-two sentences, eight emotions, two intensities (neutral has one). Doi 10.1371/journal.pone.0196391.
-Licence: CC BY-NC-SA 4.0. Tree: `Actor_NN/MM-VV-EE-II-SS-RR-AA.wav` (any file type that libsndfile reads), in some
-copies below a folder such as `audio_speech_actors_01-24`, or both there and above it: each clip counts once. Only
-`03-01-...` is speech without video: song (`VV` 02) and the sound of videos (`MM` 01) are other parts of the release.
-
+Tree: `Actor_NN/MM-VV-EE-II-SS-RR-AA.wav`, in some copies below a folder such as `audio_speech_actors_01-24`, or both
+there and above it: each clip counts once. Only `03-01-...` is speech without video.
 Four classes: neutral 96, happy 192, sad 192, angry 192 = 672 clips; calm, fearful, disgust and surprised take no part.
 Two clips of actor 07 (happy, normal intensity, second sentence, both repetitions) are one recording; preparation keeps
 the first, so 671 take part. `prepare_ravdess_8` takes all eight classes, of which each has 192 clips but neutral.
-Split policy: speaker-independent. Actors are dealt to the splits in numerical order, which alternates the sexes.
+Split policy: speaker-independent. Actors (odd numbers male, even female) are dealt to the splits in numerical order.
 """
 
 from __future__ import annotations
@@ -20,21 +16,12 @@ from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
-from speechbrain_mifuse.corpora.corpus import Corpus
+from speechbrain_mifuse.corpora.corpus import Corpus, common_classes, own_recordings
 from speechbrain_mifuse.corpora.manifest import Utterance
-from speechbrain_mifuse.corpora.release_files import own_recordings
 
-LABEL_MAP = {
-    "01": "neutral",
-    "03": "happy",
-    "04": "sad",
-    "05": "angry",
-    "02": None,
-    "06": None,
-    "07": None,
-    "08": None,
-}
-EIGHT_CLASSES = {**LABEL_MAP, "02": "calm", "06": "fearful", "07": "disgust", "08": "surprised"}
+EIGHT_CLASSES = {"01": "neutral", "02": "calm", "03": "happy", "04": "sad"}
+EIGHT_CLASSES |= {"05": "angry", "06": "fearful", "07": "disgust", "08": "surprised"}
+LABEL_MAP = common_classes(EIGHT_CLASSES)
 NAME = re.compile(r"03-01-(?P<code>\d\d)-\d\d-\d\d-\d\d-(?P<speaker>\d\d)")
 OTHER_PARTS = re.compile(r"(?!03-01)0[1-3]-0[12](-\d\d){5}")
 SPEAKERS = tuple(f"{actor:02d}" for actor in range(1, 25))

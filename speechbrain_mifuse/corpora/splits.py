@@ -106,34 +106,7 @@ Splits = Mapping[str, float] | Mapping[str, Sequence[str]]
 
 
 def split_groups(groups: Sequence[str], splits: Mapping[str, float], kind: str = "speaker") -> dict[str, list[str]]:
-    """Deal speakers or sessions to splits in the corpus's fixed order, each split getting its share of them.
-
-    The outcome depends on the arguments alone: no seed, no directory order.
-
-    Parameters
-    ----------
-    groups : sequence of str
-        All speakers or sessions, in the fixed order of the corpus's file.
-    splits : mapping of str to float
-        Share of the groups for each split; the shares add up to 1.
-    kind : str
-        What a group is, for the message.
-
-    Returns
-    -------
-    dict of str to list of str
-        Disjoint, each with at least one group.
-
-    Raises
-    ------
-    CorpusError
-        If the shares do not add up to 1 or there are fewer groups than splits.
-
-    Example
-    -------
-    >>> split_groups(["a", "b", "c", "d", "e"], {"train": 0.6, "test": 0.4})
-    {'train': ['a', 'b', 'c'], 'test': ['d', 'e']}
-    """
+    """Assign speakers or sessions to splits in the corpus's fixed order, whatever the seed and the disk's order."""
     _require_shares(splits, len(groups), kind)
     dealt, start, share = {}, 0, 0.0
     for place, (name, part) in enumerate(splits.items(), start=1):

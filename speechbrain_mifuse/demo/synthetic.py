@@ -374,33 +374,7 @@ def prepare_synthetic(
     domain: str,
     keep: Mapping[str, float] | None = None,
 ) -> None:
-    """Write speaker-independent manifests of one rendered synthetic domain, unless they are there already.
-
-    Parameters
-    ----------
-    data_folder : str or pathlib.Path or None
-        The domain's folder, the folder above it, or `None` to look in `MIFUSE_CORPORA`.
-    save_folder : str or pathlib.Path
-        Where the manifests go.
-    splits : mapping of str to float
-        Share of the speakers for each split.
-    domain : str
-        Key of `DOMAINS`.
-    keep : mapping of str to float, optional
-        As for `Corpus.prepare`.
-
-    Raises
-    ------
-    CorpusError
-        If the domain is unknown, was not rendered to the end, or a file does not fit.
-
-    Example
-    -------
-    >>> prepare_synthetic("/nowhere", "/nowhere", {"train": 1.0}, "A")
-    Traceback (most recent call last):
-    ...
-    speechbrain_mifuse.corpora.manifest.CorpusError: Corpus 'A' not found: /nowhere is no folder. ...
-    """
+    """Write speaker-independent manifests of one rendered synthetic domain, unless they are there already."""
     _known(domain)
     CORPORA[domain].prepare(data_folder, save_folder, splits, keep)
 
@@ -413,30 +387,6 @@ def render_and_prepare(
     seed: int = 0,
     keep: Mapping[str, float] | None = None,
 ) -> None:
-    """Render a synthetic domain where it is missing, then write its manifests.
-
-    Parameters
-    ----------
-    data_folder : str or pathlib.Path
-        Folder above the domains' folders; made when missing.
-    save_folder, splits, domain
-        As for `prepare_synthetic`.
-    seed : int
-        As for `render_domain`.
-    keep : mapping of str to float, optional
-        As for `Corpus.prepare`.
-
-    Raises
-    ------
-    CorpusError
-        As `render_domain` and `prepare_synthetic` do.
-
-    Example
-    -------
-    >>> render_and_prepare("/nowhere", "/nowhere", {"train": 1.0}, "Z")
-    Traceback (most recent call last):
-    ...
-    speechbrain_mifuse.corpora.manifest.CorpusError: No synthetic domain 'Z'; there are A, B, C.
-    """
+    """Render a synthetic domain where it is missing, then write its manifests."""
     render_domain(data_folder, domain, seed)
     prepare_synthetic(Path(data_folder) / domain, save_folder, splits, domain, keep)

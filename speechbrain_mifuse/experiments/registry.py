@@ -1,11 +1,10 @@
-"""Which recipes there are: the registry files of `tests/recipes/` and the YAML files' own values, read as plain text.
+"""Which recipes there are: each YAML file of `hparams/` whose header holds the command that runs it.
 
 Nothing is constructed and torch is not imported, so a listing is instant.
 """
 
 from __future__ import annotations
 
-import csv
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -16,18 +15,15 @@ import yaml
 
 from speechbrain_mifuse.utils.errors import UserError
 
-COLUMNS = (
-    *("Task", "Dataset", "Script_file", "Hparam_file", "Data_prep_file", "Readme_file", "Result_url", "HF_repo"),
-    *("test_debug_flags", "test_debug_checks", "performance"),
-)
-REGISTRY = Path("tests", "recipes")
+# The command in a header: the script of a recipe, then the YAML file itself.
+COMMAND = re.compile(r"^#.*\bpython (recipes/\S+/train\.py) hparams/", re.MULTILINE)
 REFERENCE = re.compile(r"<(\w+)>")
 # A value that is one key of an included file.
 PICKED = re.compile(r"<(\w+)\[(\w+)\]>")
 
 
 class RegistryError(UserError):
-    """No repository, no such recipe, or a registry file that does not fit."""
+    """No repository, no such recipe, or a YAML file that does not fit."""
 
 
 class Placeholder(str):
@@ -71,10 +67,10 @@ def plain_values(path: str | Path) -> dict:
         raise RegistryError(f"{path}: cannot be read as YAML ({error}).") from None
     if not isinstance(values, Mapping):
         raise RegistryError(f"{path}: holds no keys.")
-    return {key: picked(value, values) for key, value in values.items()}
+    return {key: _picked(value, values) for key, value in values.items()}
 
 
-def picked(value, values: Mapping):
+def _picked(value, values: Mapping):
     """Look up a value that refers to one key of a mapping."""
     found = PICKED.fullmatch(value) if isinstance(value, str) else None
     inner = values.get(found[1]) if found else None
@@ -83,39 +79,16 @@ def picked(value, values: Mapping):
 
 @dataclass(frozen=True)
 class Recipe:
-    """One row of the registry: a script with a YAML file.
-
-    Parameters
-    ----------
-    root : pathlib.Path
-        The repository.
-    row : dict of str to str
-        By the columns of the registry.
-
-    Example
-    -------
-    >>> recipe = Recipe(Path("."), {"Script_file": "recipes/A/train.py", "Hparam_file": "hparams/b2a.yaml"})
-    >>> recipe.name
-    'b2a'
-    """
+    """A script with a YAML file."""
 
     root: Path
-    row: Mapping[str, str]
+    script: Path
+    hparams: Path
 
     @property
     def name(self) -> str:
         """Name of the YAML file without its ending."""
         return self.hparams.stem
-
-    @property
-    def script(self) -> Path:
-        """The script."""
-        return self.root / self.row["Script_file"]
-
-    @property
-    def hparams(self) -> Path:
-        """The YAML file."""
-        return self.root / self.row["Hparam_file"]
 
     @cached_property
     def values(self) -> dict:
@@ -138,7 +111,8 @@ class Recipe:
     def command(self) -> str:
         """The command to run in the repository's root; what must be filled in stands in capitals."""
         needed = [f"--{key} {key.upper()}" for key, value in self.values.items() if isinstance(value, Placeholder)]
-        return " ".join(["python", self.row["Script_file"], self.row["Hparam_file"], *needed])
+        files = [path.relative_to(self.root).as_posix() for path in (self.script, self.hparams)]
+        return " ".join(["python", *files, *needed])
 
     @property
     def data(self) -> str:
@@ -165,65 +139,38 @@ def repository_root(start: str | Path | None = None) -> Path:
     """Find the repository: upwards from a folder, else where an editable install has it."""
     start = Path(start or Path.cwd()).resolve()
     for folder in (start, *start.parents, Path(__file__).resolve().parents[2]):
-        if (folder / "hparams").is_dir() and next((folder / REGISTRY).glob("*.csv"), None):
+        if (folder / "hparams").is_dir() and (folder / "recipes").is_dir():
             return folder
     raise RegistryError(
-        f"No recipes above {start}: run this in a checkout of the repository, which holds {REGISTRY}/ and hparams/."
+        f"No recipes above {start}: run this in a checkout of the repository, which holds recipes/ and hparams/."
     )
 
 
 def registered_recipes(root: str | Path) -> list[Recipe]:
-    """Read the registry.
-
-    Parameters
-    ----------
-    root : str or pathlib.Path
-        The repository.
-
-    Returns
-    -------
-    list of Recipe
-        Files by name, rows in their order.
-
-    Raises
-    ------
-    RegistryError
-        If a file lacks a column, or a row names a script or YAML that is not there.
-
-    Example
-    -------
-    >>> "nemo2rav" in [recipe.name for recipe in registered_recipes(repository_root(Path(__file__).parent))]
-    True
-    """
-    found = []
-    for path in sorted((Path(root) / REGISTRY).glob("*.csv")):
-        with path.open(encoding="utf-8", newline="") as file:
-            rows = csv.DictReader(file)
-            if tuple(rows.fieldnames or ()) != COLUMNS:
-                raise RegistryError(f"{path}: its columns must be {','.join(COLUMNS)}.")
-            found += [Recipe(Path(root), row) for row in rows]
-    for recipe in found:
-        for place in (recipe.script, recipe.hparams):
-            if not place.is_file():
-                raise RegistryError(f"{Path(root) / REGISTRY}: {place} is registered and does not exist.")
-    return found
+    """List the recipes of a repository, by script and YAML file."""
+    root = Path(root)
+    recipes = []
+    for path in sorted((root / "hparams").glob("*.yaml")):
+        # A YAML file without a command is for an `!include` or a user's own.
+        if command := COMMAND.search(path.read_text(encoding="utf-8")):
+            if not (root / command[1]).is_file():
+                raise RegistryError(f"{path}: its header names {command[1]}, which does not exist.")
+            recipes.append(Recipe(root, root / command[1], path))
+    return sorted(recipes, key=lambda recipe: recipe.script)
 
 
 def adaptation_recipe(root: str | Path, pair: str) -> Recipe:
     """Find the recipe of a pair of corpora."""
     known = [recipe for recipe in registered_recipes(root) if recipe.methods]
-    found = [recipe for recipe in known if recipe.name == Path(pair).stem]
-    if len(found) == 1:
-        return found[0]
-    if found:
-        scripts = ", ".join(recipe.row["Script_file"] for recipe in found)
-        raise RegistryError(f"{pair}: registered with several scripts ({scripts}); name the YAML files apart.")
-    names = ", ".join(dict.fromkeys(recipe.name for recipe in known))
-    raise RegistryError(f"{pair}: no registered recipe with adaptation methods has this name. Known: {names}.")
+    for recipe in known:
+        if recipe.name == Path(pair).stem:
+            return recipe
+    names = ", ".join(recipe.name for recipe in known)
+    raise RegistryError(f"{pair}: no recipe with adaptation methods has this name. Known: {names}.")
 
 
 def listing(root: str | Path, match: str = "") -> str:
-    """List the registered recipes: command, data, encoder."""
+    """List the recipes: command, data, encoder."""
     entries = [
         f"{recipe.name}: {recipe.data}; encoder {recipe.value('encoder')}, layer {recipe.value('layer')}\n"
         f"    {recipe.command}"
@@ -231,5 +178,5 @@ def listing(root: str | Path, match: str = "") -> str:
     ]
     shown = [entry for entry in entries if match.lower() in entry.lower()]
     if not shown:
-        raise RegistryError(f"--match: none of the {len(entries)} registered recipes contains '{match}'.")
+        raise RegistryError(f"--match: none of the {len(entries)} recipes contains '{match}'.")
     return "\n".join([f"# Run these in {root}", *shown])

@@ -35,6 +35,7 @@ from speechbrain_mifuse.evaluation.aggregate import (
 )
 from speechbrain_mifuse.experiments.registry import Recipe, adaptation_recipe
 from speechbrain_mifuse.experiments.settings import check_flags
+from speechbrain_mifuse.features.extract import usable_cores
 from speechbrain_mifuse.report.page import write_report
 from speechbrain_mifuse.report.plots import plot_heatmap, plot_transfers
 from speechbrain_mifuse.report.selection_report import selection_table
@@ -139,25 +140,20 @@ class Plan:
 
     def teacher(self, records: Sequence[Mapping] = ()) -> str:
         """Say what the API teachers are, from YAML files and flags; results tell an audio-text model's weights."""
-        given = flag_values(self.flags)
+        models = [record["teacher_model"] for record in records if record.get("teacher_model")]
+        weights = " and ".join(dict.fromkeys(model["weights"][:16] for model in models))
         told = {}
         for recipe in self.recipes:
-            values = {**recipe.values, **given}
+            values = {**recipe.values, **flag_values(self.flags)}
             who = f"a classifier of that corpus on layer {values.get('teacher_layer')}, behind HTTP on this machine"
             form = values.get("lalm_answer_form")
             if values.get("lalm_base_url") not in (None, "null"):
                 who = f"{values.get('lalm_model')} behind an API"
             if values.get("teacher") == ZERO_SHOT:
-                who, form = audio_text_told(records), "prompts drawn at random"
+                who = f"an audio-text model on this machine{f' (weights {weights})' if weights else ''}"
+                form = "prompts drawn at random"
             told[f"{who}, {values.get('lalm_samples')} stochastic answers each ({form})"] = 1
         return " or ".join(told)
-
-
-def audio_text_told(records: Sequence[Mapping]) -> str:
-    """Say that the teacher is an audio-text model, and which one, as far as results tell."""
-    models = [record["teacher_model"] for record in records if record.get("teacher_model")]
-    weights = " and ".join(dict.fromkeys(model["weights"][:16] for model in models))
-    return f"an audio-text model on this machine{f' (weights {weights})' if weights else ''}"
 
 
 def make_plan(
@@ -169,42 +165,7 @@ def make_plan(
     flags: Sequence[str] = (),
     threads: int = 1,
 ) -> Plan:
-    """Plan a sweep from the registry.
-
-    Parameters
-    ----------
-    root : str or pathlib.Path
-        The repository.
-    pairs : sequence of str
-        Names of registered YAML files.
-    output : str or pathlib.Path
-        Folder of the runs.
-    seeds : sequence of int
-        Training seeds.
-    methods : sequence of str
-        Those of the YAML files' tables, by default.
-    flags : sequence of str
-        More flags of the recipe, for every run.
-    threads : int
-        Threads of a run.
-
-    Returns
-    -------
-    Plan
-        Methods in the order in which the YAML registers them.
-
-    Raises
-    ------
-    UserError
-        If a pair or method is unknown, a pair is named twice, or a flag is one that the sweep gives itself.
-
-    Example
-    -------
-    >>> from speechbrain_mifuse.experiments.registry import repository_root
-    >>> plan = make_plan(repository_root(Path(__file__).parent), ["nemo2rav"], "out", [1, 2], ["oracle", "mi_fuse"])
-    >>> plan.methods, [run.folder.name for run in plan.runs()]
-    (['mi_fuse', 'oracle'], ['1', '2'])
-    """
+    """Plan a sweep of YAML files by name; methods are those of their tables by default."""
     recipes = [adaptation_recipe(root, pair) for pair in dict.fromkeys(Path(pair).stem for pair in pairs)]
     for key in flag_values(flags):
         if key in OWN_FLAGS:
@@ -255,13 +216,6 @@ def parse_seeds(text: str) -> list[int]:
     return sorted(seeds)
 
 
-def usable_cores() -> int:
-    """Count the cores that this process may use."""
-    if hasattr(os, "sched_getaffinity"):
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1
-
-
 def code_digest(recipe: Recipe) -> str:
     """Version of the package with a hash of all that a run of a recipe executes and reads as settings."""
     digest = hashlib.sha256(json.dumps(recipe.values, sort_keys=True, default=str).encode())
@@ -270,13 +224,9 @@ def code_digest(recipe: Recipe) -> str:
     return f"{__version__} {digest.hexdigest()[:12]}"
 
 
-def write_commands(path: str | Path, runs: Sequence[Run]) -> None:
-    r"""Write one shell command per line, for a job array."""
-    atomic_write(path, "".join(run.line() + "\n" for run in runs))
-
-
-def advice(path: str | Path, plan: Plan) -> str:
-    """Say how to run a file of commands as a job array."""
+def write_commands(path: str | Path, plan: Plan) -> str:
+    """Write one shell command per line, for a job array, and say how to run them."""
+    atomic_write(path, "".join(run.line() + "\n" for run in plan.runs()))
     first, total = len(plan.recipes), len(plan.recipes) * len(plan.seeds)
     place = shlex.quote(str(path))
     lines = [f'{path}: {total} commands; a job runs one by: bash -c "$(sed -n "${{SLURM_ARRAY_TASK_ID}}p" {place})"']
@@ -370,20 +320,13 @@ class Processes:
 
 
 def start(run: Run) -> subprocess.Popen:
-    r"""Start a run, its output in its log."""
+    """Start a run, its output in its log."""
     run.folder.mkdir(parents=True, exist_ok=True)
     # What is begun anew is not done.
     (run.folder / MARKER).unlink(missing_ok=True)
-    environment = {**os.environ, **run.environment}
+    options = {"stdin": subprocess.DEVNULL, "stderr": subprocess.STDOUT, "start_new_session": True}
     with run.log.open("wb") as log:
-        return subprocess.Popen(
-            run.command,
-            env=environment,
-            stdin=subprocess.DEVNULL,
-            stdout=log,
-            stderr=subprocess.STDOUT,
-            start_new_session=True,
-        )
+        return subprocess.Popen(run.command, env={**os.environ, **run.environment}, stdout=log, **options)
 
 
 def _signal(process: subprocess.Popen, number: int) -> None:
@@ -392,26 +335,7 @@ def _signal(process: subprocess.Popen, number: int) -> None:
 
 
 def run_plan(plan: Plan, jobs: int) -> None:
-    """Run what is missing; what is done starts no process.
-
-    Parameters
-    ----------
-    plan : Plan
-        Pairs, methods, seeds.
-    jobs : int
-        Runs at a time.
-
-    Raises
-    ------
-    UserError
-        If runs failed, after all were tried; the message names each run's log and last line.
-    SystemExit
-        With status 130 on Ctrl-C, after the processes were stopped.
-
-    Example
-    -------
-    >>> run_plan(Plan([], ["mi_fuse"], [1], Path("out")), jobs=1)  # no pair, no run
-    """
+    """Run what is missing, at most `jobs` at a time; failed runs are an error after all were tried."""
     runs = plan.runs()
     missing = [run for run in runs if not run.done()]
     if not missing:
@@ -471,15 +395,11 @@ def collect(
     atomic_write(folder / f"{name}_seeds.md", "\n".join(seeds))
     plot_heatmap(folder / f"{name}.png", comparison)
     plot_transfers(folder / f"{name}_transfers.png", comparison, drawn)
-    write_selection(folder / f"{name}_selection.md", records)
+    selection = folder / f"{name}_selection.md"
+    if of_selection := selection_table(records):
+        atomic_write(selection, of_selection)
+    else:
+        # Without snapshots no older one stays behind.
+        selection.unlink(missing_ok=True)
     write_report(plan.output, plan.output / f"{name}.html", paths, teacher)
     return text
-
-
-def write_selection(path: Path, records: Sequence[Mapping]) -> None:
-    """Write the report on selection without labels; without snapshots, leave no older one behind."""
-    text = selection_table(records)
-    if text:
-        atomic_write(path, text)
-    else:
-        path.unlink(missing_ok=True)

@@ -34,35 +34,7 @@ def frame_batches(padding=pad_frames, **options):
 
 
 def encoded_rows(manifest: str | Path, store) -> dict[str, dict]:
-    """Rows of a manifest whose frames are in the store; the others are named in the log.
-
-    Parameters
-    ----------
-    manifest : str or pathlib.Path
-        A manifest.
-    store : FeatureStore or None
-        The store; with `None` every row counts.
-
-    Returns
-    -------
-    dict of str to dict
-        As `read_manifest`.
-
-    Raises
-    ------
-    CorpusError
-        If nothing is left.
-
-    Example
-    -------
-    >>> import tempfile
-    >>> from speechbrain_mifuse.corpora.manifest import atomic_write
-    >>> folder = Path(tempfile.mkdtemp())
-    >>> atomic_write(folder / "corpus.json", '{"data_root": "/toy"}')
-    >>> atomic_write(folder / "train.json", '{"t-a": {"wav": "{data_root}/a.wav"}, "t-b": {"wav": "b.wav"}}')
-    >>> list(encoded_rows(folder / "train.json", {"t-a"}))
-    ['t-a']
-    """
+    """Rows of a manifest whose frames are in the store; the others are named in the log."""
     rows = read_manifest(manifest)
     missing = [key for key in rows if store is not None and key not in store]
     if missing:
@@ -75,32 +47,7 @@ def encoded_rows(manifest: str | Path, store) -> dict[str, dict]:
 
 
 def label_index(labels: Sequence[str], row: Mapping, utt_id: str) -> int:
-    """Class index of a row in the fixed label order.
-
-    Parameters
-    ----------
-    labels : sequence of str
-        The fixed order.
-    row : mapping
-        A manifest row.
-    utt_id : str
-        For the message.
-
-    Returns
-    -------
-    int
-        Index into `labels`.
-
-    Raises
-    ------
-    CorpusError
-        If the row has no label, or one that is not among them.
-
-    Example
-    -------
-    >>> label_index(("angry", "sad"), {"emo": "sad"}, "t-a")
-    1
-    """
+    """Class index of a row in the fixed label order."""
     if row.get("emo") is None:
         raise CorpusError(
             f"'{utt_id}' has no label, and what is asked for needs one of every recording. Give that entry of its "

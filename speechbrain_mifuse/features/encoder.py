@@ -178,20 +178,7 @@ class FrozenEncoder(torch.nn.Module):
         return self._encode(_checked(wav)[None])[0]
 
     def encode_batch(self, wavs):
-        """Encode several utterances, each as :meth:`forward` would alone.
-
-        Only utterances of exactly the same length share a forward pass, so nothing is ever padded.
-
-        Arguments
-        ---------
-        wavs : list of torch.Tensor
-            Waveforms ``[samples]``.
-
-        Returns
-        -------
-        list of torch.Tensor
-            In the same order.
-        """
+        """Encode several utterances; only those of the same length share a forward pass, so nothing is padded."""
         same_length = defaultdict(list)
         for index, wav in enumerate(wavs):
             same_length[len(_checked(wav))].append(index)

@@ -30,13 +30,13 @@ logger = logging.getLogger(__name__)
 PREPROCESSING_VERSION = 1
 
 
-def usable_threads() -> int:
-    """Count the threads that encode: one for each core that this process may use, and no more than eight."""
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return min(max(cores // int(os.environ.get("LOCAL_WORLD_SIZE", 1)), 1), 8)
+def usable_cores() -> int:
+    """Count the cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-ENCODING_THREADS = usable_threads()
+# One for each core that this process may use, and no more than eight.
+ENCODING_THREADS = min(max(usable_cores() // int(os.environ.get("LOCAL_WORLD_SIZE", 1)), 1), 8)
 
 
 class FrameReader:
@@ -71,13 +71,7 @@ class FrameReader:
         self.encoder, self.trim_db, self.frame_average, self.repeats = encoder, trim_db, frame_average, repeats
 
     def fingerprint(self) -> dict:
-        """Describe what decides the frames: the encoder and the preprocessing.
-
-        Returns
-        -------
-        dict
-            Of JSON's types.
-        """
+        """Describe what decides the frames: the encoder and the preprocessing."""
         about = {"trim_db": self.trim_db, "frame_average": self.frame_average}
         about["preprocessing_version"] = PREPROCESSING_VERSION
         # Not named when there is one copy, or in float32: stores of before either was known stay valid.
@@ -93,67 +87,23 @@ class FrameReader:
         return device.type == "cuda" and hasattr(self.encoder, "encode_padded")
 
     def prepare(self, wave: torch.Tensor) -> torch.Tensor:
-        """Give what the encoder hears of a waveform.
-
-        Parameters
-        ----------
-        wave : torch.Tensor
-            `[samples]` at the encoder's rate.
-
-        Returns
-        -------
-        torch.Tensor
-            `[samples]`, trimmed, repeated if asked for.
-        """
+        """Give what the encoder hears of a waveform."""
         wave = trim_silence(wave, self.trim_db)
         if self.repeats > 1:
             wave = wave.repeat(self.repeats)[: getattr(self.encoder, "longest_input", None)]
         return wave
 
     def encode(self, wave: torch.Tensor) -> torch.Tensor:
-        """Encode a waveform.
-
-        Parameters
-        ----------
-        wave : torch.Tensor
-            `[samples]` at the encoder's rate.
-
-        Returns
-        -------
-        torch.Tensor
-            `[layers, frames, dim]`, float32, on the CPU.
-        """
+        """Encode a waveform `[samples]` to `[layers, frames, dim]`, float32, on the CPU."""
         return self.encode_each([wave])[0]
 
     def encode_each(self, waves: Sequence[torch.Tensor]) -> list[torch.Tensor]:
-        """Encode waveforms one by one, but each step before and behind the encoder for all: the cores' caches keep it.
-
-        Parameters
-        ----------
-        waves : sequence of torch.Tensor
-            `[samples]` each, at the encoder's rate.
-
-        Returns
-        -------
-        list of torch.Tensor
-            As `encode` gives each.
-        """
+        """Encode waveforms one by one, but each step around the encoder for all: the cores' caches keep it."""
         encoded = [self.encoder(wave) for wave in [self.prepare(wave) for wave in waves]]
         return [self._stored_form(frames) for frames in encoded]
 
     def encode_together(self, waves: Sequence[torch.Tensor]) -> list[torch.Tensor]:
-        """Encode prepared waveforms in one padded batch.
-
-        Parameters
-        ----------
-        waves : sequence of torch.Tensor
-            `[samples]` each, as `prepare` gives them.
-
-        Returns
-        -------
-        list of torch.Tensor
-            As `encode` gives each, up to rounding.
-        """
+        """Encode prepared waveforms in one padded batch; each result is that of `encode`, up to rounding."""
         return [self._stored_form(frames) for frames in self.encoder.encode_padded(waves)]
 
     def _stored_form(self, frames: torch.Tensor) -> torch.Tensor:
@@ -183,42 +133,7 @@ def fill_store(
     base: str | Path | None = None,
     shard: Shard | None = None,
 ) -> FeatureStore:
-    """Fill the store of a corpus's frames by one reader, in a folder that both name.
-
-    The processes of a distributed run share the work: each encodes a shard, and the first brings them together.
-
-    Parameters
-    ----------
-    corpus : str
-        The corpus's name.
-    manifests : iterable of str or pathlib.Path
-        Whose utterances are wanted.
-    reader : FrameReader
-        Makes the frames.
-    base : str or pathlib.Path, optional
-        Folder of all stores, the recipes' `feature_folder`; `features` in the cache folder by default.
-    shard : Shard, optional
-        Encode only this part, into a store of its own, which the next filling takes over.
-
-    Returns
-    -------
-    FeatureStore
-        With every readable utterance; that of the shard, if one is given.
-
-    Raises
-    ------
-    StoreError
-        If the folder holds frames of another kind.
-
-    Example
-    -------
-    >>> import tempfile
-    >>> class Reader:
-    ...     def fingerprint(self):
-    ...         return {"layers": [1], "dim": 4}
-    >>> fill_store("toy", [], Reader(), tempfile.mkdtemp()).folder.name
-    'toy-877b9c7f'
-    """
+    """Fill the store of a corpus's frames by one reader, in a folder that both name."""
     # The name tells settings apart, so that trying another encoder or layer does not run into the first one's store.
     digest = hashlib.sha256(json.dumps(reader.fingerprint(), sort_keys=True).encode()).hexdigest()[:8]
     folder = Path(base or cache_folder() / "features") / f"{corpus}-{digest}"

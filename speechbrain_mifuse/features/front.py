@@ -59,20 +59,7 @@ class StoredFrames(nn.Module):
         self.place = slice(None) if layer is None else store.position(layer)
 
     def read(self, utt_id: str, wav: str) -> torch.Tensor:
-        """Read one utterance for the loader.
-
-        Parameters
-        ----------
-        utt_id : str
-            Utterance id.
-        wav : str
-            Its recording; not needed here.
-
-        Returns
-        -------
-        torch.Tensor
-            `[frames, dim]` or `[frames, layers, dim]`, fp16. Copy it before you change it.
-        """
+        """Read one utterance: `[frames, dim]` or `[frames, layers, dim]`, fp16. Copy it before you change it."""
         if utt_id in self.kept:
             return self.kept[utt_id]
         frames = torch.from_numpy(self.store.frames(utt_id, self.layer))
@@ -152,44 +139,11 @@ class FinetunedEncoder(nn.Module):
         self.dim, self.n_layers, self.trim_db = config.hidden_size, 1, trim_db
 
     def read(self, utt_id: str, wav: str) -> torch.Tensor:
-        """Read one recording for the loader.
-
-        Parameters
-        ----------
-        utt_id : str
-            Utterance id; not needed here.
-        wav : str
-            Its recording.
-
-        Returns
-        -------
-        torch.Tensor
-            `[samples]`, of mean 0 and deviation 1 where the encoder was trained on such.
-
-        Raises
-        ------
-        BadAudio
-            If it cannot be read.
-        """
+        """Read one recording: `[samples]`, of mean 0 and deviation 1 where the encoder was trained on such."""
         return self.reader.normalised(trim_silence(load_audio(wav, self.sample_rate), self.trim_db))
 
     def forward(self, batch: torch.Tensor, lengths: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Encode a padded batch.
-
-        Parameters
-        ----------
-        batch : torch.Tensor
-            Waveforms `[batch, samples]`.
-        lengths : torch.Tensor
-            `[batch]`, relative.
-
-        Returns
-        -------
-        frames : torch.Tensor
-            `[batch, frames, dim]`.
-        lengths : torch.Tensor
-            `[batch]`, relative.
-        """
+        """Encode a padded batch `[batch, samples]` to `[batch, frames, dim]`; relative lengths in and out."""
         frames = self.wrapper(batch, lengths)
         # Counted, not scaled: a clip's frames must not depend on how long its neighbours are.
         samples = (lengths * batch.shape[1]).round().long().tolist()
@@ -197,12 +151,6 @@ class FinetunedEncoder(nn.Module):
         return frames, (counts.clamp(min=1) / frames.shape[1]).clamp(max=1.0)
 
     def export(self, folder: str | Path) -> None:
-        """Write the encoder as a Hugging Face folder, which `--encoder` of any recipe takes.
-
-        Parameters
-        ----------
-        folder : str or pathlib.Path
-            Target folder.
-        """
+        """Write the encoder as a Hugging Face folder, which `--encoder` of any recipe takes."""
         self.wrapper.model.save_pretrained(folder)
         self.wrapper.feature_extractor.save_pretrained(folder)

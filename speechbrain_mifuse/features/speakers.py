@@ -206,37 +206,7 @@ class SpeakerOffsets:
 def speaker_offsets(
     manifests: Sequence[str | Path], store: FeatureStore, norm: KnownSpeakers | FoundSpeakers
 ) -> SpeakerOffsets:
-    """Compute the offsets of manifests, each by itself, or find them computed beside the store.
-
-    Parameters
-    ----------
-    manifests : sequence of str or pathlib.Path
-        The manifests, without labels: one for each split.
-    store : FeatureStore
-        Has the frames; utterances that it lacks are passed over.
-    norm : KnownSpeakers or FoundSpeakers
-        What is asked for.
-
-    Returns
-    -------
-    SpeakerOffsets
-        Of all their utterances.
-
-    Example
-    -------
-    >>> import tempfile
-    >>> folder = Path(tempfile.mkdtemp())
-    >>> store = FeatureStore(folder / "store", {"layers": [1], "dim": 1})
-    >>> with store.writer() as add:
-    ...     add("t-a", np.array([[[0.0], [2.0]]]), audio="a", file=(1, 1))
-    ...     add("t-b", np.array([[[5.0], [5.0]]]), audio="b", file=(1, 1))
-    >>> atomic_write(folder / "corpus.json", '{"data_root": "/toy"}')
-    >>> rows = {key: {"wav": f"{key}.wav", "speaker": key} for key in ("t-a", "t-b")}
-    >>> atomic_write(folder / "adapt_unlabelled.json", json.dumps(rows))
-    >>> found = speaker_offsets([folder / "adapt_unlabelled.json"], store, KnownSpeakers(1.0))
-    >>> {key: offset.item() for key, offset in found.offsets.items()}
-    {'t-a': -1.0, 't-b': 1.0}
-    """
+    """Compute the offsets of manifests, each by itself, or find them computed beside the store."""
     offsets, digest = {}, hashlib.sha256()
     for manifest in manifests:
         rows = {key: row for key, row in read_manifest(manifest).items() if key in store}

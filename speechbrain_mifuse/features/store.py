@@ -185,26 +185,7 @@ class FeatureStore:
         return {**self.__dict__, "_file": None}
 
     def frames(self, utt_id: str, layer: int | None = None) -> np.ndarray:
-        """Frames of one utterance, as a view of the mapped file.
-
-        Parameters
-        ----------
-        utt_id : str
-            Utterance id.
-        layer : int, optional
-            One of the store's layers; all of them by default.
-
-        Returns
-        -------
-        numpy.ndarray
-            float16, `[frames, dim]` for one layer, else `[layers, frames, dim]`. Copy it before you change it.
-
-        Raises
-        ------
-        StoreError
-            If the utterance or the layer is not in the store, or its bytes are not those that were written. What is
-            damaged is marked then, and the next extraction encodes it anew.
-        """
+        """Frames of one utterance, float16: `[frames, dim]` of one layer, else `[layers, frames, dim]`."""
         if utt_id not in self.rows:
             raise StoreError(f"{self.folder} has no frames of '{utt_id}'. Run the extraction again.")
         row, place = self.rows[utt_id], None if layer is None else self.position(layer)
@@ -258,50 +239,17 @@ class FeatureStore:
         return np.frombuffer(block, "<f2", count, first - start).reshape(shape)
 
     def position(self, layer: int) -> int:
-        """Place of a layer among those stored.
-
-        Parameters
-        ----------
-        layer : int
-            Layer number, as the encoder counts.
-
-        Returns
-        -------
-        int
-            Index into the first axis of `frames(utt_id)`.
-
-        Raises
-        ------
-        StoreError
-            If the layer is not stored.
-        """
+        """Position of a layer among those stored."""
         if layer not in self.layers:
             raise StoreError(f"{self.folder} holds layers {self.layers}, not {layer}. Pass --encoder_layers with it.")
         return self.layers.index(layer)
 
     def verify(self) -> list[str]:
-        """Compare every utterance's bytes with the checksum taken when they were written.
-
-        Returns
-        -------
-        list of str
-            Ids of damaged utterances.
-        """
+        """List the utterances whose bytes differ from the checksum taken when they were written."""
         return [key for key, row in self.rows.items() if not self._is_sound(row, None, self._block(row, None))]
 
     def writer(self, flush_every: int = 64) -> StoreWriter:
-        """Open the store for appending; use it as a context manager that gives the function `add`.
-
-        Parameters
-        ----------
-        flush_every : int
-            Utterances between two moments at which everything is certain to be on disk.
-
-        Returns
-        -------
-        StoreWriter
-            The context manager.
-        """
+        """Open the store for appending; a context manager that gives the function `add`."""
         return StoreWriter(self, flush_every)
 
 

@@ -80,18 +80,7 @@ class FrozenTextEncoder:
         self._digest = digest_of(raw, self.tokenizer.get_vocab(), model)
 
     def to(self, device: str | torch.device) -> FrozenTextEncoder:
-        """Move the weights; texts are encoded there.
-
-        Parameters
-        ----------
-        device : str or torch.device
-            Where to.
-
-        Returns
-        -------
-        FrozenTextEncoder
-            Itself.
-        """
+        """Move the weights; texts are encoded there."""
         self.model.to(device)
         return self
 
@@ -99,18 +88,7 @@ class FrozenTextEncoder:
         return self.tokenizer(list(texts), truncation=False, padding=False)["input_ids"]
 
     def lengths(self, texts: Sequence[str]) -> list[int]:
-        """Count tokens, with those that begin and end a text.
-
-        Parameters
-        ----------
-        texts : sequence of str
-            One or more.
-
-        Returns
-        -------
-        list of int
-            One number for each.
-        """
+        """Count the tokens of each text, with those that begin and end it."""
         return [len(ids) for ids in self._tokens(texts)]
 
     @torch.no_grad()
@@ -135,14 +113,7 @@ class FrozenTextEncoder:
         return vectors
 
     def fingerprint(self) -> dict:
-        """Describe what the vectors depend on.
-
-        Returns
-        -------
-        dict
-            Of JSON's types: digest of weights, settings and vocabulary, form of the model, size of a vector. The same
-            for two folders that hold the same encoder.
-        """
+        """Describe what the vectors depend on; two folders that hold the same encoder give the same."""
         about = {"text_encoder": self._digest, "model_type": self.model.config.model_type}
         return {**about, "dim": self.dim, "pooling": "mean"}
 

@@ -224,28 +224,7 @@ def nothing_varies(wave: torch.Tensor, channels: int = 1) -> bool:
 
 
 def resampled(wave: torch.Tensor, rate: int, new_rate: int) -> torch.Tensor:
-    """Bring a waveform to another rate.
-
-    torchaudio makes a filter for every sample of the rates' common period; where that is long (44101 Hz to 16 kHz), the
-    same filters are made one by one instead.
-
-    Parameters
-    ----------
-    wave : torch.Tensor
-        `[samples]`, float32.
-    rate, new_rate : int
-        In Hz.
-
-    Returns
-    -------
-    torch.Tensor
-        `[ceil(samples * new_rate / rate)]`.
-
-    Example
-    -------
-    >>> resampled(torch.zeros(44101), 44101, 16000).shape
-    torch.Size([16000])
-    """
+    """Bring a waveform to another rate."""
     if rate == new_rate:
         return wave
     period = math.gcd(rate, new_rate)

@@ -17,10 +17,7 @@ from speechbrain_mifuse.utils.texts import one_line, printable, shown
 # What a disk, a quota or a mount says when it takes no data, and what to do about it.
 REMEDIES = {
     **dict.fromkeys((errno.ENOSPC, errno.EDQUOT, errno.EFBIG), "Free some space"),
-    **dict.fromkeys(
-        (errno.EROFS, errno.EACCES, errno.EPERM),
-        "Change its permissions",
-    ),
+    **dict.fromkeys((errno.EROFS, errno.EACCES, errno.EPERM), "Change its permissions"),
     **dict.fromkeys((errno.EIO, errno.ESTALE, errno.ENXIO), "Check the disk"),
 }
 PERMISSIONS = (errno.EACCES, errno.EPERM)

@@ -7,7 +7,6 @@ import hashlib
 import json
 import math
 import os
-import pathlib
 import stat
 import tempfile
 from collections import Counter
@@ -25,27 +24,7 @@ LONGEST_INT = 40
 
 
 def atomic_write(path: str | Path, data: str | bytes) -> None:
-    """Write a file so that a reader sees the old content or the new one, never a part.
-
-    Parameters
-    ----------
-    path : str or pathlib.Path
-        Target; its folder is made when missing.
-    data : str or bytes
-        Whole content.
-
-    Raises
-    ------
-    WriteError
-        If the system does not let it be written; what was there stays.
-
-    Example
-    -------
-    >>> path = Path(tempfile.mkdtemp()) / "a" / "b.txt"
-    >>> atomic_write(path, "text")
-    >>> path.read_text()
-    'text'
-    """
+    """Write a file so that a reader sees the old content or the new one, never a part."""
     with replacing(path) as file:
         # Names of files may hold bytes that are no text; they must not stop a table from being written.
         file.write(data.encode("utf-8", "backslashreplace") if isinstance(data, str) else data)
@@ -171,10 +150,10 @@ def encodable(text: str) -> bool:
     return True
 
 
-def cache_folder():
+def cache_folder() -> Path:
     """Folder for what is made once and reused: the demo encoder, extracted frames."""
     chosen = os.environ.get("MIFUSE_CACHE")
     if chosen:
-        return pathlib.Path(chosen).expanduser()
-    base = os.environ.get("XDG_CACHE_HOME") or pathlib.Path.home() / ".cache"
-    return pathlib.Path(base) / "speechbrain_mifuse"
+        return Path(chosen).expanduser()
+    base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    return Path(base) / "speechbrain_mifuse"

@@ -33,10 +33,7 @@ MAX_SIZE, MAX_LAYERS, MAX_CLASSES = 100_000, 200, 1000
 MAX_CONFIG_INT = 10_000_000
 
 PLAIN = "tag:yaml.org,2002:"
-LOAD_WEIGHTS = (
-    "speechbrain_mifuse.inference.load_weights",
-    "speechbrain_mifuse.recogniser_files.load_weights",
-)
+LOAD_WEIGHTS = ("speechbrain_mifuse.inference.load_weights", "speechbrain_mifuse.recogniser_files.load_weights")
 # All tags in the YAML of an exported recognizer. Version 0.1 had other names.
 TAGS = {
     "!ref",

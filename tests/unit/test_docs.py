@@ -24,11 +24,12 @@ ROOT = Path(__file__).resolve().parents[2]
 DOCS, PACKAGE = ROOT / "docs", ROOT / "speechbrain_mifuse"
 PAGES = sorted(DOCS.rglob("*.md"))
 NOTEBOOKS = sorted((DOCS / "notebooks").glob("*.ipynb"))
-TEXTS = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "CHANGELOG.md", *PAGES, *NOTEBOOKS]
+CORPUS_PAGES = [folder / "README.md" for folder in sorted((ROOT / "recipes").iterdir()) if folder.is_dir()]
+TEXTS = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "CHANGELOG.md", *CORPUS_PAGES, *PAGES, *NOTEBOOKS]
 YAMLS = sorted((ROOT / "hparams").rglob("*.yaml"))
 FENCED = re.compile(r"^( *)```.*?^\1```$", re.MULTILINE | re.DOTALL)
-# Generated parts speak of other programs' commands.
-GENERATED = re.compile(r"<!-- begin (.*?) -->.*?<!-- end \1 -->", re.DOTALL)
+# Generated parts speak of other programs' commands, but for the tables of recipes.
+GENERATED = re.compile(r"<!-- begin (?!recipes )(.*?) -->.*?<!-- end \1 -->", re.DOTALL)
 LINK = re.compile(r"\]\(([^()\s]+)\)")
 COMMAND = re.compile(r"(python3? (?:recipes|benchmarks)/|speechbrain-mifuse [a-z]|torchrun |make [a-z]|\.\.\. +--)")
 EXTERNAL = re.compile(r"<(?:script|img|iframe|link)\b[^>]*(?:src|href)=\"(?:https?:)?//[^\"]*\"")

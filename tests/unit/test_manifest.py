@@ -13,7 +13,9 @@ import pytest
 import soundfile
 from toy_corpora import write_ravdess, write_wav
 
+from speechbrain_mifuse.corpora import corpus as corpus_module
 from speechbrain_mifuse.corpora import manifest
+from speechbrain_mifuse.corpora import splits as splits_module
 from speechbrain_mifuse.corpora.corpus import Corpus, find_corpus, map_label, write_splits
 from speechbrain_mifuse.corpora.manifest import CorpusError, Utterance, read_manifest, unlabelled
 from speechbrain_mifuse.corpora.ravdess import RAVDESS, prepare_ravdess
@@ -368,7 +370,7 @@ def test_manifests_of_other_arguments_are_written_again(tmp_path, change, monkey
     elif change == "root":
         corpus = write_ravdess(tmp_path / "second", takes=1)
     elif change == "version":
-        monkeypatch.setattr(manifest, "__version__", "99")
+        monkeypatch.setattr(splits_module, "__version__", "99")
     else:
         (tmp_path / "m" / "corpus.json").write_text("{")
     prepare_ravdess(corpus, tmp_path / "m", splits)
@@ -378,7 +380,7 @@ def test_manifests_of_other_arguments_are_written_again(tmp_path, change, monkey
 def test_a_killed_preparation_is_done_again(tmp_path, monkeypatch):
     corpus = write_ravdess(tmp_path / "ravdess", takes=1)
     with monkeypatch.context() as patch:
-        patch.setattr(manifest, "write_manifest", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+        patch.setattr(corpus_module, "write_manifest", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
         with pytest.raises(KeyboardInterrupt):
             prepare_ravdess(corpus, tmp_path / "m", SPLITS)
     prepare_ravdess(corpus, tmp_path / "m", SPLITS)
@@ -395,7 +397,7 @@ def test_a_preparation_killed_between_two_dealings_does_not_count_as_either(tmp_
         return whole(corpus, rows, path)
 
     with monkeypatch.context() as patch:
-        patch.setattr(manifest, "write_manifest", killed_at_the_second)
+        patch.setattr(corpus_module, "write_manifest", killed_at_the_second)
         with pytest.raises(KeyboardInterrupt):
             prepare_ravdess(corpus, tmp_path / "m", {"adapt": 0.8, "test": 0.2})
     prepare_ravdess(corpus, tmp_path / "m", SPLITS)

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from speechbrain_mifuse.cli import main as cli
-from speechbrain_mifuse.experiments import registry, sweep
+from speechbrain_mifuse.experiments import sweep
 from speechbrain_mifuse.utils.errors import UserError
 
 METHODS = ["source_only", "shot", "mi_fuse", "oracle"]
@@ -49,13 +49,12 @@ for place, method in enumerate(flags["method"].strip("[]").split(", ")):
 def tree(tmp_path, monkeypatch):
     """A repository with a toy recipe and two pairs, as the current folder."""
     root = tmp_path / "a repository"
-    rows = [f"Task,T,recipes/T/train.py,hparams/{pair}.yaml,,,,,,," for pair in ("a2b", "b2a")]
     methods = "methods:\n" + "".join(f"    {name}: !new:no.such.Class\n" for name in METHODS)
-    pair = "teacher: c\nencoder: toy\nlabel_store: x\nteacher_folder: y\nlalm_base_url: null\nlalm_samples: 5\n"
+    pair = "# python recipes/T/m/train.py hparams/\n"
+    pair += "teacher: c\nencoder: toy\nlabel_store: x\nteacher_folder: y\nlalm_base_url: null\nlalm_samples: 5\n"
     pair += "takes: 0.2\nfails: null\nnote: null\nlearning_rate: 0.1\nteacher_alm: null\n"
     files = {
-        "tests/recipes/T.csv": "\n".join([",".join(registry.COLUMNS), *rows]) + "\n",
-        "recipes/T/train.py": SCRIPT,
+        "recipes/T/m/train.py": SCRIPT,
         "hparams/base/adaptation.yaml": methods,
         "hparams/a2b.yaml": pair + "source: a\ntarget: b\nadaptation: !include:base/adaptation.yaml\n",
         "hparams/b2a.yaml": pair + "source: b\ntarget: a\nadaptation: !include:base/adaptation.yaml\n",
@@ -124,7 +123,7 @@ def test_what_is_done_starts_no_process_and_what_is_missing_or_changed_runs_agai
     (tree / "results" / "sweep" / "a2b" / "2" / "mi_fuse" / "results.json").unlink()
     go(*arguments)
     assert [run["seed"] for run in notes("began")].count(2) == 2 and len(notes("began")) == 3
-    (tree / "recipes" / "T" / "train.py").write_text(SCRIPT + "# another version\n")
+    (tree / "recipes" / "T" / "m" / "train.py").write_text(SCRIPT + "# another version\n")
     go(*arguments)
     assert len(notes("began")) == 5
     go("a2b", "--seeds", "1-2", "--", "--takes=0", "--learning_rate=1")
@@ -181,7 +180,7 @@ def test_an_interrupt_stops_the_runs_and_all_they_started_and_says_how_to_go_on(
 
 def test_a_run_that_heeds_no_interrupt_is_killed(tree, monkeypatch):
     monkeypatch.setattr(sweep, "GRACE_S", 0.2)
-    script = tree / "recipes" / "T" / "train.py"
+    script = tree / "recipes" / "T" / "m" / "train.py"
     script.write_text("import signal\nsignal.signal(signal.SIGINT, signal.SIG_IGN)\n" + SCRIPT)
     with ThreadPoolExecutor(1) as other_thread:
         other_thread.submit(interrupt, signal.SIGINT)
@@ -255,7 +254,7 @@ def test_the_teacher_is_shared_by_pairs_that_agree_in_all_that_decides_it(tree):
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
-        (["a2mars"], "a2mars: no registered recipe"),
+        (["a2mars"], "a2mars: no recipe"),
         (["a2b", "--methods", "shot,tea"], "--methods: tea is none of the methods of a2b: source_only, shot"),
         (["a2b", "--seeds", "5-1"], "--seeds: '5-1' holds no seed"),
         (["a2b", "--jobs", "0"], "argument --jobs: '0' is no number of at least 1"),
