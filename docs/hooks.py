@@ -11,7 +11,7 @@ from pathlib import Path
 PACKAGE = "speechbrain_mifuse/"
 # Endings of pages that say more about a table, and what they are shown under.
 DETAILS = {"_seeds": "Every seed", "_selection": "Selection without labels"}
-LINK = re.compile(r"\]\((?!\w+:|#)([^)\s]+?)(#[^)\s]*)?\)")
+LINK = re.compile(r"\[([^\]\[]+)\]\((?!\w+:|#)([^)\s]+?)(#[^)\s]*)?\)")
 
 
 def notebook_text(path):
@@ -70,19 +70,20 @@ def reference(target):
 
     Returns
     -------
-    str
-        Page and anchor, from the folder of the pages.
+    str or None
+        Page and anchor, from the folder of the pages; `None` for a private module.
     """
     module = target.removesuffix(".py").removesuffix("/__init__").replace("/", ".")
-    rooms = module.split(".")[1:]
-    pages = sorted((Path(__file__).parent / "api").glob("*.md"))
-    room = f"::: {PACKAGE[:-1]}.{rooms[0]}\n"
-    page = next((page.name for page in pages if room in page.read_text(encoding="utf-8")), "index.md")
-    return f"api/{page}#{module}"
+    for page in sorted((Path(__file__).parent / "api").glob("*.md")):
+        shown = re.findall(r"^::: ([\w.]+)$", page.read_text(encoding="utf-8"), re.MULTILINE)
+        # A room that is shown as a whole shows its modules.
+        if module in shown or module.rpartition(".")[0] in shown:
+            return f"api/{page.name}#{module}"
+    return None
 
 
 def linked(text, page):
-    """Turn links that only work in a checkout into links within the site.
+    """Turn links that only work in a checkout into links within the site, or into text.
 
     Parameters
     ----------
@@ -99,11 +100,13 @@ def linked(text, page):
     folder = posixpath.dirname(page)
 
     def within_site(link):
-        target = posixpath.normpath(posixpath.join("docs", folder, link[1]))
+        shown, address, anchor = link[1], link[2], link[3] or ""
+        target = posixpath.normpath(posixpath.join("docs", folder, address))
         if target.startswith(PACKAGE):
-            return f"]({posixpath.relpath(reference(target), folder or '.')})"
+            found = reference(target)
+            return shown if found is None else f"[{shown}]({posixpath.relpath(found, folder or '.')})"
         if target.startswith("docs/notebooks/"):
-            return f"]({link[1].removesuffix('.ipynb').removesuffix('.md')}.md{link[2] or ''})"
+            return f"[{shown}]({address.removesuffix('.ipynb').removesuffix('.md')}.md{anchor})"
         return link[0]
 
     return LINK.sub(within_site, text)
