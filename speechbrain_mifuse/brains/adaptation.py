@@ -29,7 +29,7 @@ from speechbrain_mifuse.brains.snapshots import Snapshots
 from speechbrain_mifuse.brains.train_log import TrainLog
 from speechbrain_mifuse.brains.training import ResumableBrain, WholeCheckpointer, fit, same_settings
 from speechbrain_mifuse.brains.whole_set import WholeSet
-from speechbrain_mifuse.inference.model_folder import export_student, load_classifier, recogniser_digest
+from speechbrain_mifuse.inference.recognizer_folder import export_student, load_classifier, recogniser_digest
 from speechbrain_mifuse.nnet.calibration import fit_temperature
 from speechbrain_mifuse.nnet.ema import ema_copy, ema_decay
 from speechbrain_mifuse.utils.files import atomic_write

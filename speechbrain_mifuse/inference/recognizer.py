@@ -28,15 +28,7 @@ from speechbrain_mifuse.corpora.recordings import recordings_below
 from speechbrain_mifuse.features.dataset import pad_frames
 from speechbrain_mifuse.features.encode_files import BATCH_S, ahead, similar
 from speechbrain_mifuse.features.extract import ENCODING_THREADS, FrameReader, batched
-from speechbrain_mifuse.inference.model_folder import (
-    RecogniserError,
-    export_recogniser,
-    load_classifier,
-    load_weights,
-    open_recogniser,
-    own_encoder,
-    recogniser_digest,
-)
+from speechbrain_mifuse.inference.recognizer_folder import RecogniserError, open_recogniser, own_encoder
 from speechbrain_mifuse.inference.windows import (
     Segment,
     Timeline,
@@ -54,17 +46,6 @@ from speechbrain_mifuse.utils.audio import BadAudio, content_hash, load_audio, n
 from speechbrain_mifuse.utils.audio_warnings import summarized
 from speechbrain_mifuse.utils.errors import UserError
 from speechbrain_mifuse.utils.progress import progress
-
-# Folders that were exported earlier name `load_weights` here.
-__all__ = [
-    "EmotionRecognizer",
-    "RecogniserError",
-    "Recognition",
-    "export_recogniser",
-    "load_classifier",
-    "load_weights",
-    "recogniser_digest",
-]
 
 logger = logging.getLogger(__name__)
 
