@@ -344,25 +344,9 @@ class EmotionRecognizer(Pretrained):
 
     @torch.inference_mode()
     def predict_each(self, waveform: torch.Tensor, seeds: Sequence[int | None]) -> torch.Tensor:
-        """Class probabilities of one waveform, once for each seed; several threads may call this at the same time.
+        """Class probabilities `[len(seeds), C]` of one waveform, as `predict_proba` gives them for each seed.
 
-        Parameters
-        ----------
-        waveform : torch.Tensor or numpy.ndarray
-            As for `predict_proba`.
-        seeds : sequence of int or None
-            `None` for a prediction without dropout.
-
-        Returns
-        -------
-        torch.Tensor
-            `[len(seeds), C]`; each row is what `predict_proba` gives with this seed, with `stochastic` unless it is
-            `None`.
-
-        Raises
-        ------
-        UserError
-            If it is not a waveform.
+        `None` is no seed, but a prediction without dropout. Several threads may call this at the same time.
         """
         vector = self._vector(_waveform(waveform, "waveform")).unsqueeze(0)
         return torch.cat([self._drawn(vector, seed is not None, seed) for seed in seeds])
