@@ -26,7 +26,8 @@ from measure import Figure, ratio, take_turns
 
 from speechbrain_mifuse.corpora.manifest import read_manifest
 from speechbrain_mifuse.features.encoder import FrozenEncoder
-from speechbrain_mifuse.inference.recognizer import EmotionRecognizer, export_recogniser, in_order
+from speechbrain_mifuse.inference.recognizer import EmotionRecognizer, in_order
+from speechbrain_mifuse.inference.recognizer_folder import export_recogniser
 from speechbrain_mifuse.nnet.classifier import EmotionClassifier
 from speechbrain_mifuse.utils.audio import load_audio, trim_silence
 

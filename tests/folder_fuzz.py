@@ -19,7 +19,7 @@ from safetensors.torch import load, save
 
 from speechbrain_mifuse.features.encoder import FrozenEncoder
 from speechbrain_mifuse.inference import EmotionRecognizer
-from speechbrain_mifuse.inference.model_folder import RecogniserError, export_recogniser
+from speechbrain_mifuse.inference.recognizer_folder import RecogniserError, export_recogniser
 from speechbrain_mifuse.nnet.classifier import EmotionClassifier
 
 LABELS = ("angry", "happy", "neutral", "sad")

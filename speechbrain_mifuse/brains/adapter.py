@@ -28,10 +28,11 @@ from speechbrain_mifuse.brains.train_log import TrainLog
 from speechbrain_mifuse.brains.training import ResumableBrain, WholeCheckpointer, fit, same_settings
 from speechbrain_mifuse.features.dataset import encoded_rows, frame_batches
 from speechbrain_mifuse.nnet.across_processes import own_part, process_count, summed
-from speechbrain_mifuse.nnet.adapter_files import ABOUT, export_adapter
+from speechbrain_mifuse.nnet.adapter_files import export_adapter
 from speechbrain_mifuse.nnet.adapter_objectives import AdapterPretraining, Objective, UtteranceSurvey, Views
 from speechbrain_mifuse.nnet.block_masking import draw_masks
 from speechbrain_mifuse.nnet.ema import ema_copy, linear_decay
+from speechbrain_mifuse.nnet.model_folder import ABOUT
 from speechbrain_mifuse.nnet.statistical_attentive_pooling import frame_mask
 from speechbrain_mifuse.report.adapter_plots import plot_codebook, plot_layer_weights
 from speechbrain_mifuse.utils.errors import UserError

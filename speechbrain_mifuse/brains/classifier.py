@@ -20,11 +20,11 @@ from speechbrain_mifuse.evaluation.intervals import speaker_bootstrap
 from speechbrain_mifuse.evaluation.metrics import scores
 from speechbrain_mifuse.evaluation.results import counts_by_speaker
 from speechbrain_mifuse.features.dataset import encoded_rows, frame_batches, label_index
-from speechbrain_mifuse.inference.model_card import encoder_told
-from speechbrain_mifuse.inference.model_folder import export_recogniser
+from speechbrain_mifuse.inference.recognizer_folder import export_recogniser
 from speechbrain_mifuse.nnet.adapter_files import adapter_digest, load_adapter
 from speechbrain_mifuse.nnet.calibration import fit_temperature, mean_nll
 from speechbrain_mifuse.nnet.classifier import EmotionClassifier
+from speechbrain_mifuse.nnet.model_card import encoder_told
 from speechbrain_mifuse.utils.files import atomic_write, file_digest
 
 logger = logging.getLogger(__name__)

@@ -21,12 +21,12 @@ from speechbrain_mifuse.evaluation.metrics import scores
 from speechbrain_mifuse.features.dataset import encoded_rows, label_index
 from speechbrain_mifuse.features.text_encoder import FrozenTextEncoder
 from speechbrain_mifuse.nnet.dual_encoder import contrastive_loss, frame_statistics
+from speechbrain_mifuse.nnet.model_folder import ABOUT
 from speechbrain_mifuse.utils.errors import UserError
 from speechbrain_mifuse.utils.files import atomic_write, file_digest
 from speechbrain_mifuse.utils.progress import progress
 from speechbrain_mifuse.zero_shot.captions import CaptionSet, draw_caption, read_captions
 from speechbrain_mifuse.zero_shot.own_dual_encoder import (
-    ABOUT,
     DualEncoderModel,
     export_dual_encoder,
     refuse_other_frames,

@@ -18,7 +18,7 @@ from speechbrain_mifuse.brains.train_log import TrainLog
 from speechbrain_mifuse.brains.training import WholeCheckpointer, fit, same_settings
 from speechbrain_mifuse.features.dataset import encoded_rows, frame_batches, label_index
 from speechbrain_mifuse.nnet.classifier import EmotionClassifier
-from speechbrain_mifuse.nnet.weights import load_all_weights
+from speechbrain_mifuse.nnet.model_folder import load_all_weights
 from speechbrain_mifuse.utils.errors import UserError
 from speechbrain_mifuse.utils.files import atomic_write, file_digest
 

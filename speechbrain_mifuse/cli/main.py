@@ -98,14 +98,14 @@ def add_serve(commands) -> None:
         type=float,
         default=Limits.read_timeout,
         metavar="SECONDS",
-        help="for the head of a request, for a body that stops coming, for taking a reply (default: %(default)g)",
+        help="for the first head of a connection, and for a body that stops coming (default: %(default)g)",
     )
     serve.add_argument(
         "--idle_timeout",
         type=float,
         default=Limits.idle_timeout,
         metavar="SECONDS",
-        help="for a connection without a request (default: %(default)g)",
+        help="from a reply to the next request of a connection (default: %(default)g)",
     )
     serve.add_argument(
         "--grace",

@@ -123,7 +123,7 @@ def tell_table(options: argparse.Namespace, found: Sequence, wanted: int) -> Non
 
 def require_recogniser(source: str) -> None:
     """Refuse what is no folder of a recogniser on this machine."""
-    from speechbrain_mifuse.inference.model_folder import recogniser_digest
+    from speechbrain_mifuse.inference.recognizer_folder import recogniser_digest
 
     if not Path(source).is_dir():
         raise UserError(

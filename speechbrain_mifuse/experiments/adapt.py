@@ -91,7 +91,7 @@ def adapt(
     >>> adapt("/nowhere", "recordings", teacher="http://127.0.0.1:8000/v1")
     Traceback (most recent call last):
     ...
-    speechbrain_mifuse.inference.model_folder.RecogniserError: /nowhere: no whole recogniser there ...
+    speechbrain_mifuse.inference.recognizer_folder.RecogniserError: /nowhere: no whole recogniser there ...
     """
     from speechbrain_mifuse.experiments.settings import overrides_of
 
@@ -112,7 +112,7 @@ def run(
     from speechbrain_mifuse.experiments.preflight import require_ready
     from speechbrain_mifuse.experiments.results import summary
     from speechbrain_mifuse.experiments.settings import overrides_of, read_hparams
-    from speechbrain_mifuse.inference.model_folder import read_about
+    from speechbrain_mifuse.inference.recognizer_folder import read_about
 
     about = read_about(source)
     require_recordings(wav_folder, overrides)
@@ -152,7 +152,7 @@ def require_recordings(wav_folder: str | Path, given: Collection[str]) -> None:
 def source_settings(folder: str | Path, about: Mapping) -> dict:
     """Take the settings of a run from the recogniser that it starts from."""
     from speechbrain_mifuse.experiments.results import corpus_of
-    from speechbrain_mifuse.inference.model_folder import read_settings
+    from speechbrain_mifuse.inference.recognizer_folder import read_settings
 
     values = read_settings(Path(folder) / "hyperparams.yaml")
     layers = values.encoder.layers
@@ -178,7 +178,7 @@ def source_settings(folder: str | Path, about: Mapping) -> dict:
 def teacher_settings(teacher: str | Path, source: str | Path, labels: list) -> dict:
     """Say how the teacher is reached."""
     from speechbrain_mifuse.experiments.results import corpus_of
-    from speechbrain_mifuse.inference.model_folder import read_about, recogniser_digest
+    from speechbrain_mifuse.inference.recognizer_folder import read_about, recogniser_digest
 
     if str(teacher).startswith(("http://", "https://")):
         return {"lalm_base_url": str(teacher)}
@@ -239,7 +239,7 @@ def judged(folder: Path, method: str, labels: list) -> dict:
 
 def keep_verdict(folder: Path, method: str, results: Mapping, verdict: Mapping) -> None:
     """Put a verdict where people look: on the run's page and on the model card of what was exported."""
-    from speechbrain_mifuse.inference.model_folder import write_card
+    from speechbrain_mifuse.inference.recognizer_folder import write_card
     from speechbrain_mifuse.report.page import write_report
 
     write_report(folder, results=folder.glob("*/results.json"))

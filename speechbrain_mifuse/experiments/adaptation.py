@@ -16,7 +16,7 @@ from speechbrain_mifuse.adaptation.method import AdaptationMethod, Survey
 from speechbrain_mifuse.adaptation.mi_fuse import MIFuse
 from speechbrain_mifuse.brains.adaptation import AdaptationBrain
 from speechbrain_mifuse.brains.training import same_settings
-from speechbrain_mifuse.inference.model_folder import export_student, recogniser_digest
+from speechbrain_mifuse.inference.recognizer_folder import export_student, recogniser_digest
 from speechbrain_mifuse.nnet.calibration import fit_temperature
 from speechbrain_mifuse.utils.files import atomic_write
 

@@ -20,7 +20,7 @@ from speechbrain_mifuse.features.dataset import encoded_rows
 from speechbrain_mifuse.features.extract import FrameReader, fill_store
 from speechbrain_mifuse.features.front import StoredFrames
 from speechbrain_mifuse.features.prosody import ProsodyReader
-from speechbrain_mifuse.inference.model_card import encoder_told
+from speechbrain_mifuse.nnet.model_card import encoder_told
 from speechbrain_mifuse.report.variant_report import COLUMNS, arm_protocol, arm_table
 from speechbrain_mifuse.utils.files import atomic_write
 from speechbrain_mifuse.utils.texts import markdown

@@ -21,7 +21,8 @@ from speechbrain_mifuse.experiments.source import prepare_labelled, trained_reco
 from speechbrain_mifuse.features.dataset import encoded_rows
 from speechbrain_mifuse.features.extract import FrameReader
 from speechbrain_mifuse.features.store import FeatureStore
-from speechbrain_mifuse.inference.recognizer import EmotionRecognizer, recogniser_digest
+from speechbrain_mifuse.inference.recognizer import EmotionRecognizer
+from speechbrain_mifuse.inference.recognizer_folder import recogniser_digest
 from speechbrain_mifuse.inference.server import EmotionServer
 from speechbrain_mifuse.lalm.card import Needs, check, read_card
 from speechbrain_mifuse.lalm.client import LalmClient

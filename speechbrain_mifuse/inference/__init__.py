@@ -6,8 +6,8 @@ import importlib
 _HOMES = {
     "EmotionRecognizer": "recognizer",
     "Recognition": "recognizer",
-    "FolderPretrainer": "model_folder",
-    "load_weights": "model_folder",
+    "FolderPretrainer": "recognizer_folder",
+    "load_weights": "recognizer_folder",
 }
 __all__ = sorted(_HOMES)
 

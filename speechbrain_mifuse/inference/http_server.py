@@ -1,7 +1,8 @@
 """HTTP server for a few routes, on aiohttp, with limits against slow, malformed and cross-site requests.
 
 The server runs in an event loop of its own, in a background thread. Connections that keep it waiting are bounded in
-number and time; a request takes one of the places for requests only when its whole body has arrived.
+number and time; a request takes one of the places for requests only when its whole body has arrived. Heads are bounded
+by aiohttp. Rates of single clients and encryption are left to a reverse proxy; see `docs/security.md`.
 """
 
 from __future__ import annotations
@@ -55,10 +56,11 @@ class RequestError(Exception):
         self.code = code
         self.headers = dict(headers or {})
 
-    def body(self) -> bytes:
+    def reply(self) -> web.Response:
         """Put the error in OpenAI's shape."""
         kind = "server_error" if self.status >= 500 else "invalid_request_error"
-        return json.dumps({"error": {"message": str(self), "type": kind, "param": None, "code": self.code}}).encode()
+        error = {"message": str(self), "type": kind, "param": None, "code": self.code}
+        return _reply(self.status, json.dumps({"error": error}).encode(), self.headers)
 
 
 def overloaded(what: str) -> RequestError:
@@ -168,9 +170,14 @@ class HttpServer:
         self._stopped = asyncio.Event()
         # A request whose client has gone is dropped.
         manager = web.Server(self._respond, handler_cancellation=True)
-        # Compressed bodies stay so: a small one may unfold to any size.
-        options = {"logger": logger, "access_log": None, "lingering_time": LINGER_SECONDS, "auto_decompress": False}
-        options["keepalive_timeout"] = self.limits.idle_timeout
+        options = {
+            "logger": logger,
+            "access_log": None,
+            "keepalive_timeout": self.limits.idle_timeout,
+            "lingering_time": LINGER_SECONDS,
+            # Compressed bodies stay so: a small one may unfold to any size.
+            "auto_decompress": False,
+        }
         self._listening = await self._loop.create_server(
             lambda: _Connection(self, manager, loop=self._loop, **options), sock=self._socket, backlog=BACKLOG
         )
@@ -181,12 +188,21 @@ class HttpServer:
         self.closing = True
         self._listening.close()
         for connection in list(self.connections):
-            connection.end_if_idle()
+            # A request that has begun is answered, and ends its connection itself.
+            if not connection.in_request:
+                connection.force_close()
         until = self._loop.time() + grace
         while self.connections and self._loop.time() < until:
             await asyncio.sleep(0.01)
         for connection in list(self.connections):
             connection.abort()
+
+    def admit(self, connection: _Connection) -> None:
+        """Count a new connection; where there are too many, end the one that keeps waiting longest."""
+        if len(self.connections) >= self.max_connections:
+            self.metrics.dropped(CROWDED)
+            next((each for each in self.connections if not each.answering), connection).abort()
+        self.connections[connection] = None
 
     async def _respond(self, request: web.BaseRequest) -> web.Response:
         connection, started = request.protocol, self._loop.time()
@@ -195,20 +211,22 @@ class HttpServer:
         try:
             with contextlib.ExitStack() as held:
                 content = await self._answer(request, held)
-            response = reply(200, content, {"Content-Type": route.content_type})
+            response = _reply(200, content, {"Content-Type": route.content_type})
         except RequestError as error:
-            response = reply(error.status, error.body(), error.headers)
+            response = error.reply()
         except Exception:
             logger.exception("the recogniser failed")
-            error = RequestError("the recogniser failed; see the server's log", 500)
-            response = reply(error.status, error.body())
+            response = RequestError("the recogniser failed; see the server's log", 500).reply()
         if self.closing or not request.content.is_eof():
             response.force_close()
         # No path of unknown content and no header: they may hold a key.
         logger.debug("answered with status %d", response.status)
         name = "other" if route is None else _path(request)
         self.metrics.answered(name, response.status, self._loop.time() - started)
-        connection.wait_for_client()
+        connection.in_request = connection.answering = False
+        # Now the last of those that wait for their clients.
+        if self.connections.pop(connection, self) is None:
+            self.connections[connection] = None
         return response
 
     async def _answer(self, request: web.BaseRequest, held: contextlib.ExitStack) -> bytes:
@@ -223,16 +241,14 @@ class HttpServer:
             body = await self._body(request, held)
             if self.in_flight >= self.limits.max_concurrent:
                 raise overloaded(f"{self.limits.max_concurrent} requests are being answered")
-            self.in_flight += 1
-            held.callback(self._end_request)
-            request.protocol.begin_answer()
+            self._take(1, 0)
+            held.callback(self._take, -1, 0)
+            request.protocol.answering = True
         return await route.answer(body)
 
-    def _end_request(self) -> None:
-        self.in_flight -= 1
-
-    def _give_back(self, count: int) -> None:
-        self.body_bytes -= count
+    def _take(self, places: int, count: int) -> None:
+        self.in_flight += places
+        self.body_bytes += count
 
     def _require_own_host(self, request: web.BaseRequest) -> None:
         hosts = request.headers.getall("Host", [])
@@ -303,14 +319,14 @@ class HttpServer:
             request.protocol.transport.write(b"HTTP/1.1 100 Continue\r\n\r\n")
         until = self._loop.time() + self.limits.read_timeout
         body = bytearray()
-        held.callback(lambda: self._give_back(len(body)))
+        held.callback(lambda: self._take(0, -len(body)))
         while block := await self._block(request, until):
             until += len(block) / MIN_BYTES_PER_SECOND
             if len(body) + len(block) > limit:
                 raise _too_large(limit)
             if self.body_bytes + len(block) > MAX_LARGE_BODIES * limit:
                 raise overloaded("requests of too many bytes are being read")
-            self.body_bytes += len(block)
+            self._take(0, len(block))
             body += block
         return body
 
@@ -336,75 +352,39 @@ def _too_large(limit: int) -> RequestError:
     return RequestError(f"the request is larger than {limit} bytes", 413, "request_too_large")
 
 
-def reply(status: int, content: bytes, headers: Mapping[str, str] | None = None) -> web.Response:
-    """Make a reply."""
+def _reply(status: int, content: bytes, headers: Mapping[str, str]) -> web.Response:
     always = {"Content-Type": JSON_TYPE, "Server": "speechbrain-mifuse"}
-    return web.Response(status=status, body=content, headers={**always, **(headers or {})})
+    return web.Response(status=status, body=content, headers={**always, **headers})
 
 
 class _Connection(web.RequestHandler):
-    """aiohttp's side of a connection, with a limit of time for whatever it waits for its client to do."""
+    """aiohttp's side of a connection, which the server counts and may end."""
 
     def __init__(self, server: HttpServer, *args, **options):
         super().__init__(*args, **options)
         self._server = server
-        self._timer: asyncio.TimerHandle | None = None
-        # Whether a request is at hand, and whether it is past waiting for its client.
-        self._in_request = self.answering = False
-        self._head_begun = False
+        # Whether the head of a request has arrived, and whether all of it has.
+        self.in_request = self.answering = False
 
     def connection_made(self, transport):
-        server = self._server
-        if len(server.connections) >= server.max_connections:
-            longest = next((each for each in server.connections if not each.answering), self)
-            server.metrics.dropped(CROWDED)
-            if longest is self:
-                transport.abort()
-            else:
-                longest.abort()
         super().connection_made(transport)
-        server.connections[self] = None
-        self._allow(server.limits.idle_timeout)
+        self._server.admit(self)
+        # aiohttp bounds the time between two requests, and not in all versions that before the first one.
+        self._first_head = self._loop.call_later(self._server.limits.read_timeout, self._give_up)
 
     def connection_lost(self, exc):
-        self._allow(None)
+        self._first_head.cancel()
         self._server.connections.pop(self, None)
         super().connection_lost(exc)
 
-    def data_received(self, data):
-        super().data_received(data)
-        if data and not self._in_request and not self._head_begun:
-            self._head_begun = True
-            self._allow(self._server.limits.read_timeout)
-
-    def pause_writing(self):
-        super().pause_writing()
-        self._allow(self._server.limits.read_timeout)
-
-    def resume_writing(self):
-        super().resume_writing()
-        self._allow(None if self._in_request else self._server.limits.idle_timeout)
-
     def begin_request(self) -> None:
         """Note that the head of a request has arrived."""
-        self._in_request, self._head_begun = True, False
-        self._allow(None)
+        self._first_head.cancel()
+        self.in_request = True
 
-    def begin_answer(self) -> None:
-        """Note that all of a request has arrived."""
-        self.answering = True
-
-    def wait_for_client(self) -> None:
-        """Note that a request has been answered."""
-        self._in_request = self.answering = False
-        if self._server.connections.pop(self, self) is None:
-            self._server.connections[self] = None
-        self._allow(self._server.limits.idle_timeout)
-
-    def end_if_idle(self) -> None:
-        """End the connection unless a request is at hand, after whose reply it ends anyway while the server closes."""
-        if not self._in_request:
-            self.force_close()
+    def _give_up(self) -> None:
+        self._server.metrics.dropped(REJECTIONS[408])
+        self.abort()
 
     def abort(self) -> None:
         """End the connection at once, with what it has not taken yet."""
@@ -414,8 +394,7 @@ class _Connection(web.RequestHandler):
 
     def handle_error(self, request, status=500, exc=None, message=None):
         """Answer what aiohttp refuses before it becomes a request."""
-        too_long = isinstance(exc, http_exceptions.LineTooLong)
-        if too_long:
+        if isinstance(exc, http_exceptions.LineTooLong):
             error = RequestError("the head of the request is too long", 431)
         elif isinstance(exc, http_exceptions.HttpProcessingError):
             error = RequestError("the request is not valid HTTP/1.1")
@@ -423,16 +402,6 @@ class _Connection(web.RequestHandler):
             logger.error("a connection failed", exc_info=exc)
             error = RequestError("the server failed; see its log", 500)
         self._server.metrics.answered("other", error.status, 0.0)
-        response = reply(error.status, error.body())
+        response = error.reply()
         response.force_close()
         return response
-
-    def _allow(self, seconds: float | None) -> None:
-        if self._timer is not None:
-            self._timer.cancel()
-        self._timer = None if seconds is None else self._loop.call_later(seconds, self._give_up)
-
-    def _give_up(self) -> None:
-        if self._head_begun or self.writing_paused:
-            self._server.metrics.dropped("slow")
-        self.abort()

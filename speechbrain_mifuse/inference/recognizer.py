@@ -28,15 +28,7 @@ from speechbrain_mifuse.corpora.recordings import recordings_below
 from speechbrain_mifuse.features.dataset import pad_frames
 from speechbrain_mifuse.features.encode_files import BATCH_S, ahead, similar
 from speechbrain_mifuse.features.extract import ENCODING_THREADS, FrameReader, batched
-from speechbrain_mifuse.inference.model_folder import (
-    RecogniserError,
-    export_recogniser,
-    load_classifier,
-    load_weights,
-    open_recogniser,
-    own_encoder,
-    recogniser_digest,
-)
+from speechbrain_mifuse.inference.recognizer_folder import RecogniserError, open_recogniser, own_encoder
 from speechbrain_mifuse.inference.windows import (
     Segment,
     Timeline,
@@ -54,17 +46,6 @@ from speechbrain_mifuse.utils.audio import BadAudio, content_hash, load_audio, n
 from speechbrain_mifuse.utils.audio_warnings import summarized
 from speechbrain_mifuse.utils.errors import UserError
 from speechbrain_mifuse.utils.progress import progress
-
-# Folders that were exported earlier name `load_weights` here.
-__all__ = [
-    "EmotionRecognizer",
-    "RecogniserError",
-    "Recognition",
-    "export_recogniser",
-    "load_classifier",
-    "load_weights",
-    "recogniser_digest",
-]
 
 logger = logging.getLogger(__name__)
 
@@ -363,25 +344,9 @@ class EmotionRecognizer(Pretrained):
 
     @torch.inference_mode()
     def predict_each(self, waveform: torch.Tensor, seeds: Sequence[int | None]) -> torch.Tensor:
-        """Class probabilities of one waveform, once for each seed; several threads may call this at the same time.
+        """Class probabilities `[len(seeds), C]` of one waveform, as `predict_proba` gives them for each seed.
 
-        Parameters
-        ----------
-        waveform : torch.Tensor or numpy.ndarray
-            As for `predict_proba`.
-        seeds : sequence of int or None
-            `None` for a prediction without dropout.
-
-        Returns
-        -------
-        torch.Tensor
-            `[len(seeds), C]`; each row is what `predict_proba` gives with this seed, with `stochastic` unless it is
-            `None`.
-
-        Raises
-        ------
-        UserError
-            If it is not a waveform.
+        `None` is no seed, but a prediction without dropout. Several threads may call this at the same time.
         """
         vector = self._vector(_waveform(waveform, "waveform")).unsqueeze(0)
         return torch.cat([self._drawn(vector, seed is not None, seed) for seed in seeds])

@@ -26,7 +26,6 @@ import uuid
 import weakref
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from typing import Protocol
 
 import numpy as np
 import soundfile
@@ -60,19 +59,6 @@ logger = logging.getLogger(__name__)
 logger.addHandler(logging.NullHandler())
 
 
-class Recogniser(Protocol):
-    """What the server needs of a model."""
-
-    labels: tuple[str, ...]
-    sample_rate: int
-
-    def predict_proba(
-        self, waveform: torch.Tensor, n: int = 1, stochastic: bool = False, seed: int | None = None
-    ) -> torch.Tensor:
-        """Probabilities `[n, C]` of a waveform `[samples]`; the same seed gives the same stochastic predictions."""
-        ...
-
-
 @dataclasses.dataclass(frozen=True)
 class ChatRequest:
     """A validated request."""
@@ -102,8 +88,9 @@ class EmotionServer:
 
     Parameters
     ----------
-    recogniser : Recogniser
-        The model.
+    recogniser : EmotionRecognizer or the like
+        The model: `labels`, `sample_rate`, and `predict_proba(waveform, n, stochastic, seed)`, or a `predict_each` that
+        threads may call at the same time.
     model_name : str
         Name that requests must give.
     host : str
@@ -136,7 +123,7 @@ class EmotionServer:
 
     def __init__(
         self,
-        recogniser: Recogniser,
+        recogniser,
         model_name: str = "mifuse",
         host: str = "127.0.0.1",
         port: int = 0,
@@ -197,33 +184,9 @@ class EmotionServer:
             job.cancel()
         self._resources.close()
 
-    def models(self) -> dict:
-        """Body of ``GET /v1/models``."""
-        entry = {"id": self.model_name, "object": "model", "created": 0, "owned_by": "speechbrain-mifuse"}
-        return {"object": "list", "data": [entry]}
-
-    def complete(self, body: dict) -> dict:
-        """Answer one chat completion.
-
-        Parameters
-        ----------
-        body : dict
-            The decoded request.
-
-        Returns
-        -------
-        dict
-            The completion, in OpenAI's shape.
-
-        Raises
-        ------
-        RequestError
-            If the request is malformed, names another model, or carries no readable audio.
-        """
-        return self._answer(self._parsed(body))
-
     async def _models(self, _) -> bytes:
-        return json.dumps(self.models()).encode()
+        entry = {"id": self.model_name, "object": "model", "created": 0, "owned_by": "speechbrain-mifuse"}
+        return json.dumps({"object": "list", "data": [entry]}).encode()
 
     async def _health(self, _) -> bytes:
         return b'{"status": "ok"}'
@@ -232,7 +195,7 @@ class EmotionServer:
         return self._http.metrics_text().encode()
 
     async def _completion(self, body: bytearray) -> bytes:
-        request = await self._computed(lambda: self._parsed(_decoded(body)), True)
+        request = await self._computed(lambda: self._parsed(body), True)
         most = MAX_LONG_RECORDINGS * self.limits.max_seconds
         if self._held_seconds + request.seconds > most:
             raise overloaded(f"requests with more than {most:.0f} s of audio are being answered")
@@ -251,8 +214,8 @@ class EmotionServer:
         job.add_done_callback(self._jobs.discard)
         return await asyncio.wrap_future(job)
 
-    def _parsed(self, body: object) -> ChatRequest:
-        return parse_request(body, self.model_name, self.recogniser.sample_rate, self.limits.max_seconds)
+    def _parsed(self, body: bytearray) -> ChatRequest:
+        return _parse(_decoded(body), self.model_name, self.recogniser.sample_rate, self.limits.max_seconds)
 
     def _answer(self, request: ChatRequest) -> dict:
         choices = [{"index": j, **choice} for j, choice in enumerate(self._choices(request))]
@@ -267,14 +230,14 @@ class EmotionServer:
         }
 
     def _choices(self, request: ChatRequest) -> list[dict]:
-        form, labels = _reply_form(request), tuple(self.recogniser.labels)
+        labels = tuple(self.recogniser.labels)
         first = secrets.randbits(62) if request.seed is None else request.seed
         seeds = [_mixed_seed(first + j, request.recording) for j in range(request.n)]
         if request.temperature > 0:
             probs = self._probs(request.waveform, seeds)
         else:
             probs = self._probs(request.waveform, [None]) * request.n
-        return [form(each, labels, request, seed) for each, seed in zip(probs, seeds, strict=True)]
+        return [_form_reply(each, labels, request, seed) for each, seed in zip(probs, seeds, strict=True)]
 
     def _probs(self, waveform: torch.Tensor, seeds: Sequence[int | None]) -> list[np.ndarray]:
         probs = self._predicted(waveform, seeds).double().cpu().numpy()
@@ -319,9 +282,7 @@ def _decoded(body: bytes | bytearray) -> object:
         raise RequestError("the body is not valid JSON") from None
 
 
-def parse_request(
-    body: dict, model_name: str, sample_rate: int, max_seconds: float = DEFAULT_LIMITS.max_seconds
-) -> ChatRequest:
+def _parse(body: object, model_name: str, sample_rate: int, max_seconds: float) -> ChatRequest:
     """Validate the body of a chat completion and decode its audio."""
     if not isinstance(body, dict):
         raise RequestError("the body must be a JSON object")
@@ -346,14 +307,12 @@ def parse_request(
         "label_key": _label_key(response_format),
     }
     # Last, because it is what costs.
-    waveform, seconds = decode_audio(_audio_data(parts), sample_rate, max_seconds)
+    waveform, seconds = _decode_audio(_audio_data(parts), sample_rate, max_seconds)
     recording = hashlib.sha256(waveform.numpy().tobytes()).digest()
     return ChatRequest(waveform=waveform, seconds=seconds, recording=recording, text=text, **options)
 
 
-def decode_audio(
-    data: str, sample_rate: int, max_seconds: float = DEFAULT_LIMITS.max_seconds
-) -> tuple[torch.Tensor, float]:
+def _decode_audio(data: str, sample_rate: int, max_seconds: float) -> tuple[torch.Tensor, float]:
     """Decode a recording sent in base64."""
     try:
         content = base64.b64decode(data, validate=True)
@@ -410,30 +369,23 @@ def _parts(messages: object) -> list[dict]:
 
 
 def _audio_data(parts: list[dict]) -> str:
-    audios = [part for part in parts if part.get("type") in _AUDIO_DATA]
-    if not audios:
-        raise RequestError(f"messages: no part of type {' or '.join(_AUDIO_DATA)}")
-    if len(audios) > 1:
-        raise RequestError(f"messages: more than one part of type {' or '.join(_AUDIO_DATA)}")
+    audios = [part for part in parts if part.get("type") in ("input_audio", "audio_url")]
+    if len(audios) != 1:
+        number = "more than one" if audios else "no"
+        raise RequestError(f"messages: {number} part of type input_audio or audio_url")
     kind = audios[0]["type"]
-    read, otherwise = _AUDIO_DATA[kind]
     content = audios[0].get(kind)
-    data = read(content) if isinstance(content, dict) else None
+    content = content if isinstance(content, dict) else {}
+    if kind == "audio_url":
+        # An address to fetch from would let a request make this server open connections.
+        head, _, data = str(content.get("url")).partition(";base64,")
+        if not head.startswith("data:") or not data:
+            raise RequestError("audio_url.url: must be a data URI in base64")
+        return data
+    data = content.get("data")
     if not isinstance(data, str) or not data:
-        raise RequestError(otherwise)
+        raise RequestError("input_audio.data: missing")
     return data
-
-
-def _data_of_uri(content: dict) -> str | None:
-    # An address to fetch from would let a request make this server open connections.
-    head, _, data = str(content.get("url")).partition(";base64,")
-    return data if head.startswith("data:") else None
-
-
-_AUDIO_DATA = {
-    "input_audio": (lambda content: content.get("data"), "input_audio.data: missing"),
-    "audio_url": (_data_of_uri, "audio_url.url: must be a data URI in base64"),
-}
 
 
 def _typed(owner: dict, name: str, kind: type):
@@ -478,29 +430,16 @@ def _mixed_seed(seed: int, recording: bytes) -> int:
     return int.from_bytes(digest[:8], "big") >> 1
 
 
-ReplyForm = Callable[[np.ndarray, tuple[str, ...], ChatRequest, int], dict]
-
-
-def _reply_form(request: ChatRequest) -> ReplyForm:
-    """Apply the rule of the module's docstring."""
+def _form_reply(probs: np.ndarray, labels: tuple[str, ...], request: ChatRequest, seed: int) -> dict:
+    """Answer in the form that the module's docstring describes."""
     if request.top_logprobs is not None:
-        return _logprobs_choice
-    if request.label_key is not None:
-        return _label_object_choice
-    return _distribution_choice if request.wants_json else _label_choice
-
-
-def _distribution_choice(probs: np.ndarray, labels: tuple[str, ...], request: ChatRequest, seed: int) -> dict:
-    scores = {label: round(float(p), 6) for label, p in zip(labels, probs, strict=True)}
-    return _choice(json.dumps(scores, ensure_ascii=False))
-
-
-def _label_choice(probs: np.ndarray, labels: tuple[str, ...], request: ChatRequest, seed: int) -> dict:
-    return _choice(labels[_draw(probs, request.temperature, seed)])
-
-
-def _label_object_choice(probs: np.ndarray, labels: tuple[str, ...], request: ChatRequest, seed: int) -> dict:
+        return _logprobs_choice(probs, labels, request, seed)
+    if request.label_key is None and request.wants_json:
+        scores = {label: round(float(p), 6) for label, p in zip(labels, probs, strict=True)}
+        return _choice(json.dumps(scores, ensure_ascii=False))
     label = labels[_draw(probs, request.temperature, seed)]
+    if request.label_key is None:
+        return _choice(label)
     return _choice(json.dumps({request.label_key: label}, ensure_ascii=False))
 
 

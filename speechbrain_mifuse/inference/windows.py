@@ -44,13 +44,7 @@ class Timeline(NamedTuple):
 
 
 class Windowing(NamedTuple):
-    """How a recording is cut: seconds of a window, between two starts, and of smoothing to each side.
-
-    Example
-    -------
-    >>> Windowing.of(4.0)
-    Windowing(window_s=4.0, hop_s=2.0, smooth_s=4.0)
-    """
+    """How a recording is cut: seconds of a window, between two starts, and of smoothing to each side."""
 
     window_s: float
     hop_s: float
@@ -58,26 +52,7 @@ class Windowing(NamedTuple):
 
     @classmethod
     def of(cls, window_s: float, hop_s: float | None = None, smooth_s: float | None = None) -> Windowing:
-        """Fill in what is not given, and check the rest.
-
-        Parameters
-        ----------
-        window_s : float
-            Seconds of a window.
-        hop_s : float, optional
-            Seconds between two starts; half a window by default.
-        smooth_s : float, optional
-            How far smoothing reaches; a window by default, 0 for none.
-
-        Returns
-        -------
-        Windowing
-
-        Raises
-        ------
-        UserError
-            If a value cannot be used.
-        """
+        """Fill in half a window between two starts and a window of smoothing where they are not given; check all."""
         hop_s = window_s / 2 if hop_s is None else hop_s
         smooth_s = window_s if smooth_s is None else smooth_s
         if not 0 < window_s < math.inf:

@@ -21,7 +21,8 @@ from speechbrain_mifuse.evaluation.aggregate import Table
 from speechbrain_mifuse.evaluation.metrics import scores
 from speechbrain_mifuse.evaluation.results import labelled
 from speechbrain_mifuse.features.dataset import label_index
-from speechbrain_mifuse.inference.recognizer import EmotionRecognizer, recogniser_digest
+from speechbrain_mifuse.inference.recognizer import EmotionRecognizer
+from speechbrain_mifuse.inference.recognizer_folder import recogniser_digest
 from speechbrain_mifuse.lalm.answer import KINDS, SAMPLE_KINDS
 from speechbrain_mifuse.lalm.batch import BATCH_SHARE
 from speechbrain_mifuse.lalm.hashes import HashCache

@@ -298,15 +298,20 @@ class RecognizerSettings(_Strict):
         return self
 
 
-class RecognizerAbout(_Open):
+class ModelAbout(_Open):
+    """`about.json` of any model: the frames that it reads, sizes, and what else a recipe records of its training."""
+
+    features: Values
+    code_version: Text | None = None
+
+
+class RecognizerAbout(ModelAbout):
     """`about.json` of a recognizer."""
 
     labels: Labels
-    features: Values
     classifier: ClassifierSizes
     corpus: Text | None = None
     temperature: Temperature | None = None
-    code_version: Text | None = None
 
     @model_validator(mode="after")
     def _labels_fit(self):
@@ -314,11 +319,10 @@ class RecognizerAbout(_Open):
         return self
 
 
-class AdapterAbout(_Open):
+class AdapterAbout(ModelAbout):
     """`about.json` of an adapter."""
 
     adapter: AdapterSizes
-    features: Values
 
 
 class FrameSettings(_Open):
@@ -338,7 +342,7 @@ class TextEncoderSettings(_Open):
     max_tokens: Annotated[int, Field(ge=1, le=1_000_000)]
 
 
-class DualEncoderAbout(_Open):
+class DualEncoderAbout(ModelAbout):
     """`about.json` of a dual encoder."""
 
     dual_encoder: DualEncoderSizes

@@ -77,112 +77,34 @@ class AudioTextModel(ABC):
     policy: str = "native"
 
     def to(self, device: str | torch.device) -> AudioTextModel:
-        """Move the weights, if there are any; what is computed comes back to the CPU.
-
-        Parameters
-        ----------
-        device : str or torch.device
-            Where to.
-
-        Returns
-        -------
-        AudioTextModel
-            Itself.
-        """
+        """Move the weights, if there are any; what is computed comes back to the CPU."""
         return self
 
     @abstractmethod
     def fingerprint(self) -> dict:
-        """Describe what decides the vectors.
-
-        Returns
-        -------
-        dict
-            Of JSON's types.
-        """
+        """Describe what decides the vectors, in JSON's types."""
 
     @abstractmethod
     def reader(self, repeats: int):
-        """Make what fills a feature store with recordings that are repeated.
+        """Make what fills a feature store with recordings that are repeated: a `FrameReader` or the like.
 
-        Parameters
-        ----------
-        repeats : int
-            N, at least 1.
-
-        Returns
-        -------
-        FrameReader or the like
-            With `encoder.sample_rate`, `encode(wave)` and `fingerprint()`, which names `repeats` where it is not 1.
+        It has `encoder.sample_rate`, `encode(wave)` and `fingerprint()`, which names `repeats` where it is not 1.
         """
 
     @abstractmethod
     def audio_vectors(self, frames: torch.Tensor, lengths: torch.Tensor) -> torch.Tensor:
-        """Vectors of what the reader stored.
-
-        Parameters
-        ----------
-        frames : torch.Tensor
-            `[batch, frames, dim]`, float32.
-        lengths : torch.Tensor
-            `[batch]`, relative.
-
-        Returns
-        -------
-        torch.Tensor
-            `[batch, E]`, of unit norm, on the CPU.
-        """
+        """Vectors `[batch, E]` of unit norm of what the reader stored, `[batch, frames, dim]`; `lengths` relative."""
 
     @abstractmethod
     def text_vectors(self, texts: Sequence[str]) -> torch.Tensor:
-        """Vectors of texts.
-
-        Parameters
-        ----------
-        texts : sequence of str
-            Whole prompts, already repeated.
-
-        Returns
-        -------
-        torch.Tensor
-            `[texts, E]`, of unit norm, on the CPU.
-
-        Raises
-        ------
-        UserError
-            If a text is longer than `longest_text`: nothing is ever cut off.
-        """
+        """Vectors `[texts, E]` of unit norm; a text longer than `longest_text` is an error: nothing is ever cut off."""
 
     def text_lengths(self, texts: Sequence[str]) -> list[int]:
-        """Count the tokens of texts as the model does; words, where it has no tokens.
-
-        Parameters
-        ----------
-        texts : sequence of str
-            Whole prompts.
-
-        Returns
-        -------
-        list of int
-            One number for each.
-        """
+        """Count the tokens of texts as the model does; words, where it has no tokens."""
         return [len(text.split()) for text in texts]
 
     def hears_the_same(self, wave: torch.Tensor, repeats: int, others: int) -> bool:
-        """Whether two numbers of repeats give one and the same input, so that one pass serves both.
-
-        Parameters
-        ----------
-        wave : torch.Tensor
-            `[samples]` at the reader's rate.
-        repeats, others : int
-            Numbers of repeats.
-
-        Returns
-        -------
-        bool
-            True only if the inputs are bit-identical.
-        """
+        """Whether two numbers of repeats give one bit-identical input, so that one pass serves both."""
         return repeats == others
 
 
@@ -360,36 +282,7 @@ def name_of(source: str | Path) -> str:
 def open_audio_text_model(
     source: str | Path, trust_remote_code: bool = False, flag: str = "--alm", **options
 ) -> GenericAudioTextModel:
-    """Load an audio-text model as what its configuration says it is.
-
-    Parameters
-    ----------
-    source : str or pathlib.Path
-        Folder in Hugging Face format, or hub id.
-    trust_remote_code : bool
-        Whether to run Python that comes with the model.
-    flag : str
-        Flag that named the source, for messages.
-    **options
-        Of `GenericAudioTextModel`: `window`, `trim_db`.
-
-    Returns
-    -------
-    GenericAudioTextModel
-        `ClapModel`, or the general form.
-
-    Raises
-    ------
-    UserError
-        If it cannot be loaded.
-
-    Example
-    -------
-    >>> open_audio_text_model("./no-such-folder")
-    Traceback (most recent call last):
-    ...
-    speechbrain_mifuse.utils.errors.UserError: --alm: './no-such-folder' is no folder. ...
-    """
+    """Load an audio-text model as what its configuration says it is; options are those of `GenericAudioTextModel`."""
     with alm_errors(source, flag):
         kind = AutoConfig.from_pretrained(str(source), trust_remote_code=trust_remote_code).model_type
     family = FAMILIES.get(kind, GenericAudioTextModel)

@@ -8,8 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from speechbrain_mifuse.utils.errors import UserError
-from speechbrain_mifuse.utils.schemas import plain_yaml
-from speechbrain_mifuse.zero_shot.prompts import PLACE, PromptSet, checked_texts
+from speechbrain_mifuse.zero_shot.prompts import PLACE, PromptSet, checked_lists, checked_texts, read_texts
 
 WHO, UNKNOWN = "{who}", "unknown"
 KEYS = ("forms", "people", "words")
@@ -44,32 +43,14 @@ class CaptionSet:
     words: Mapping[str, tuple[str, ...]]
 
     def texts(self, label: str, gender: str | None = None) -> list[str]:
-        """Every caption that fits an utterance.
-
-        Parameters
-        ----------
-        label : str
-            As the corpora name it.
-        gender : str, optional
-            Captions also tell it, if `people` has names for it.
-
-        Returns
-        -------
-        list of str
-            At least one.
-
-        Raises
-        ------
-        UserError
-            If there are no words for the label.
-        """
+        """Every caption that fits an utterance, with names of the speaker's gender if `people` has some."""
         if label not in self.words:
             raise UserError(f"{self.name}: words: nothing for '{label}'. Add a line '{label}: [...]'.")
         people = self.people[UNKNOWN] + self.people.get(gender, ())
-        return [sentence(form, who, word) for form in self.forms for who in people for word in self.words[label]]
+        return [_sentence(form, who, word) for form in self.forms for who in people for word in self.words[label]]
 
 
-def sentence(form: str, who: str, word: str) -> str:
+def _sentence(form: str, who: str, word: str) -> str:
     """Fill a form; its first letter is a capital."""
     text = form.replace(WHO, who).replace(PLACE, word)
     return text[:1].upper() + text[1:]
@@ -111,19 +92,12 @@ def read_captions(path: str | Path, prompts: PromptSet) -> CaptionSet:
     >>> read_captions(path, PromptSet("p", ("I am {e}!",), {"sad": ("sad",)})).texts("sad")
     ['Someone is sad.', 'Someone is gloomy.']
     """
-    try:
-        content = plain_yaml(path)
-    except ValueError as error:
-        raise UserError(
-            f"{path}: cannot be read as YAML ({error}). Name a file like hparams/captions/*.yaml."
-        ) from None
-    if not isinstance(content, Mapping) or set(content) != set(KEYS):
-        raise UserError(f"{path}: must hold the keys {', '.join(KEYS)}, and no others.")
+    content = read_texts(path, KEYS, "hparams/captions/*.yaml")
     forms = checked_texts(content["forms"], f"{path}: forms")
     for form in forms:
         if WHO not in form or PLACE not in form:
             raise UserError(f"{path}: forms: '{form}' needs {WHO}, where the speaker goes, and {PLACE}, the emotion.")
-    people, words = (by_name(content[key], f"{path}: {key}") for key in ("people", "words"))
+    people, words = (checked_lists(content[key], f"{path}: {key}") for key in ("people", "words"))
     if UNKNOWN not in people:
         raise UserError(f"{path}: people: needs '{UNKNOWN}', names of a speaker of whom nothing is known.")
     words = {
@@ -131,23 +105,16 @@ def read_captions(path: str | Path, prompts: PromptSet) -> CaptionSet:
         for label in {**prompts.words, **words}
     }
     found = CaptionSet(str(path), forms, people, words)
-    refuse_prompts(found, prompts)
+    _refuse_prompts(found, prompts)
     return found
 
 
-def by_name(value, place: str) -> dict[str, tuple[str, ...]]:
-    """Check that a value is lists of texts by name."""
-    if not isinstance(value, Mapping) or not value:
-        raise UserError(f"{place}: must be lists of texts by name, as 'sad: [sad, gloomy]'.")
-    return {str(key): checked_texts(some, f"{place}: {key}") for key, some in value.items()}
-
-
-def refuse_prompts(captions: CaptionSet, prompts: PromptSet) -> None:
+def _refuse_prompts(captions: CaptionSet, prompts: PromptSet) -> None:
     """Make sure that no sentence is trained on that the model is scored with."""
-    asked = {plain(text) for label in prompts.words for text in prompts.texts(label)}
+    asked = {_plain(text) for label in prompts.words for text in prompts.texts(label)}
     for gender in captions.people:
         for label in captions.words:
-            both = asked & {plain(text) for text in captions.texts(label, gender)}
+            both = asked & {_plain(text) for text in captions.texts(label, gender)}
             if both:
                 raise UserError(
                     f"{captions.name}: forms: gives '{min(both)}', which is a prompt of {prompts.name}. "
@@ -155,6 +122,6 @@ def refuse_prompts(captions: CaptionSet, prompts: PromptSet) -> None:
                 )
 
 
-def plain(text: str) -> str:
+def _plain(text: str) -> str:
     """Text without what makes no difference between sentences."""
     return text.strip(" .!?").lower()

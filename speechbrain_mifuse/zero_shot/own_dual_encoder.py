@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import functools
 import hashlib
-import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -22,39 +21,30 @@ from speechbrain_mifuse.features.store import difference
 from speechbrain_mifuse.features.text_encoder import FrozenTextEncoder
 from speechbrain_mifuse.nnet.adapter_files import DECISIVE
 from speechbrain_mifuse.nnet.dual_encoder import DualEncoder
-from speechbrain_mifuse.nnet.weights import build_with_weights, load_all_weights
+from speechbrain_mifuse.nnet.model_card import dual_encoder_card
+from speechbrain_mifuse.nnet.model_folder import ABOUT, ModelFolder, object_yaml, pretrainer_yaml
 from speechbrain_mifuse.utils.errors import UserError
-from speechbrain_mifuse.utils.files import atomic_write
-from speechbrain_mifuse.utils.schemas import DualEncoderAbout, checked, plain_json
+from speechbrain_mifuse.utils.schemas import DualEncoderAbout
 from speechbrain_mifuse.zero_shot.audio_text import AudioTextModel, name_of, open_audio_text_model
 from speechbrain_mifuse.zero_shot.window import known_repeats
 
-WEIGHTS, ABOUT = "dual_encoder.safetensors", "about.json"
-TRAIN_AGAIN = "Train the dual encoder again."
-
-YAML = """# A dual encoder of speech and text, for speechbrain_mifuse.zero_shot.own_dual_encoder.load_dual_encoder.
+HEAD = """# A dual encoder of speech and text, for speechbrain_mifuse.zero_shot.own_dual_encoder.load_dual_encoder.
 # It was trained on captions made from labels and knows only these classes: {classes}.
 # In a recipe of your own, include this file or copy it; then
 #   run_on_main(hparams["pretrainer"].collect_files); hparams["pretrainer"].load_collected()
 dual_encoder_folder: .
-dual_encoder: !new:speechbrain_mifuse.nnet.dual_encoder.DualEncoder
-    audio_size: {audio_size}
-    text_size: {text_size}
-    size: {size}
-    hidden_size: {hidden_size}
-    dropout: {dropout}
-pretrainer: !new:speechbrain.utils.parameter_transfer.Pretrainer
-    loadables:
-        dual_encoder: !ref <dual_encoder>
-    paths:
-        dual_encoder: !ref <dual_encoder_folder>/dual_encoder.safetensors
-    custom_hooks:
-        dual_encoder: !name:speechbrain_mifuse.zero_shot.own_dual_encoder.load_dual_encoder_weights
 """
 
 
 class DualEncoderError(UserError):
     """A dual encoder's folder that is not whole, or does not fit what is asked of it."""
+
+
+DUAL_ENCODER = ModelFolder(
+    "dual encoder", "dual_encoder.safetensors", DualEncoderAbout, DualEncoderError, "Train the dual encoder again."
+)
+# The hook that its YAML names.
+load_dual_encoder_weights = DUAL_ENCODER.load_weights
 
 
 def toy_about() -> dict:
@@ -103,7 +93,7 @@ class DualEncoderModel(AudioTextModel):
     def fingerprint(self) -> dict:
         """Describe what decides the vectors: projections, frames, text encoder."""
         frames = {key: self.about["features"].get(key) for key in DECISIVE}
-        about = {"audio_text_model": self.name, "weights": weights_digest(self.network), "frames": frames}
+        about = {"audio_text_model": self.name, "weights": _weights_digest(self.network), "frames": frames}
         return {**about, "text_encoder": self.about["text_encoder"]["text_encoder"]}
 
     def reader(self, repeats: int) -> FrameReader:
@@ -136,30 +126,19 @@ class DualEncoderModel(AudioTextModel):
         return self.text_encoder.lengths(texts)
 
 
-def weights_digest(network: torch.nn.Module) -> str:
-    """Identify a dual encoder by its weights and buffers."""
-    return hashlib.sha256(save(weights_of(network))).hexdigest()[:16]
-
-
-def weights_of(network: torch.nn.Module) -> dict[str, torch.Tensor]:
-    """Weights as they are written."""
-    return {name: tensor.detach().cpu().contiguous() for name, tensor in network.state_dict().items()}
-
-
 def export_dual_encoder(folder: str | Path, network: DualEncoder, about: Mapping) -> None:
     """Write a dual encoder: weights, the YAML that builds it, and what it was trained on."""
-    folder = Path(folder)
-    atomic_write(folder / WEIGHTS, save(weights_of(network)))
-    text = YAML.format(**network.sizes, classes=", ".join(about["classes_known"]))
-    atomic_write(folder / "hyperparams.yaml", text)
-    told = {"dual_encoder": network.sizes, **about, "code_version": __version__}
-    # Last, because its presence tells that the folder is whole.
-    atomic_write(folder / ABOUT, json.dumps(told, indent=1))
+    text = HEAD.format(classes=", ".join(about["classes_known"]))
+    text += object_yaml("dual_encoder", "speechbrain_mifuse.nnet.dual_encoder.DualEncoder", network.sizes)
+    hook = "speechbrain_mifuse.zero_shot.own_dual_encoder.load_dual_encoder_weights"
+    text += pretrainer_yaml("dual_encoder", "<dual_encoder_folder>/dual_encoder.safetensors", hook)
+    about = {"dual_encoder": network.sizes, **about, "code_version": __version__}
+    DUAL_ENCODER.write(folder, network.state_dict(), text, about, dual_encoder_card(about))
 
 
-def load_dual_encoder_weights(module: torch.nn.Module, path: str | Path, end_of_epoch: bool = False) -> None:
-    """Load safetensors into a dual encoder; a hook for SpeechBrain's `Pretrainer`."""
-    load_all_weights(module, path, DualEncoderError, TRAIN_AGAIN)
+def _weights_digest(network: torch.nn.Module) -> str:
+    weights = {name: tensor.detach().cpu().contiguous() for name, tensor in network.state_dict().items()}
+    return hashlib.sha256(save(weights)).hexdigest()[:16]
 
 
 def refuse_other_frames(place: str | Path, found: Mapping, wanted: Mapping) -> None:
@@ -208,19 +187,13 @@ def load_dual_encoder(
     ...
     speechbrain_mifuse.zero_shot.own_dual_encoder.DualEncoderError: ...: was trained on other frames (encoder: ...). ...
     """
-    folder = Path(folder)
-    try:
-        content = plain_json(folder / ABOUT)
-    except ValueError as error:
-        raise DualEncoderError(f"{folder}: no whole dual encoder there ({ABOUT}: {error}). {TRAIN_AGAIN}") from None
-    schema = checked(DualEncoderAbout, content, folder / ABOUT, DualEncoderError, TRAIN_AGAIN)
-    about = schema.model_dump(exclude_unset=True)
+    about = DUAL_ENCODER.about(folder).model_dump(exclude_unset=True)
     about["encoder"] = encoder or about["encoder"]
     about["text_encoder"]["source"] = text_encoder or about["text_encoder"]["source"]
     if features is not None:
         refuse_other_frames(folder, about["features"], features)
     sizes = about["dual_encoder"]
-    network = build_with_weights(lambda: DualEncoder(**sizes), folder / WEIGHTS, DualEncoderError, TRAIN_AGAIN)
+    network = DUAL_ENCODER.build(lambda: DualEncoder(**sizes), Path(folder) / DUAL_ENCODER.weights)
     return DualEncoderModel(network, about)
 
 

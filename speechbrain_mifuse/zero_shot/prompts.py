@@ -39,23 +39,7 @@ class PromptSet:
     words: Mapping[str, tuple[str, ...]]
 
     def texts(self, label: str) -> list[str]:
-        """Every form with every word of a label.
-
-        Parameters
-        ----------
-        label : str
-            As the corpora name it.
-
-        Returns
-        -------
-        list of str
-            At least one.
-
-        Raises
-        ------
-        UserError
-            If there are no words for it.
-        """
+        """Every form with every word of a label; without words it is an error."""
         if label not in self.words:
             raise UserError(
                 f"{self.name}: words: nothing for the label '{label}'; there is {', '.join(self.words)}. "
@@ -95,20 +79,31 @@ def read_prompts(path: str | Path) -> PromptSet:
     >>> read_prompts(path).texts("sad")
     ['sad voice.']
     """
-    try:
-        content = plain_yaml(path)
-    except ValueError as error:
-        raise UserError(f"{path}: cannot be read as YAML ({error}). Name a file like hparams/prompts/*.yaml.") from None
-    if not isinstance(content, Mapping) or set(content) != set(KEYS):
-        raise UserError(f"{path}: must hold the keys {' and '.join(KEYS)}, and no others.")
+    content = read_texts(path, KEYS, "hparams/prompts/*.yaml")
     forms = checked_texts(content["forms"], f"{path}: forms")
     without = [form for form in forms if PLACE not in form]
     if without:
         raise UserError(f"{path}: forms: '{without[0]}' has no {PLACE}, where the emotion's word goes.")
-    if not isinstance(content["words"], Mapping) or not content["words"]:
-        raise UserError(f"{path}: words: must be lists of words by label, as 'sad: [sad, gloomy]'.")
-    words = {str(label): checked_texts(some, f"{path}: words: {label}") for label, some in content["words"].items()}
+    words = checked_lists(content["words"], f"{path}: words")
     return PromptSet(str(path), forms, words)
+
+
+def read_texts(path: str | Path, keys: Sequence[str], example: str) -> Mapping:
+    """Read a plain YAML file that must hold some keys and no others."""
+    try:
+        content = plain_yaml(path)
+    except ValueError as error:
+        raise UserError(f"{path}: cannot be read as YAML ({error}). Name a file like {example}.") from None
+    if not isinstance(content, Mapping) or set(content) != set(keys):
+        raise UserError(f"{path}: must hold the keys {', '.join(keys[:-1])} and {keys[-1]}, and no others.")
+    return content
+
+
+def checked_lists(value, place: str) -> dict[str, tuple[str, ...]]:
+    """Check that a value is lists of texts by name."""
+    if not isinstance(value, Mapping) or not value:
+        raise UserError(f"{place}: must be lists of texts by name, as 'sad: [sad, gloomy]'.")
+    return {str(key): checked_texts(some, f"{place}: {key}") for key, some in value.items()}
 
 
 def checked_texts(value, place: str) -> tuple[str, ...]:

@@ -189,22 +189,7 @@ def normalise_scores(scores: torch.Tensor, reference_scores: torch.Tensor) -> to
 
 
 class AmplifiedScores(NamedTuple):
-    """Scores of some utterances at one number of repeats of the audio and of the text.
-
-    Parameters
-    ----------
-    audio_repeats, text_repeats : int
-        N and M.
-    keys : tuple of str
-        Utterance ids.
-    scores : torch.Tensor
-        `[keys, C]`.
-
-    Example
-    -------
-    >>> AmplifiedScores(1, 2, ("t-a",), torch.zeros(1, 4)).text_repeats
-    2
-    """
+    """Scores `[keys, C]` of some utterances at one number of repeats of the audio (N) and of the text (M)."""
 
     audio_repeats: int
     text_repeats: int

@@ -10,7 +10,7 @@ from torch.nn import functional as F
 
 from speechbrain_mifuse.adaptation.method import Outputs, Survey
 from speechbrain_mifuse.features.front import StoredFrames
-from speechbrain_mifuse.inference.recognizer import export_recogniser
+from speechbrain_mifuse.inference.recognizer_folder import export_recogniser
 from speechbrain_mifuse.nnet.classifier import EmotionClassifier
 
 LABELS = ("angry", "happy", "neutral", "sad")

@@ -25,7 +25,8 @@ from speechbrain_mifuse.experiments.adapt import adapt, judged
 from speechbrain_mifuse.features.encoder import FrozenEncoder
 from speechbrain_mifuse.features.extract import FrameReader, extract
 from speechbrain_mifuse.features.front import StoredFrames
-from speechbrain_mifuse.inference.recognizer import EmotionRecognizer, load_classifier, recogniser_digest
+from speechbrain_mifuse.inference.recognizer import EmotionRecognizer
+from speechbrain_mifuse.inference.recognizer_folder import load_classifier, recogniser_digest
 from speechbrain_mifuse.inference.server import EmotionServer
 from speechbrain_mifuse.nnet.calibration import mean_nll
 from speechbrain_mifuse.utils.audio import load_audio

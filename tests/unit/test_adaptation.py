@@ -35,7 +35,7 @@ from speechbrain_mifuse.adaptation.uncertainty import entropy, masked_mean, mutu
 from speechbrain_mifuse.brains import adaptation as brains
 from speechbrain_mifuse.brains.training import SettingsError
 from speechbrain_mifuse.features import front
-from speechbrain_mifuse.inference.recognizer import load_classifier
+from speechbrain_mifuse.inference.recognizer_folder import load_classifier
 from speechbrain_mifuse.nnet.classifier import EmotionClassifier
 
 

@@ -20,7 +20,7 @@ from speechbrain_mifuse.corpora.ravdess import prepare_ravdess_8
 from speechbrain_mifuse.experiments.variants import few_labels
 from speechbrain_mifuse.features.front import StoredFrames
 from speechbrain_mifuse.features.prosody import ProsodyReader
-from speechbrain_mifuse.inference.recognizer import load_classifier
+from speechbrain_mifuse.inference.recognizer_folder import load_classifier
 from speechbrain_mifuse.nnet import adapter_objectives as objectives
 from speechbrain_mifuse.nnet.adapter_classifier import AdapterClassifier, MeanPooling
 from speechbrain_mifuse.nnet.adapter_files import AdapterError, export_adapter, load_adapter

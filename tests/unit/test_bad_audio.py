@@ -14,7 +14,6 @@ import pytest
 import torch
 from bad_audio import MADE
 from chaos_server import LABELS, MODEL, ChaosServer, right_label
-from safetensors.torch import save
 from torchaudio.functional import resample
 
 from speechbrain_mifuse.cli.recognizer import as_csv, printed
@@ -24,7 +23,7 @@ from speechbrain_mifuse.corpora.tables import read_table
 from speechbrain_mifuse.features.encoder import FrozenEncoder
 from speechbrain_mifuse.features.extract import FrameReader, extract
 from speechbrain_mifuse.inference import EmotionRecognizer, Recognition
-from speechbrain_mifuse.inference.model_folder import TEXT, write_folder
+from speechbrain_mifuse.inference.recognizer_folder import RECOGNIZER, settings_text
 from speechbrain_mifuse.lalm.client import LalmClient
 from speechbrain_mifuse.lalm.collect import collect, read_recording
 from speechbrain_mifuse.lalm.profile import Profile
@@ -89,13 +88,10 @@ def recogniser(toy_encoder, tmp_path_factory):
     """Untrained, which is enough to tell one answer from another."""
     torch.manual_seed(0)
     sizes = {"input_size": 16, "n_classes": 4, "hidden_size": 8, "dropout": 0.0, "n_layers": 1, "attention_size": 4}
-    text = TEXT.format(
-        **{**sizes, "adapter": "null", "temperature": 1.0, "trim_db": 40.0, "frame_average": 1},
-        **{"labels": list(LABELS), "encoder": json.dumps(str(toy_encoder)), "layers": "[0]"},
-    )
+    text = settings_text(LABELS, str(toy_encoder), [0], {**sizes, "adapter": None}, 40.0)
     about = {"labels": list(LABELS), "features": {"encoder": str(toy_encoder)}, "classifier": sizes}
     folder = tmp_path_factory.mktemp("recogniser")
-    write_folder(folder, save(EmotionClassifier(**sizes).state_dict()), text, about)
+    RECOGNIZER.write(folder, EmotionClassifier(**sizes).state_dict(), text, about)
     return EmotionRecognizer.from_hparams(folder)
 
 

@@ -21,7 +21,6 @@ import pytest
 import soundfile
 import torch
 from filelock import FileLock
-from safetensors.torch import save
 from speechbrain.utils.epoch_loop import EpochCounter
 
 from speechbrain_mifuse.brains.train_log import TrainLog
@@ -37,7 +36,7 @@ from speechbrain_mifuse.corpora.manifest import CorpusError, Utterance, read_man
 from speechbrain_mifuse.evaluation.aggregate import write_csv
 from speechbrain_mifuse.features.extract import extract
 from speechbrain_mifuse.features.store import FeatureStore, StoreError
-from speechbrain_mifuse.inference.model_folder import RecogniserError, load_classifier, write_folder
+from speechbrain_mifuse.inference.recognizer_folder import RECOGNIZER, RecogniserError, load_classifier
 from speechbrain_mifuse.lalm.answer import Answer, Response
 from speechbrain_mifuse.lalm.hashes import HashCache, Known
 from speechbrain_mifuse.lalm.integrity import check
@@ -320,7 +319,7 @@ def recogniser(tmp_path):
     sizes = {"input_size": 4, "n_classes": 2, "hidden_size": 8}
     network = EmotionClassifier(**sizes)
     about = {"labels": list(LABELS), "features": {"encoder": "toy", "dim": 4}, "classifier": sizes}
-    write_folder(tmp_path / "r", save(network.state_dict()), "labels: [angry, sad]\n", about)
+    RECOGNIZER.write(tmp_path / "r", network.state_dict(), "labels: [angry, sad]\n", about)
     return tmp_path / "r"
 
 
@@ -571,7 +570,7 @@ def test_tables_pages_and_cards_in_a_read_only_folder_are_one_error_that_names_t
         "t.csv": lambda path: write_csv(path, []),
         "results.md": lambda path: atomic_write(path, "text"),
         "a.png": lambda path: plot_confusion(path, torch.ones(2, 3, dtype=torch.int64), LABELS, "toy"),
-        "classifier.safetensors": lambda path: write_folder(path.parent, b"", "", {}),
+        "classifier.safetensors": lambda path: RECOGNIZER.write(path.parent, b"", "", {}),
         "adapter.safetensors": lambda path: export_adapter(path.parent, WAPTransformer(8, n_heads=2), {"layer": 1}, {}),
     }
     for name, write in writers.items():

@@ -244,7 +244,7 @@ def test_a_prompt_as_caption_is_refused(tmp_path):
 @pytest.mark.parametrize(
     ("text", "told"),
     [
-        ("forms: [x]", "must hold the keys forms, people, words"),
+        ("forms: [x]", "must hold the keys forms, people and words"),
         ("forms: ['{e}.']\npeople: {unknown: [a]}\nwords: {sad: [sad]}", "needs {who}"),
         ("forms: ['{who} {e}.']\npeople: {male: [a man]}\nwords: {sad: [sad]}", "people: needs 'unknown'"),
         ("forms: ['{who} {e}.']\npeople: {unknown: [a]}\nwords: [sad]", "words: must be lists"),

@@ -10,8 +10,8 @@ from speechbrain_mifuse.features.dataset import pad_frames
 from speechbrain_mifuse.features.encoder import FrozenEncoder
 from speechbrain_mifuse.features.front import FinetunedEncoder
 from speechbrain_mifuse.inference import recognizer as inference
-from speechbrain_mifuse.inference.model_folder import export_recogniser
-from speechbrain_mifuse.inference.recognizer import EmotionRecognizer, RecogniserError
+from speechbrain_mifuse.inference.recognizer import EmotionRecognizer
+from speechbrain_mifuse.inference.recognizer_folder import RecogniserError, export_recogniser
 from speechbrain_mifuse.nnet.classifier import EmotionClassifier
 from speechbrain_mifuse.utils.audio import load_audio
 

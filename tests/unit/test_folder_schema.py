@@ -6,12 +6,20 @@ import re
 import struct
 
 import pytest
+import torch
 from folder_fuzz import write_recognizer
+from hyperpyyaml import load_hyperpyyaml
 from safetensors.torch import load, save
+from speechbrain.inference.interfaces import foreign_class
 
 from speechbrain_mifuse.corpora.manifest import CorpusError, read_manifest
 from speechbrain_mifuse.inference import EmotionRecognizer
-from speechbrain_mifuse.inference.model_folder import RecogniserError, load_classifier, read_about, recogniser_digest
+from speechbrain_mifuse.inference.recognizer_folder import (
+    RecogniserError,
+    load_classifier,
+    read_about,
+    recogniser_digest,
+)
 from speechbrain_mifuse.nnet.adapter_files import AdapterError, export_adapter, load_adapter
 from speechbrain_mifuse.nnet.dual_encoder import DualEncoder
 from speechbrain_mifuse.nnet.wap_transformer import WAPTransformer
@@ -276,6 +284,74 @@ def test_other_names_and_folders_of_files_still_work(folder, tmp_path):
     assert (tmp_path / "cache" / "classifier.safetensors").exists()
     loaded = EmotionRecognizer.from_hparams(folder, run_opts={"device": "cpu"}, abstain_below=0.9, **options)
     assert loaded.abstain_below == 0.9
+
+
+# Folders of version 0.1, which had no card beside an adapter or a dual encoder.
+
+HOOKS_0_1 = {
+    "inference.FolderPretrainer": "recogniser_files.FolderPretrainer",
+    "inference.load_weights": "recogniser_files.load_weights",
+}
+PRETRAINER_0_1 = """pretrainer: !new:speechbrain.utils.parameter_transfer.Pretrainer
+    loadables:
+        {name}: !ref <{name}>
+    paths:
+        {name}: !ref <{name}_folder>/{name}.safetensors
+    custom_hooks:
+        {name}: !name:speechbrain_mifuse.{hook}
+"""
+ADAPTER_0_1 = """adapter_folder: .
+adapter: !new:speechbrain_mifuse.nnet.wap_transformer.WAPTransformer
+    input_size: 8
+    d_model: 8
+    n_layers: 3
+    n_heads: 2
+    d_ffn: 16
+    dropout: 0.1
+""" + PRETRAINER_0_1.format(name="adapter", hook="nnet.adapter_files.load_adapter_weights")
+DUAL_ENCODER_0_1 = """dual_encoder_folder: .
+dual_encoder: !new:speechbrain_mifuse.nnet.dual_encoder.DualEncoder
+    audio_size: 8
+    text_size: 6
+    size: 128
+    hidden_size: 256
+    dropout: 0.3
+""" + PRETRAINER_0_1.format(name="dual_encoder", hook="zero_shot.own_dual_encoder.load_dual_encoder_weights")
+
+
+def test_a_recognizer_of_version_0_1_opens_also_in_foreign_class(folder):
+    path = folder / "hyperparams.yaml"
+    for name, older in HOOKS_0_1.items():
+        replaced(path, f"speechbrain_mifuse.{name}", f"speechbrain_mifuse.{older}")
+    loaded = foreign_class(source=str(folder), pymodule_file="custom.py", classname="CustomInterface")
+    clip = torch.randn(8000)
+    assert EmotionRecognizer.from_hparams(folder).predict_proba(clip).equal(loaded.predict_proba(clip))
+    assert load_classifier(folder, LABELS, read_about(folder)["features"]).training
+
+
+def opened_by_its_yaml(folder, text, name):
+    """Build a model from its YAML, as a recipe that includes it does."""
+    hparams = load_hyperpyyaml(text, {f"{name}_folder": str(folder)})
+    hparams["pretrainer"].collect_files()
+    hparams["pretrainer"].load_collected()
+    return hparams[name]
+
+
+def test_an_adapter_of_version_0_1_opens_by_our_loader_and_by_its_yaml(tmp_path):
+    export_adapter(tmp_path, WAPTransformer(8, n_heads=2), {"dim": 8, "layer": 2}, {"seed": 1})
+    (tmp_path / "README.md").unlink()
+    assert ADAPTER_0_1 in (tmp_path / "hyperparams.yaml").read_text()
+    loaded, built = load_adapter(tmp_path), opened_by_its_yaml(tmp_path, ADAPTER_0_1, "adapter")
+    assert all(value.equal(built.state_dict()[name]) for name, value in loaded.state_dict().items())
+
+
+def test_a_dual_encoder_of_version_0_1_opens_by_our_loader_and_by_its_yaml(tmp_path):
+    export_dual_encoder(tmp_path, DualEncoder(8, 6), toy_about())
+    (tmp_path / "README.md").unlink()
+    assert DUAL_ENCODER_0_1 in (tmp_path / "hyperparams.yaml").read_text()
+    loaded = load_dual_encoder(tmp_path).network
+    built = opened_by_its_yaml(tmp_path, DUAL_ENCODER_0_1, "dual_encoder")
+    assert all(value.equal(built.state_dict()[name]) for name, value in loaded.state_dict().items())
 
 
 # Other folders and files.

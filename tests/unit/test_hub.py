@@ -15,7 +15,7 @@ from toy_corpora import LABELS, utterance, write_wav
 
 from speechbrain_mifuse.features.encoder import FrozenEncoder
 from speechbrain_mifuse.inference import EmotionRecognizer
-from speechbrain_mifuse.inference.model_folder import export_recogniser
+from speechbrain_mifuse.inference.recognizer_folder import export_recogniser
 from speechbrain_mifuse.nnet.classifier import EmotionClassifier
 
 CODE = """import json, sys

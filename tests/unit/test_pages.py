@@ -19,8 +19,8 @@ from speechbrain_mifuse.corpora.tables import read_table
 from speechbrain_mifuse.evaluation.aggregate import COLUMNS, Table, write_csv
 from speechbrain_mifuse.evaluation.results import side_by_side
 from speechbrain_mifuse.evaluation.verdict import told
-from speechbrain_mifuse.inference.model_card import adapted_card, trained_card
 from speechbrain_mifuse.lalm.store import Samples
+from speechbrain_mifuse.nnet.model_card import adapted_card, adapter_card, dual_encoder_card, trained_card
 from speechbrain_mifuse.report.parts import tag
 from speechbrain_mifuse.report.plots import plot_confusion
 from speechbrain_mifuse.report.teacher_report import write_teacher_report
@@ -54,7 +54,8 @@ def cards(name):
     about |= {"validation": {"UA": 0.5, "WA": 0.5, "n": 99}, "temperature": 2.0, "temperature_fitted_to": name}
     record = dict.fromkeys(("source", "target", "teacher", "method", "encoder", "protocol", "selection"), name)
     record |= {"n_train": 9, "n_test": 99, "seed": 1, "UA": 0.5, "WA": 0.5, "warnings": [name]}
-    return [trained_card(about), adapted_card(about, record)]
+    own = {"classes_known": [name], "trained_on": [name], "text_encoder": {"source": name}}
+    return [trained_card(about), adapted_card(about, record), adapter_card(about), dual_encoder_card({**about, **own})]
 
 
 def result_pages(name, folder):
@@ -272,7 +273,7 @@ def recogniser(toy_encoder, tmp_path_factory):
     import types
 
     from speechbrain_mifuse.features.encoder import FrozenEncoder
-    from speechbrain_mifuse.inference.recognizer import export_recogniser
+    from speechbrain_mifuse.inference.recognizer_folder import export_recogniser
     from speechbrain_mifuse.nnet.classifier import EmotionClassifier
 
     front = types.SimpleNamespace(

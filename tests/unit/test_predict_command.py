@@ -15,7 +15,8 @@ from toy_corpora import LABELS, utterance, write_wav
 
 from speechbrain_mifuse.cli.main import main
 from speechbrain_mifuse.features.encoder import FrozenEncoder
-from speechbrain_mifuse.inference.recognizer import EmotionRecognizer, export_recogniser
+from speechbrain_mifuse.inference.recognizer import EmotionRecognizer
+from speechbrain_mifuse.inference.recognizer_folder import export_recogniser
 from speechbrain_mifuse.nnet.classifier import EmotionClassifier
 from speechbrain_mifuse.utils.audio import load_audio
 

@@ -9,7 +9,6 @@ from pathlib import Path
 import pytest
 import torch
 import transformers
-from safetensors.torch import save
 from speechbrain.inference.interfaces import foreign_class
 from speechbrain.utils.checkpoints import Checkpointer
 
@@ -19,7 +18,13 @@ from speechbrain_mifuse.experiments.adapt import adapt, source_settings
 from speechbrain_mifuse.experiments.settings import load_hparams
 from speechbrain_mifuse.features.encoder import FrozenEncoder
 from speechbrain_mifuse.inference import EmotionRecognizer
-from speechbrain_mifuse.inference.model_folder import TEXT, RecogniserError, load_classifier, read_about, write_folder
+from speechbrain_mifuse.inference.recognizer_folder import (
+    RECOGNIZER,
+    RecogniserError,
+    load_classifier,
+    read_about,
+    settings_text,
+)
 from speechbrain_mifuse.nnet.classifier import EmotionClassifier
 from speechbrain_mifuse.utils.errors import UserError
 from speechbrain_mifuse.utils.schemas import TAGS
@@ -51,12 +56,9 @@ def mark(tmp_path):
 @pytest.fixture
 def folder(toy_encoder, tmp_path):
     """A recogniser as the recipes export it."""
-    text = TEXT.format(
-        **{**SIZES, "adapter": "null", "temperature": 1.0, "trim_db": 40.0, "frame_average": 1},
-        **{"labels": list(LABELS), "encoder": json.dumps(str(toy_encoder)), "layers": "[0]"},
-    )
+    text = settings_text(LABELS, str(toy_encoder), [0], {**SIZES, "adapter": None}, 40.0)
     about = {"labels": list(LABELS), "features": {"encoder": "e"}, "classifier": SIZES}
-    write_folder(tmp_path / "recogniser", save(EmotionClassifier(**SIZES).state_dict()), text, about)
+    RECOGNIZER.write(tmp_path / "recogniser", EmotionClassifier(**SIZES).state_dict(), text, about)
     return tmp_path / "recogniser"
 
 
@@ -217,10 +219,9 @@ def test_a_recogniser_of_ours_holds_the_tags_that_the_page_lists_and_no_other(fo
     listed = set(re.findall(r"`(!(?:new|name):speechbrain_mifuse[\w.]+)`", PAGE.read_text(encoding="utf-8")))
     text = (folder / "hyperparams.yaml").read_text()
     assert set(TAG.findall(text)) == listed and len(listed) == 4
-    older = {"!new:speechbrain.utils.parameter_transfer.Pretrainer"}
-    older |= {"!name:speechbrain_mifuse.recogniser_files.load_weights"}
+    older = {"!ref", "!new:speechbrain.utils.parameter_transfer.Pretrainer"}
     older |= {"!new:speechbrain_mifuse.recogniser_files.FolderPretrainer"}
-    assert TAGS - listed == older | {"!ref"}
+    assert TAGS - listed == older | {"!name:speechbrain_mifuse.recogniser_files.load_weights"}
 
 
 def test_overrides_of_the_python_call_cannot_be_read_from_the_folder(folder):

@@ -661,6 +661,14 @@ def test_slow_clients_are_dropped_while_others_are_answered(server):
     assert outcomes == ["dropped"] * len(endless)
 
 
+def test_a_later_request_whose_head_does_not_end_is_given_up(server):
+    with connect(server) as connection:
+        connection.sendall(HEALTH + b"\r\n")
+        assert next_reply(connection.makefile("rb"))[0] == 200
+        connection.sendall(HEALTH)
+        assert connection.recv(1) == b""
+
+
 @pytest.mark.parametrize("sent", [b"", b"POST /v1", POST + b"Content-Length: 500\r\n\r\n{", CHUNKED + b"5\r\n{"])
 def test_a_crowd_of_connections_that_send_no_more_shuts_nobody_out(server, sent):
     with contextlib.ExitStack() as crowd:

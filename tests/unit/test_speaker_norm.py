@@ -28,12 +28,8 @@ from speechbrain_mifuse.features.speakers import (
     speaker_vectors,
 )
 from speechbrain_mifuse.features.store import FeatureStore, StoreError
-from speechbrain_mifuse.inference.recognizer import (
-    EmotionRecognizer,
-    RecogniserError,
-    load_classifier,
-    recogniser_digest,
-)
+from speechbrain_mifuse.inference.recognizer import EmotionRecognizer
+from speechbrain_mifuse.inference.recognizer_folder import RecogniserError, load_classifier, recogniser_digest
 from speechbrain_mifuse.report.results import write_results
 from speechbrain_mifuse.utils.errors import UserError
 from speechbrain_mifuse.utils.files import atomic_write

@@ -16,7 +16,7 @@ from toy_corpora import LABELS, utterance, write_wav
 
 from speechbrain_mifuse.features.encoder import FrozenEncoder
 from speechbrain_mifuse.inference import EmotionRecognizer
-from speechbrain_mifuse.inference.model_folder import export_recogniser
+from speechbrain_mifuse.inference.recognizer_folder import export_recogniser
 from speechbrain_mifuse.nnet.classifier import EmotionClassifier
 from speechbrain_mifuse.utils.audio import BadAudio, load_audio
 from speechbrain_mifuse.utils.errors import UserError

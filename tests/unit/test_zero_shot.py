@@ -546,7 +546,7 @@ BAD_PROMPTS = {
     "forms: ['{e}']\nwords: {sad: [sad]}\nmore: 1": "and no others",
     "forms: []\nwords: {sad: [sad]}": r"forms: \[\] must be a list of different texts",
     "forms: ['{e}', sad]\nwords: {sad: [sad]}": "forms: 'sad' has no {e}",
-    "forms: ['{e}']\nwords: [sad]": "words: must be lists of words by label",
+    "forms: ['{e}']\nwords: [sad]": "words: must be lists of texts by name",
     "forms: ['{e}']\nwords: {sad: sad}": "words: sad: 'sad' must be a list",
     "forms: ['{e}']\nwords: {sad: []}": r"words: sad: \[\] must be a list",
     "forms: ['{e}']\nwords: {sad: [no]}": r"words: sad: \[False\] must be a list of different texts",

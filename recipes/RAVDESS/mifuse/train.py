@@ -35,7 +35,7 @@ from speechbrain_mifuse.experiments.settings import parse_arguments, read_hparam
 from speechbrain_mifuse.experiments.source import trained_recogniser
 from speechbrain_mifuse.experiments.teacher import TeacherSettings, ask_teacher, report_answers
 from speechbrain_mifuse.features.dataset import encoded_rows, label_index
-from speechbrain_mifuse.inference.model_folder import load_classifier
+from speechbrain_mifuse.inference.recognizer_folder import load_classifier
 from speechbrain_mifuse.nnet.ema import ema_copy, ema_decay
 from speechbrain_mifuse.utils.errors import one_clear_error, writing
 

@@ -1,97 +1,86 @@
-"""A recogniser's folder: weights as safetensors, YAML for SpeechBrain's `Pretrained`, provenance, model card."""
+"""The folder of a recogniser: written, read as data, checked, built."""
 
 from __future__ import annotations
 
-import hashlib
-import json
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import torch
-from safetensors.torch import save
 from speechbrain.utils.fetching import fetch
 from speechbrain.utils.parameter_transfer import Pretrainer
 
 from speechbrain_mifuse import __version__
 from speechbrain_mifuse.features.encoder import FrozenEncoder
 from speechbrain_mifuse.features.store import difference
-from speechbrain_mifuse.inference.model_card import adapted_card, trained_card
 from speechbrain_mifuse.nnet.classifier import EmotionClassifier
-from speechbrain_mifuse.nnet.weights import build_with_weights, load_all_weights
+from speechbrain_mifuse.nnet.model_card import adapted_card, trained_card
+from speechbrain_mifuse.nnet.model_folder import ABOUT, CARD, SETTINGS, ModelFolder, object_yaml, pretrainer_yaml
 from speechbrain_mifuse.utils.errors import UserError
-from speechbrain_mifuse.utils.files import atomic_write, bounded_bytes
+from speechbrain_mifuse.utils.files import atomic_write
 from speechbrain_mifuse.utils.schemas import (
-    MAX_YAML_BYTES,
     TAGS,
     ClassifierSizes,
     RecognizerAbout,
     RecognizerSettings,
     checked,
-    plain_json,
     plain_yaml,
 )
 
 # What two stores must share for a classifier of the one to read the other.
 DECISIVE = ("encoder", "dim", "trim_db", "frame_average", "preprocessing_version", "speaker_norm")
 
-TEXT = """# An emotion recogniser; load it with speechbrain_mifuse.inference.EmotionRecognizer.from_hparams.
+HEAD = """# An emotion recogniser; load it with speechbrain_mifuse.inference.EmotionRecognizer.from_hparams.
 pretrained_path: .
 labels: {labels}
 sample_rate: 16000
 temperature: {temperature}
 trim_db: {trim_db}
 frame_average: {frame_average}
-encoder: !new:speechbrain_mifuse.features.encoder.FrozenEncoder
-    source: {encoder}
-    layers: {layers}
-classifier: !new:speechbrain_mifuse.nnet.classifier.EmotionClassifier
-    input_size: {input_size}
-    n_classes: {n_classes}
-    hidden_size: {hidden_size}
-    dropout: {dropout}
-    n_layers: {n_layers}
-    attention_size: {attention_size}
-    adapter: {adapter}
-modules:
+"""
+MODULES = """modules:
     encoder: !ref <encoder>
     classifier: !ref <classifier>
-pretrainer: !new:speechbrain_mifuse.inference.FolderPretrainer
-    loadables:
-        classifier: !ref <classifier>
-    paths:
-        classifier: !ref <pretrained_path>/classifier.safetensors
-    custom_hooks:
-        classifier: !name:speechbrain_mifuse.inference.load_weights
 """
 NORMALISED = """# Trained on frames from which each speaker's offset was subtracted. A recording comes without a speaker
 # here, so its offset is 0.
 speaker_norm: {name}
 """
-
-
-# How to mend a folder that is no recogniser.
-GIVE_WHOLE = "Train it again, or give a whole folder as a recipe exports it; one on a hub is downloaded first."
-EXPORT_AGAIN = "Export the recogniser again."
-# For a YAML that is not that of an exported recogniser.
-NOT_EXPORTED = "Get the folder anew, or export it again. If it is a program that you trust, pass trust_code=True to "
-NOT_EXPORTED += "from_hparams, which runs it."
-SETTINGS, WEIGHTS, ABOUT = "hyperparams.yaml", "classifier.safetensors", "about.json"
-# Samples of the clip that a loaded recogniser is tried out with.
-TRIED_SAMPLES = 8000
-# Keys of the YAML that mean something; the others only wire its parts for SpeechBrain.
-SETTING_NAMES = [key for key, field in RecognizerSettings.model_fields.items() if not field.exclude]
-
 # What SpeechBrain's `foreign_class` looks for beside the YAML.
 INTERFACE = '''"""Lets SpeechBrain's `foreign_class` load this folder, where speechbrain-mifuse is installed."""
 
 from speechbrain_mifuse.inference import EmotionRecognizer as CustomInterface  # noqa: F401
 '''
-CARD = "README.md"
+
+EXPORT_AGAIN = "Export the recogniser again."
+# For a YAML that is not that of an exported recogniser.
+NOT_EXPORTED = "Get the folder anew, or export it again. If it is a program that you trust, pass trust_code=True to "
+NOT_EXPORTED += "from_hparams, which runs it."
+WEIGHTS = "classifier.safetensors"
+# Samples of the clip that a loaded recogniser is tried out with.
+TRIED_SAMPLES = 8000
+# Keys of the YAML that mean something; the others only wire its parts for SpeechBrain.
+SETTING_NAMES = [key for key, field in RecognizerSettings.model_fields.items() if not field.exclude]
 
 
 class RecogniserError(UserError):
     """A recogniser's folder that is not whole, or does not fit what is asked of it."""
+
+
+RECOGNIZER = ModelFolder(
+    "recogniser",
+    WEIGHTS,
+    RecognizerAbout,
+    RecogniserError,
+    "Train it again, or give a whole folder as a recipe exports it; one on a hub is downloaded first.",
+    EXPORT_AGAIN,
+    identity=(WEIGHTS, SETTINGS),
+    more={"custom.py": INTERFACE},
+)
+# SHA-256 over the weights and the YAML of a recogniser.
+recogniser_digest = RECOGNIZER.digest
+# The hook that its YAML names.
+load_weights = RECOGNIZER.load_weights
 
 
 def read_settings(path: str | Path) -> RecognizerSettings:
@@ -121,7 +110,7 @@ def open_recogniser(
     weights = _fetched(WEIGHTS, settings.pretrained_path, **fetching)
     if download_only:
         return None
-    classifier = _build_classifier(settings.classifier, weights)
+    classifier = _classifier(settings.classifier, weights)
     modules = {"encoder": _open_encoder(source, settings), "classifier": classifier}
     _try_out(source, **modules)
     return {**more, **settings.model_dump(), **modules, "modules": modules, "savedir": fetching.get("savedir")}
@@ -144,7 +133,7 @@ def _refuse_disagreement(path: Path, settings: RecognizerSettings, source: str |
         about_path = _fetched(ABOUT, source, **fetching)
     except RecogniserError:
         return
-    about = _checked_about(about_path)
+    about = RECOGNIZER.checked_about(about_path)
     differs = difference(*({key: getattr(each, key) for key in ("labels", "classifier")} for each in (settings, about)))
     if differs:
         raise RecogniserError(f"{path}: differs from {about_path} ({differs}). {NOT_EXPORTED}")
@@ -199,8 +188,8 @@ def _try_out(source: str | Path, encoder: FrozenEncoder, classifier: EmotionClas
         classifier.train(training)
 
 
-def _build_classifier(sizes: ClassifierSizes, path: str | Path) -> EmotionClassifier:
-    return build_with_weights(lambda: EmotionClassifier(**sizes.model_dump()), path, RecogniserError, EXPORT_AGAIN)
+def _classifier(sizes: ClassifierSizes, path: str | Path) -> EmotionClassifier:
+    return RECOGNIZER.build(lambda: EmotionClassifier(**sizes.model_dump()), path)
 
 
 def own_encoder(source: str | Path) -> dict:
@@ -220,11 +209,6 @@ class FolderPretrainer(Pretrainer):
                 for name, path in self.paths.items()
             }
         return super().collect_files(default_source, **options)
-
-
-def load_weights(module: torch.nn.Module, path: str | Path, end_of_epoch: bool = False) -> None:
-    """Load safetensors into a module; a hook for SpeechBrain's `Pretrainer`."""
-    load_all_weights(module, path, RecogniserError, EXPORT_AGAIN)
 
 
 def export_recogniser(
@@ -249,20 +233,32 @@ def export_recogniser(
         "attention_size": classifier.pooling.project.out_features,
         "adapter": None if classifier.adapter is None else classifier.adapter.sizes,
     }
-    text = TEXT.format(
-        labels=list(hparams["labels"]),
-        temperature=temperature,
-        trim_db="null" if hparams["trim_db"] is None else hparams["trim_db"],
-        frame_average=getattr(front, "frame_average", 1),
-        encoder=json.dumps(str(source)),
-        layers=json.dumps(layers),
-        **{**sizes, "adapter": json.dumps(sizes["adapter"])},
-    )
     norm = about["features"].get("speaker_norm")
+    text = settings_text(
+        hparams["labels"], source, layers, sizes, hparams["trim_db"], getattr(front, "frame_average", 1), temperature
+    )
     text += NORMALISED.format(**norm) if norm else ""
-    weights = {name: tensor.contiguous() for name, tensor in classifier.state_dict().items()}
     about = {**about, "classifier": sizes, "temperature": temperature, "code_version": __version__}
-    write_folder(folder, save(weights), text, about, trained_card(about))
+    RECOGNIZER.write(folder, classifier.state_dict(), text, about, trained_card(about))
+
+
+def settings_text(
+    labels: Sequence[str],
+    encoder: str,
+    layers: Sequence[int] | None,
+    sizes: Mapping,
+    trim_db: float | None,
+    frame_average: int = 1,
+    temperature: float = 1.0,
+) -> str:
+    """Write the YAML of a recogniser."""
+    shown = "null" if trim_db is None else trim_db
+    text = HEAD.format(labels=list(labels), temperature=temperature, trim_db=shown, frame_average=frame_average)
+    parts = {"source": encoder, "layers": layers}
+    text += object_yaml("encoder", "speechbrain_mifuse.features.encoder.FrozenEncoder", parts)
+    text += object_yaml("classifier", "speechbrain_mifuse.nnet.classifier.EmotionClassifier", sizes) + MODULES
+    hook, built = "speechbrain_mifuse.inference.load_weights", "speechbrain_mifuse.inference.FolderPretrainer"
+    return text + pretrainer_yaml("classifier", "<pretrained_path>/classifier.safetensors", hook, built)
 
 
 def export_student(
@@ -277,19 +273,7 @@ def export_student(
     text = re.sub(r"(?m)^temperature: .*\n", "", text)
     text = re.sub(r"(?m)^(sample_rate: .*\n)", rf"\g<1>temperature: {temperature}\n", text)
     own = {"adapted_from": recogniser_digest(source), "temperature": temperature, "code_version": __version__}
-    write_folder(folder, weights, text, {**kept, **about, **own})
-
-
-def write_folder(folder: str | Path, weights: bytes, text: str, about: Mapping, card: str | None = None) -> None:
-    """Write the files of a recogniser."""
-    folder = Path(folder)
-    atomic_write(folder / WEIGHTS, weights)
-    atomic_write(folder / SETTINGS, text)
-    atomic_write(folder / "custom.py", INTERFACE)
-    if card is not None:
-        atomic_write(folder / CARD, card)
-    # Last, because its presence tells that the folder is whole.
-    atomic_write(folder / ABOUT, json.dumps(about, indent=1))
+    RECOGNIZER.write(folder, weights, text, {**kept, **about, **own})
 
 
 def write_card(folder: str | Path, record: Mapping) -> None:
@@ -299,37 +283,17 @@ def write_card(folder: str | Path, record: Mapping) -> None:
 
 def read_about(folder: str | Path) -> dict:
     """Read what a recogniser's folder says of itself."""
-    return _checked_about(Path(folder) / ABOUT).model_dump(exclude_unset=True)
-
-
-def _checked_about(path: Path) -> RecognizerAbout:
-    try:
-        content = plain_json(path)
-    except ValueError as error:
-        reason = f"{path.name}: {error}"
-        raise RecogniserError(f"{path.parent}: no whole recogniser there ({reason}). {GIVE_WHOLE}") from None
-    return checked(RecognizerAbout, content, path, RecogniserError, GIVE_WHOLE)
-
-
-def recogniser_digest(folder: str | Path) -> str:
-    """Identity of a recogniser: SHA-256 over its weights and its YAML."""
-    folder = Path(folder)
-    try:
-        content = [bounded_bytes(folder / WEIGHTS), bounded_bytes(folder / SETTINGS, MAX_YAML_BYTES)]
-    except (OSError, ValueError):
-        raise RecogniserError(f"{folder}: no whole recogniser there. {GIVE_WHOLE}") from None
-    return hashlib.sha256(b"".join(content)).hexdigest()[:16]
+    return RECOGNIZER.about(folder).model_dump(exclude_unset=True)
 
 
 def load_classifier(folder: str | Path, labels: Sequence[str], features: Mapping) -> EmotionClassifier:
     """Build the classifier of a recogniser without its encoder, for frames that are stored already."""
-    folder = Path(folder)
-    about = read_about(folder)
-    found = {"labels": about["labels"], **{key: about["features"].get(key) for key in DECISIVE}}
+    about = RECOGNIZER.about(folder)
+    found = {"labels": about.labels, **{key: about.features.get(key) for key in DECISIVE}}
     wanted = {"labels": list(labels), **{key: features.get(key) for key in DECISIVE}}
     differs = difference(found, wanted)
     if differs:
         raise RecogniserError(
             f"{folder}: was trained on something else ({differs}). Pass the same --encoder and --speaker_norm."
         )
-    return _build_classifier(ClassifierSizes(**about["classifier"]), folder / WEIGHTS)
+    return _classifier(about.classifier, Path(folder) / WEIGHTS)
