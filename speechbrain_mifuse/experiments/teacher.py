@@ -7,6 +7,7 @@ import functools
 import logging
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 from speechbrain.utils.distributed import run_on_main
@@ -22,9 +23,7 @@ from speechbrain_mifuse.features.dataset import encoded_rows
 from speechbrain_mifuse.features.extract import FrameReader
 from speechbrain_mifuse.features.store import FeatureStore
 from speechbrain_mifuse.inference.recognizer import EmotionRecognizer, recogniser_digest
-from speechbrain_mifuse.inference.server import EmotionServer
 from speechbrain_mifuse.lalm.card import Needs, check, read_card
-from speechbrain_mifuse.lalm.client import LalmClient
 from speechbrain_mifuse.lalm.collect import collect
 from speechbrain_mifuse.lalm.hashes import HashCache, Known
 from speechbrain_mifuse.lalm.limits import Budget
@@ -40,6 +39,9 @@ from speechbrain_mifuse.zero_shot.own_dual_encoder import open_alm
 from speechbrain_mifuse.zero_shot.prompts import read_prompts
 from speechbrain_mifuse.zero_shot.scorer import embed_manifests
 from speechbrain_mifuse.zero_shot.teacher import teacher_samples
+
+if TYPE_CHECKING:
+    from speechbrain_mifuse.lalm.client import LalmClient
 
 logger = logging.getLogger(__name__)
 
@@ -176,6 +178,8 @@ def query_of(hparams: Mapping, profile: Profile, base_url: str, endpoint: str | 
 
 def client_of(hparams: Mapping, profile: Profile, base_url: str, answers: LabelStore, query: Query) -> LalmClient:
     """Make the client, with a budget from which stored answers to the same query are deducted."""
+    from speechbrain_mifuse.lalm.client import LalmClient  # imports the openai package, which takes a second
+
     limit = hparams.get("lalm_budget")
     budget = Budget(limit, profile.price)
     if limit is not None and profile.output_limit(profile.sampling) is None:
@@ -278,6 +282,8 @@ def teacher_api(hparams: Mapping, reader: FrameReader, run_opts: Mapping | None 
 @contextlib.contextmanager
 def served(folder: Path, model_name: str):
     """Serve a recogniser on a free port of the loopback interface."""
+    from speechbrain_mifuse.inference.server import EmotionServer  # imports aiohttp
+
     with EmotionServer(EmotionRecognizer.from_hparams(folder), model_name) as server:
         logger.info("serving %s at %s", folder, server.base_url)
         yield server.base_url

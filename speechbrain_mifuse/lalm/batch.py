@@ -29,11 +29,11 @@ import openai
 from filelock import FileLock, Timeout
 
 from speechbrain_mifuse.lalm.answer import Response
-from speechbrain_mifuse.lalm.client import BLOCKED, FAULTS, Clip, LalmClient
+from speechbrain_mifuse.lalm.client import BLOCKED, FAULTS, LalmClient
 from speechbrain_mifuse.lalm.collect import Ask, Utterance, Wanted, check_usable, read_recording, run_to_end
 from speechbrain_mifuse.lalm.hashes import HashCache
 from speechbrain_mifuse.lalm.limits import LalmError, expected_tokens, most_tokens
-from speechbrain_mifuse.lalm.prompt import Prompt
+from speechbrain_mifuse.lalm.prompt import Clip, Prompt
 from speechbrain_mifuse.lalm.redaction import redacted, short
 from speechbrain_mifuse.lalm.store import LabelStore, Query, Record
 from speechbrain_mifuse.utils.audio import BadAudio
@@ -49,9 +49,6 @@ ENDPOINT = "/v1/chat/completions"
 # OpenAI's limits of one input file: requests, and bytes (200 MB, less some room).
 MAX_REQUESTS = 50_000
 MAX_BYTES = 190_000_000
-
-# Share of the usual price.
-BATCH_SHARE = 0.5
 
 # Keys of a batch's metadata by which it is found again.
 JOB, PART = "speechbrain_mifuse_job", "speechbrain_mifuse_part"
@@ -582,8 +579,8 @@ class BatchJob:
         price = self.client.budget.price
         if price is None:
             return 0.0
-        used = [price.cost(found.batch_tokens) for found in self.store.queries() if found.query == self.query]
-        return BATCH_SHARE * sum(used) + sum(part.most for part in self.parts if part.open)
+        used = [price.cost(batch=asked.batch_tokens) for asked in self.store.queries() if asked.query == self.query]
+        return sum(used) + sum(part.most for part in self.parts if part.open)
 
     def _path(self, part: Part, kind: str) -> Path:
         return self.folder / f"{part.name}.{kind}.jsonl"
@@ -681,7 +678,7 @@ class _PartWriter:
             return
         expected = expected_tokens(prompt, clip.seconds, ask.n, profile)
         most = most_tokens(prompt, expected, ask.n, profile.output_limit(self.job.query.sampling))
-        cost = BATCH_SHARE * budget.price.cost(most)
+        cost = budget.price.cost(batch=most)
         self.part.most += cost
         self.spent += cost
         if budget.limit is not None and self.spent > budget.limit:

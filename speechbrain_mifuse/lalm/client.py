@@ -3,10 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-import base64
 import dataclasses
-import io
-import ipaddress
 import json
 import logging
 import os
@@ -14,10 +11,7 @@ import random
 import re
 import secrets
 import time
-import urllib.parse
-import wave
 from collections.abc import Callable, Mapping, Sequence
-from typing import NamedTuple
 
 import aiohttp
 import openai
@@ -37,14 +31,12 @@ from speechbrain_mifuse.lalm.limits import (
     used_tokens,
 )
 from speechbrain_mifuse.lalm.profile import NO_TOKENS, Profile, Tokens
-from speechbrain_mifuse.lalm.prompt import Prompt
+from speechbrain_mifuse.lalm.prompt import Clip, Prompt
 from speechbrain_mifuse.lalm.redaction import keep_requests_out_of_logs, redacted, redactor, short
-from speechbrain_mifuse.lalm.store import clean_base_url
+from speechbrain_mifuse.lalm.store import clean_base_url, is_loopback
 from speechbrain_mifuse.utils.errors import UserError
 
 logger = logging.getLogger(__name__)
-
-__all__ = ["BLOCKED", "DEFAULT_BASE_URL", "Clip", "LalmClient", "LalmError", "is_loopback", "reply_of"]
 
 DEFAULT_BASE_URL = "https://api.openai.com/v1"
 
@@ -76,34 +68,6 @@ _QUICKLY = 10.0
 _UNREADABLE = (ValueError, TypeError, AttributeError, RecursionError)
 # Stands in the place of the audio while the rest of a body is made ready; no prompt can hold it by chance.
 _AUDIO = secrets.token_hex(16)
-
-
-class Clip(NamedTuple):
-    """A recording ready to be sent any number of times.
-
-    Attributes
-    ----------
-    data : str
-        A WAV file in base64.
-    seconds : float
-        Its length.
-
-    Example
-    -------
-    >>> from speechbrain_mifuse.lalm.collect import encode_wav
-    >>> import torch
-    >>> Clip.of(encode_wav(torch.zeros(8000))).seconds
-    0.5
-    """
-
-    data: str
-    seconds: float
-
-    @classmethod
-    def of(cls, wav: bytes) -> Clip:
-        """Encode a WAV file."""
-        with wave.open(io.BytesIO(wav)) as file:
-            return cls(base64.b64encode(wav).decode(), file.getnframes() / file.getframerate())
 
 
 class _Unusable(Exception):
@@ -867,15 +831,6 @@ def _never_sent(error: Exception) -> bool:
 def _timed_out(error: Exception) -> bool:
     slow = isinstance(_unusable(error), _TooSlow) or isinstance(_transport(error), asyncio.TimeoutError)
     return slow and not _never_sent(error)
-
-
-def is_loopback(base_url: str) -> bool:
-    """Whether an address names this machine."""
-    host = urllib.parse.urlsplit(base_url).hostname or ""
-    try:
-        return ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return host == "localhost"
 
 
 def _text(content) -> str:

@@ -16,20 +16,22 @@ import time
 import wave
 from collections.abc import Callable, Collection, Iterator, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from tqdm import tqdm
 
-from speechbrain_mifuse.lalm.client import Clip, LalmClient
 from speechbrain_mifuse.lalm.hashes import HashCache, Known, file_stamp
 from speechbrain_mifuse.lalm.limits import Breaker, BudgetReached, LalmError, Signal
-from speechbrain_mifuse.lalm.prompt import Prompt
+from speechbrain_mifuse.lalm.prompt import Clip, Prompt
 from speechbrain_mifuse.lalm.store import LabelStore, Query, Record
 from speechbrain_mifuse.utils.audio import BadAudio, content_hash, load_audio, pcm16
 from speechbrain_mifuse.utils.audio_warnings import summarized
 from speechbrain_mifuse.utils.errors import UserError, WriteError
 from speechbrain_mifuse.utils.progress import progress
+
+if TYPE_CHECKING:  # it imports the openai package, which takes a second
+    from speechbrain_mifuse.lalm.client import LalmClient
 
 SAMPLE_RATE = 16000
 
@@ -187,6 +189,7 @@ def collect(
     Example
     -------
     >>> import tempfile
+    >>> from speechbrain_mifuse.lalm.client import LalmClient
     >>> prompt, client = Prompt(("angry", "sad")), LalmClient("http://127.0.0.1:8000/v1", "m")
     >>> query = Query.of(prompt, client.model, client.base_url, {"temperature": 1.0, "seed": 0})
     >>> with LabelStore(tempfile.mkdtemp() + "/labels.sqlite") as store:

@@ -8,9 +8,8 @@ import json
 import logging
 from collections.abc import Mapping
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from speechbrain_mifuse.lalm.batch import BATCH_SHARE
-from speechbrain_mifuse.lalm.client import LalmClient
 from speechbrain_mifuse.lalm.collect import SAMPLE_RATE, Wanted
 from speechbrain_mifuse.lalm.hashes import HashCache, Known
 from speechbrain_mifuse.lalm.limits import expected_tokens, most_tokens
@@ -21,6 +20,9 @@ from speechbrain_mifuse.utils.audio import BadAudio, content_hash, load_audio
 from speechbrain_mifuse.utils.audio_warnings import summarized
 from speechbrain_mifuse.utils.errors import WriteError
 from speechbrain_mifuse.utils.progress import progress
+
+if TYPE_CHECKING:  # it imports the openai package, which takes a second
+    from speechbrain_mifuse.lalm.client import LalmClient
 
 logger = logging.getLogger(__name__)
 
@@ -167,6 +169,7 @@ def make_plan(
     Example
     -------
     >>> import tempfile
+    >>> from speechbrain_mifuse.lalm.client import LalmClient
     >>> prompt, client = Prompt(("angry", "sad")), LalmClient("http://127.0.0.1:8000/v1", "m")
     >>> query = Query.of(prompt, "m", client.base_url, {"temperature": 1.0, "seed": 0})
     >>> known = {"a": Known("ab" * 32, 2.0), "copy": Known("ab" * 32, 2.0)}
@@ -216,8 +219,8 @@ def spent_before(store: LabelStore, query: Query, price: Price | None) -> float:
     """Price of the answers to a query that are stored, refused ones and those they replaced included."""
     if price is None:
         return 0.0
-    bills = ((told.tokens, told.batch_tokens) for told in store.queries() if told.query == query)
-    return sum((price.cost(live) + BATCH_SHARE * price.cost(batch) for live, batch in bills), 0.0)
+    bills = ((asked.tokens, asked.batch_tokens) for asked in store.queries() if asked.query == query)
+    return sum((price.cost(*tokens) for tokens in bills), 0.0)
 
 
 @summarized()

@@ -83,6 +83,10 @@ CONSTRAINTS: dict[str, dict[str, Callable[[Labels], dict]]] = {
 }
 
 
+# What a token costs by the Batch API, as a share of its price.
+BATCH_SHARE = 0.5
+
+
 @dataclasses.dataclass(frozen=True)
 class Price:
     """What a provider asks for a million tokens. Prices change: they are the user's to check.
@@ -115,8 +119,9 @@ class Price:
             if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value < float("inf"):
                 raise UserError(f"lalm_profile: price: {name} must be a number that is not negative, not {value!r}")
 
-    def cost(self, tokens: Tokens) -> float:
-        """Price of some tokens, in the currency."""
+    def cost(self, tokens: Tokens | None = None, batch: Tokens | None = None) -> float:
+        """Price of tokens, and of those of the Batch API, in the currency."""
+        tokens = (tokens or NO_TOKENS) + (batch or NO_TOKENS) * BATCH_SHARE
         parts = (
             (tokens.text, self.per_million_input_text),
             (tokens.audio, self.per_million_input_audio),

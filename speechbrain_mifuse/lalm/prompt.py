@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import base64
 import dataclasses
 import hashlib
+import io
 import json
 import random
+import wave
 from collections.abc import Callable, Sequence
+from typing import NamedTuple
 
 from speechbrain_mifuse.lalm.answer import (
     Answer,
@@ -25,6 +29,19 @@ DEFAULT_TEMPLATE = (
     "Listen to the recording. Judge the emotion from how the voice sounds, not from what is said. "
     "The possible emotions are: {labels}. {answer}"
 )
+
+
+class Clip(NamedTuple):
+    """A recording ready to be sent any number of times: a WAV file in base64, and its length."""
+
+    data: str
+    seconds: float
+
+    @classmethod
+    def of(cls, wav: bytes) -> Clip:
+        """Encode a WAV file."""
+        with wave.open(io.BytesIO(wav)) as file:
+            return cls(base64.b64encode(wav).decode(), file.getnframes() / file.getframerate())
 
 
 @dataclasses.dataclass(frozen=True)

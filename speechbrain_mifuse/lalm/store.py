@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import hashlib
+import ipaddress
 import json
 import logging
 import math
@@ -832,6 +833,15 @@ def clean_base_url(base_url: str) -> str:
             "variable OPENAI_API_KEY"
         )
     return base_url.rstrip("/")
+
+
+def is_loopback(base_url: str) -> bool:
+    """Whether an address names this machine."""
+    host = urllib.parse.urlsplit(base_url).hostname or ""
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return host == "localhost"
 
 
 def _plain(name: str, value: object) -> object:

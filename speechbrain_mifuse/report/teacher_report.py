@@ -23,7 +23,6 @@ from speechbrain_mifuse.evaluation.results import labelled
 from speechbrain_mifuse.features.dataset import label_index
 from speechbrain_mifuse.inference.recognizer import EmotionRecognizer, recogniser_digest
 from speechbrain_mifuse.lalm.answer import KINDS, SAMPLE_KINDS
-from speechbrain_mifuse.lalm.batch import BATCH_SHARE
 from speechbrain_mifuse.lalm.hashes import HashCache
 from speechbrain_mifuse.lalm.plan import read_known
 from speechbrain_mifuse.lalm.profile import Price, Tokens
@@ -62,7 +61,7 @@ class Bill(NamedTuple):
     @property
     def cost(self) -> float | None:
         """Price of all tokens, in the currency of the price; `None` if there is none."""
-        return self.price and self.price.cost(self.tokens) + BATCH_SHARE * self.price.cost(self.batch_tokens)
+        return self.price and self.price.cost(self.tokens, self.batch_tokens)
 
 
 class Reliability(NamedTuple):

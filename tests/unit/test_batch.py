@@ -16,12 +16,12 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from batch_server import simulated_batch_server
 
 from speechbrain_mifuse.lalm import batch as batch_module
-from speechbrain_mifuse.lalm.batch import BATCH_SHARE, BatchJob
+from speechbrain_mifuse.lalm.batch import BatchJob
 from speechbrain_mifuse.lalm.client import LalmClient, LalmError
 from speechbrain_mifuse.lalm.collect import RETRY_SEED_STRIDE, collect, encode_wav
 from speechbrain_mifuse.lalm.integrity import check
 from speechbrain_mifuse.lalm.limits import Budget
-from speechbrain_mifuse.lalm.profile import Price, Profile, Tokens
+from speechbrain_mifuse.lalm.profile import BATCH_SHARE, Price, Profile, Tokens
 from speechbrain_mifuse.lalm.prompt import Prompt
 from speechbrain_mifuse.lalm.store import LabelStore, Query, StoreError
 from speechbrain_mifuse.utils.audio import content_hash, load_audio

@@ -5,11 +5,11 @@ import time
 import pytest
 from lalm_support import LABELS, completion, scripted_server, tone
 
-from speechbrain_mifuse.lalm.client import Clip, LalmClient, LalmError
+from speechbrain_mifuse.lalm.client import LalmClient, LalmError
 from speechbrain_mifuse.lalm.collect import encode_wav
 from speechbrain_mifuse.lalm.limits import Budget, BudgetReached, Pace, used_tokens
 from speechbrain_mifuse.lalm.profile import Price, Profile, Tokens
-from speechbrain_mifuse.lalm.prompt import Prompt
+from speechbrain_mifuse.lalm.prompt import Clip, Prompt
 from speechbrain_mifuse.utils.errors import UserError
 
 WAV = encode_wav(tone(3))
