@@ -17,6 +17,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import NamedTuple
 
 from speechbrain_mifuse.lalm.loose_json import distinct, json_values, number_lines, unquoted, walk
+from speechbrain_mifuse.utils.files import encodable
 
 SAMPLE_KINDS = ("distribution", "logprobs", "label")
 KINDS = (*SAMPLE_KINDS, "refusal", "invalid")
@@ -160,7 +161,7 @@ class Reply:
             del fields["reasoning"]
         text = json.dumps(fields, ensure_ascii=False)
         # Half a surrogate pair, which JSON's escapes can bring, cannot be encoded, hence neither stored nor sent.
-        return text if text.isascii() or _encodable(text) else json.dumps(fields)
+        return text if encodable(text) else json.dumps(fields)
 
     @classmethod
     def from_json(cls, text: str) -> Reply:
@@ -172,24 +173,7 @@ class Reply:
 
 @dataclasses.dataclass(frozen=True)
 class Answer:
-    """A parsed reply.
-
-    Attributes
-    ----------
-    kind : str
-        One of `KINDS`. Only `SAMPLE_KINDS` carry probabilities.
-    probs : tuple of float, optional
-        Probabilities in the order of the label set, summing to 1; `None` for a refusal or an invalid reply.
-    label_mass : float, optional
-        For "logprobs", the probability that all labels together had before renormalisation.
-    reason : str
-        Why there are no probabilities; empty otherwise.
-
-    Example
-    -------
-    >>> Answer("refusal", reason="the server refused").is_sample
-    False
-    """
+    """A parsed reply; only `SAMPLE_KINDS` carry probabilities, in the order of the label set."""
 
     kind: str
     probs: tuple[float, ...] | None = None
@@ -275,10 +259,9 @@ def parse_distribution(reply: Reply, labels: tuple[str, ...]) -> Answer:
         nodes = list(walk(values))
         tables = [scores for node in nodes if (scores := _scores(_table(node), words))]
         tables = tables or _table_of_lines(beside, words)
+        found = [_normalised([table.get(label, 0.0) for label in labels]) for table in tables]
         # Rounded, so that percentages contradict no fractions.
-        vectors = {
-            _rounded(p): p for p in (_normalised([table.get(label, 0.0) for label in labels]) for table in tables)
-        }
+        vectors = {tuple(round(p, 6) for p in probs): probs for probs in found}
     except (ValueError, OverflowError) as error:
         return Answer("invalid", reason=_printable(error))
     if not vectors:
@@ -340,11 +323,6 @@ def parse_exact_label(reply: Reply, labels: tuple[str, ...]) -> Answer:
     return _one_hot(label, labels) if label else Answer("invalid", reason="not a bare label")
 
 
-def label_words(labels: Sequence[str]) -> dict[str, str]:
-    """Map every word that names exactly one label, in lower case, to that label."""
-    return dict(_vocabulary(tuple(labels)).bare)
-
-
 class _Vocabulary(NamedTuple):
     """Words of a label set: `bare` by themselves, in a sentence, and those of emotions outside the set."""
 
@@ -392,14 +370,6 @@ def _plain(text: str) -> str:
         # A soft hyphen, a zero byte or half a character inside "unhappy" must not make a word of "happy".
         text = "".join(c for c in text if c in _BLANKS or unicodedata.category(c) not in _UNSEEN)
     return " ".join(text.split()).casefold()
-
-
-def _encodable(text: str) -> bool:
-    try:
-        text.encode()
-    except UnicodeEncodeError:
-        return False
-    return True
 
 
 def _printable(reason: object) -> str:
@@ -455,14 +425,11 @@ def _choice_in_json(text: str, words: _Vocabulary) -> tuple[str, str]:
     if not values:
         return text, ""
     objects = [item for value in values for item in (value if isinstance(value, list) else [value])]
-    choices = [" ; ".join(_choices(item)) for item in objects if isinstance(item, dict) and _choices(item)]
+    texts = [_under(item, _CHOICE_KEYS) for item in objects if isinstance(item, dict)]
+    choices = [" ; ".join(words) for each in texts if (words := [text for text in each if isinstance(text, str)])]
     if len(choices) > 1 and not all(words.named(_plain(choice)) for choice in choices):
         raise ValueError("several objects, and not all choose a label")
     return " ; ".join(choices), beside
-
-
-def _choices(item: Mapping) -> list[str]:
-    return [value for value in _under(item, _CHOICE_KEYS) if isinstance(value, str)]
 
 
 def _key(key: str) -> str:
@@ -603,10 +570,6 @@ def _number(value: object) -> float:
         # Not the value itself: it may be an object of any depth.
         raise ValueError(f"{type(value).__name__} is not a probability")
     return float(value)
-
-
-def _rounded(probs: Sequence[float]) -> tuple[float, ...]:
-    return tuple(round(p, 6) for p in probs)
 
 
 def _normalised(values: Sequence[float]) -> tuple[float, ...]:

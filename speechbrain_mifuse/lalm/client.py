@@ -16,7 +16,6 @@ from collections.abc import Callable, Mapping, Sequence
 import aiohttp
 import openai
 from aiohttp.http_exceptions import HttpProcessingError
-from openai.types.chat import ChatCompletion
 
 from speechbrain_mifuse.lalm.answer import Answer, Reply, Response
 from speechbrain_mifuse.lalm.limits import (
@@ -188,10 +187,7 @@ class LalmClient:
         budget: Budget | None = None,
     ):
         self.base_url = clean_base_url(base_url or os.environ.get("OPENAI_BASE_URL") or DEFAULT_BASE_URL)
-        self.model = model
-        self.timeout = timeout
-        self.max_retries = max_retries
-        self.deadline = deadline
+        self.model, self.timeout, self.max_retries, self.deadline = model, timeout, max_retries, deadline
         self.profile = profile or Profile()
         self.budget = budget or Budget()
         self.pace = Pace(self.profile.requests_per_minute, self.profile.tokens_per_minute)
@@ -201,26 +197,7 @@ class LalmClient:
 
     @classmethod
     def of(cls, profile: Profile, base_url: str | None = None, budget: Budget | None = None) -> LalmClient:
-        """Make the client that a profile describes.
-
-        Parameters
-        ----------
-        profile : Profile
-            Names at least the model.
-        base_url : str, optional
-            In place of the profile's.
-        budget : Budget, optional
-            Money that may be spent.
-
-        Returns
-        -------
-        LalmClient
-
-        Raises
-        ------
-        UserError
-            If there is no model, or an address cannot be used.
-        """
+        """Make the client that a profile describes."""
         if not profile.model:
             raise UserError("--lalm_model: name the model to be asked")
         patience = (profile.timeout, int(profile.max_retries), profile.deadline)
@@ -240,13 +217,7 @@ class LalmClient:
             await line.api.close()
 
     async def ask(
-        self,
-        prompt: Prompt,
-        wav: bytes | Clip,
-        n: int = 1,
-        temperature: float = 1.0,
-        seed: int | None = None,
-        **sampling,
+        self, prompt: Prompt, wav: bytes | Clip, n: int = 1, temperature=1.0, seed: int | None = None, **sampling
     ) -> list[Response]:
         """Ask for `n` answers about one recording.
 
@@ -276,9 +247,7 @@ class LalmClient:
         Raises
         ------
         LalmError
-            If the server is down, rejects the request, does not know the model, or does not answer before the deadline.
-        BudgetReached
-            If the next call could pass the budget.
+            If the server is down, rejects the request, does not answer before the deadline, or the budget is used up.
         """
         clip = wav if isinstance(wav, Clip) else Clip.of(wav)
         responses: list[Response] = []
@@ -288,71 +257,33 @@ class LalmClient:
         return responses
 
     async def ask_once(
-        self,
-        prompt: Prompt,
-        clip: Clip,
-        n: int = 1,
-        temperature: float = 1.0,
-        seed: int | None = None,
-        **sampling,
+        self, prompt: Prompt, clip: Clip, n: int = 1, temperature=1.0, seed: int | None = None, **sampling
     ) -> list[Response]:
-        """Make one request for `n` answers; it may bring fewer.
-
-        Parameters
-        ----------
-        prompt, n, temperature, seed, **sampling
-            As for `ask`.
-        clip : Clip
-            The recording.
-
-        Returns
-        -------
-        list of Response
-            At least one, at most `n`.
-
-        Raises
-        ------
-        LalmError, BudgetReached
-            As `ask`.
-        """
+        """Make one request for `n` answers; it may bring fewer."""
         n = n if self.profile.honours_n else 1
-        call = self._call(prompt, clip, n, seed, {"temperature": temperature, **sampling})
-        return await self._answers(prompt, call, n, seed)
+        body = self.body(prompt, _AUDIO, n, seed, temperature, **sampling)
+        # Escaping the audio again for each call would cost more than all the rest.
+        before, _, after = json.dumps(body).partition(_AUDIO)
+        expected = expected_tokens(prompt, clip.seconds, n, self.profile)
+        most = most_tokens(prompt, expected, n, self.profile.output_limit(sampling))
+        try:
+            completion = await self._attempts(_Call(f"{before}{clip.data}{after}".encode(), expected, most))
+        except (openai.OpenAIError, _Unusable) as error:
+            if getattr(error, "code", None) in BLOCKED:
+                return [self.blocked(_message_of(error), seed)]
+            raise await self.explain(error) from None
+        return self.responses(prompt, completion, n, seed)
 
-    async def complete(self, messages: Sequence[Mapping], **fields) -> ChatCompletion:
-        """Send any chat messages, within the limits but outside the budget, for instance to find out what works.
-
-        Parameters
-        ----------
-        messages : sequence of mapping
-            As the API takes them.
-        **fields
-            Further fields of the request's body.
-
-        Returns
-        -------
-        ChatCompletion
-            As the server sent it: fields may be missing.
-
-        Raises
-        ------
-        LalmError
-            As `ask`; `status` tells the HTTP status.
-        """
+    async def complete(self, messages: Sequence[Mapping], **fields) -> dict:
+        """Send any chat messages, within the limits but outside the budget, for instance to find out what works."""
         body = json.dumps({"model": self.model, "messages": messages, **fields}).encode()
         try:
-            return ChatCompletion.construct(**await self._attempts(_Call(body)))
+            return await self._attempts(_Call(body))
         except (openai.OpenAIError, _Unusable) as error:
             raise await self.explain(error) from None
 
     async def check(self):
-        """Find out before any audio is sent whether a server is there and accepts the key.
-
-        Raises
-        ------
-        LalmError
-            If nothing listens at the address or the key is refused. A server without a list of models passes.
-        """
+        """Find out before any audio is sent whether a server is there and accepts the key."""
         api = self._free_line().api.with_options(timeout=min(self.timeout, _QUICKLY))
         try:
             await api.models.list()
@@ -366,135 +297,38 @@ class LalmClient:
             return
 
     def body(
-        self,
-        prompt: Prompt,
-        wav_base64: str,
-        n: int = 1,
-        seed: int | None = None,
-        temperature: float = 1.0,
-        **sampling,
+        self, prompt: Prompt, wav_base64: str, n: int = 1, seed: int | None = None, temperature=1.0, **sampling
     ) -> dict:
-        """Body of the request for `n` answers, as `ask` sends it.
-
-        Parameters
-        ----------
-        prompt : Prompt
-            The question.
-        wav_base64 : str
-            A WAV file in base64.
-        n, seed, temperature, **sampling
-            As for `ask`.
-
-        Returns
-        -------
-        dict
-            To be sent as JSON.
-
-        Example
-        -------
-        >>> sorted(LalmClient("http://127.0.0.1:8000/v1", "m").body(Prompt(("angry", "sad")), "UklGRg==", seed=3))
-        ['messages', 'model', 'n', 'seed', 'temperature']
-        """
-        optional = {}
-        if self.profile.honours_n:
-            optional["n"] = n
+        """Body of the request for `n` answers, as `ask` sends it."""
+        optional = {"n": n} if self.profile.honours_n else {}
         if seed is not None and self.profile.honours_seed:
             optional["seed"] = seed
         fields = {"temperature": temperature, **sampling, **prompt.request_options()}
         return {"model": self.model, **optional, **fields, "messages": prompt.messages(wav_base64)}
 
     def responses(self, prompt: Prompt, completion: Mapping, n: int = 1, seed: int | None = None) -> list[Response]:
-        """Read a chat completion.
-
-        Parameters
-        ----------
-        prompt : Prompt
-            What was asked.
-        completion : mapping
-            Decoded JSON.
-        n : int
-            Choices wanted; surplus ones are left out.
-        seed : int, optional
-            As sent.
-
-        Returns
-        -------
-        list of Response
-            One for each choice, without the key, should the server have echoed it.
-        """
+        """Read a chat completion."""
         # Of a reply, only known fields of known types are kept, without secrets that the server may have echoed.
         usage, clean = known_usage(completion.get("usage")), redactor()
         model, fingerprint = (short(completion.get(name), clean) for name in ("model", "system_fingerprint"))
-        responses = []
-        for position, choice in enumerate(_items(completion.get("choices"))[:n]):
-            reply = reply_of(choice, clean)
-            response = Response(
-                answer=prompt.parse(reply),
-                raw=reply.to_json(),
-                seed=None if seed is None else seed + position,
-                usage=usage if position == 0 else None,
-                served_model=model,
-                system_fingerprint=fingerprint,
-            )
-            responses.append(response)
-        return responses
+        replies = [reply_of(choice, clean) for choice in _items(completion.get("choices"))[:n]]
+        seeds = (None if seed is None else seed + i for i in range(n))
+        usages = (usage if i == 0 else None for i in range(n))
+        return [
+            Response(prompt.parse(reply), reply.to_json(), seed, usage, model, fingerprint)
+            for reply, seed, usage in zip(replies, seeds, usages, strict=False)
+        ]
 
     def blocked(self, message: str, seed: int | None = None) -> Response:
-        """Make the refusal that stands for a request which the server's content filter rejected with an error.
-
-        Parameters
-        ----------
-        message : str
-            Of the error.
-        seed : int, optional
-            As sent.
-
-        Returns
-        -------
-        Response
-        """
+        """Make the refusal that stands for a request which the server's content filter rejected with an error."""
         raw = Reply("", "content_filter", redacted(message)).to_json()
         return Response(Answer("refusal", reason="the server's content filter rejected the request"), raw, seed)
 
     def error_in(self, body: object) -> tuple[str, str]:
-        """Read the body of an error.
-
-        Parameters
-        ----------
-        body : object
-            Decoded JSON, in any provider's dialect.
-
-        Returns
-        -------
-        code : str
-            Empty if there is none.
-        message : str
-            In one line, without the key.
-
-        Example
-        -------
-        >>> LalmClient("http://127.0.0.1:8000/v1", "m").error_in({"error": {"code": 400, "message": "no audio"}})
-        ('400', 'no audio')
-        """
+        """Read the body of an error."""
         inner = body["error"] if isinstance(body, dict) and isinstance(body.get("error"), dict) else body
         code = inner.get("code") if isinstance(inner, dict) else None
         return short(code), redacted(" ".join(_message_in(body).split()))[:_LONGEST_MESSAGE]
-
-    def _call(self, prompt: Prompt, clip: Clip, n: int, seed: int | None, sampling: Mapping) -> _Call:
-        # Escaping the audio again for each call would cost more than all the rest.
-        before, _, after = json.dumps(self.body(prompt, _AUDIO, n, seed, **sampling)).partition(_AUDIO)
-        expected = expected_tokens(prompt, clip.seconds, n, self.profile)
-        most = most_tokens(prompt, expected, n, self.profile.output_limit(sampling))
-        return _Call(f"{before}{clip.data}{after}".encode(), expected, most)
-
-    async def _answers(self, prompt: Prompt, call: _Call, n: int, seed: int | None) -> list[Response]:
-        try:
-            completion = await self._attempts(call)
-        except (openai.OpenAIError, _Unusable) as error:
-            if getattr(error, "code", None) in BLOCKED:
-                return [self.blocked(_message_of(error), seed)]
-            raise await self.explain(error) from None
-        return self.responses(prompt, completion, n, seed)
 
     async def _attempts(self, call: _Call) -> dict:
         """Send a request until it is answered, its faults do not pass, or attempts or time are used up."""
@@ -582,23 +416,7 @@ class LalmClient:
         return free
 
     def connection(self, most_bytes: int = _MOST_BYTES) -> openai.AsyncOpenAI:
-        """Make an API client of the openai package with address, key and patience of this one.
-
-        Parameters
-        ----------
-        most_bytes : int
-            Bytes of a reply, after decompression.
-
-        Returns
-        -------
-        openai.AsyncOpenAI
-            To be closed by whoever asked for it.
-
-        Raises
-        ------
-        LalmError
-            If there is no key and the server is not on this machine.
-        """
+        """Make an API client of the openai package with address, key and patience of this one."""
         # A proxy from the environment has no business between two programs on one machine; and reading the
         # certificates of all authorities takes a tenth of a second, for nothing where nothing is encrypted.
         here = is_loopback(self.base_url)
@@ -628,18 +446,7 @@ class LalmClient:
         return f"--lalm_base_url {self.base_url} (model {self.model!r})"
 
     async def explain(self, error: Exception) -> LalmError:
-        """Say in one sentence what failed and what to do about it.
-
-        Parameters
-        ----------
-        error : Exception
-            Of the openai package, or of a reply that is no completion.
-
-        Returns
-        -------
-        LalmError
-            Without the key.
-        """
+        """Say in one sentence what failed and what to do about it."""
         status = getattr(error, "status_code", None)
         remedy, hopeless = _REMEDIES.get(status, ("", False))
         if isinstance(error, openai.APIConnectionError):
@@ -807,7 +614,7 @@ def _reasoning(message, clean) -> str | None:
 
 
 def _get(thing, name: str):
-    return thing.get(name) if isinstance(thing, Mapping) else getattr(thing, name, None)
+    return thing.get(name) if isinstance(thing, Mapping) else None
 
 
 def _items(value) -> Sequence:

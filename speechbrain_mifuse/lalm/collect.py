@@ -22,13 +22,14 @@ import torch
 from tqdm import tqdm
 
 from speechbrain_mifuse.lalm.hashes import HashCache, Known, file_stamp
-from speechbrain_mifuse.lalm.limits import Breaker, BudgetReached, LalmError, Signal
+from speechbrain_mifuse.lalm.limits import BudgetReached, LalmError, Signal
 from speechbrain_mifuse.lalm.prompt import Clip, Prompt
 from speechbrain_mifuse.lalm.store import LabelStore, Query, Record
 from speechbrain_mifuse.utils.audio import BadAudio, content_hash, load_audio, pcm16
 from speechbrain_mifuse.utils.audio_warnings import summarized
 from speechbrain_mifuse.utils.errors import UserError, WriteError
 from speechbrain_mifuse.utils.progress import progress
+from speechbrain_mifuse.utils.texts import first_of
 
 if TYPE_CHECKING:  # it imports the openai package, which takes a second
     from speechbrain_mifuse.lalm.client import LalmClient
@@ -69,55 +70,44 @@ class Ask(NamedTuple):
 
 
 @dataclasses.dataclass
-class CollectReport:
-    """What one run of `collect` did. Counts are answers, not utterances.
+class AnswerCounts:
+    """Numbers of new answers by what became of them; refused and invalid ones are asked for again by the next run."""
 
-    Attributes
-    ----------
-    asked : int
-        Answers received from the API: `stored + refused + invalid`.
-    stored : int
-        New samples.
-    skipped : int
-        Samples not asked for, because they are stored, out of attempts, or belong to a recording that another
-        utterance of this run has too.
-    refused, invalid : int
-        Answers that are no samples; they are asked for again by the next run.
-    failed : list of (str, str)
-        Utterances that could not be read or asked about, and why.
-    cut : int
-        Recordings of which only the beginning was sent, because the model hears no more.
-    cost : str
-        What was spent, with the currency; empty if no price is known.
-
-    Example
-    -------
-    >>> print(CollectReport(asked=9, stored=8, refused=1, failed=[("u7", "no such file")]).summary())
-    8 samples stored of 9 answers (1 refused, 0 invalid), 0 skipped, 1 utterance failed
-      u7: no such file
-    """
-
-    asked: int = 0
     stored: int = 0
-    skipped: int = 0
     refused: int = 0
     invalid: int = 0
+
+    @property
+    def asked(self) -> int:
+        """All of them."""
+        return self.stored + self.refused + self.invalid
+
+    def count(self, records: Sequence[Record]):
+        """Count answers."""
+        kinds = collections.Counter(record.response.answer.kind for record in records)
+        self.refused += kinds["refusal"]
+        self.invalid += kinds["invalid"]
+        self.stored += len(records) - kinds["refusal"] - kinds["invalid"]
+
+    def counted(self) -> str:
+        """Say it in a line."""
+        return f"{self.stored} samples stored of {self.asked} answers ({self.refused} refused, {self.invalid} invalid)"
+
+
+@dataclasses.dataclass
+class CollectReport(AnswerCounts):
+    """What one run of `collect` did: `skipped` counts samples, `cut` recordings of which the beginning was sent."""
+
+    skipped: int = 0
     failed: list[tuple[str, str]] = dataclasses.field(default_factory=list)
     cut: int = 0
     cost: str = ""
 
-    def summary(self, most: int = 20) -> str:
-        """Describe the run in a few lines, naming at most `most` failed utterances."""
-        plural = "" if len(self.failed) == 1 else "s"
-        lines = [
-            f"{self.stored} samples stored of {self.asked} answers ({self.refused} refused, {self.invalid} invalid), "
-            f"{self.skipped} skipped, {len(self.failed)} utterance{plural} failed"
-            + (f", {self.cost} spent" if self.cost else "")
-        ]
-        lines += [f"  {utt_id}: {reason}" for utt_id, reason in self.failed[:most]]
-        if len(self.failed) > most:
-            lines.append(f"  ... and {len(self.failed) - most} more")
-        return "\n".join(lines)
+    def summary(self) -> str:
+        """Describe the run in a few lines."""
+        line = f"{self.counted()}, {self.skipped} skipped, {len(self.failed)} utterance"
+        line += f"{'' if len(self.failed) == 1 else 's'} failed" + (f", {self.cost} spent" if self.cost else "")
+        return "\n".join([line, *first_of([f"{utt_id}: {reason}" for utt_id, reason in self.failed])])
 
 
 @summarized()
@@ -205,19 +195,26 @@ def collect(
         HashCache.beside(store.path) as hashes,
         progress(total=len(utterances) * k, unit="answer", desc=title, disable=not show_progress) as bar,
     ):
-        job = _Job(wanted, client, store, hashes, Breaker(max_failures_in_a_row), bar)
+        job = _Job(wanted, client, store, hashes, max_failures_in_a_row, bar)
         try:
             run_to_end(lambda: job.run(utterances, concurrency, deadline))
         except KeyboardInterrupt:
             logger.warning("interrupted; run again to go on. %s", job.report.summary())
             raise
         finally:
-            job.warn()
+            warn_of_cut(job.report.cut, client)
     if job.report.failed:
         logger.warning("%s", job.report.summary())
     if job.unusable or not job.usable:
         check_usable(store, query)
     return job.report
+
+
+def warn_of_cut(count: int, client: LalmClient):
+    """Tell of recordings of which only the beginning is sent."""
+    if count:
+        message = "%d recordings are longer than the %g s that %s hears: only their beginning is sent"
+        logger.warning(message, count, client.profile.longest_audio, client.model)
 
 
 def check_usable(store: LabelStore, query: Query):
@@ -362,10 +359,10 @@ class _Job:
     """State of one run that its workers share."""
 
     def __init__(
-        self, wanted: Wanted, client: LalmClient, store: LabelStore, hashes: HashCache, breaker: Breaker, bar: tqdm
+        self, wanted: Wanted, client: LalmClient, store: LabelStore, hashes: HashCache, max_failures: int, bar: tqdm
     ):
         self.wanted, self.client, self.store, self.hashes = wanted, client, store, hashes
-        self.breaker, self.bar = breaker, bar
+        self.max_failures, self.failures, self.bar = max_failures, 0, bar
         self.report = CollectReport()
         self.failed: set[str] = set()
         self.ready: collections.deque[_Call] = collections.deque()
@@ -398,16 +395,6 @@ class _Job:
             self.stop.args = (f"{self.stop}\n{kept}",)
             raise self.stop from None
 
-    def warn(self):
-        """Tell of recordings that were not sent whole."""
-        if self.report.cut:
-            logger.warning(
-                "%d recordings are longer than the %g s that %s hears: only their beginning was sent",
-                self.report.cut,
-                self.client.profile.longest_audio,
-                self.client.model,
-            )
-
     async def _watch(self, everyone: asyncio.Future, writing: asyncio.Task, deadline: float | None):
         """Wait for the workers, for a store that cannot be written, or for the deadline."""
         done, _ = await asyncio.wait({everyone, writing}, timeout=deadline, return_when=asyncio.FIRST_COMPLETED)
@@ -426,7 +413,7 @@ class _Job:
             except LalmError as error:
                 self._call_failed(call, error)
             else:
-                self.breaker.worked()
+                self.failures = 0
                 self._count_unusable(records)
                 await writer.put(records)
 
@@ -484,12 +471,7 @@ class _Job:
             self.unusable = self.ending = True
 
     def _on_disk(self, records: Sequence[Record]):
-        kinds = collections.Counter(record.response.answer.kind for record in records)
-        rejected = kinds["refusal"] + kinds["invalid"]
-        self.report.asked += len(records)
-        self.report.stored += len(records) - rejected
-        self.report.refused += kinds["refusal"]
-        self.report.invalid += kinds["invalid"]
+        self.report.count(records)
         self._show(len(records))
 
     def _skip(self, count: int):
@@ -501,8 +483,10 @@ class _Job:
             self._show(call.ask.n)
         else:
             self._utterance_failed(call.utt_id, error, call.ask.n)
-        if self.breaker.failed(error) and self.stop is None:
-            self.stop, self.why = error, f"Stopped after {self.breaker.in_a_row} failed requests in a row"
+        # An API that is down fails every call, and asking on helps nobody.
+        self.failures += 1
+        if (error.hopeless or self.failures >= self.max_failures) and self.stop is None:
+            self.stop, self.why = error, f"Stopped after {self.failures} failed requests in a row"
             raise _Halt
 
     def _utterance_failed(self, utt_id: str, error: Exception, count: int):

@@ -90,8 +90,7 @@ _DEAF = Finding(UNKNOWN, "audio is not known to be heard")
 def _hears(outcomes: Outcomes, lengths: Sequence[float]) -> Finding:
     """Whether answers at temperature 0 follow the audio, beyond what they vary by themselves."""
     speech, silence, noise = _several(outcomes, "speech"), _several(outcomes, "silence"), outcomes["noise"]
-    lost = _lost([*speech, *silence, noise])
-    if lost is not None:
+    if lost := _lost([*speech, *silence, noise]):
         return lost
     within = max(_spread(speech), _spread(silence))
     between = min(_apart(a, b) for a, b in itertools.product(speech, silence))
@@ -108,8 +107,7 @@ def _hears(outcomes: Outcomes, lengths: Sequence[float]) -> Finding:
 def _hears_other(outcomes: Outcomes, part: str) -> Finding:
     """Whether another form of the audio part is heard, from one answer to each clip."""
     speech, silence = outcomes[f"{part} speech"], outcomes[f"{part} silence"]
-    lost = _lost([speech, silence])
-    if lost is not None:
+    if lost := _lost([speech, silence]):
         return lost
     evidence = f"speech {speech.shown()}, silence {silence.shown()}, {speech.heard_tokens} tokens"
     within = _spread(_several(outcomes, "speech"))
@@ -166,8 +164,7 @@ def _honours_n(outcomes: Outcomes) -> Finding:
 def _honours_temperature(outcomes: Outcomes) -> Finding:
     """Whether answers are equal at temperature 0 and differ above: "no" means that samples cannot be had."""
     cold, warm = _several(outcomes, "speech"), _several(outcomes, "warm")
-    lost = _lost([*cold, *warm])
-    if lost is not None:
+    if lost := _lost([*cold, *warm]):
         return lost
     warm += [outcome for outcome in (outcomes["seed 1"], outcomes["seed 2"]) if outcome.answered]
     evidence = f"{_distinct(cold)} different answers of {len(cold)} at 0, {_distinct(warm)} of {len(warm)} above"
@@ -194,8 +191,7 @@ def _honours_seed(outcomes: Outcomes) -> Finding:
 def _logprobs(outcomes: Outcomes) -> Finding:
     """Whether log-probabilities come, what they hold of the labels, and whether temperature has changed them."""
     warm, cool = outcomes["first token warm"], outcomes["first token cool"]
-    lost = _lost([warm, cool])
-    if lost is not None:
+    if lost := _lost([warm, cool]):
         return lost
     tops = [dict(outcome.replies[0].top_logprobs or ()) for outcome in (warm, cool)]
     if not all(tops):
@@ -231,8 +227,7 @@ def constraints_of(shape: str) -> dict[str, Mapping]:
 def _constraint(outcomes: Outcomes, name: str, shape: str) -> Finding:
     """Whether a constraint keeps a model to the labels that is told to say something else."""
     bound, free = outcomes[f"constraint {name}"], outcomes["free"]
-    lost = _lost([bound]) or _lost([free])
-    if lost is not None:
+    if lost := _lost([bound]) or _lost([free]):
         return lost
     inside = [_WITHIN[shape](outcome.text) for outcome in (bound, free)]
     evidence = f"told to say {OFF_LIST!r} it says {bound.shown()}, and {free.shown()} without the constraint"
@@ -261,8 +256,7 @@ _WITHIN = {"object": _is_object, "word": _is_word, "first_token": _is_word}
 def _json_object(outcomes: Outcomes) -> Finding:
     """Whether `response_format: json_object` is accepted and gives JSON."""
     asked = outcomes["json_object"]
-    lost = _lost([asked])
-    if lost is not None:
+    if lost := _lost([asked]):
         return lost
     try:
         found = isinstance(json.loads(asked.text), dict)

@@ -8,7 +8,7 @@ import math
 import time
 from collections.abc import Callable, Iterable, Mapping
 
-from speechbrain_mifuse.lalm.profile import Price, Profile, Tokens
+from speechbrain_mifuse.lalm.profile import Price, Profile, Tokens, is_number
 from speechbrain_mifuse.lalm.prompt import Prompt
 from speechbrain_mifuse.utils.errors import UserError
 
@@ -23,17 +23,7 @@ EXPECTED_OUTPUT = {"object": lambda classes: 10 * classes, "word": lambda classe
 
 
 class LalmError(UserError):
-    """The API did not answer.
-
-    Attributes
-    ----------
-    hopeless : bool
-        Whether every other request would fail the same way (wrong key, wrong model, no credit).
-    status : int, optional
-        HTTP status, if the server answered with an error.
-    said : str
-        What the server or the connection said, without address and remedy.
-    """
+    """The API did not answer."""
 
     def __init__(self, message: str, hopeless: bool = False, status: int | None = None, said: str = ""):
         super().__init__(message)
@@ -104,44 +94,12 @@ class Budget:
 
     The most that a call can cost is set aside before it starts and settled by the usage in its reply. A call that does
     not fit waits while others are in flight, because they mostly cost less than was set aside. The first call goes
-    alone: it shows how the provider counts tokens, and what is set aside is scaled if the estimate was too low.
-
-    Parameters
-    ----------
-    limit : float, optional
-        In the currency of `price`; no limit by default.
-    price : Price, optional
-        Without it nothing is counted.
-    spent : float
-        What was spent before.
-
-    Attributes
-    ----------
-    spent : float
-        Cost of settled calls. A call whose outcome is unknown (a lost connection) counts with all that was set aside.
-    in_flight : float
-        Set aside for calls in flight.
-
-    Raises
-    ------
-    UserError
-        If there is a limit and no price, or the limit is not positive.
-
-    Example
-    -------
-    >>> budget = Budget(1.0, Price(1.0, 1.0, 1.0))
-    >>> aside = asyncio.run(budget.reserve(Tokens(text=600_000)))
-    >>> budget.settle(aside, Tokens(text=500_000))
-    >>> budget.spent
-    0.5
-    >>> asyncio.run(budget.reserve(Tokens(text=600_000)))
-    Traceback (most recent call last):
-    ...
-    speechbrain_mifuse.lalm.limits.BudgetReached: the budget of 1 USD would be passed: ...
+    alone: it shows how the provider counts tokens, and what is set aside is scaled if the estimate was too low. A call
+    whose outcome is unknown (a lost connection) counts with all that was set aside.
     """
 
     def __init__(self, limit: float | None = None, price: Price | None = None, spent: float = 0.0):
-        if limit is not None and (isinstance(limit, bool) or not isinstance(limit, (int, float)) or not limit > 0):
+        if limit is not None and not (is_number(limit) and limit > 0):
             raise UserError(f"--lalm_budget must be a positive amount of money, not {limit!r}")
         if limit is not None and price is None:
             raise UserError(
@@ -153,23 +111,7 @@ class Budget:
         self._changed = Signal()
 
     async def reserve(self, most: Tokens) -> float:
-        """Set aside what a call can cost, waiting for other calls if it does not fit.
-
-        Parameters
-        ----------
-        most : Tokens
-            Upper bound.
-
-        Returns
-        -------
-        float
-            The amount, to be given to `settle`.
-
-        Raises
-        ------
-        BudgetReached
-            If it does not fit and no call is in flight.
-        """
+        """Set aside what a call can cost, waiting for other calls if it does not fit."""
         while not self._fits(amount := self._cost(most) * self.margin):
             if not self._calls:
                 raise BudgetReached(
@@ -182,15 +124,7 @@ class Budget:
         return amount
 
     def settle(self, amount: float, used: Tokens | None):
-        """Replace what was set aside by what was used.
-
-        Parameters
-        ----------
-        amount : float
-            As `reserve` gave it.
-        used : Tokens, optional
-            `None` if nobody knows; then all of it counts as spent.
-        """
+        """Replace what was set aside by what was used; `None` if nobody knows, then all of it counts as spent."""
         cost = amount if used is None else self._cost(used)
         self._calls -= 1
         self.in_flight = self.in_flight - amount if self._calls else 0.0
@@ -216,22 +150,6 @@ class Budget:
             return True
         alone = self._counted or not self._calls
         return alone and self.spent + self.in_flight + amount <= self.limit
-
-
-class Breaker:
-    """Counts failures in a row: an API that is down fails every call, and asking on helps nobody."""
-
-    def __init__(self, most: int):
-        self.most, self.in_a_row = most, 0
-
-    def worked(self):
-        """Note a call that was answered."""
-        self.in_a_row = 0
-
-    def failed(self, error: LalmError) -> bool:
-        """Note a call that failed; whether that is enough."""
-        self.in_a_row += 1
-        return error.hopeless or self.in_a_row >= self.most
 
 
 def retry_after(headers: Mapping[str, str], now: Callable[[], float] = time.time) -> float | None:

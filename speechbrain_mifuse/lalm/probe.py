@@ -8,9 +8,9 @@ from __future__ import annotations
 
 import asyncio
 import base64
-import dataclasses
 import math
 from collections.abc import Mapping, Sequence
+from typing import NamedTuple
 
 import torch
 
@@ -28,9 +28,10 @@ from speechbrain_mifuse.lalm.findings import (
     constraints_of,
     findings,
 )
+from speechbrain_mifuse.lalm.limits import known_usage
 from speechbrain_mifuse.lalm.profile import AUDIO_PARTS, Profile
 from speechbrain_mifuse.lalm.prompt import ANSWER_FORMS, Prompt
-from speechbrain_mifuse.lalm.redaction import redacted
+from speechbrain_mifuse.lalm.redaction import redacted, short
 from speechbrain_mifuse.utils.errors import UserError
 from speechbrain_mifuse.utils.progress import progress
 
@@ -38,13 +39,12 @@ _TEXT_ONLY = "without audio"
 LENGTHS = (10.0, 30.0, 60.0)
 
 
-@dataclasses.dataclass(frozen=True)
-class Question:
+class Question(NamedTuple):
     """One call."""
 
     clip: str | None
     text: str
-    fields: Mapping = dataclasses.field(default_factory=dict)
+    fields: Mapping = {}
     audio_part: str = "input_audio"
 
     def messages(self, wavs: Mapping[str, str]) -> list[dict]:
@@ -61,51 +61,14 @@ def probe(
     lengths: Sequence[float] = LENGTHS,
     show_progress: bool = True,
 ) -> Card:
-    """Ask a server about itself.
-
-    Parameters
-    ----------
-    client : LalmClient
-        Access to the server.
-    profile : Profile
-        The forms to try: audio part, constraint, further fields of every request.
-    speech : torch.Tensor
-        A recording `[samples]` at 16 kHz, at least one second; its first four seconds are used.
-    temperature : float
-        Of the collection that is planned; above 0.
-    lengths : sequence of float
-        Ascending durations in seconds that are tried to find the longest audio heard.
-    show_progress : bool
-        Show a progress bar.
-
-    Returns
-    -------
-    Card
-
-    Raises
-    ------
-    LalmError
-        If the server is down, refuses the key, does not know the model, or answers no call at all.
-    UserError
-        If the recording is too short, or the lengths do not ascend from above the clip's.
-
-    Example
-    -------
-    >>> len(questions(Profile(), 1.0, (10.0, 30.0)))  # the calls that it takes
-    28
-    """
+    """Ask a server about itself."""
     asked = questions(profile, temperature, lengths)
     wavs = {name: base64.b64encode(wav).decode() for name, wav in clips(speech, lengths).items()}
     with progress(total=len(asked), unit="call", desc=f"probing {client.model}", disable=not show_progress) as bar:
         outcomes = run_to_end(lambda: _ask_all(client, asked, wavs, min(profile.concurrency, 4), bar))
     first = outcomes["speech 1"]
     card = Card(
-        client.base_url,
-        client.model,
-        first.served_model,
-        first.fingerprint,
-        profile.audio_part,
-        profile.constraint,
+        *(client.base_url, client.model, first.served_model, first.fingerprint, profile.audio_part, profile.constraint),
         calls=len(asked),
         prompt_tokens=sum(outcome.prompt_tokens or 0 for outcome in outcomes.values()),
         completion_tokens=sum(outcome.completion_tokens or 0 for outcome in outcomes.values()),
@@ -242,18 +205,12 @@ async def _ask(client: LalmClient, question: Question, wavs: Mapping[str, str]) 
         # The card names the address once, and what to do is said where it is held against a collection.
         said = error.said.removeprefix(f"HTTP {error.status}: ") or str(error)
         return Outcome(error=said, status=error.status, cause=error)
-    return outcome_of(completion)
-
-
-def outcome_of(completion) -> Outcome:
-    """Read a completion, tolerating fields that lesser servers leave out."""
-    usage = getattr(completion, "usage", None)
-    details = getattr(usage, "prompt_tokens_details", None)
+    usage = known_usage(completion.get("usage")) or {}
     return Outcome(
-        tuple(reply_of(choice) for choice in getattr(completion, "choices", None) or ()),
-        getattr(usage, "prompt_tokens", None),
-        getattr(details, "audio_tokens", None),
-        getattr(usage, "completion_tokens", None),
-        getattr(completion, "model", None) or "",
-        getattr(completion, "system_fingerprint", None) or "",
+        tuple(map(reply_of, completion["choices"])),
+        usage.get("prompt_tokens"),
+        usage.get("prompt_tokens_details", {}).get("audio_tokens"),
+        usage.get("completion_tokens"),
+        short(completion.get("model")),
+        short(completion.get("system_fingerprint")),
     )

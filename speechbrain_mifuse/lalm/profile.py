@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
+import inspect
 import json
+import math
+import operator
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import NamedTuple
 
 from speechbrain_mifuse.utils.errors import UserError
 from speechbrain_mifuse.utils.schemas import plain_yaml
@@ -26,10 +30,6 @@ def _audio_url(wav_base64: str) -> dict:
 AUDIO_PARTS: dict[str, Callable[[str], dict]] = {"input_audio": _input_audio, "audio_url": _audio_url}
 
 
-def _free(labels: Labels) -> dict:
-    return {}
-
-
 def _probabilities(labels: Labels) -> dict:
     """JSON schema of one probability for each label."""
     number = {"type": "number", "minimum": 0, "maximum": 1}
@@ -41,12 +41,8 @@ def _object(properties: dict) -> dict:
 
 
 def _response_format(schema: dict) -> dict:
-    return {
-        "response_format": {
-            "type": "json_schema",
-            "json_schema": {"name": "emotion", "strict": True, "schema": schema},
-        }
-    }
+    named = {"name": "emotion", "strict": True, "schema": schema}
+    return {"response_format": {"type": "json_schema", "json_schema": named}}
 
 
 def _word_pattern(labels: Labels) -> str:
@@ -63,7 +59,7 @@ def _object_pattern(labels: Labels) -> str:
 # is looked at. Each function takes the labels and gives fields of the request's body. A shape that is missing cannot be
 # had: a schema's reply begins with a brace, so its first token says nothing.
 CONSTRAINTS: dict[str, dict[str, Callable[[Labels], dict]]] = {
-    "none": dict.fromkeys(("word", "object", "first_token"), _free),
+    "none": dict.fromkeys(("word", "object", "first_token"), lambda labels: {}),
     # vLLM. Its older field guided_choice is ignored today, with status 200.
     "structured_outputs": {
         "word": lambda labels: {"structured_outputs": {"choice": list(labels)}},
@@ -87,51 +83,7 @@ CONSTRAINTS: dict[str, dict[str, Callable[[Labels], dict]]] = {
 BATCH_SHARE = 0.5
 
 
-@dataclasses.dataclass(frozen=True)
-class Price:
-    """What a provider asks for a million tokens. Prices change: they are the user's to check.
-
-    Attributes
-    ----------
-    per_million_input_text, per_million_input_audio, per_million_output : float
-        For a million tokens of each kind.
-    currency : str
-        Three letters.
-    source : str
-        Where and when the prices were read.
-
-    Example
-    -------
-    >>> price = Price(per_million_input_text=2.0, per_million_input_audio=40.0, per_million_output=10.0)
-    >>> round(price.cost(Tokens(text=1000, audio=50, output=100)), 6)
-    0.005
-    """
-
-    per_million_input_text: float
-    per_million_input_audio: float
-    per_million_output: float
-    currency: str = "USD"
-    source: str = ""
-
-    def __post_init__(self):
-        for name in ("per_million_input_text", "per_million_input_audio", "per_million_output"):
-            value = getattr(self, name)
-            if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value < float("inf"):
-                raise UserError(f"lalm_profile: price: {name} must be a number that is not negative, not {value!r}")
-
-    def cost(self, tokens: Tokens | None = None, batch: Tokens | None = None) -> float:
-        """Price of tokens, and of those of the Batch API, in the currency."""
-        tokens = (tokens or NO_TOKENS) + (batch or NO_TOKENS) * BATCH_SHARE
-        parts = (
-            (tokens.text, self.per_million_input_text),
-            (tokens.audio, self.per_million_input_audio),
-            (tokens.output, self.per_million_output),
-        )
-        return sum(count * price for count, price in parts) / 1e6
-
-
-@dataclasses.dataclass(frozen=True)
-class Tokens:
+class Tokens(NamedTuple):
     """Numbers of tokens by what they cost."""
 
     text: float = 0
@@ -143,14 +95,35 @@ class Tokens:
         """All of them, as limits count."""
         return self.text + self.audio + self.output
 
-    def __add__(self, other: Tokens) -> Tokens:
-        return Tokens(self.text + other.text, self.audio + other.audio, self.output + other.output)
-
-    def __mul__(self, times: float) -> Tokens:
-        return Tokens(self.text * times, self.audio * times, self.output * times)
+    def plus(self, other: Tokens) -> Tokens:
+        """Add those of another call."""
+        return Tokens(*map(operator.add, self, other))
 
 
 NO_TOKENS = Tokens()
+
+
+@dataclasses.dataclass(frozen=True)
+class Price:
+    """What a provider asks for a million tokens. Prices change: they are the user's to check."""
+
+    per_million_input_text: float
+    per_million_input_audio: float
+    per_million_output: float
+    currency: str = "USD"
+    source: str = ""
+
+    def __post_init__(self):
+        for name in ("per_million_input_text", "per_million_input_audio", "per_million_output"):
+            value = getattr(self, name)
+            if not is_number(value) or value < 0:
+                raise UserError(f"lalm_profile: price: {name} must be a number that is not negative, not {value!r}")
+
+    def cost(self, tokens: Tokens = NO_TOKENS, batch: Tokens = NO_TOKENS) -> float:
+        """Price of tokens, and of those of the Batch API, in the currency."""
+        prices = (self.per_million_input_text, self.per_million_input_audio, self.per_million_output)
+        live, later = (sum(map(operator.mul, each, prices)) / 1e6 for each in (tokens, batch))
+        return live + BATCH_SHARE * later
 
 
 @dataclasses.dataclass(frozen=True)
@@ -232,35 +205,16 @@ class Profile:
         for name, known in (("audio_part", AUDIO_PARTS), ("constraint", CONSTRAINTS)):
             if getattr(self, name) not in known:
                 raise UserError(f"lalm_profile: {name} {getattr(self, name)!r} is none of {', '.join(known)}")
-        for name, (least, optional) in _NUMBERS.items():
-            value = getattr(self, name)
-            if value is None and optional:
-                continue
-            if isinstance(value, bool) or not isinstance(value, (int, float)) or not least < value < float("inf"):
-                raise UserError(f"lalm_profile: {name} must be a number above {max(least, 0)}, not {value!r}")
+        for name in (*_MAY_BE_NONE, *_NUMBERS):
+            value, least = getattr(self, name), -1 if name == "max_retries" else 0
+            if not ((value is None and name in _MAY_BE_NONE) or (is_number(value) and value > least)):
+                raise UserError(f"lalm_profile: {name} must be a number above 0, not {value!r}")
         if not isinstance(self.sampling, Mapping):
             raise UserError(f"lalm_profile: sampling must be a mapping of request fields, not {self.sampling!r}")
 
     @classmethod
     def of(cls, values: Mapping | None, **given) -> Profile:
-        """Make a profile of a YAML file's values.
-
-        Parameters
-        ----------
-        values : mapping, optional
-            Fields of the class; `price` as a mapping of the fields of `Price`.
-        **given
-            Fields that take precedence.
-
-        Returns
-        -------
-        Profile
-
-        Raises
-        ------
-        UserError
-            If a key is unknown or a value cannot be used.
-        """
+        """Make a profile of a YAML file's values."""
         fields = {**(values or {}), **given}
         if fields.get("price") is not None:
             fields["price"] = _of(Price, fields["price"], "lalm_profile: price: ")
@@ -275,64 +229,30 @@ class Profile:
 # Fields of a request that limit the length of an answer; providers differ in the name.
 OUTPUT_LIMITS = ("max_completion_tokens", "max_tokens")
 
-# Least value (exclusive), and whether the key may be empty.
-_NUMBERS = {
-    "requests_per_minute": (0, True),
-    "tokens_per_minute": (0, True),
-    "longest_audio": (0, True),
-    "concurrency": (0, False),
-    "audio_tokens_per_second": (0, False),
-    "seconds_per_call": (0, False),
-    "timeout": (0, False),
-    "deadline": (0, False),
-    "max_retries": (-1, False),
-}
+_MAY_BE_NONE = ("requests_per_minute", "tokens_per_minute", "longest_audio")
+_NUMBERS = ("concurrency", "audio_tokens_per_second", "seconds_per_call", "timeout", "deadline", "max_retries")
+
+
+def is_number(value: object) -> bool:
+    """Whether a value is a finite number, which a truth value is not."""
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
 
 
 def _of(cls, values: Mapping, where: str):
-    known: Sequence[str] = [field.name for field in dataclasses.fields(cls)]
+    known = inspect.signature(cls).parameters
     unknown = [key for key in values if key not in known]
     if unknown:
         raise UserError(f"{where}{', '.join(map(str, unknown))} is none of {', '.join(known)}")
-    needed = [
-        field.name
-        for field in dataclasses.fields(cls)
-        if field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING
-    ]
-    missing = [name for name in needed if name not in values]
+    missing = [name for name, given in known.items() if given.default is given.empty and name not in values]
     if missing:
         raise UserError(f"{where}{', '.join(missing)} missing")
     return cls(**values)
 
 
 def read_profile(path: str | Path | None, **given) -> Profile:
-    """Read a provider's profile.
-
-    Parameters
-    ----------
-    path : str or pathlib.Path, optional
-        A YAML file as in `hparams/lalm`; the default profile without it.
-    **given
-        Fields that take precedence.
-
-    Returns
-    -------
-    Profile
-
-    Raises
-    ------
-    UserError
-        If the file cannot be read, or holds what no profile has.
-
-    Example
-    -------
-    >>> read_profile(None, model="m").model
-    'm'
-    """
-    if path is None:
-        return Profile.of(None, **given)
+    """Read a provider's profile."""
     try:
-        values = plain_yaml(path)
+        values = {} if path is None else plain_yaml(path)
     except ValueError as error:
         raise UserError(
             f"--profile {path}: cannot be read: {error}. Name a file such as hparams/lalm/openai.yaml"

@@ -24,7 +24,7 @@ import torch
 from speechbrain_mifuse.lalm.answer import KINDS, SAMPLE_KINDS, Response
 from speechbrain_mifuse.lalm.hashes import foreign_journal
 from speechbrain_mifuse.lalm.limits import used_tokens
-from speechbrain_mifuse.lalm.profile import Tokens
+from speechbrain_mifuse.lalm.profile import NO_TOKENS, Tokens
 from speechbrain_mifuse.lalm.prompt import Prompt
 from speechbrain_mifuse.utils.errors import UserError
 from speechbrain_mifuse.utils.files import encodable
@@ -85,7 +85,8 @@ CREATE TABLE answers (
 # A sample is never overwritten: what training has read once stays true. A rejected answer makes room for its retry,
 # which keeps the tokens of the replaced attempt below its own: they were paid for.
 _PUT = """
-INSERT INTO answers VALUES (?, (SELECT audio_id FROM audio WHERE sha256 = ?), ?, ?, ?, ?, ?, 1, ?, ?, ?, ?, ?, ?, ?, ?)
+INSERT INTO answers
+VALUES (?, (SELECT audio_id FROM audio WHERE sha256 = ?), ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)
 ON CONFLICT DO UPDATE SET
     kind = excluded.kind, probs = excluded.probs, label_mass = excluded.label_mass, status = excluded.status,
     attempts = answers.attempts + 1, reason = excluded.reason, seed = excluded.seed, created = excluded.created,
@@ -231,25 +232,7 @@ class Query:
 
 @dataclasses.dataclass(frozen=True)
 class Record:
-    """One answer on its way into the store.
-
-    Attributes
-    ----------
-    audio : str
-        `content_hash` of the recording at 16 kHz: 64 hexadecimal digits.
-    k : int
-        Index of the sample, from 0.
-    utt_id : str
-        Utterance that the recording was asked for, for provenance only.
-    response : Response
-        The parsed reply with its provenance.
-
-    Example
-    -------
-    >>> from speechbrain_mifuse.lalm.answer import Answer
-    >>> Record("0" * 64, 0, "iem-1", Response(Answer("invalid", reason="empty reply"), "{}")).k
-    0
-    """
+    """One answer on its way into the store."""
 
     audio: str
     k: int
@@ -369,24 +352,7 @@ class LabelStore:
 
     @classmethod
     def existing(cls, path: str | Path, read_only: bool = False) -> LabelStore:
-        """Open a store that must exist.
-
-        Parameters
-        ----------
-        path : str or pathlib.Path
-            Its file.
-        read_only : bool
-            As in the class.
-
-        Returns
-        -------
-        LabelStore
-
-        Raises
-        ------
-        StoreError
-            If there is no such file, or as the class says.
-        """
+        """Open a store that must exist."""
         if not Path(path).is_file():
             raise StoreError(f"label store {path}: no such file. Name one that a collection or an import has written.")
         return cls(path, read_only)
@@ -402,22 +368,7 @@ class LabelStore:
         self._db.close()
 
     def put_many(self, query: Query, records: Iterable[Record]):
-        """Write answers in one transaction; on disk when this returns.
-
-        A sample that is already stored is kept. A refused or invalid answer is replaced and its attempts are counted.
-
-        Parameters
-        ----------
-        query : Query
-            What was asked.
-        records : iterable of Record
-            Answers to it.
-
-        Raises
-        ------
-        StoreError
-            If the disk is full, the file is read-only, or a record does not fit the label set.
-        """
+        """Write answers in one transaction; on disk when this returns."""
         records, now = list(records), time.time()
         with self._transaction():
             number = self._query_id(query, create=True)
@@ -425,7 +376,7 @@ class LabelStore:
             self._db.executemany(
                 "INSERT INTO audio (sha256) VALUES (?) ON CONFLICT DO NOTHING", ((digest,) for digest in hashes)
             )
-            self._db.executemany(_PUT, (_row(number, record, len(query.labels), now) for record in records))
+            self._db.executemany(_PUT, (_row(number, len(query.labels), _entry_of(record, now)) for record in records))
 
     def have(self, query: Query) -> set[tuple[str, int]]:
         """Return the pairs (audio hash, sample index) of all stored samples; refused and invalid answers are none."""
@@ -438,18 +389,7 @@ class LabelStore:
         return {(digest.hex(), k): attempts for digest, k, attempts in rows}
 
     def rejections(self, query: Query) -> list[tuple[str, str, int, str]]:
-        """Count the reasons why answers are no samples, the commonest first.
-
-        Parameters
-        ----------
-        query : Query
-            What was asked.
-
-        Returns
-        -------
-        list of (str, str, int, str)
-            Kind, reason, number of answers, and one of their raw replies.
-        """
+        """Count the reasons why answers are no samples, the commonest first."""
         with self._reading():
             return self._db.execute(
                 "SELECT kind, reason, COUNT(*), MIN(raw) FROM answers WHERE query_id = ? AND status = 'rejected' "
@@ -497,13 +437,7 @@ class LabelStore:
         return counts
 
     def queries(self) -> list[QuerySummary]:
-        """List what was asked, with counts, refusals and tokens.
-
-        Returns
-        -------
-        list of QuerySummary
-            In the order of their first answer.
-        """
+        """List what was asked, with counts, refusals and tokens."""
         counts: dict[int, dict[str, int]] = {}
         for number, kind, count in self.read("SELECT query_id, kind, COUNT(*) FROM answers GROUP BY query_id, kind"):
             counts.setdefault(number, dict.fromkeys(KINDS, 0))[kind] = count
@@ -516,7 +450,7 @@ class LabelStore:
                     Query(prompt_hash, json.loads(labels), model, base_url, json.loads(sampling), endpoint, prompt),
                     counts.get(number, dict.fromkeys(KINDS, 0)),
                     *(recordings, k, attempts, first, last),
-                    *(bills.get((number, batch), Tokens()) for batch in (False, True)),
+                    *(bills.get((number, batch), NO_TOKENS) for batch in (False, True)),
                 )
                 for number, prompt_hash, labels, model, base_url, sampling, endpoint, prompt, *rest in rows
                 for recordings, k, attempts, first, last in (rest,)
@@ -527,18 +461,7 @@ class LabelStore:
             raise self._unreadable("a query", error) from None
 
     def recordings(self, query: Query) -> dict[str, str]:
-        """Content hashes by utterance id, of all utterances that a query was asked for.
-
-        Parameters
-        ----------
-        query : Query
-            What was asked.
-
-        Returns
-        -------
-        dict of str to str
-            Without utterances whose recording was asked about under another id.
-        """
+        """Content hashes by utterance id, of all utterances that a query was asked for."""
         with self._reading():
             number = self._query_id(query)
         rows = self.read(
@@ -549,18 +472,7 @@ class LabelStore:
         return dict(rows)
 
     def entries(self, query: Query) -> Iterator[Entry]:
-        """Read all answers of a query, whatever their kind, without holding them in memory.
-
-        Parameters
-        ----------
-        query : Query
-            What was asked.
-
-        Yields
-        ------
-        Entry
-            By content hash and sample index: in the same order from every store with these answers.
-        """
+        """Read all answers of a query, whatever their kind, without holding them in memory."""
         with self._reading():
             number = self._query_id(query)
         last: tuple[bytes, int] = (b"", -1)
@@ -584,27 +496,8 @@ class LabelStore:
     def copying(self) -> Iterator[Callable[[Query, Entry], str]]:
         """Take over answers of another store: all of them when the block ends, none if it raises.
 
-        Yields
-        ------
-        callable
-            Takes a query and an entry, and returns what became of it: "new" (stored, where there was none or a rejected
-            one), "same" (the store has it, or a sample where this one is rejected), or "conflict" (the store has
-            another sample, and keeps it).
-
-        Raises
-        ------
-        StoreError
-            If the store cannot be written, or an entry does not fit the label set.
-
-        Example
-        -------
-        >>> import tempfile
-        >>> query = Query("0" * 64, ("angry", "sad"), "m", "http://127.0.0.1/v1", {"temperature": 1})
-        >>> entry = Entry("ab" * 32, 0, "u1", "label", (1.0, 0.0), None, 1, "", None, 0.0, "m", "", None, "{}")
-        >>> other = entry._replace(probs=(0.0, 1.0))
-        >>> with LabelStore(tempfile.mkdtemp() + "/labels.sqlite") as store, store.copying() as copy:
-        ...     copy(query, entry), copy(query, entry), copy(query, other)
-        ('new', 'same', 'conflict')
+        The callable takes a query and an entry, and returns "new" (stored, where there was none or a rejected one),
+        "same" (the store has it, or a sample where this one is rejected), or "conflict" (another sample, which stays).
         """
         numbers: dict[Query, int] = {}
 
@@ -617,25 +510,7 @@ class LabelStore:
             yield copy
 
     def read(self, statement: str, parameters: Sequence = ()) -> list[tuple]:
-        """Run one reading SQL statement.
-
-        Parameters
-        ----------
-        statement : str
-            SQL; the tables are described at the top of this file.
-        parameters : sequence
-            Its values.
-
-        Returns
-        -------
-        list of tuple
-            Rows.
-
-        Raises
-        ------
-        StoreError
-            If the file is damaged.
-        """
+        """Run one reading SQL statement."""
         with self._reading():
             return self._db.execute(statement, parameters).fetchall()
 
@@ -649,7 +524,7 @@ class LabelStore:
             if not entry.is_sample and _newness(entry) <= _newness(stored):
                 return "same"
         self._db.execute("INSERT INTO audio (sha256) VALUES (?) ON CONFLICT DO NOTHING", (digest,))
-        self._db.execute(_COPY, _copied_row(number, classes, entry))
+        self._db.execute(_COPY, _row(number, classes, entry))
         return "new"
 
     def _bills(self) -> dict[tuple[int, bool], Tokens]:
@@ -659,7 +534,7 @@ class LabelStore:
             usage = json.loads(text)
             while usage:
                 key = (number, "batch" in usage)
-                bills[key] = bills.get(key, Tokens()) + (used_tokens(usage) or Tokens())
+                bills[key] = bills.get(key, NO_TOKENS).plus(used_tokens(usage) or NO_TOKENS)
                 usage = usage.get("replaced")
         return bills
 
@@ -856,25 +731,19 @@ def _plain(name: str, value: object) -> object:
         raise UserError(f"sampling parameter {name} must be a JSON value, not {value!r}") from None
 
 
-def _row(number: int, record: Record, classes: int, now: float) -> tuple:
+def _entry_of(record: Record, now: float) -> Entry:
     response, answer = record.response, record.response.answer
-    if answer.is_sample and len(answer.probs or ()) != classes:
-        raise StoreError(
-            f"{record.utt_id}: an answer with {len(answer.probs or ())} probabilities for {classes} labels"
-        )
-    probs = np.asarray(answer.probs, dtype="<f4").tobytes() if answer.is_sample else None
-    status = "sample" if answer.is_sample else "rejected"
-    usage = json.dumps(response.usage) if response.usage else None
-    return (
-        *(number, bytes.fromhex(record.audio), record.k, answer.kind, probs, answer.label_mass, status, answer.reason),
-        *(response.seed, now, response.served_model, response.system_fingerprint, usage, record.utt_id, response.raw),
+    return Entry(
+        *(record.audio, record.k, record.utt_id, answer.kind, answer.probs, answer.label_mass, 1, answer.reason),
+        *(response.seed, now, response.served_model, response.system_fingerprint, response.usage, response.raw),
     )
 
 
-def _copied_row(number: int, classes: int, entry: Entry) -> tuple:
+def _row(number: int, classes: int, entry: Entry) -> tuple:
     if entry.is_sample and len(entry.probs or ()) != classes:
         raise StoreError(
-            f"recording {entry.audio}, sample {entry.k}: {len(entry.probs or ())} probabilities for {classes} labels"
+            f"{entry.utt_id}: recording {entry.audio}, sample {entry.k}: an answer with {len(entry.probs or ())} "
+            f"probabilities for {classes} labels"
         )
     probs = np.asarray(entry.probs, dtype="<f4").tobytes() if entry.is_sample else None
     status = "sample" if entry.is_sample else "rejected"

@@ -296,7 +296,7 @@ def _against_source(
 
 
 def _cost(bill: Bill) -> dict:
-    told = {"tokens": vars(bill.tokens), "batch_tokens": vars(bill.batch_tokens), "samples": bill.samples}
+    told = {"tokens": bill.tokens._asdict(), "batch_tokens": bill.batch_tokens._asdict(), "samples": bill.samples}
     if bill.cost is None:
         return told
     told |= {"currency": bill.price.currency, "cost": round(bill.cost, 6), "prices": bill.price.source}

@@ -82,9 +82,9 @@ def hashes(tones):
 def test_a_run_brings_every_sample_and_a_second_one_asks_nothing(store, tones):
     with simulated_batch_server(distribution, looks=2) as server, job_of(store, server) as job:
         found = run(job, tones)
-        assert (found.stored, found.answers, found.unanswered, found.unknown) == (12, 12, {}, [])
+        assert (found.stored, found.asked, found.unanswered, found.unknown) == (12, 12, {}, [])
         assert store.load(job.query, hashes(tones), 3).mask.all() and check(store).problems == []
-        assert run(job, tones).answers == 0 and len(server.batches) == 1
+        assert run(job, tones).asked == 0 and len(server.batches) == 1
         assert job.status() == "part 0001: 4 requests, ingested, batch-1, completed 4/4"
 
 
