@@ -171,28 +171,14 @@ def run_report(options: argparse.Namespace) -> None:
         print(report_store(store, summary, options.manifest, options.output, options.source, price))
 
 
-def _make(job, wavs, k: int, every: float) -> str:
-    return f"{job.make(wavs, k)} requests made"
-
-
-def _submit(job, wavs, k: int, every: float) -> str:
-    job.submit()
-    return "submitted"
-
-
-def _poll(job, wavs, k: int, every: float) -> str:
-    return "all have ended" if job.poll() else "not all have ended"
-
-
-def _ingest(job, wavs, k: int, every: float) -> str:
-    return job.ingest().summary()
-
-
-def _run(job, wavs, k: int, every: float) -> str:
-    return job.run(wavs, k, every=every).summary()
-
-
-STEPS = {"make": _make, "submit": _submit, "poll": _poll, "ingest": _ingest, "run": _run}
+# What each step of a batch job does, and says of it.
+STEPS = {
+    "make": lambda job, wavs, k, every: f"{job.make(wavs, k)} requests made",
+    "submit": lambda job, wavs, k, every: job.submit() or "submitted",
+    "poll": lambda job, wavs, k, every: "all have ended" if job.poll() else "not all have ended",
+    "ingest": lambda job, wavs, k, every: job.ingest().summary(),
+    "run": lambda job, wavs, k, every: job.run(wavs, k, every=every).summary(),
+}
 
 
 def run_batch(options: argparse.Namespace) -> None:

@@ -1,5 +1,7 @@
 """What one reply of an audio language model says: a distribution, a label, a refusal, or nothing usable.
 
+Written by hand: libraries that read loose JSON guess, and none knows a refusal from a label.
+
 Parsing is pure and pessimistic. A teacher that refuses, rambles or is cut off gives *no sample*: turning such a reply
 into a uniform distribution, or into the one label that its apology happens to mention, would teach the student noise.
 A reply is a stranger's text: whatever it holds, reading it ends soon and raises nothing.
@@ -42,9 +44,6 @@ SYNONYMS = (
 # Codes that name an emotion where they stand alone, and are words of other languages in a sentence.
 _CODES = {"ang", "hap", "neu"}
 
-# Says how an emotion sounds, and contradicts none.
-_COMPATIBLE = {"calm", "calmness"}
-
 # Keys of a JSON object whose text is the choice; other texts (a transcript, a reason) may name what they like.
 _CHOICE_KEYS = {
     f"{of}{what}"
@@ -82,9 +81,6 @@ _ONLY_REASONING = (
     "the content is empty and all text is in reasoning_content: switch thinking off (sampling: {chat_template_kwargs: "
     "{enable_thinking: false}} or reasoning_effort in the profile), or start the server without its reasoning parser"
 )
-
-# Articles are prefixes of "angry" and yet open any sentence.
-_ARTICLES = {"a", "an"}
 
 # Apostrophes and hyphens of all kinds; compatibility normalisation would make blanks of some of them.
 _ONE_KIND = str.maketrans(dict.fromkeys("’‘ʼ´`′＇", "'") | dict.fromkeys("‐‑‒–−－", "-"))
@@ -202,21 +198,7 @@ Parser = Callable[[Reply, tuple[str, ...]], Answer]
 
 
 def parse_answer(reply: Reply, labels: Sequence[str], parsers: Sequence[Parser]) -> Answer:
-    """Read one reply with the first parser that finds a sample in it.
-
-    Parameters
-    ----------
-    reply : Reply
-        One choice of a chat completion.
-    labels : sequence of str
-        The label set; its order is the order of the probabilities.
-    parsers : sequence of callable
-        Tried in order, see `speechbrain_mifuse.lalm.prompt.ANSWER_FORMS`. If none succeeds the first one's reason
-        is reported.
-
-    Returns
-    -------
-    Answer
+    """Read one reply with the first parser that finds a sample in it; if none does, give the first one's reason.
 
     Example
     -------
@@ -351,7 +333,8 @@ def _vocabulary(labels: tuple[str, ...]) -> _Vocabulary:
             words.update(dict.fromkeys(group, named[0]))
     bare = {**words, **exact}
     sentence = [word for word in bare if word in exact or word not in _CODES]
-    known = {word for group in SYNONYMS for word in group} - _CODES - _COMPATIBLE
+    # "Calm" says how an emotion sounds, and contradicts none.
+    known = {word for group in SYNONYMS for word in group} - _CODES - {"calm", "calmness"}
     return _Vocabulary(labels, bare, _any_of(sentence), _any_of(known - bare.keys()))
 
 
@@ -426,7 +409,7 @@ def _choice_in_json(text: str, words: _Vocabulary) -> tuple[str, str]:
         return text, ""
     objects = [item for value in values for item in (value if isinstance(value, list) else [value])]
     texts = [_under(item, _CHOICE_KEYS) for item in objects if isinstance(item, dict)]
-    choices = [" ; ".join(words) for each in texts if (words := [text for text in each if isinstance(text, str)])]
+    choices = [" ; ".join(said) for each in texts if (said := [part for part in each if isinstance(part, str)])]
     if len(choices) > 1 and not all(words.named(_plain(choice)) for choice in choices):
         raise ValueError("several objects, and not all choose a label")
     return " ; ".join(choices), beside
@@ -440,7 +423,7 @@ def _key(key: str) -> str:
 def _label_of_token(token: str, labels: Sequence[str], words: Mapping[str, str]) -> str | None:
     # Byte-pair vocabularies mark a leading space as "Ġ" or "▁".
     piece = _plain(token.strip(" \t\r\n\"'`*Ġ▁"))
-    if not piece or piece in _ARTICLES:
+    if piece in ("", "a", "an"):  # articles are prefixes of "angry" and yet open any sentence
         return None
     if piece in words:
         return words[piece]

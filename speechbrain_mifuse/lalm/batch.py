@@ -42,7 +42,7 @@ from speechbrain_mifuse.lalm.collect import (
     warn_of_cut,
 )
 from speechbrain_mifuse.lalm.hashes import HashCache
-from speechbrain_mifuse.lalm.limits import LalmError, expected_tokens, most_tokens
+from speechbrain_mifuse.lalm.limits import LalmError, estimated_tokens
 from speechbrain_mifuse.lalm.prompt import Clip, Prompt
 from speechbrain_mifuse.lalm.redaction import redacted, short
 from speechbrain_mifuse.lalm.store import LabelStore, Query, Record
@@ -57,22 +57,15 @@ logger = logging.getLogger(__name__)
 
 ENDPOINT = "/v1/chat/completions"
 
-# OpenAI's limits of one input file: requests, and bytes (200 MB, less some room).
-MAX_REQUESTS = 50_000
-MAX_BYTES = 190_000_000
-
 # Keys of a batch's metadata by which it is found again.
 JOB, PART = "speechbrain_mifuse_job", "speechbrain_mifuse_part"
-
 # Files of up to 200 MB take longer than a question.
 TRANSFER_SECONDS = 900.0
 TRANSFER_RETRIES = 4
 # Of a file of results, which is read whole.
 _MOST_BYTES = 2**29
-
 # Batches older than this before an attempt to start one cannot be its outcome, whatever the clocks say.
 _DAY = 86400
-
 STATE_VERSION = 1
 _OVER = ("ingested", "failed")
 _ENDED = ("completed", "expired", "cancelled")
@@ -130,8 +123,11 @@ class _Request(NamedTuple):
     seed: int | None
 
 
-class BatchJob:
-    """Collection of one query's answers by the Batch API."""
+class BatchJob(contextlib.AbstractContextManager):
+    """Collection of one query's answers by the Batch API; the same four objects must be given every time."""
+
+    # OpenAI's limits of one input file: requests, and bytes (200 MB, less some room).
+    max_requests, max_bytes = 50_000, 190_000_000
 
     def __init__(
         self, prompt: Prompt, client: LalmClient, store: LabelStore, query: Query, folder: str | Path | None = None
@@ -153,9 +149,6 @@ class BatchJob:
             self._lock.release()
             raise
 
-    def __enter__(self) -> BatchJob:
-        return self
-
     def __exit__(self, *_):
         self.close()
 
@@ -164,17 +157,9 @@ class BatchJob:
         self._lock.release()
 
     @summarized()
-    def make(
-        self,
-        utterances: Sequence[Utterance],
-        k: int,
-        max_attempts: int = 3,
-        max_requests: int = MAX_REQUESTS,
-        max_bytes: int = MAX_BYTES,
-        show_progress: bool = True,
-    ) -> int:
+    def make(self, utterances: Sequence[Utterance], k: int, show_progress: bool = True) -> int:
         """Write request files for all samples that neither the store nor an open batch has."""
-        wanted = Wanted(self.prompt, self.client.profile.honours_n, self.store, self.query, k, max_attempts)
+        wanted = Wanted(self.prompt, self.client.profile.honours_n, self.store, self.query, k)
         for part in self._with("made", "uploaded", "starting", "started", "ended"):
             wanted.have.update((r.audio, r.k + i) for r in self._index(part).values() for i in range(r.n))
         self._cut = 0
@@ -183,7 +168,7 @@ class BatchJob:
             tempfile.TemporaryDirectory(dir=self.folder, prefix=".") as folder,
             HashCache.beside(self.store.path) as hashes,
         ):
-            writer = _PartWriter(self, Path(folder), max_requests, max_bytes)
+            writer = _PartWriter(self, Path(folder))
             try:
                 for utt_id, source in progress(utterances, desc="requests", unit="utt", disable=not show_progress):
                     for ask, audio, clip in self._asks(utt_id, source, wanted, hashes):
@@ -219,21 +204,12 @@ class BatchJob:
             check_usable(self.store, self.query)
         return found
 
-    def run(
-        self,
-        utterances: Sequence[Utterance],
-        k: int,
-        max_attempts: int = 3,
-        every: float = 60.0,
-        max_requests: int = MAX_REQUESTS,
-        max_bytes: int = MAX_BYTES,
-        show_progress: bool = True,
-    ) -> Ingested:
+    def run(self, utterances: Sequence[Utterance], k: int, every=60.0, show_progress=True) -> Ingested:
         """Go on from wherever the job stands until every recording has `k` samples or is out of attempts."""
         found = Ingested()
         while True:
             nothing_open = not any(part.open for part in self.parts)
-            if nothing_open and not self.make(utterances, k, max_attempts, max_requests, max_bytes, show_progress):
+            if nothing_open and not self.make(utterances, k, show_progress):
                 return found
             round_ = self._round(every, show_progress)
             found += round_
@@ -263,8 +239,7 @@ class BatchJob:
         return found
 
     def _asks(self, utt_id: str, source, wanted: Wanted, hashes: HashCache) -> Iterator[tuple[Ask, str, Clip]]:
-        known = None if callable(source) else hashes.get(source)
-        if known is not None and wanted.nothing(known.audio):
+        if wanted.nothing(hashes.get(source)):
             return
         try:
             recording = read_recording(source, self.client.profile.longest_audio, hashes)
@@ -316,12 +291,8 @@ class BatchJob:
         self._save()
         try:
             # Never retried by itself: what failed may have been started all the same.
-            batch = await self._api.batches.create(
-                input_file_id=part.file_id,
-                endpoint=ENDPOINT,
-                completion_window="24h",
-                metadata={JOB: self.job, PART: part.name},
-            )
+            options = {"completion_window": "24h", "metadata": {JOB: self.job, PART: part.name}}
+            batch = await self._api.batches.create(input_file_id=part.file_id, endpoint=ENDPOINT, **options)
         except openai.APIStatusError as error:
             if error.status_code < 500:  # refused, so certainly not started
                 part.status = "uploaded"
@@ -498,8 +469,8 @@ class BatchJob:
 class _PartWriter:
     """Spreads requests over files within the limits, in a folder that only `close` empties."""
 
-    def __init__(self, job: BatchJob, folder: Path, max_requests: int, max_bytes: int):
-        self.job, self.folder, self.max_requests, self.max_bytes = job, folder, max_requests, max_bytes
+    def __init__(self, job: BatchJob, folder: Path):
+        self.job, self.folder = job, folder
         self.parts: list[Part] = []
         self.files: list[IO[bytes]] = []
         self.size, self.spent = 0, job._spent()
@@ -510,12 +481,12 @@ class _PartWriter:
         body = job.client.body(prompt, clip.data, ask.n, **{**job.query.sampling, "seed": ask.seed})
         custom_id = _custom_id(job.query, audio, ask)
         line = json.dumps({"custom_id": custom_id, "method": "POST", "url": ENDPOINT, "body": body}).encode() + b"\n"
-        if len(line) > self.max_bytes:
+        if len(line) > job.max_bytes:
             raise UserError(
-                f"{utt_id}: one request of {len(line)} bytes, and a file of them may have {self.max_bytes}. Set "
+                f"{utt_id}: one request of {len(line)} bytes, and a file of them may have {job.max_bytes}. Set "
                 "`longest_audio` in the lalm_profile."
             )
-        if not self.files or self.parts[-1].requests == self.max_requests or self.size + len(line) > self.max_bytes:
+        if not self.files or self.parts[-1].requests == job.max_requests or self.size + len(line) > job.max_bytes:
             self._begin()
         self._count(prompt, ask, clip)
         self.files[0].write(line)
@@ -553,8 +524,7 @@ class _PartWriter:
         budget, profile = self.job.client.budget, self.job.client.profile
         if budget.price is None:
             return
-        expected = expected_tokens(prompt, clip.seconds, ask.n, profile)
-        most = most_tokens(prompt, expected, ask.n, profile.output_limit(self.job.query.sampling))
+        _, most = estimated_tokens(prompt, clip.seconds, ask.n, profile, self.job.query.sampling)
         cost = budget.price.cost(batch=most)
         self.parts[-1].most += cost
         self.spent += cost

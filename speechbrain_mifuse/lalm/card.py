@@ -13,6 +13,7 @@ from speechbrain_mifuse.utils.errors import UserError
 YES, NO, UNKNOWN = "yes", "no", "cannot tell"
 # Value of a finding where the server does not merely ignore a field but answers with an error.
 REJECTED = "rejected"
+_NO_SAMPLES = "all samples of a recording would be equal: ask for one sample, or vary the question"
 _NO_AUDIO = "ask a model that takes audio, or a server that passes it on"
 
 
@@ -52,14 +53,11 @@ class Card:
         """Show the card to people."""
         reported = " ".join(filter(None, (self.served_model, self.fingerprint)))
         head = f"{self.model} at {self.base_url}" + (f", reports itself as {reported}" if reported else "")
-        spent = (
-            f"{self.calls} calls, {self.prompt_tokens} prompt tokens, {self.completion_tokens} tokens of answers; "
-            f"audio as {self.audio_part}"
-        )
+        spent = f"{self.calls} calls, {self.prompt_tokens} prompt tokens, {self.completion_tokens} tokens of answers"
         wide = max(map(len, self.findings), default=0)
         far = max((len(finding.verdict) for finding in self.findings.values()), default=0)
         rows = [f"{name:{wide}}  {found.verdict:{far}}  {found.evidence}" for name, found in self.findings.items()]
-        return "\n".join([head, spent, "", *rows])
+        return "\n".join([head, f"{spent}; audio as {self.audio_part}", "", *rows])
 
     def to_json(self) -> str:
         """Serialise the card."""
@@ -116,8 +114,7 @@ def _wanted(card: Card, needs: Needs) -> Iterator[tuple[str, str]]:
     """Give the findings that a collection asks for, each with what to do without."""
     profile = needs.profile
     parts, constraints = card.good("hears_", AUDIO_PARTS), [*card.good("constraint_", CONSTRAINTS), "none"]
-    other_part = f"set audio_part: {parts[0]} in the profile" if parts else _NO_AUDIO
-    yield f"hears_{profile.audio_part}", other_part
+    yield f"hears_{profile.audio_part}", f"set audio_part: {parts[0]} in the profile" if parts else _NO_AUDIO
     if profile.constraint != "none":
         yield f"constraint_{profile.constraint}", f"set constraint: {constraints[0]} in the profile"
     if profile.answer_form == "logprobs":
@@ -128,7 +125,4 @@ def _wanted(card: Card, needs: Needs) -> Iterator[tuple[str, str]]:
     if profile.honours_seed and card["honours_seed"].value == REJECTED:
         yield "honours_seed", "set honours_seed: False in the profile"
     if needs.samples > 1 and not needs.varied:
-        yield (
-            "honours_temperature",
-            "all samples of a recording would be equal: ask for one sample, or vary the question",
-        )
+        yield "honours_temperature", _NO_SAMPLES

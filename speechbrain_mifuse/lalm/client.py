@@ -1,4 +1,7 @@
-"""Asking an OpenAI-compatible chat-completions API about one recording."""
+"""Asking an OpenAI-compatible chat-completions API about one recording.
+
+Attempts are repeated by hand: the retries of the openai package know neither the limits nor the budget.
+"""
 
 from __future__ import annotations
 
@@ -23,9 +26,8 @@ from speechbrain_mifuse.lalm.limits import (
     Budget,
     LalmError,
     Pace,
-    expected_tokens,
+    estimated_tokens,
     known_usage,
-    most_tokens,
     retry_after,
     used_tokens,
 )
@@ -150,24 +152,15 @@ class LalmClient:
         Address of the API; by default ``OPENAI_BASE_URL``, else OpenAI's.
     model : str
         Model name.
-    timeout : float
-        Seconds for one attempt.
+    timeout, deadline : float
+        Seconds for one attempt, and for one request with all its attempts; waiting for limits, for the budget, or
+        because the server asked for it, does not count.
     max_retries : int
         Further attempts after a time-out, a lost connection, a reply that is no completion, or status 408, 409, 429 or
         5xx, with exponential back-off. Where the server says how long to wait (``Retry-After``) after 429 or 503, all
         calls of this client wait.
-    deadline : float
-        Seconds for one request with all its attempts; waiting for limits, for the budget, or because the server asked
-        for it, does not count.
-    profile : Profile, optional
-        What the provider understands and allows.
-    budget : Budget, optional
-        Money that may be spent; nothing is counted by default.
-
-    Raises
-    ------
-    UserError
-        If `base_url` is no address or carries credentials.
+    profile, budget : Profile, Budget, optional
+        What the provider understands and allows, and the money that may be spent.
 
     Example
     -------
@@ -208,10 +201,7 @@ class LalmClient:
         return self
 
     async def __aexit__(self, *_):
-        await self.aclose()
-
-    async def aclose(self):
-        """Close open connections; the client can be used again afterwards."""
+        # The client can be used again afterwards.
         lines, self._lines = self._lines, []
         for line in lines:
             await line.api.close()
@@ -226,28 +216,17 @@ class LalmClient:
 
         Parameters
         ----------
-        prompt : Prompt
-            The question.
+        prompt, n : Prompt, int
+            The question, and the number of answers.
         wav : bytes or Clip
             A WAV file; as a `Clip` it is encoded once for many calls.
-        n : int
-            Number of answers.
-        temperature : float
-            Sampling temperature; 0 asks for the most likely answer.
-        seed : int, optional
-            Best effort on most servers; not sent where the profile says that it is not honoured.
-        **sampling
-            Further fields of the API, e.g. `top_p`.
+        temperature, seed, **sampling
+            Fields of the API; the seed is not sent where the profile says that it is not honored.
 
         Returns
         -------
         list of Response
             Exactly `n`; refused and unusable replies are among them, marked by their kind.
-
-        Raises
-        ------
-        LalmError
-            If the server is down, rejects the request, does not answer before the deadline, or the budget is used up.
         """
         clip = wav if isinstance(wav, Clip) else Clip.of(wav)
         responses: list[Response] = []
@@ -264,10 +243,9 @@ class LalmClient:
         body = self.body(prompt, _AUDIO, n, seed, temperature, **sampling)
         # Escaping the audio again for each call would cost more than all the rest.
         before, _, after = json.dumps(body).partition(_AUDIO)
-        expected = expected_tokens(prompt, clip.seconds, n, self.profile)
-        most = most_tokens(prompt, expected, n, self.profile.output_limit(sampling))
+        tokens = estimated_tokens(prompt, clip.seconds, n, self.profile, sampling)
         try:
-            completion = await self._attempts(_Call(f"{before}{clip.data}{after}".encode(), expected, most))
+            completion = await self._attempts(_Call(f"{before}{clip.data}{after}".encode(), *tokens))
         except (openai.OpenAIError, _Unusable) as error:
             if getattr(error, "code", None) in BLOCKED:
                 return [self.blocked(_message_of(error), seed)]
@@ -432,7 +410,7 @@ class LalmClient:
             api_key=self._key(),
             base_url=self.base_url,
             timeout=self.timeout,
-            max_retries=0,  # its own retries would know neither the limits nor the budget
+            max_retries=0,
             http_client=line,
         )
 
@@ -590,7 +568,6 @@ def reply_of(choice, clean: Callable[[str], str] | None = None) -> Reply:
 
 
 def _kept(text: str, clean: Callable[[str], str]) -> str:
-    """Give what is kept of a text: without secrets, and bounded."""
     return clean(text)[:_LONGEST_TEXT]
 
 

@@ -13,11 +13,11 @@ import json
 import logging
 import threading
 import time
-import wave
 from collections.abc import Callable, Collection, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
+import soundfile
 import torch
 from tqdm import tqdm
 
@@ -39,23 +39,16 @@ SAMPLE_RATE = 16000
 # A retry with the seed that led to a refusal would be refused again; this stride keeps the seeds of retries apart from
 # those of other samples.
 RETRY_SEED_STRIDE = 1_000_003
-
-# Seconds between two looks whether a loop outside was told to stop.
-LOOK_FOR_CTRL_C = 0.2
-
-# Seconds after which a task that has not ended is cancelled once more.
-CANCEL_AGAIN = 0.2
-
-# Seconds between two looks at the counts: writing them out for each call would cost more than counting.
-BETWEEN_LOOKS = 0.2
-
+# How often a sample is asked for before it is given up.
+MAX_ATTEMPTS = 3
+# Seconds between two looks whether a loop outside was told to stop, after which a task that has not ended is cancelled
+# once more, and between two looks at the counts: writing them out for each call would cost more than counting.
+LOOK_FOR_CTRL_C = CANCEL_AGAIN = BETWEEN_LOOKS = 0.2
 # First answers of a query after which a collection stops if none of them can be used: all others would be paid for in
 # vain, too.
 MAX_UNUSABLE = 30
-
 # Characters of an unusable reply that an error quotes.
 QUOTED = 120
-
 logger = logging.getLogger(__name__)
 
 Utterance = tuple[str, "str | Path | Callable[[], torch.Tensor]"]
@@ -119,7 +112,7 @@ def collect(
     query: Query,
     k: int,
     concurrency: int = 8,
-    max_attempts: int = 3,
+    max_attempts: int = MAX_ATTEMPTS,
     max_failures_in_a_row: int = 5,
     show_progress: bool = True,
     deadline: float | None = None,
@@ -136,22 +129,14 @@ def collect(
     ----------
     utterances : sequence of (str, path or callable)
         Identifier, and a file or a function that returns the waveform `[samples]` at 16 kHz.
-    prompt : Prompt
-        The question.
-    client : LalmClient
-        Access to the API, its limits and the budget.
-    store : LabelStore
-        Where the answers go.
-    query : Query
-        The key of the answers; must belong to `prompt` and `client`.
+    prompt, client : Prompt, LalmClient
+        The question, and access to the API with its limits and the budget.
+    store, query : LabelStore, Query
+        Where the answers go, and their key, which must belong to `prompt` and `client`.
     k : int
         Samples per recording.
-    concurrency : int
-        Calls at the same time.
-    max_attempts : int
-        How often a sample is asked for before it is given up.
-    max_failures_in_a_row : int
-        Calls that fail one after the other before the run stops.
+    concurrency, max_attempts, max_failures_in_a_row : int
+        Calls at the same time, attempts before a sample is given up, and failed calls before the run stops.
     show_progress : bool
         Show a progress bar.
     deadline : float, optional
@@ -166,9 +151,8 @@ def collect(
     ------
     LalmError
         If the API is down or fails for every request, the deadline has passed, or no answer to the query can be used:
-        then at most about `MAX_UNUSABLE` are asked for. What was answered before is kept.
-    BudgetReached
-        If the next call could pass the budget; calls in flight are waited for and kept.
+        then at most about `MAX_UNUSABLE` are asked for. Also if the next call could pass the budget. What was answered
+        before is kept.
     StoreError
         If the store cannot be written; asking on would pay for answers that are lost.
     UserError
@@ -275,11 +259,7 @@ async def cancel_until_ended(tasks: Collection[asyncio.Task]):
 def encode_wav(waveform: torch.Tensor) -> bytes:
     """Waveform at 16 kHz as a mono 16-bit PCM WAV file."""
     buffer = io.BytesIO()
-    with wave.open(buffer, "wb") as file:
-        file.setnchannels(1)
-        file.setsampwidth(2)
-        file.setframerate(SAMPLE_RATE)
-        file.writeframes(pcm16(waveform).tobytes())
+    soundfile.write(buffer, pcm16(waveform), SAMPLE_RATE, format="WAV", subtype="PCM_16")
     return buffer.getvalue()
 
 
@@ -298,7 +278,9 @@ def plan(missing: Sequence[int], attempts: Sequence[int], seed: int | None, most
 class Wanted:
     """What is still to be asked about each recording, by what the store holds."""
 
-    def __init__(self, prompt: Prompt, honours_n: bool, store: LabelStore, query: Query, k: int, max_attempts: int):
+    def __init__(
+        self, prompt: Prompt, honours_n: bool, store: LabelStore, query: Query, k: int, max_attempts: int = MAX_ATTEMPTS
+    ):
         self.prompt, self.query, self.k, self.max_attempts = prompt, query, k, max_attempts
         # Questions that differ from sample to sample cannot be asked together.
         self.most = 1 if prompt.varies or not honours_n else None
@@ -314,9 +296,11 @@ class Wanted:
         attempts = [self.rejected.get((audio, i), 0) for i in missing]
         return list(plan(missing, attempts, self.query.sampling.get("seed"), self.most))
 
-    def nothing(self, audio: str) -> bool:
-        """Whether nothing is to be asked about a recording."""
-        return audio in self.claimed or not any(self._wanted(audio, i) for i in range(self.k))
+    def nothing(self, known: Known | None) -> bool:
+        """Whether a recording is known, and nothing is to be asked about it."""
+        if known is None:
+            return False
+        return known.audio in self.claimed or not any(self._wanted(known.audio, i) for i in range(self.k))
 
     def _wanted(self, audio: str, index: int) -> bool:
         key = (audio, index)
@@ -333,10 +317,10 @@ class Recording(NamedTuple):
 
 def read_recording(source, longest_audio: float | None = None, hashes: HashCache | None = None) -> Recording:
     """Read a recording and make it ready to be sent."""
-    before = None if callable(source) else file_stamp(source)
+    before = file_stamp(source)
     waveform = source() if callable(source) else load_audio(source, SAMPLE_RATE)
     known = Known(content_hash(waveform), len(waveform) / SAMPLE_RATE)
-    if hashes is not None and not callable(source):
+    if hashes is not None:
         hashes.put(source, before, known)
     heard = waveform if longest_audio is None else waveform[: int(longest_audio * SAMPLE_RATE)]
     return Recording(known, Clip.of(encode_wav(heard)), len(heard) < len(waveform))
@@ -435,8 +419,7 @@ class _Job:
         return self.ready.popleft()
 
     async def _prepare(self, utt_id: str, source):
-        known = None if callable(source) else self.hashes.get(source)
-        if known is not None and self.wanted.nothing(known.audio):
+        if self.wanted.nothing(self.hashes.get(source)):
             self._skip(self.wanted.k)
             await asyncio.sleep(0)  # thousands of these in a row must not keep the others from their replies
             return

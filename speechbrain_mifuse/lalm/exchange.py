@@ -51,12 +51,11 @@ class Taken:
     same: int = 0
     conflicts: list[str] = dataclasses.field(default_factory=list)
 
-    def count(self, outcome: str, place: Callable[[], str]) -> None:
-        """Count what `LabelStore.copying` says of an answer; `place` names it."""
-        if outcome == "conflict":
-            self.conflicts.append(f"{place()}: the store has another sample there")
-        else:
-            setattr(self, outcome, getattr(self, outcome) + 1)
+    def count(self, outcome: str, entry: str) -> None:
+        """Count what `LabelStore.copying` says of an answer."""
+        self.new += outcome == "new"
+        self.same += outcome == "same"
+        self.conflicts += [f"{entry}: the store has another sample there"] * (outcome == "conflict")
 
     def summary(self) -> str:
         """Say it in a few lines."""
@@ -67,27 +66,21 @@ class Taken:
 
 
 def export(
-    store: LabelStore,
-    path: str | Path,
-    queries: Sequence[Query] | None = None,
-    with_ids: bool = True,
-    show_progress: bool = True,
+    store: LabelStore, path: str | Path, queries: Sequence[Query] | None = None, with_ids=True, show_progress=True
 ) -> int:
     """Write answers to a file without any audio and without any key."""
     known = {summary.query: sum(summary.counts.values()) for summary in store.queries()}
     chosen = list(known if queries is None else queries)
     clean, written = redactor(), 0
     total = sum(known.get(query, 0) for query in chosen)
-    with (
-        _writing_lines(Path(path)) as write,
-        progress(total=total, unit="answer", desc="export", disable=not show_progress) as bar,
-    ):
-        header = _header(chosen)
-        if clean(header) != header:
-            raise StoreError(
-                f"{store.path}: the model, endpoint, prompt or a sampling parameter of a query holds what looks like a "
-                "key. Nothing was exported: such a query cannot be given away."
-            )
+    header = _header(chosen)
+    if clean(header) != header:
+        raise StoreError(
+            f"{store.path}: the model, endpoint, prompt or a sampling parameter of a query holds what looks like a "
+            "key. Nothing was exported: such a query cannot be given away."
+        )
+    bar = progress(total=total, unit="answer", desc="export", disable=not show_progress)
+    with _writing_lines(Path(path)) as write, bar:
         write(header)
         for query in chosen:
             name = _id(query)
@@ -104,8 +97,7 @@ def import_file(path: str | Path, store: LabelStore, show_progress: bool = True)
     taken = Taken()
     with store.copying() as copy, progress(unit="answer", desc="import", disable=not show_progress) as bar:
         for number, query, entry in _read(Path(path)):
-            outcome = copy(query, entry)
-            taken.count(outcome, lambda number=number, entry=entry: f"{path}:{number}: {_named(entry)}")
+            taken.count(copy(query, entry), f"{path}:{number}: {_named(entry)}")
             bar.update()
     return taken
 
@@ -124,7 +116,7 @@ def merge(shards: Sequence[str | Path], into: str | Path, show_progress: bool = 
         for store, query, _ in parts:
             for entry in store.entries(query):
                 outcome = copy(query, _merged(store, entry, len(query.labels)))
-                taken.count(outcome, lambda store=store, entry=entry: f"{store.path}: {_named(entry)}")
+                taken.count(outcome, f"{store.path}: {_named(entry)}")
                 bar.update()
     return taken
 
@@ -189,11 +181,10 @@ def _read(path: Path) -> Iterator[tuple[int, Query, Entry]]:
                 queries = _queries(fields)
             elif ended:
                 raise ValueError("follows the last line of the export; were files joined? Import each on its own")
-            elif set(fields) == {"answers"}:
-                if (ended := fields["answers"]) != answers:
-                    what = f"{answers} answers before this line, which says {ended}"
+            elif ended := set(fields) == {"answers"}:
+                if fields["answers"] != answers:
+                    what = f"{answers} answers before this line, which says {fields['answers']}"
                     raise ValueError(f"{what}: lines are missing or added")
-                ended = True
             else:
                 answers += 1
                 yield number, *_checked(fields, queries)

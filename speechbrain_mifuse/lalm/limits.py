@@ -1,4 +1,7 @@
-"""What holds a collection back: the provider's limits, its request to wait, the money, and an API that is down."""
+"""What holds a collection back: the provider's limits, its request to wait, and the money.
+
+Written by hand: libraries for retries and rate limits know neither what a call can cost nor what a reply did cost.
+"""
 
 from __future__ import annotations
 
@@ -23,20 +26,15 @@ EXPECTED_OUTPUT = {"object": lambda classes: 10 * classes, "word": lambda classe
 
 
 class LalmError(UserError):
-    """The API did not answer."""
+    """The API did not answer; `hopeless` if every other request would fail the same way (wrong key, no credit)."""
 
     def __init__(self, message: str, hopeless: bool = False, status: int | None = None, said: str = ""):
         super().__init__(message)
-        self.hopeless = hopeless
-        self.status = status
-        self.said = said
+        self.hopeless, self.status, self.said = hopeless, status, said
 
 
 class BudgetReached(LalmError):
     """The next call could pass the budget; nothing is wrong with the API."""
-
-    def __init__(self, message: str):
-        super().__init__(message, hopeless=True)
 
 
 class Signal:
@@ -99,7 +97,7 @@ class Budget:
     """
 
     def __init__(self, limit: float | None = None, price: Price | None = None, spent: float = 0.0):
-        if limit is not None and not (is_number(limit) and limit > 0):
+        if limit not in (None, math.inf) and not (is_number(limit) and limit > 0):
             raise UserError(f"--lalm_budget must be a positive amount of money, not {limit!r}")
         if limit is not None and price is None:
             raise UserError(
@@ -116,7 +114,8 @@ class Budget:
             if not self._calls:
                 raise BudgetReached(
                     f"the budget of {self.limit:g} {self.price.currency} would be passed: {self.spent:.4g} are spent "
-                    f"and the next call can cost {amount:.3g}. Raise --lalm_budget to go on"
+                    f"and the next call can cost {amount:.3g}. Raise --lalm_budget to go on",
+                    hopeless=True,
                 )
             await self._changed.wait()
         self._calls += 1
@@ -166,23 +165,17 @@ def retry_after(headers: Mapping[str, str], now: Callable[[], float] = time.time
         return None
 
 
-def expected_tokens(prompt: Prompt, seconds: float, n: int, profile: Profile) -> Tokens:
-    """Estimate what a call takes, for plans and limits."""
-    heard = min(seconds, profile.longest_audio or seconds)
-    return Tokens(
-        text=math.ceil(len(prompt.text()) / 4) + TEMPLATE_TOKENS // 4,
-        audio=math.ceil(heard * profile.audio_tokens_per_second),
-        output=n * EXPECTED_OUTPUT[prompt.form.shape](len(prompt.labels)),
-    )
-
-
-def most_tokens(prompt: Prompt, expected: Tokens, n: int, longest_output: float | None) -> Tokens:
-    """Upper bound of what a call takes, for budgets: no token of text is shorter than a byte."""
-    return Tokens(
-        text=len(prompt.text().encode()) + TEMPLATE_TOKENS,
-        audio=expected.audio + TEMPLATE_TOKENS,
-        output=expected.output if longest_output is None else n * longest_output,
-    )
+def estimated_tokens(
+    prompt: Prompt, seconds: float, n: int, profile: Profile, sampling: Mapping
+) -> tuple[Tokens, Tokens]:
+    """Estimate what a call takes, for plans and limits, and an upper bound, for budgets."""
+    text, heard = prompt.text(), min(seconds, profile.longest_audio or seconds)
+    audio = math.ceil(heard * profile.audio_tokens_per_second)
+    output, longest = n * EXPECTED_OUTPUT[prompt.form.shape](len(prompt.labels)), profile.output_limit(sampling)
+    expected = Tokens(math.ceil(len(text) / 4) + TEMPLATE_TOKENS // 4, audio, output)
+    # No token of text is shorter than a byte.
+    most = (len(text.encode()) + TEMPLATE_TOKENS, audio + TEMPLATE_TOKENS)
+    return expected, Tokens(*most, output if longest is None else n * longest)
 
 
 # Fields of a reply's usage that are kept, and of what they hold.

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 
 from speechbrain_mifuse.lalm.collect import SAMPLE_RATE, Wanted
 from speechbrain_mifuse.lalm.hashes import HashCache, Known
-from speechbrain_mifuse.lalm.limits import expected_tokens, most_tokens
+from speechbrain_mifuse.lalm.limits import estimated_tokens
 from speechbrain_mifuse.lalm.profile import NO_TOKENS, Price, Profile, Tokens
 from speechbrain_mifuse.lalm.prompt import Prompt
 from speechbrain_mifuse.lalm.store import LabelStore, Query
@@ -111,35 +111,27 @@ class Plan:
 
 
 def make_plan(
-    known: Mapping[str, Known],
-    prompt: Prompt,
-    client: LalmClient,
-    store: LabelStore,
-    query: Query,
-    k: int,
-    max_attempts: int = 3,
+    known: Mapping[str, Known], prompt: Prompt, client: LalmClient, store: LabelStore, query: Query, k: int
 ) -> Plan:
     """Plan what `collect` would do, asking nothing."""
     profile, seed = client.profile, query.sampling.get("seed")
-    wanted = Wanted(prompt, profile.honours_n, store, query, k, max_attempts)
+    wanted = Wanted(prompt, profile.honours_n, store, query, k)
     lengths = {recording.audio: recording.seconds for recording in known.values()}
     samples = [(audio, i) for audio in lengths for i in range(k)]
     stored = sum(sample in wanted.have for sample in samples)
-    given_up = sum(wanted.rejected.get(sample, 0) >= max_attempts for sample in samples)
-    longest = profile.output_limit(query.sampling)
+    given_up = sum(wanted.rejected.get(sample, 0) >= wanted.max_attempts for sample in samples)
     calls, expected, most = 0, NO_TOKENS, NO_TOKENS
     for audio, seconds in lengths.items():
         for ask in wanted.claim(audio):
             question = prompt.at(ask.k, seed)
-            tokens = expected_tokens(question, seconds, ask.n, profile)
-            calls, expected = calls + 1, expected.plus(tokens)
-            most = most.plus(most_tokens(question, tokens, ask.n, longest))
+            call, bound = estimated_tokens(question, seconds, ask.n, profile, query.sampling)
+            calls, expected, most = calls + 1, expected.plus(call), most.plus(bound)
     first = prompt.at(0, seed)
     n = 1 if wanted.most else k
     fields = {key: value for key, value in client.body(first, "", n, **query.sampling).items() if key != "messages"}
-    counts = (len(known), len(lengths), len(samples), stored, given_up, calls)
     return Plan(
-        *(first.text(), fields, profile, *counts, expected, most),
+        *(first.text(), fields, profile, len(known), len(lengths), len(samples), stored, given_up),
+        *(calls, expected, most),
         spent=client.budget.spent,
         longer=sum(seconds > profile.longest_audio for seconds in lengths.values()) if profile.longest_audio else 0,
         budget=client.budget.limit,

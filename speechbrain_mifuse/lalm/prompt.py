@@ -93,21 +93,14 @@ class Prompt:
         with the log-probabilities of its first token).
     template : str
         Text in which `{labels}` and `{answer}` are replaced; both must occur.
-    audio_part : str
-        A key of `speechbrain_mifuse.lalm.profile.AUDIO_PARTS`.
-    constraint : str
-        A key of `speechbrain_mifuse.lalm.profile.CONSTRAINTS`.
+    audio_part, constraint : str
+        Keys of `AUDIO_PARTS` and of `CONSTRAINTS` in `speechbrain_mifuse.lalm.profile`.
     variants : sequence of str
         Further templates: sample k is asked with number k modulo their count, `template` being number 0.
     shuffle_labels : bool
         Name the labels in an order drawn from the seed and k.
     order : sequence of str, optional
         Order in which the labels are named, that of `labels` by default; no part of the meaning of an answer.
-
-    Raises
-    ------
-    UserError
-        If the labels, a form or a template cannot be used.
 
     Example
     -------
@@ -193,10 +186,7 @@ class Prompt:
         return {**self.form.options, **CONSTRAINTS[self.constraint][self.form.shape](self.order)}
 
     def prompt_hash(self) -> str:
-        """SHA-256 over everything sent except audio, model and sampling parameters: 64 hexadecimal digits.
-
-        The hash of a family of questions covers all templates and whether labels are shuffled.
-        """
+        """SHA-256 over everything sent except audio, model and sampling parameters: 64 hexadecimal digits."""
         sent = {"messages": self._messages(""), "options": self.request_options()}
         if self.shuffle_labels:
             sent["shuffle_labels"] = True

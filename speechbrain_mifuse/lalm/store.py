@@ -1,4 +1,7 @@
-"""A file that remembers every answer of the teacher: one SQLite database, safe to kill, resumed and topped up."""
+"""A file that remembers every answer of the teacher: one SQLite database, safe to kill, resumed and topped up.
+
+Written by hand on sqlite3: caches of objects neither keep a sample for ever nor count attempts and tokens.
+"""
 
 from __future__ import annotations
 
@@ -37,8 +40,8 @@ SCHEMA_VERSION = 1
 # What a row of another program, or a damaged one, may raise.
 _UNREADABLE = (ValueError, TypeError, AttributeError, OverflowError, RecursionError)
 
-# Seconds that a lock of another process is waited for, and after how many the user is told.
 NOT_WRITTEN = "Check free space and permissions of its folder, then run again: what is stored is kept."
+# Seconds that a lock of another process is waited for, and after how many the user is told.
 LOCK_SECONDS, SILENT_SECONDS = 60.0, 3.0
 
 # Audio hashes and queries are spelled out once and referred to by number, which keeps a row of `answers` narrow; the
@@ -84,15 +87,15 @@ CREATE TABLE answers (
 
 # A sample is never overwritten: what training has read once stays true. A rejected answer makes room for its retry,
 # which keeps the tokens of the replaced attempt below its own: they were paid for.
-_PUT = """
-INSERT INTO answers
-VALUES (?, (SELECT audio_id FROM audio WHERE sha256 = ?), ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)
+_VALUES = f"VALUES (?, (SELECT audio_id FROM audio WHERE sha256 = ?){14 * ', ?'})"
+_PUT = f"""
+INSERT INTO answers {_VALUES}
 ON CONFLICT DO UPDATE SET
     kind = excluded.kind, probs = excluded.probs, label_mass = excluded.label_mass, status = excluded.status,
     attempts = answers.attempts + 1, reason = excluded.reason, seed = excluded.seed, created = excluded.created,
     served_model = excluded.served_model, system_fingerprint = excluded.system_fingerprint,
     usage = CASE WHEN answers.usage IS NULL THEN excluded.usage
-        ELSE json_set(coalesce(excluded.usage, '{}'), '$.replaced', json(answers.usage)) END,
+        ELSE json_set(coalesce(excluded.usage, '{{}}'), '$.replaced', json(answers.usage)) END,
     utt_id = excluded.utt_id, raw = excluded.raw
 WHERE answers.status = 'rejected'
 """
@@ -136,10 +139,7 @@ _FIND = f"""
 SELECT {_ENTRY} FROM audio u CROSS JOIN answers a ON a.query_id = ? AND a.audio_id = u.audio_id AND a.k = ?
 WHERE u.sha256 = ?
 """
-_COPY = """
-INSERT OR REPLACE INTO answers
-VALUES (?, (SELECT audio_id FROM audio WHERE sha256 = ?), ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)
-"""
+_COPY = f"INSERT OR REPLACE INTO answers {_VALUES}"
 _QUERIES = """
 SELECT q.query_id, q.prompt_hash, q.labels, q.model, q.base_url, q.sampling, q.endpoint, q.prompt,
     COUNT(DISTINCT a.audio_id), coalesce(MAX(a.k) + 1, 0), coalesce(SUM(a.attempts), 0), MIN(a.created), MAX(a.created)
@@ -161,10 +161,8 @@ class Query:
         From `Prompt.prompt_hash`.
     labels : sequence of str
         The label set, in the order of the probabilities.
-    model : str
-        Model name as sent to the server.
-    base_url : str
-        Address of the API, without credentials.
+    model, base_url : str
+        Model name as sent to the server, and address of the API without credentials.
     sampling : mapping
         Sampling parameters sent with each request: "temperature", "seed" (of sample 0; sample k is asked with
         seed + k), and others of the API such as "top_p".
@@ -173,11 +171,6 @@ class Query:
         it a name that follows its weights, e.g. "local:<sha256 of the checkpoint>".
     prompt : str
         The rendered question, kept for people; no part of the identity.
-
-    Raises
-    ------
-    UserError
-        If `base_url` carries credentials or a sampling parameter is no finite JSON value.
 
     Example
     -------
@@ -195,11 +188,17 @@ class Query:
     prompt: str = dataclasses.field(default="", compare=False)
 
     def __post_init__(self):
-        texts = {name: getattr(self, name) for name in ("prompt_hash", "model", "base_url", "endpoint", "prompt")}
-        texts |= {"endpoint": self.endpoint or "", "sampling": "" if isinstance(self.sampling, Mapping) else None}
-        texts |= {"labels": "" if _are_labels(self.labels) else None}
-        for name, value in texts.items():
-            if not isinstance(value, str) or not encodable(value):
+        fit = {
+            "prompt_hash": _is_text(self.prompt_hash),
+            "model": _is_text(self.model),
+            "base_url": _is_text(self.base_url),
+            "endpoint": self.endpoint is None or _is_text(self.endpoint),
+            "prompt": _is_text(self.prompt),
+            "sampling": isinstance(self.sampling, Mapping),
+            "labels": isinstance(self.labels, (list, tuple)) and self.labels and all(map(_is_text, self.labels)),
+        }
+        for name in fit:
+            if not fit[name]:
                 raise UserError(f"{name}: of a type or with characters that no query has")
         base_url = clean_base_url(self.base_url)
         object.__setattr__(self, "labels", tuple(self.labels))
@@ -224,10 +223,14 @@ class Query:
         return json.dumps(self.labels, ensure_ascii=False)
 
     @property
+    def identity(self) -> tuple[str, ...]:
+        """What a query is found by."""
+        return self.prompt_hash, self.labels_json, self.model, self.endpoint, self.sampling_json
+
+    @property
     def digest(self) -> str:
         """SHA-256 over the identity, the same in every store: 64 hexadecimal digits."""
-        identity = (self.prompt_hash, self.labels_json, self.model, self.endpoint, self.sampling_json)
-        return hashlib.sha256(json.dumps(identity).encode()).hexdigest()
+        return hashlib.sha256(json.dumps(self.identity).encode()).hexdigest()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -280,24 +283,14 @@ class QuerySummary(NamedTuple):
 
 
 class Samples(NamedTuple):
-    """What `LabelStore.load` returns.
+    """What `LabelStore.load` returns."""
 
-    Attributes
-    ----------
-    probs : torch.Tensor
-        `[N, K, C]` float32; zero wherever `mask` is false.
-    mask : torch.Tensor
-        `[N, K]` bool: this sample exists.
-    kinds : torch.Tensor
-        `[N, K]` int8: index into `KINDS`, -1 where nothing was asked yet.
-    """
-
-    probs: torch.Tensor
-    mask: torch.Tensor
-    kinds: torch.Tensor
+    probs: torch.Tensor  # [N, K, C] float32; zero wherever `mask` is false
+    mask: torch.Tensor  # [N, K] bool: this sample exists
+    kinds: torch.Tensor  # [N, K] int8: index into `KINDS`, -1 where nothing was asked yet
 
 
-class LabelStore:
+class LabelStore(contextlib.AbstractContextManager):
     """Answers of audio language models, keyed by recording, query and sample index.
 
     The file is SQLite in write-ahead-log mode with full synchronisation: when `put_many` returns, its rows survive a
@@ -309,12 +302,6 @@ class LabelStore:
         Created if missing; its folder must exist.
     read_only : bool
         Never write, so that neither the file nor its folder needs to be writable and no writer is waited for.
-
-    Raises
-    ------
-    StoreError
-        If the file is no label store, or one of another schema version, cannot be opened, or stays locked by another
-        process for `LOCK_SECONDS`.
 
     Example
     -------
@@ -357,9 +344,6 @@ class LabelStore:
             raise StoreError(f"label store {path}: no such file. Name one that a collection or an import has written.")
         return cls(path, read_only)
 
-    def __enter__(self) -> LabelStore:
-        return self
-
     def __exit__(self, *_):
         self.close()
 
@@ -380,40 +364,22 @@ class LabelStore:
 
     def have(self, query: Query) -> set[tuple[str, int]]:
         """Return the pairs (audio hash, sample index) of all stored samples; refused and invalid answers are none."""
-        rows = self._answers(query, "sample")
-        return {(digest.hex(), k) for digest, k, _ in rows}
+        return {(digest.hex(), k) for digest, k, _ in self._answers(query, "sample")}
 
     def rejected(self, query: Query) -> dict[tuple[str, int], int]:
         """Count the attempts of each (audio hash, sample index) that was only refused or answered unusably."""
-        rows = self._answers(query, "rejected")
-        return {(digest.hex(), k): attempts for digest, k, attempts in rows}
+        return {(digest.hex(), k): attempts for digest, k, attempts in self._answers(query, "rejected")}
 
     def rejections(self, query: Query) -> list[tuple[str, str, int, str]]:
         """Count the reasons why answers are no samples, the commonest first."""
-        with self._reading():
-            return self._db.execute(
-                "SELECT kind, reason, COUNT(*), MIN(raw) FROM answers WHERE query_id = ? AND status = 'rejected' "
-                "GROUP BY kind, reason ORDER BY COUNT(*) DESC, kind, reason",
-                (self._query_id(query),),
-            ).fetchall()
+        return self._of_query(
+            "SELECT kind, reason, COUNT(*), MIN(raw) FROM answers WHERE query_id = ? AND status = 'rejected' "
+            "GROUP BY kind, reason ORDER BY COUNT(*) DESC, kind, reason",
+            query,
+        )
 
     def load(self, query: Query, audio_hashes: Sequence[str], k: int) -> Samples:
-        """Read the first `k` samples of each recording.
-
-        Parameters
-        ----------
-        query : Query
-            What was asked.
-        audio_hashes : sequence of str
-            N audio hashes in the order wanted; repeats are allowed.
-        k : int
-            Number of samples per recording.
-
-        Returns
-        -------
-        Samples
-            `probs [N, k, C]`, `mask [N, k]`, `kinds [N, k]`. What was refused, invalid or never asked has a false mask.
-        """
+        """Read the first `k` samples of each of N recordings, named by their audio hashes; repeats are allowed."""
         shape = (len(audio_hashes), k)
         samples = Samples(
             torch.zeros(*shape, len(query.labels)),
@@ -430,11 +396,8 @@ class LabelStore:
 
     def counts(self, query: Query) -> dict[str, int]:
         """Count the stored answers of each kind in `KINDS`."""
-        counts = dict.fromkeys(KINDS, 0)
-        statement = "SELECT kind, COUNT(*) FROM answers WHERE query_id = ? GROUP BY kind"
-        with self._reading():
-            counts.update(self._db.execute(statement, (self._query_id(query),)))
-        return counts
+        rows = self._of_query("SELECT kind, COUNT(*) FROM answers WHERE query_id = ? GROUP BY kind", query)
+        return {**dict.fromkeys(KINDS, 0), **dict(rows)}
 
     def queries(self) -> list[QuerySummary]:
         """List what was asked, with counts, refusals and tokens."""
@@ -449,11 +412,10 @@ class LabelStore:
                     number,
                     Query(prompt_hash, json.loads(labels), model, base_url, json.loads(sampling), endpoint, prompt),
                     counts.get(number, dict.fromkeys(KINDS, 0)),
-                    *(recordings, k, attempts, first, last),
+                    *rest,
                     *(bills.get((number, batch), NO_TOKENS) for batch in (False, True)),
                 )
                 for number, prompt_hash, labels, model, base_url, sampling, endpoint, prompt, *rest in rows
-                for recordings, k, attempts, first, last in (rest,)
             ]
         except StoreError:
             raise
@@ -462,27 +424,26 @@ class LabelStore:
 
     def recordings(self, query: Query) -> dict[str, str]:
         """Content hashes by utterance id, of all utterances that a query was asked for."""
-        with self._reading():
-            number = self._query_id(query)
-        rows = self.read(
+        rows = self._of_query(
             "SELECT DISTINCT a.utt_id, lower(hex(u.sha256)) FROM answers a JOIN audio u USING (audio_id) "
             "WHERE a.query_id = ? AND a.utt_id <> ''",
-            (number,),
+            query,
         )
         return dict(rows)
 
     def entries(self, query: Query) -> Iterator[Entry]:
         """Read all answers of a query, whatever their kind, without holding them in memory."""
-        with self._reading():
-            number = self._query_id(query)
         last: tuple[bytes, int] = (b"", -1)
-        while rows := self.read(_ENTRIES, (number, *last, _LOAD_BLOCK)):
+        while rows := self._of_query(_ENTRIES, query, *last, _LOAD_BLOCK):
             yield from map(self._decoded, rows)
             last = rows[-1][:2]
 
     def _decoded(self, row: tuple) -> Entry:
+        digest, k, utt_id, kind, probs, *middle, usage, raw = row
         try:
-            return _entry(row)
+            values = None if probs is None else tuple(np.frombuffer(probs, dtype="<f4").tolist())
+            used = None if usage is None else json.loads(usage)
+            return Entry(digest.hex(), k, utt_id, kind, values, *middle, used, raw)
         except _UNREADABLE as error:
             raise self._unreadable("an answer", error) from None
 
@@ -513,6 +474,10 @@ class LabelStore:
         """Run one reading SQL statement."""
         with self._reading():
             return self._db.execute(statement, parameters).fetchall()
+
+    def _of_query(self, statement: str, query: Query, *parameters) -> list[tuple]:
+        with self._reading():
+            return self._db.execute(statement, (self._query_id(query), *parameters)).fetchall()
 
     def _copy(self, number: int, classes: int, entry: Entry) -> str:
         digest = bytes.fromhex(entry.audio)
@@ -580,25 +545,23 @@ class LabelStore:
                 self._db.execute(f"PRAGMA user_version = {SCHEMA_VERSION}")
 
     def _query_id(self, query: Query, create: bool = False) -> int | None:
-        key = (query.prompt_hash, query.labels_json, query.model, query.endpoint, query.sampling_json)
+        columns = "prompt_hash, labels, model, endpoint, sampling"
         if create:
             self._db.execute(
-                "INSERT INTO queries (prompt_hash, labels, model, endpoint, sampling, base_url, prompt, created) "
+                f"INSERT INTO queries ({columns}, base_url, prompt, created) "
                 "VALUES (?, ?, ?, ?, ?, ?, ?, ?) ON CONFLICT DO NOTHING",
-                (*key, query.base_url, query.prompt, time.time()),
+                (*query.identity, query.base_url, query.prompt, time.time()),
             )
-        found = self._db.execute(
-            "SELECT query_id FROM queries WHERE (prompt_hash, labels, model, endpoint, sampling) = (?, ?, ?, ?, ?)", key
-        ).fetchone()
-        return found[0] if found else None
+        found = f"SELECT query_id FROM queries WHERE ({columns}) = (?, ?, ?, ?, ?)"
+        (number,) = self._db.execute(found, query.identity).fetchone() or (None,)
+        return number
 
     def _answers(self, query: Query, status: str) -> list[tuple[bytes, int, int]]:
-        with self._reading():
-            return self._db.execute(
-                "SELECT u.sha256, a.k, a.attempts FROM answers a JOIN audio u USING (audio_id) "
-                "WHERE a.query_id = ? AND a.status = ?",
-                (self._query_id(query), status),
-            ).fetchall()
+        return self._of_query(
+            "SELECT u.sha256, a.k, a.attempts FROM answers a JOIN audio u USING (audio_id) "
+            "WHERE a.query_id = ? AND a.status = ?",
+            *(query, status),
+        )
 
     def _want(self, audio_hashes: Sequence[str]):
         for statement in _TEMPORARY:
@@ -677,12 +640,8 @@ class LabelStore:
         return StoreError(f"label store {self.path}: {error}. {remedy}")
 
 
-def _are_labels(labels: object) -> bool:
-    return (
-        isinstance(labels, (list, tuple))
-        and bool(labels)
-        and all(isinstance(label, str) and encodable(label) for label in labels)
-    )
+def _is_text(value: object) -> bool:
+    return isinstance(value, str) and encodable(value)
 
 
 def _words(sql: str) -> str:
@@ -753,12 +712,6 @@ def _row(number: int, classes: int, entry: Entry) -> tuple:
         *(entry.reason, entry.seed, entry.created, entry.served_model, entry.system_fingerprint, usage),
         *(entry.utt_id, entry.raw),
     )
-
-
-def _entry(row: tuple) -> Entry:
-    digest, k, utt_id, kind, probs, *middle, usage, raw = row
-    values = None if probs is None else tuple(np.frombuffer(probs, dtype="<f4").tolist())
-    return Entry(digest.hex(), k, utt_id, kind, values, *middle, None if usage is None else json.loads(usage), raw)
 
 
 def _said(entry: Entry) -> tuple:

@@ -67,12 +67,17 @@ def job_of(store, server, prompt=PROMPT, profile=None, budget=None, folder=None)
     return BatchJob(prompt, client, store, query, folder)
 
 
-def run(job, tones, k=3, **options):
-    return job.run(tones, k, **{"every": 0, "show_progress": False, **options})
+def limited(job, max_requests=BatchJob.max_requests, max_bytes=BatchJob.max_bytes):
+    job.max_requests, job.max_bytes = max_requests, max_bytes
+    return job
 
 
-def make(job, tones, k=3, **options):
-    return job.make(tones, k, show_progress=False, **options)
+def run(job, tones, k=3, **limits):
+    return limited(job, **limits).run(tones, k, every=0, show_progress=False)
+
+
+def make(job, tones, k=3, **limits):
+    return limited(job, **limits).make(tones, k, show_progress=False)
 
 
 def hashes(tones):
