@@ -178,7 +178,7 @@ class BatchJob(contextlib.AbstractContextManager):
                 writer.discard()
         self.parts += made
         self._save()
-        warn_of_cut(self._cut, self.client)
+        warn_of_cut(self._cut, self.client, "is")
         return sum(part.requests for part in made)
 
     def submit(self) -> None:

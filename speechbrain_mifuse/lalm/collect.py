@@ -186,7 +186,7 @@ def collect(
             logger.warning("interrupted; run again to go on. %s", job.report.summary())
             raise
         finally:
-            warn_of_cut(job.report.cut, client)
+            warn_of_cut(job.report.cut, client, "was")
     if job.report.failed:
         logger.warning("%s", job.report.summary())
     if job.unusable or not job.usable:
@@ -194,11 +194,11 @@ def collect(
     return job.report
 
 
-def warn_of_cut(count: int, client: LalmClient):
+def warn_of_cut(count: int, client: LalmClient, when: str):
     """Tell of recordings of which only the beginning is sent."""
     if count:
-        message = "%d recordings are longer than the %g s that %s hears: only their beginning is sent"
-        logger.warning(message, count, client.profile.longest_audio, client.model)
+        message = "%d recordings are longer than the %g s that %s hears: only their beginning %s sent"
+        logger.warning(message, count, client.profile.longest_audio, client.model, when)
 
 
 def check_usable(store: LabelStore, query: Query):
