@@ -85,9 +85,9 @@ CREATE TABLE answers (
 ) WITHOUT ROWID;
 """
 
+_VALUES = f"VALUES (?, (SELECT audio_id FROM audio WHERE sha256 = ?){14 * ', ?'})"
 # A sample is never overwritten: what training has read once stays true. A rejected answer makes room for its retry,
 # which keeps the tokens of the replaced attempt below its own: they were paid for.
-_VALUES = f"VALUES (?, (SELECT audio_id FROM audio WHERE sha256 = ?){14 * ', ?'})"
 _PUT = f"""
 INSERT INTO answers {_VALUES}
 ON CONFLICT DO UPDATE SET
