@@ -30,10 +30,10 @@ import soundfile
 import torch
 from measure import Figure, take_turns
 
-from speechbrain_mifuse.lalm.client import Clip, LalmClient
+from speechbrain_mifuse.lalm.client import LalmClient
 from speechbrain_mifuse.lalm.collect import SAMPLE_RATE, collect, encode_wav
 from speechbrain_mifuse.lalm.profile import Profile
-from speechbrain_mifuse.lalm.prompt import Prompt
+from speechbrain_mifuse.lalm.prompt import Clip, Prompt
 from speechbrain_mifuse.lalm.store import LabelStore, Query
 from speechbrain_mifuse.utils.audio import content_hash, load_audio
 from speechbrain_mifuse.utils.progress import quiet

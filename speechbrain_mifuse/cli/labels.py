@@ -75,10 +75,8 @@ def chosen(store, prefix: str):
     found = [summary for summary in known if summary.query.digest.startswith(prefix)]
     if len(found) != 1:
         ids = ", ".join(f"{summary.query.digest[:8]} ({summary.query.model})" for summary in known)
-        which = "none" if not found else f"{len(found)}"
-        raise UserError(
-            f"--query {prefix!r} fits {which} of the {len(known)} queries of {store.path}: {ids or 'empty'}"
-        )
+        which = f"{len(found) or 'none'} of the {len(known)} queries of {store.path}"
+        raise UserError(f"--query {prefix!r} fits {which}: {ids or 'empty'}")
     return found[0]
 
 
@@ -103,20 +101,23 @@ def described(summary) -> str:
     return "\n".join([*lines, *(f"  > {line}" for line in query.prompt.splitlines())])
 
 
-def run_show(options: argparse.Namespace) -> None:
-    """Print every query of a store."""
+def _opened(path: Path):
     from speechbrain_mifuse.lalm.store import LabelStore
 
-    with LabelStore.existing(options.store, read_only=True) as store:
+    return LabelStore.existing(path, read_only=True)
+
+
+def run_show(options: argparse.Namespace) -> None:
+    """Print every query of a store."""
+    with _opened(options.store) as store:
         print("\n\n".join(map(described, store.queries())) or f"{options.store}: nothing was asked yet")
 
 
 def run_check(options: argparse.Namespace) -> None:
     """Print what is wrong with a store."""
     from speechbrain_mifuse.lalm.integrity import check
-    from speechbrain_mifuse.lalm.store import LabelStore
 
-    with LabelStore.existing(options.store, read_only=True) as store:
+    with _opened(options.store) as store:
         found = check(store)
     print(found.summary())
     if found.problems:
@@ -126,9 +127,8 @@ def run_check(options: argparse.Namespace) -> None:
 def run_export(options: argparse.Namespace) -> None:
     """Export a store."""
     from speechbrain_mifuse.lalm.exchange import export
-    from speechbrain_mifuse.lalm.store import LabelStore
 
-    with LabelStore.existing(options.store, read_only=True) as store:
+    with _opened(options.store) as store:
         queries = [chosen(store, options.query).query] if options.query else None
         written = export(store, options.file, queries, not options.no_ids)
     print(f"{written} answers written to {options.file}")
@@ -162,37 +162,22 @@ def run_merge(options: argparse.Namespace) -> None:
 def run_report(options: argparse.Namespace) -> None:
     """Write the teacher report and print its table."""
     from speechbrain_mifuse.lalm.profile import read_profile
-    from speechbrain_mifuse.lalm.store import LabelStore
     from speechbrain_mifuse.report.teacher_report import report_store
 
     price = None if options.profile is None else read_profile(options.profile).price
-    with LabelStore.existing(options.store, read_only=True) as store:
+    with _opened(options.store) as store:
         summary = chosen(store, options.query)
         print(report_store(store, summary, options.manifest, options.output, options.source, price))
 
 
-def _make(job, wavs, k: int, every: float) -> str:
-    return f"{job.make(wavs, k)} requests made"
-
-
-def _submit(job, wavs, k: int, every: float) -> str:
-    job.submit()
-    return "submitted"
-
-
-def _poll(job, wavs, k: int, every: float) -> str:
-    return "all have ended" if job.poll() else "not all have ended"
-
-
-def _ingest(job, wavs, k: int, every: float) -> str:
-    return job.ingest().summary()
-
-
-def _run(job, wavs, k: int, every: float) -> str:
-    return job.run(wavs, k, every=every).summary()
-
-
-STEPS = {"make": _make, "submit": _submit, "poll": _poll, "ingest": _ingest, "run": _run}
+# What each step of a batch job does, and says of it.
+STEPS = {
+    "make": lambda job, wavs, k, every: f"{job.make(wavs, k)} requests made",
+    "submit": lambda job, wavs, k, every: job.submit() or "submitted",
+    "poll": lambda job, wavs, k, every: "all have ended" if job.poll() else "not all have ended",
+    "ingest": lambda job, wavs, k, every: job.ingest().summary(),
+    "run": lambda job, wavs, k, every: job.run(wavs, k, every=every).summary(),
+}
 
 
 def run_batch(options: argparse.Namespace) -> None:

@@ -302,7 +302,7 @@ def run_serve(options: argparse.Namespace) -> None:
 
     from speechbrain_mifuse.inference.http_limits import check_seconds, checked_key
     from speechbrain_mifuse.inference.server import KEY_VARIABLE, EmotionServer, serve_until_stopped
-    from speechbrain_mifuse.lalm.client import is_loopback
+    from speechbrain_mifuse.lalm.store import is_loopback
 
     require_recogniser(options.source)
     limits = Limits(

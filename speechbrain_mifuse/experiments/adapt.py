@@ -197,7 +197,7 @@ def teacher_settings(teacher: str | Path, source: str | Path, labels: list) -> d
 
 def require_model(base_url: str | None, given: Collection[str]) -> None:
     """Refuse to ask an API elsewhere for the model that a recogniser served on this machine is called."""
-    from speechbrain_mifuse.lalm.client import is_loopback
+    from speechbrain_mifuse.lalm.store import is_loopback
 
     # A provider's profile may name its model.
     named = {"lalm_model", "lalm_profile"} & set(given)

@@ -34,8 +34,7 @@ from speechbrain_mifuse.features.extract import FrameReader
 from speechbrain_mifuse.features.store import FeatureStore
 from speechbrain_mifuse.features.text_encoder import FrozenTextEncoder
 from speechbrain_mifuse.inference.recognizer_folder import RecogniserError, load_classifier, read_about, read_settings
-from speechbrain_mifuse.lalm.client import is_loopback
-from speechbrain_mifuse.lalm.store import LabelStore
+from speechbrain_mifuse.lalm.store import LabelStore, is_loopback
 from speechbrain_mifuse.nnet.adapter_files import adapter_digest
 from speechbrain_mifuse.report.cases import cases_of
 from speechbrain_mifuse.utils.errors import UserError, require_writable

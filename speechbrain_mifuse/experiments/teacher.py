@@ -8,6 +8,7 @@ import logging
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 from speechbrain.utils.distributed import run_on_main
@@ -23,9 +24,7 @@ from speechbrain_mifuse.features.extract import FrameReader
 from speechbrain_mifuse.features.store import FeatureStore
 from speechbrain_mifuse.inference.recognizer import EmotionRecognizer
 from speechbrain_mifuse.inference.recognizer_folder import recogniser_digest
-from speechbrain_mifuse.inference.server import EmotionServer
 from speechbrain_mifuse.lalm.card import Needs, check, read_card
-from speechbrain_mifuse.lalm.client import LalmClient
 from speechbrain_mifuse.lalm.collect import collect
 from speechbrain_mifuse.lalm.hashes import HashCache, Known
 from speechbrain_mifuse.lalm.limits import Budget
@@ -41,6 +40,9 @@ from speechbrain_mifuse.zero_shot.own_dual_encoder import alm_name, open_alm
 from speechbrain_mifuse.zero_shot.prompts import read_prompts
 from speechbrain_mifuse.zero_shot.scorer import embed_manifests
 from speechbrain_mifuse.zero_shot.teacher import teacher_samples
+
+if TYPE_CHECKING:
+    from speechbrain_mifuse.lalm.client import LalmClient
 
 logger = logging.getLogger(__name__)
 
@@ -126,6 +128,8 @@ class TeacherSettings:
 
     def client(self, base_url: str, answers: LabelStore, query: Query) -> LalmClient:
         """Make the client, with a budget from which stored answers to the same query are deducted."""
+        from speechbrain_mifuse.lalm.client import LalmClient  # imports the openai package, which takes a second
+
         budget = Budget(self.budget, self.profile.price)
         if self.budget is not None and self.profile.output_limit(self.profile.sampling) is None:
             raise UserError(
@@ -354,6 +358,8 @@ def teacher_api(teacher: TeacherSettings, reader: FrameReader, run_opts: Mapping
 @contextlib.contextmanager
 def served(folder: Path, model_name: str):
     """Serve a recogniser on a free port of the loopback interface."""
+    from speechbrain_mifuse.inference.server import EmotionServer  # imports aiohttp
+
     with EmotionServer(EmotionRecognizer.from_hparams(folder), model_name) as server:
         logger.info("serving %s at %s", folder, server.base_url)
         yield server.base_url

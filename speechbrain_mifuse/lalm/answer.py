@@ -1,5 +1,7 @@
 """What one reply of an audio language model says: a distribution, a label, a refusal, or nothing usable.
 
+Written by hand: libraries that read loose JSON guess, and none knows a refusal from a label.
+
 Parsing is pure and pessimistic. A teacher that refuses, rambles or is cut off gives *no sample*: turning such a reply
 into a uniform distribution, or into the one label that its apology happens to mention, would teach the student noise.
 A reply is a stranger's text: whatever it holds, reading it ends soon and raises nothing.
@@ -17,6 +19,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import NamedTuple
 
 from speechbrain_mifuse.lalm.loose_json import distinct, json_values, number_lines, unquoted, walk
+from speechbrain_mifuse.utils.files import encodable
 
 SAMPLE_KINDS = ("distribution", "logprobs", "label")
 KINDS = (*SAMPLE_KINDS, "refusal", "invalid")
@@ -40,9 +43,6 @@ SYNONYMS = (
 
 # Codes that name an emotion where they stand alone, and are words of other languages in a sentence.
 _CODES = {"ang", "hap", "neu"}
-
-# Says how an emotion sounds, and contradicts none.
-_COMPATIBLE = {"calm", "calmness"}
 
 # Keys of a JSON object whose text is the choice; other texts (a transcript, a reason) may name what they like.
 _CHOICE_KEYS = {
@@ -81,9 +81,6 @@ _ONLY_REASONING = (
     "the content is empty and all text is in reasoning_content: switch thinking off (sampling: {chat_template_kwargs: "
     "{enable_thinking: false}} or reasoning_effort in the profile), or start the server without its reasoning parser"
 )
-
-# Articles are prefixes of "angry" and yet open any sentence.
-_ARTICLES = {"a", "an"}
 
 # Apostrophes and hyphens of all kinds; compatibility normalisation would make blanks of some of them.
 _ONE_KIND = str.maketrans(dict.fromkeys("’‘ʼ´`′＇", "'") | dict.fromkeys("‐‑‒–−－", "-"))
@@ -160,7 +157,7 @@ class Reply:
             del fields["reasoning"]
         text = json.dumps(fields, ensure_ascii=False)
         # Half a surrogate pair, which JSON's escapes can bring, cannot be encoded, hence neither stored nor sent.
-        return text if text.isascii() or _encodable(text) else json.dumps(fields)
+        return text if encodable(text) else json.dumps(fields)
 
     @classmethod
     def from_json(cls, text: str) -> Reply:
@@ -172,24 +169,7 @@ class Reply:
 
 @dataclasses.dataclass(frozen=True)
 class Answer:
-    """A parsed reply.
-
-    Attributes
-    ----------
-    kind : str
-        One of `KINDS`. Only `SAMPLE_KINDS` carry probabilities.
-    probs : tuple of float, optional
-        Probabilities in the order of the label set, summing to 1; `None` for a refusal or an invalid reply.
-    label_mass : float, optional
-        For "logprobs", the probability that all labels together had before renormalisation.
-    reason : str
-        Why there are no probabilities; empty otherwise.
-
-    Example
-    -------
-    >>> Answer("refusal", reason="the server refused").is_sample
-    False
-    """
+    """A parsed reply; only `SAMPLE_KINDS` carry probabilities, in the order of the label set."""
 
     kind: str
     probs: tuple[float, ...] | None = None
@@ -218,21 +198,7 @@ Parser = Callable[[Reply, tuple[str, ...]], Answer]
 
 
 def parse_answer(reply: Reply, labels: Sequence[str], parsers: Sequence[Parser]) -> Answer:
-    """Read one reply with the first parser that finds a sample in it.
-
-    Parameters
-    ----------
-    reply : Reply
-        One choice of a chat completion.
-    labels : sequence of str
-        The label set; its order is the order of the probabilities.
-    parsers : sequence of callable
-        Tried in order, see `speechbrain_mifuse.lalm.prompt.ANSWER_FORMS`. If none succeeds the first one's reason
-        is reported.
-
-    Returns
-    -------
-    Answer
+    """Read one reply with the first parser that finds a sample in it; if none does, give the first one's reason.
 
     Example
     -------
@@ -275,10 +241,9 @@ def parse_distribution(reply: Reply, labels: tuple[str, ...]) -> Answer:
         nodes = list(walk(values))
         tables = [scores for node in nodes if (scores := _scores(_table(node), words))]
         tables = tables or _table_of_lines(beside, words)
+        found = [_normalised([table.get(label, 0.0) for label in labels]) for table in tables]
         # Rounded, so that percentages contradict no fractions.
-        vectors = {
-            _rounded(p): p for p in (_normalised([table.get(label, 0.0) for label in labels]) for table in tables)
-        }
+        vectors = {tuple(round(p, 6) for p in probs): probs for probs in found}
     except (ValueError, OverflowError) as error:
         return Answer("invalid", reason=_printable(error))
     if not vectors:
@@ -340,11 +305,6 @@ def parse_exact_label(reply: Reply, labels: tuple[str, ...]) -> Answer:
     return _one_hot(label, labels) if label else Answer("invalid", reason="not a bare label")
 
 
-def label_words(labels: Sequence[str]) -> dict[str, str]:
-    """Map every word that names exactly one label, in lower case, to that label."""
-    return dict(_vocabulary(tuple(labels)).bare)
-
-
 class _Vocabulary(NamedTuple):
     """Words of a label set: `bare` by themselves, in a sentence, and those of emotions outside the set."""
 
@@ -373,7 +333,8 @@ def _vocabulary(labels: tuple[str, ...]) -> _Vocabulary:
             words.update(dict.fromkeys(group, named[0]))
     bare = {**words, **exact}
     sentence = [word for word in bare if word in exact or word not in _CODES]
-    known = {word for group in SYNONYMS for word in group} - _CODES - _COMPATIBLE
+    # "Calm" says how an emotion sounds, and contradicts none.
+    known = {word for group in SYNONYMS for word in group} - _CODES - {"calm", "calmness"}
     return _Vocabulary(labels, bare, _any_of(sentence), _any_of(known - bare.keys()))
 
 
@@ -392,14 +353,6 @@ def _plain(text: str) -> str:
         # A soft hyphen, a zero byte or half a character inside "unhappy" must not make a word of "happy".
         text = "".join(c for c in text if c in _BLANKS or unicodedata.category(c) not in _UNSEEN)
     return " ".join(text.split()).casefold()
-
-
-def _encodable(text: str) -> bool:
-    try:
-        text.encode()
-    except UnicodeEncodeError:
-        return False
-    return True
 
 
 def _printable(reason: object) -> str:
@@ -455,14 +408,11 @@ def _choice_in_json(text: str, words: _Vocabulary) -> tuple[str, str]:
     if not values:
         return text, ""
     objects = [item for value in values for item in (value if isinstance(value, list) else [value])]
-    choices = [" ; ".join(_choices(item)) for item in objects if isinstance(item, dict) and _choices(item)]
+    texts = [_under(item, _CHOICE_KEYS) for item in objects if isinstance(item, dict)]
+    choices = [" ; ".join(said) for each in texts if (said := [part for part in each if isinstance(part, str)])]
     if len(choices) > 1 and not all(words.named(_plain(choice)) for choice in choices):
         raise ValueError("several objects, and not all choose a label")
     return " ; ".join(choices), beside
-
-
-def _choices(item: Mapping) -> list[str]:
-    return [value for value in _under(item, _CHOICE_KEYS) if isinstance(value, str)]
 
 
 def _key(key: str) -> str:
@@ -473,7 +423,7 @@ def _key(key: str) -> str:
 def _label_of_token(token: str, labels: Sequence[str], words: Mapping[str, str]) -> str | None:
     # Byte-pair vocabularies mark a leading space as "Ġ" or "▁".
     piece = _plain(token.strip(" \t\r\n\"'`*Ġ▁"))
-    if not piece or piece in _ARTICLES:
+    if piece in ("", "a", "an"):  # articles are prefixes of "angry" and yet open any sentence
         return None
     if piece in words:
         return words[piece]
@@ -603,10 +553,6 @@ def _number(value: object) -> float:
         # Not the value itself: it may be an object of any depth.
         raise ValueError(f"{type(value).__name__} is not a probability")
     return float(value)
-
-
-def _rounded(probs: Sequence[float]) -> tuple[float, ...]:
-    return tuple(round(p, 6) for p in probs)
 
 
 def _normalised(values: Sequence[float]) -> tuple[float, ...]:

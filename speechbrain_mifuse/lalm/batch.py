@@ -18,6 +18,7 @@ import dataclasses
 import json
 import logging
 import os
+import shutil
 import tempfile
 import time
 import uuid
@@ -29,11 +30,20 @@ import openai
 from filelock import FileLock, Timeout
 
 from speechbrain_mifuse.lalm.answer import Response
-from speechbrain_mifuse.lalm.client import BLOCKED, FAULTS, Clip, LalmClient
-from speechbrain_mifuse.lalm.collect import Ask, Utterance, Wanted, check_usable, read_recording, run_to_end
+from speechbrain_mifuse.lalm.client import BLOCKED, FAULTS, LalmClient
+from speechbrain_mifuse.lalm.collect import (
+    AnswerCounts,
+    Ask,
+    Utterance,
+    Wanted,
+    check_usable,
+    read_recording,
+    run_to_end,
+    warn_of_cut,
+)
 from speechbrain_mifuse.lalm.hashes import HashCache
-from speechbrain_mifuse.lalm.limits import LalmError, expected_tokens, most_tokens
-from speechbrain_mifuse.lalm.prompt import Prompt
+from speechbrain_mifuse.lalm.limits import LalmError, estimated_tokens
+from speechbrain_mifuse.lalm.prompt import Clip, Prompt
 from speechbrain_mifuse.lalm.redaction import redacted, short
 from speechbrain_mifuse.lalm.store import LabelStore, Query, Record
 from speechbrain_mifuse.utils.audio import BadAudio
@@ -41,21 +51,14 @@ from speechbrain_mifuse.utils.audio_warnings import summarized
 from speechbrain_mifuse.utils.errors import UserError, WriteError, writing
 from speechbrain_mifuse.utils.files import atomic_write
 from speechbrain_mifuse.utils.progress import progress
+from speechbrain_mifuse.utils.texts import first_of
 
 logger = logging.getLogger(__name__)
 
 ENDPOINT = "/v1/chat/completions"
 
-# OpenAI's limits of one input file: requests, and bytes (200 MB, less some room).
-MAX_REQUESTS = 50_000
-MAX_BYTES = 190_000_000
-
-# Share of the usual price.
-BATCH_SHARE = 0.5
-
 # Keys of a batch's metadata by which it is found again.
 JOB, PART = "speechbrain_mifuse_job", "speechbrain_mifuse_part"
-
 # Files of up to 200 MB take longer than a question.
 TRANSFER_SECONDS = 900.0
 TRANSFER_RETRIES = 4
@@ -64,12 +67,10 @@ _MOST_BYTES = 2**29
 
 # Batches that are looked through for one that may have been started; a server can list batches without end.
 MAX_LISTED = 10_000
-
 # Batches older than this before an attempt to start one cannot be its outcome, whatever the clocks say.
 _DAY = 86400
-
 STATE_VERSION = 1
-_WAITING, _OVER = ("made", "uploaded", "starting"), ("ingested", "failed")
+_OVER = ("ingested", "failed")
 _ENDED = ("completed", "expired", "cancelled")
 _QUEUE_FULL = "token_limit_exceeded"
 
@@ -97,38 +98,22 @@ class Part:
 
 
 @dataclasses.dataclass
-class Ingested:
+class Ingested(AnswerCounts):
     """What `BatchJob.ingest` found in the files of answers."""
 
-    stored: int = 0
-    refused: int = 0
-    invalid: int = 0
-    unanswered: dict[str, int] = dataclasses.field(default_factory=dict)
+    unanswered: collections.Counter[str] = dataclasses.field(default_factory=collections.Counter)
     unknown: list[str] = dataclasses.field(default_factory=list)
 
-    @property
-    def answers(self) -> int:
-        """All of them."""
-        return self.stored + self.refused + self.invalid
-
     def __iadd__(self, other: Ingested) -> Ingested:
-        for name in ("stored", "refused", "invalid"):
-            setattr(self, name, getattr(self, name) + getattr(other, name))
-        self.unanswered = dict(collections.Counter(self.unanswered) + collections.Counter(other.unanswered))
-        self.unknown += other.unknown
+        for field in dataclasses.fields(self):
+            setattr(self, field.name, getattr(self, field.name) + getattr(other, field.name))
         return self
 
-    def summary(self, most: int = 20) -> str:
-        """Say it in a few lines, naming at most `most` unknown lines."""
+    def summary(self) -> str:
+        """Say it in a few lines."""
         reasons = ", ".join(f"{count} {reason}" for reason, count in sorted(self.unanswered.items()))
-        lines = [
-            f"{self.stored} samples stored of {self.answers} answers ({self.refused} refused, {self.invalid} invalid); "
-            f"{sum(self.unanswered.values())} requests unanswered" + (f" ({reasons})" if reasons else "")
-        ]
-        lines += [f"  {place}" for place in self.unknown[:most]]
-        if len(self.unknown) > most:
-            lines.append(f"  ... and {len(self.unknown) - most} more unknown lines")
-        return "\n".join(lines)
+        line = f"{self.counted()}; {sum(self.unanswered.values())} requests unanswered"
+        return "\n".join([line + (f" ({reasons})" if reasons else ""), *first_of(self.unknown, "more unknown lines")])
 
 
 class _Request(NamedTuple):
@@ -141,40 +126,11 @@ class _Request(NamedTuple):
     seed: int | None
 
 
-class BatchJob:
-    """Collection of one query's answers by the Batch API.
+class BatchJob(contextlib.AbstractContextManager):
+    """Collection of one query's answers by the Batch API; the same four objects must be given every time."""
 
-    The same prompt, client, store and query must be given every time. One process at a time works on a job.
-
-    Parameters
-    ----------
-    prompt : Prompt
-        The question.
-    client : LalmClient
-        Access to the API; its bodies and its way to read replies are those of live calls.
-    store : LabelStore
-        Where the answers go.
-    query : Query
-        Their key.
-    folder : str or pathlib.Path, optional
-        For the state and the request files; by default beside the store, named after the query.
-
-    Raises
-    ------
-    UserError
-        If another process works on the job, or the folder holds the job of another query.
-
-    Example
-    -------
-    >>> prompt, client = Prompt(("angry", "sad")), LalmClient("http://127.0.0.1:8000/v1", "m")
-    >>> query = Query.of(prompt, "m", client.base_url, {"temperature": 1.0, "seed": 0})
-    >>> with LabelStore(tempfile.mkdtemp() + "/labels.sqlite") as store:
-    ...     with BatchJob(prompt, client, store, query) as job:
-    ...         job.make([], k=5)
-    ...         print(job.status())
-    0
-    nothing is made yet
-    """
+    # OpenAI's limits of one input file: requests, and bytes (200 MB, less some room).
+    max_requests, max_bytes = 50_000, 190_000_000
 
     def __init__(
         self, prompt: Prompt, client: LalmClient, store: LabelStore, query: Query, folder: str | Path | None = None
@@ -196,9 +152,6 @@ class BatchJob:
             self._lock.release()
             raise
 
-    def __enter__(self) -> BatchJob:
-        return self
-
     def __exit__(self, *_):
         self.close()
 
@@ -207,154 +160,63 @@ class BatchJob:
         self._lock.release()
 
     @summarized()
-    def make(
-        self,
-        utterances: Sequence[Utterance],
-        k: int,
-        max_attempts: int = 3,
-        max_requests: int = MAX_REQUESTS,
-        max_bytes: int = MAX_BYTES,
-        show_progress: bool = True,
-    ) -> int:
-        """Write request files for all samples that neither the store nor an open batch has.
-
-        Parameters
-        ----------
-        utterances : sequence of (str, path or callable)
-            As for `speechbrain_mifuse.lalm.collect.collect`.
-        k : int
-            Samples per recording.
-        max_attempts : int
-            How often a sample is asked for before it is given up.
-        max_requests, max_bytes : int
-            Limits of one file.
-        show_progress : bool
-            Show a progress bar.
-
-        Returns
-        -------
-        int
-            Requests written. Recordings that cannot be read are warned of and left out.
-
-        Raises
-        ------
-        UserError
-            If the client has a budget that these requests could pass, or one request is larger than a file may be.
-            Nothing is made then.
-        """
-        wanted = Wanted(self.prompt, self.client.profile.honours_n, self.store, self.query, k, max_attempts)
+    def make(self, utterances: Sequence[Utterance], k: int, show_progress: bool = True) -> int:
+        """Write request files for all samples that neither the store nor an open batch has."""
+        wanted = Wanted(self.prompt, self.client.profile.honours_n, self.store, self.query, k)
         for part in self._with("made", "uploaded", "starting", "started", "ended"):
             wanted.have.update((r.audio, r.k + i) for r in self._index(part).values() for i in range(r.n))
         self._cut = 0
-        writer = _PartWriter(self, max_requests, max_bytes, self._spent())
-        try:
-            with writing(self.folder), HashCache.beside(self.store.path) as hashes:
+        with (
+            writing(self.folder),
+            tempfile.TemporaryDirectory(dir=self.folder, prefix=".") as folder,
+            HashCache.beside(self.store.path) as hashes,
+        ):
+            writer = _PartWriter(self, Path(folder))
+            try:
                 for utt_id, source in progress(utterances, desc="requests", unit="utt", disable=not show_progress):
                     for ask, audio, clip in self._asks(utt_id, source, wanted, hashes):
                         writer.add(utt_id, audio, ask, clip)
                 made = writer.close()
-        except BaseException:
-            writer.discard()
-            raise
+            finally:
+                writer.discard()
         self.parts += made
         self._save()
-        if self._cut:
-            logger.warning(
-                "%d recordings are longer than the %g s that %s hears: only their beginning is sent",
-                *(self._cut, self.client.profile.longest_audio, self.client.model),
-            )
+        warn_of_cut(self._cut, self.client, "is")
         return sum(part.requests for part in made)
 
     def submit(self) -> None:
-        """Upload request files and start a batch for each; one that may have been started already is looked for first.
-
-        Raises
-        ------
-        LalmError
-            If the server is down or refuses; the next call goes on.
-        """
+        """Upload request files and start a batch for each; one that may have been started is looked for first."""
         self._online(self._submit)
 
     def poll(self) -> bool:
-        """Ask how far the batches are.
-
-        Returns
-        -------
-        bool
-            Whether every batch that was started has ended.
-
-        Raises
-        ------
-        LalmError
-            If the server is down, or rejected a request file: its message is in the error and in the state.
-        """
+        """Ask how far the batches are."""
         self._online(self._poll)
         return not self._with("started")
 
     def ingest(self) -> Ingested:
-        """Bring the answers of batches that have ended into the store, each file in one transaction.
-
-        Returns
-        -------
-        Ingested
-
-        Raises
-        ------
-        LalmError
-            If the server is down, or no answer to the query can be used.
-        StoreError
-            If the store cannot be written.
-        """
+        """Bring the answers of batches that have ended into the store, each file in one transaction."""
         found = Ingested()
         if any(file_id and not path.exists() for part in self._with("ended") for path, file_id in self._results(part)):
             self._online(self._download)
         for part in self._with("ended"):
-            found += self._take(part)
+            self._take(part, found)
             part.status = "ingested"
             self._save()
-            for kind in ("requests", "index"):  # they hold all the audio; the answers' files stay
-                self._path(part, kind).unlink(missing_ok=True)
-        if found.answers and not found.stored and not self.store.have(self.query):
+            self._forget(part)
+        if found.asked and not found.stored and not self.store.have(self.query):
             check_usable(self.store, self.query)
         return found
 
-    def run(
-        self,
-        utterances: Sequence[Utterance],
-        k: int,
-        max_attempts: int = 3,
-        every: float = 60.0,
-        max_requests: int = MAX_REQUESTS,
-        max_bytes: int = MAX_BYTES,
-        show_progress: bool = True,
-    ) -> Ingested:
-        """Go on from wherever the job stands until every recording has `k` samples or is out of attempts.
-
-        Parameters
-        ----------
-        utterances, k, max_attempts, max_requests, max_bytes, show_progress
-            As for `make`.
-        every : float
-            Seconds between two looks.
-
-        Returns
-        -------
-        Ingested
-            Of all rounds of this call.
-
-        Raises
-        ------
-        LalmError
-            As `submit` and `poll`, or if a whole round of batches brings no answer.
-        """
+    def run(self, utterances: Sequence[Utterance], k: int, every=60.0, show_progress=True) -> Ingested:
+        """Go on from wherever the job stands until every recording has `k` samples or is out of attempts."""
         found = Ingested()
         while True:
             nothing_open = not any(part.open for part in self.parts)
-            if nothing_open and not self.make(utterances, k, max_attempts, max_requests, max_bytes, show_progress):
+            if nothing_open and not self.make(utterances, k, show_progress):
                 return found
             round_ = self._round(every, show_progress)
             found += round_
-            if not round_.answers:
+            if not round_.asked:
                 raise LalmError(f"{self.folder}: a round of batches brought no answer: {round_.summary()}")
 
     def status(self) -> str:
@@ -380,8 +242,7 @@ class BatchJob:
         return found
 
     def _asks(self, utt_id: str, source, wanted: Wanted, hashes: HashCache) -> Iterator[tuple[Ask, str, Clip]]:
-        known = None if callable(source) else hashes.get(source)
-        if known is not None and wanted.nothing(known.audio):
+        if wanted.nothing(hashes.get(source)):
             return
         try:
             recording = read_recording(source, self.client.profile.longest_audio, hashes)
@@ -433,12 +294,8 @@ class BatchJob:
         self._save()
         try:
             # Never retried by itself: what failed may have been started all the same.
-            batch = await self._api.batches.create(
-                input_file_id=part.file_id,
-                endpoint=ENDPOINT,
-                completion_window="24h",
-                metadata={JOB: self.job, PART: part.name},
-            )
+            options = {"completion_window": "24h", "metadata": {JOB: self.job, PART: part.name}}
+            batch = await self._api.batches.create(input_file_id=part.file_id, endpoint=ENDPOINT, **options)
         except openai.APIStatusError as error:
             if error.status_code < 500:  # refused, so certainly not started
                 part.status = "uploaded"
@@ -483,11 +340,9 @@ class BatchJob:
             share = f" {short(counts.completed)}/{short(counts.total)}" if counts else ""
             part.progress = f"{short(batch.status)}{share}"
             if batch.status in _ENDED:
-                part.status, part.output_file_id, part.error_file_id = (
-                    "ended",
-                    short(batch.output_file_id) or None,
-                    short(batch.error_file_id) or None,
-                )
+                part.status = "ended"
+                part.output_file_id = short(batch.output_file_id) or None
+                part.error_file_id = short(batch.error_file_id) or None
             elif batch.status == "failed":
                 self._rejected(part, batch)
             self._save()
@@ -505,8 +360,7 @@ class BatchJob:
         part.status = "failed"
         part.errors = [redacted(f"{e.message} (line {e.line})" if e.line else str(e.message)) for e in errors]
         part.errors = part.errors or ["no reason given"]
-        for kind in ("requests", "index"):
-            self._path(part, kind).unlink(missing_ok=True)
+        self._forget(part)
 
     async def _download(self) -> None:
         for part in self._with("ended"):
@@ -518,8 +372,8 @@ class BatchJob:
     def _results(self, part: Part) -> list[tuple[Path, str | None]]:
         return [(self._path(part, "output"), part.output_file_id), (self._path(part, "error"), part.error_file_id)]
 
-    def _take(self, part: Part) -> Ingested:
-        index, found, records = self._index(part), Ingested(), []
+    def _take(self, part: Part, found: Ingested) -> None:
+        index, records = self._index(part), []
         left = dict.fromkeys(index, "no answer")
         answered: set[str] = set()
         for place, line in self._answers(part):
@@ -533,23 +387,15 @@ class BatchJob:
                 answered.add(custom_id)
             missing = request.n - len(responses)
             left[custom_id] = reason or ("fewer choices than asked for" if missing else "")
-            records += [
-                Record(request.audio, request.k + i, request.utt_id, response) for i, response in enumerate(responses)
-            ]
+            records += [Record(request.audio, request.k + i, request.utt_id, r) for i, r in enumerate(responses)]
         self.store.put_many(self.query, self._not_stored_before(records))
-        kinds = collections.Counter(record.response.answer.kind for record in records)
-        found.refused, found.invalid = kinds["refusal"], kinds["invalid"]
-        found.stored = len(records) - found.refused - found.invalid
-        found.unanswered = dict(collections.Counter(reason for reason in left.values() if reason))
-        return found
+        found.count(records)
+        found.unanswered.update(reason for reason in left.values() if reason)
 
     def _not_stored_before(self, records: Sequence[Record]) -> list[Record]:
         """Leave out rejected answers that a killed `ingest` has stored: again they would count as another attempt."""
-        stored = {
-            (entry.audio, entry.k, entry.seed, entry.raw)
-            for entry in self.store.entries(self.query)
-            if not entry.is_sample
-        }
+        entries = self.store.entries(self.query)
+        stored = {(entry.audio, entry.k, entry.seed, entry.raw) for entry in entries if not entry.is_sample}
         return [r for r in records if (r.audio, r.k, r.response.seed, r.response.raw) not in stored]
 
     def _answers(self, part: Part) -> Iterator[tuple[str, object]]:
@@ -593,11 +439,19 @@ class BatchJob:
         price = self.client.budget.price
         if price is None:
             return 0.0
-        used = [price.cost(found.batch_tokens) for found in self.store.queries() if found.query == self.query]
-        return BATCH_SHARE * sum(used) + sum(part.most for part in self.parts if part.open)
+        used = [price.cost(batch=asked.batch_tokens) for asked in self.store.queries() if asked.query == self.query]
+        return sum(used) + sum(part.most for part in self.parts if part.open)
 
     def _path(self, part: Part, kind: str) -> Path:
         return self.folder / f"{part.name}.{kind}.jsonl"
+
+    def _asked(self, part: Part) -> list[Path]:
+        return [self._path(part, "requests"), self._path(part, "index")]
+
+    def _forget(self, part: Part) -> None:
+        """Delete the files of requests, which hold all the audio; the answers' files stay."""
+        for path in self._asked(part):
+            path.unlink(missing_ok=True)
 
     def _index(self, part: Part) -> dict[str, _Request]:
         with self._path(part, "index").open(encoding="utf-8") as file:
@@ -605,7 +459,7 @@ class BatchJob:
 
     def _load(self) -> tuple[str, list[Part]]:
         for left in self.folder.glob(".*"):  # by a process that was killed while it wrote
-            left.unlink()
+            shutil.rmtree(left) if left.is_dir() else left.unlink()
         path = self.folder / "state.json"
         if not path.exists():
             return uuid.uuid4().hex[:12], []
@@ -624,16 +478,13 @@ class BatchJob:
 
 
 class _PartWriter:
-    """Spreads requests over files within the limits; files get their names when all are written."""
+    """Spreads requests over files within the limits, in a folder that only `close` empties."""
 
-    def __init__(self, job: BatchJob, max_requests: int, max_bytes: int, spent: float):
-        self.job, self.max_requests, self.max_bytes, self.spent = job, max_requests, max_bytes, spent
-        self.numbers = len(job.parts)
-        self.finished: list[tuple[Part, Path, Path]] = []
+    def __init__(self, job: BatchJob, folder: Path):
+        self.job, self.folder = job, folder
+        self.parts: list[Part] = []
         self.files: list[IO[bytes]] = []
-        self.names: list[Path] = []
-        self.part: Part | None = None
-        self.size = 0
+        self.size, self.spent = 0, job._spent()
 
     def add(self, utt_id: str, audio: str, ask: Ask, clip: Clip) -> None:
         job, seed = self.job, self.job.query.sampling.get("seed")
@@ -641,59 +492,52 @@ class _PartWriter:
         body = job.client.body(prompt, clip.data, ask.n, **{**job.query.sampling, "seed": ask.seed})
         custom_id = _custom_id(job.query, audio, ask)
         line = json.dumps({"custom_id": custom_id, "method": "POST", "url": ENDPOINT, "body": body}).encode() + b"\n"
-        if len(line) > self.max_bytes:
+        if len(line) > job.max_bytes:
             raise UserError(
-                f"{utt_id}: one request of {len(line)} bytes, and a file of them may have {self.max_bytes}. Set "
+                f"{utt_id}: one request of {len(line)} bytes, and a file of them may have {job.max_bytes}. Set "
                 "`longest_audio` in the lalm_profile."
             )
-        if self.part is None or self.part.requests == self.max_requests or self.size + len(line) > self.max_bytes:
+        if not self.files or self.parts[-1].requests == job.max_requests or self.size + len(line) > job.max_bytes:
             self._begin()
         self._count(prompt, ask, clip)
         self.files[0].write(line)
         self.files[1].write(json.dumps([custom_id, utt_id, audio, *ask]).encode() + b"\n")
-        self.part.requests += 1
+        self.parts[-1].requests += 1
         self.size += len(line)
 
     def close(self) -> list[Part]:
         self._end()
-        for part, *paths in self.finished:
-            for path, kind in zip(paths, ("requests", "index"), strict=True):
-                os.replace(path, self.job._path(part, kind))
-        return [part for part, *_ in self.finished]
+        for part in self.parts:
+            for path in self.job._asked(part):
+                os.replace(self.folder / path.name, path)
+        return self.parts
 
     def discard(self) -> None:
         for file in self.files:
             with contextlib.suppress(OSError):  # of what a full disk has refused already
                 file.close()
-        for path in [*self.names, *(path for _, *paths in self.finished for path in paths)]:
-            path.unlink(missing_ok=True)
 
     def _begin(self) -> None:
         self._end()
-        self.part = Part(f"{self.numbers + len(self.finished) + 1:04d}", 0)
+        self.parts.append(Part(f"{len(self.job.parts) + len(self.parts) + 1:04d}", 0))
+        paths = (self.folder / path.name for path in self.job._asked(self.parts[-1]))
+        self.files = [open(path, "wb") for path in paths]  # noqa: SIM115 - closed by `close` or `discard`
         self.size = 0
-        made = [tempfile.mkstemp(dir=self.job.folder, prefix=".") for _ in range(2)]
-        self.names = [Path(name) for _, name in made]
-        self.files = [os.fdopen(handle, "wb") for handle, _ in made]
 
     def _end(self) -> None:
-        if self.part is None:
-            return
         for file in self.files:
             file.flush()
             os.fsync(file.fileno())
             file.close()
-        self.finished.append((self.part, *self.names))
-        self.part = None
+        self.files = []
 
     def _count(self, prompt: Prompt, ask: Ask, clip: Clip) -> None:
         budget, profile = self.job.client.budget, self.job.client.profile
         if budget.price is None:
             return
-        expected = expected_tokens(prompt, clip.seconds, ask.n, profile)
-        most = most_tokens(prompt, expected, ask.n, profile.output_limit(self.job.query.sampling))
-        cost = BATCH_SHARE * budget.price.cost(most)
-        self.part.most += cost
+        _, most = estimated_tokens(prompt, clip.seconds, ask.n, profile, self.job.query.sampling)
+        cost = budget.price.cost(batch=most)
+        self.parts[-1].most += cost
         self.spent += cost
         if budget.limit is not None and self.spent > budget.limit:
             raise UserError(

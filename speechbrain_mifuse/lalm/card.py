@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import NamedTuple
 
 from speechbrain_mifuse.lalm.profile import AUDIO_PARTS, CONSTRAINTS, Profile
 from speechbrain_mifuse.utils.errors import UserError
@@ -14,6 +13,8 @@ from speechbrain_mifuse.utils.errors import UserError
 YES, NO, UNKNOWN = "yes", "no", "cannot tell"
 # Value of a finding where the server does not merely ignore a field but answers with an error.
 REJECTED = "rejected"
+_NO_SAMPLES = "all samples of a recording would be equal: ask for one sample, or vary the question"
+_NO_AUDIO = "ask a model that takes audio, or a server that passes it on"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -44,22 +45,19 @@ class Card:
         """Return a finding; "cannot tell" for one that the card lacks."""
         return self.findings.get(name, Finding(UNKNOWN, "not tried"))
 
-    def good(self, names: Iterable[str]) -> list[str]:
-        """Keep the findings that are "yes"."""
-        return [name for name in names if self[name].verdict == YES]
+    def good(self, kind: str, names: Iterable[str]) -> list[str]:
+        """Keep the names of which the finding is "yes"."""
+        return [name for name in names if self[f"{kind}{name}"].verdict == YES]
 
     def text(self) -> str:
         """Show the card to people."""
         reported = " ".join(filter(None, (self.served_model, self.fingerprint)))
         head = f"{self.model} at {self.base_url}" + (f", reports itself as {reported}" if reported else "")
-        spent = (
-            f"{self.calls} calls, {self.prompt_tokens} prompt tokens, {self.completion_tokens} tokens of answers; "
-            f"audio as {self.audio_part}"
-        )
+        spent = f"{self.calls} calls, {self.prompt_tokens} prompt tokens, {self.completion_tokens} tokens of answers"
         wide = max(map(len, self.findings), default=0)
         far = max((len(finding.verdict) for finding in self.findings.values()), default=0)
         rows = [f"{name:{wide}}  {found.verdict:{far}}  {found.evidence}" for name, found in self.findings.items()]
-        return "\n".join([head, spent, "", *rows])
+        return "\n".join([head, f"{spent}; audio as {self.audio_part}", "", *rows])
 
     def to_json(self) -> str:
         """Serialise the card."""
@@ -85,26 +83,7 @@ def read_card(path: str | Path) -> Card:
 
 @dataclasses.dataclass(frozen=True)
 class Needs:
-    """What a collection needs of a server.
-
-    Attributes
-    ----------
-    profile : Profile
-        Its forms.
-    samples : int
-        Answers for each recording.
-    temperature : float
-        They are asked for with.
-    longest : float, optional
-        Seconds of the longest recording that is sent.
-    varied : bool
-        Whether the questions themselves differ from sample to sample.
-
-    Example
-    -------
-    >>> Needs(Profile(), samples=5).temperature
-    1.0
-    """
+    """What a collection needs of a server."""
 
     profile: Profile
     samples: int = 1
@@ -113,104 +92,37 @@ class Needs:
     varied: bool = False
 
 
-class Rule(NamedTuple):
-    """One need: which finding it asks for (`None` where a collection does not need it), and what to do without."""
-
-    finding: Callable[[Card, Needs], str | None]
-    remedy: Callable[[Card, Needs], str]
-
-
 def check(card: Card, needs: Needs) -> list[str]:
-    """Compare what a collection needs with what the server showed.
-
-    Parameters
-    ----------
-    card : Card
-        From `speechbrain_mifuse.lalm.probe.probe`.
-    needs : Needs
-        Of the collection.
-
-    Returns
-    -------
-    list of str
-        Needs of which the card cannot tell whether they are met, a line each.
-
-    Raises
-    ------
-    UserError
-        If the server lacks something; the message names all of it, each with the remedy.
-
-    Example
-    -------
-    >>> card = Card("http://127.0.0.1:8000/v1", "m", findings={"honours_n": Finding("no", "1 choice of 3")})
-    >>> check(card, Needs(Profile(), samples=5))
-    Traceback (most recent call last):
-    ...
-    speechbrain_mifuse.utils.errors.UserError: m at http://127.0.0.1:8000/v1 lacks what the collection needs:
-      honours_n: no (1 choice of 3): set honours_n: False in the profile
-    """
-    lacking, untold = [], []
-    for finding, remedy in RULES:
-        name = finding(card, needs)
-        if name is not None:
-            line = f"{name}: {card[name].verdict} ({card[name].evidence})"
-            lacking += [f"{line}: {remedy(card, needs)}"] * (card[name].verdict == NO)
-            untold += [line] * (card[name].verdict == UNKNOWN)
-    lacking += _too_long(card, needs)
+    """Raise a `UserError` that names all that a collection needs and the server lacks; return what is not known."""
+    lacking, unknown = [], []
+    for name, remedy in _wanted(card, needs):
+        line = f"{name}: {card[name].verdict} ({card[name].evidence})"
+        lacking += [f"{line}: {remedy}"] * (card[name].verdict == NO)
+        unknown += [line] * (card[name].verdict == UNKNOWN)
+    longest = card["longest_audio"]
+    if longest.verdict == NO and needs.longest is not None and needs.longest > float(longest.value or 0):
+        lacking.append(
+            f"longest_audio: recordings of {needs.longest:g} s ({longest.evidence}): set longest_audio: "
+            f"{longest.value:g} in the profile, so that the beginning alone is sent"
+        )
     if lacking:
         raise UserError("\n  ".join([f"{card.model} at {card.base_url} lacks what the collection needs:", *lacking]))
-    return untold
+    return unknown
 
 
-def _needs_constraint(card: Card, needs: Needs) -> str | None:
-    return None if needs.profile.constraint == "none" else f"constraint_{needs.profile.constraint}"
-
-
-def _other_part(card: Card, needs: Needs) -> str:
-    heard = card.good(f"hears_{part}" for part in AUDIO_PARTS)
-    if heard:
-        return f"set audio_part: {heard[0].removeprefix('hears_')} in the profile"
-    return "ask a model that takes audio, or a server that passes it on"
-
-
-def _other_constraint(card: Card, needs: Needs) -> str:
-    honoured = card.good(f"constraint_{name}" for name in CONSTRAINTS)
-    other = honoured[0].removeprefix("constraint_") if honoured else "none"
-    return f"set constraint: {other} in the profile"
-
-
-def _rejected(card: Card, name: str) -> bool:
-    return card[name].value == REJECTED
-
-
-def _too_long(card: Card, needs: Needs) -> list[str]:
-    heard = card["longest_audio"]
-    if heard.verdict != NO or needs.longest is None or needs.longest <= float(heard.value or 0):
-        return []
-    return [
-        f"longest_audio: recordings of {needs.longest:g} s ({heard.evidence}): set longest_audio: {heard.value:g} in "
-        "the profile, so that the beginning alone is sent"
-    ]
-
-
-RULES = (
-    Rule(lambda card, needs: f"hears_{needs.profile.audio_part}", _other_part),
-    Rule(_needs_constraint, _other_constraint),
-    Rule(
-        lambda card, needs: "logprobs" if needs.profile.answer_form == "logprobs" else None,
-        lambda card, needs: "set answer_form: distribution in the profile",
-    ),
-    Rule(
-        lambda card, needs: "honours_n" if needs.profile.honours_n and needs.samples > 1 else None,
-        lambda card, needs: "set honours_n: False in the profile",
-    ),
+def _wanted(card: Card, needs: Needs) -> Iterator[tuple[str, str]]:
+    """Give the findings that a collection asks for, each with what to do without."""
+    profile = needs.profile
+    parts, constraints = card.good("hears_", AUDIO_PARTS), [*card.good("constraint_", CONSTRAINTS), "none"]
+    yield f"hears_{profile.audio_part}", f"set audio_part: {parts[0]} in the profile" if parts else _NO_AUDIO
+    if profile.constraint != "none":
+        yield f"constraint_{profile.constraint}", f"set constraint: {constraints[0]} in the profile"
+    if profile.answer_form == "logprobs":
+        yield "logprobs", "set answer_form: distribution in the profile"
+    if profile.honours_n and needs.samples > 1:
+        yield "honours_n", "set honours_n: False in the profile"
     # A seed that is ignored does no harm.
-    Rule(
-        lambda card, needs: "honours_seed" if needs.profile.honours_seed and _rejected(card, "honours_seed") else None,
-        lambda card, needs: "set honours_seed: False in the profile",
-    ),
-    Rule(
-        lambda card, needs: "honours_temperature" if needs.samples > 1 and not needs.varied else None,
-        lambda card, needs: "all samples of a recording would be equal: ask for one sample, or vary the question",
-    ),
-)
+    if profile.honours_seed and card["honours_seed"].value == REJECTED:
+        yield "honours_seed", "set honours_seed: False in the profile"
+    if needs.samples > 1 and not needs.varied:
+        yield "honours_temperature", _NO_SAMPLES

@@ -1,13 +1,13 @@
-"""Asking an OpenAI-compatible chat-completions API about one recording."""
+"""Asking an OpenAI-compatible chat-completions API about one recording.
+
+Attempts are repeated by hand: the retries of the openai package know neither the limits nor the budget.
+"""
 
 from __future__ import annotations
 
 import asyncio
-import base64
 import dataclasses
 import http.cookiejar
-import io
-import ipaddress
 import json
 import logging
 import os
@@ -15,15 +15,11 @@ import random
 import re
 import secrets
 import time
-import urllib.parse
-import wave
 from collections.abc import Callable, Mapping, Sequence
-from typing import NamedTuple
 
 import aiohttp
 import openai
 from aiohttp.http_exceptions import HttpProcessingError
-from openai.types.chat import ChatCompletion
 
 from speechbrain_mifuse.lalm.answer import Answer, Reply, Response
 from speechbrain_mifuse.lalm.limits import (
@@ -31,21 +27,18 @@ from speechbrain_mifuse.lalm.limits import (
     Budget,
     LalmError,
     Pace,
-    expected_tokens,
+    estimated_tokens,
     known_usage,
-    most_tokens,
     retry_after,
     used_tokens,
 )
 from speechbrain_mifuse.lalm.profile import NO_TOKENS, Profile, Tokens
-from speechbrain_mifuse.lalm.prompt import Prompt
+from speechbrain_mifuse.lalm.prompt import Clip, Prompt
 from speechbrain_mifuse.lalm.redaction import keep_requests_out_of_logs, redacted, redactor, short
-from speechbrain_mifuse.lalm.store import clean_base_url
+from speechbrain_mifuse.lalm.store import clean_base_url, is_loopback
 from speechbrain_mifuse.utils.errors import UserError
 
 logger = logging.getLogger(__name__)
-
-__all__ = ["BLOCKED", "DEFAULT_BASE_URL", "Clip", "LalmClient", "LalmError", "is_loopback", "reply_of"]
 
 DEFAULT_BASE_URL = "https://api.openai.com/v1"
 
@@ -78,34 +71,6 @@ _QUICKLY = 10.0
 _UNREADABLE = (ValueError, TypeError, AttributeError, RecursionError)
 # Stands in the place of the audio while the rest of a body is made ready; no prompt can hold it by chance.
 _AUDIO = secrets.token_hex(16)
-
-
-class Clip(NamedTuple):
-    """A recording ready to be sent any number of times.
-
-    Attributes
-    ----------
-    data : str
-        A WAV file in base64.
-    seconds : float
-        Its length.
-
-    Example
-    -------
-    >>> from speechbrain_mifuse.lalm.collect import encode_wav
-    >>> import torch
-    >>> Clip.of(encode_wav(torch.zeros(8000))).seconds
-    0.5
-    """
-
-    data: str
-    seconds: float
-
-    @classmethod
-    def of(cls, wav: bytes) -> Clip:
-        """Encode a WAV file."""
-        with wave.open(io.BytesIO(wav)) as file:
-            return cls(base64.b64encode(wav).decode(), file.getnframes() / file.getframerate())
 
 
 class _Unusable(Exception):
@@ -222,24 +187,15 @@ class LalmClient:
         Address of the API; by default ``OPENAI_BASE_URL``, else OpenAI's.
     model : str
         Model name.
-    timeout : float
-        Seconds for one attempt.
+    timeout, deadline : float
+        Seconds for one attempt, and for one request with all its attempts; waiting for limits, for the budget, or
+        because the server asked for it, does not count.
     max_retries : int
         Further attempts after a time-out, a lost connection, a reply that is no completion, or status 408, 409, 429 or
         5xx, with exponential back-off. Where the server says how long to wait (``Retry-After``) after 429 or 503, all
         calls of this client wait.
-    deadline : float
-        Seconds for one request with all its attempts; waiting for limits, for the budget, or because the server asked
-        for it, does not count.
-    profile : Profile, optional
-        What the provider understands and allows.
-    budget : Budget, optional
-        Money that may be spent; nothing is counted by default.
-
-    Raises
-    ------
-    UserError
-        If `base_url` is no address or carries credentials.
+    profile, budget : Profile, Budget, optional
+        What the provider understands and allows, and the money that may be spent.
 
     Example
     -------
@@ -259,10 +215,7 @@ class LalmClient:
         budget: Budget | None = None,
     ):
         self.base_url = clean_base_url(base_url or os.environ.get("OPENAI_BASE_URL") or DEFAULT_BASE_URL)
-        self.model = model
-        self.timeout = timeout
-        self.max_retries = max_retries
-        self.deadline = deadline
+        self.model, self.timeout, self.max_retries, self.deadline = model, timeout, max_retries, deadline
         self.profile = profile or Profile()
         self.budget = budget or Budget()
         self.pace = Pace(self.profile.requests_per_minute, self.profile.tokens_per_minute)
@@ -272,26 +225,7 @@ class LalmClient:
 
     @classmethod
     def of(cls, profile: Profile, base_url: str | None = None, budget: Budget | None = None) -> LalmClient:
-        """Make the client that a profile describes.
-
-        Parameters
-        ----------
-        profile : Profile
-            Names at least the model.
-        base_url : str, optional
-            In place of the profile's.
-        budget : Budget, optional
-            Money that may be spent.
-
-        Returns
-        -------
-        LalmClient
-
-        Raises
-        ------
-        UserError
-            If there is no model, or an address cannot be used.
-        """
+        """Make the client that a profile describes."""
         if not profile.model:
             raise UserError("--lalm_model: name the model to be asked")
         patience = (profile.timeout, int(profile.max_retries), profile.deadline)
@@ -302,22 +236,13 @@ class LalmClient:
         return self
 
     async def __aexit__(self, *_):
-        await self.aclose()
-
-    async def aclose(self):
-        """Close open connections; the client can be used again afterwards."""
+        # The client can be used again afterwards.
         lines, self._lines = self._lines, []
         for line in lines:
             await line.api.close()
 
     async def ask(
-        self,
-        prompt: Prompt,
-        wav: bytes | Clip,
-        n: int = 1,
-        temperature: float = 1.0,
-        seed: int | None = None,
-        **sampling,
+        self, prompt: Prompt, wav: bytes | Clip, n: int = 1, temperature=1.0, seed: int | None = None, **sampling
     ) -> list[Response]:
         """Ask for `n` answers about one recording.
 
@@ -326,30 +251,17 @@ class LalmClient:
 
         Parameters
         ----------
-        prompt : Prompt
-            The question.
+        prompt, n : Prompt, int
+            The question, and the number of answers.
         wav : bytes or Clip
             A WAV file; as a `Clip` it is encoded once for many calls.
-        n : int
-            Number of answers.
-        temperature : float
-            Sampling temperature; 0 asks for the most likely answer.
-        seed : int, optional
-            Best effort on most servers; not sent where the profile says that it is not honoured.
-        **sampling
-            Further fields of the API, e.g. `top_p`.
+        temperature, seed, **sampling
+            Fields of the API; the seed is not sent where the profile says that it is not honored.
 
         Returns
         -------
         list of Response
             Exactly `n`; refused and unusable replies are among them, marked by their kind.
-
-        Raises
-        ------
-        LalmError
-            If the server is down, rejects the request, does not know the model, or does not answer before the deadline.
-        BudgetReached
-            If the next call could pass the budget.
         """
         clip = wav if isinstance(wav, Clip) else Clip.of(wav)
         responses: list[Response] = []
@@ -359,71 +271,32 @@ class LalmClient:
         return responses
 
     async def ask_once(
-        self,
-        prompt: Prompt,
-        clip: Clip,
-        n: int = 1,
-        temperature: float = 1.0,
-        seed: int | None = None,
-        **sampling,
+        self, prompt: Prompt, clip: Clip, n: int = 1, temperature=1.0, seed: int | None = None, **sampling
     ) -> list[Response]:
-        """Make one request for `n` answers; it may bring fewer.
-
-        Parameters
-        ----------
-        prompt, n, temperature, seed, **sampling
-            As for `ask`.
-        clip : Clip
-            The recording.
-
-        Returns
-        -------
-        list of Response
-            At least one, at most `n`.
-
-        Raises
-        ------
-        LalmError, BudgetReached
-            As `ask`.
-        """
+        """Make one request for `n` answers; it may bring fewer."""
         n = n if self.profile.honours_n else 1
-        call = self._call(prompt, clip, n, seed, {"temperature": temperature, **sampling})
-        return await self._answers(prompt, call, n, seed)
+        body = self.body(prompt, _AUDIO, n, seed, temperature, **sampling)
+        # Escaping the audio again for each call would cost more than all the rest.
+        before, _, after = json.dumps(body).partition(_AUDIO)
+        tokens = estimated_tokens(prompt, clip.seconds, n, self.profile, sampling)
+        try:
+            completion = await self._attempts(_Call(f"{before}{clip.data}{after}".encode(), *tokens))
+        except (openai.OpenAIError, _Unusable) as error:
+            if getattr(error, "code", None) in BLOCKED:
+                return [self.blocked(_message_of(error), seed)]
+            raise await self.explain(error) from None
+        return self.responses(prompt, completion, n, seed)
 
-    async def complete(self, messages: Sequence[Mapping], **fields) -> ChatCompletion:
-        """Send any chat messages, within the limits but outside the budget, for instance to find out what works.
-
-        Parameters
-        ----------
-        messages : sequence of mapping
-            As the API takes them.
-        **fields
-            Further fields of the request's body.
-
-        Returns
-        -------
-        ChatCompletion
-            As the server sent it: fields may be missing.
-
-        Raises
-        ------
-        LalmError
-            As `ask`; `status` tells the HTTP status.
-        """
+    async def complete(self, messages: Sequence[Mapping], **fields) -> dict:
+        """Send any chat messages, within the limits but outside the budget, for instance to find out what works."""
         body = json.dumps({"model": self.model, "messages": messages, **fields}).encode()
         try:
-            return ChatCompletion.construct(**await self._attempts(_Call(body)))
+            return await self._attempts(_Call(body))
         except (openai.OpenAIError, _Unusable) as error:
             raise await self.explain(error) from None
 
     async def check(self):
-        """Find out before any audio is sent whether a server is there and accepts the key.
-
-        Raises
-        ------
-        LalmError
-            If nothing listens at the address or the key is refused. A server without a list of models passes.
-        """
+        """Find out before any audio is sent whether a server is there and accepts the key."""
         api = self._free_line().api.with_options(timeout=min(self.timeout, _QUICKLY))
         try:
             await _list_of_models(api)
@@ -437,135 +310,38 @@ class LalmClient:
             return
 
     def body(
-        self,
-        prompt: Prompt,
-        wav_base64: str,
-        n: int = 1,
-        seed: int | None = None,
-        temperature: float = 1.0,
-        **sampling,
+        self, prompt: Prompt, wav_base64: str, n: int = 1, seed: int | None = None, temperature=1.0, **sampling
     ) -> dict:
-        """Body of the request for `n` answers, as `ask` sends it.
-
-        Parameters
-        ----------
-        prompt : Prompt
-            The question.
-        wav_base64 : str
-            A WAV file in base64.
-        n, seed, temperature, **sampling
-            As for `ask`.
-
-        Returns
-        -------
-        dict
-            To be sent as JSON.
-
-        Example
-        -------
-        >>> sorted(LalmClient("http://127.0.0.1:8000/v1", "m").body(Prompt(("angry", "sad")), "UklGRg==", seed=3))
-        ['messages', 'model', 'n', 'seed', 'temperature']
-        """
-        optional = {}
-        if self.profile.honours_n:
-            optional["n"] = n
+        """Body of the request for `n` answers, as `ask` sends it."""
+        optional = {"n": n} if self.profile.honours_n else {}
         if seed is not None and self.profile.honours_seed:
             optional["seed"] = seed
         fields = {"temperature": temperature, **sampling, **prompt.request_options()}
         return {"model": self.model, **optional, **fields, "messages": prompt.messages(wav_base64)}
 
     def responses(self, prompt: Prompt, completion: Mapping, n: int = 1, seed: int | None = None) -> list[Response]:
-        """Read a chat completion.
-
-        Parameters
-        ----------
-        prompt : Prompt
-            What was asked.
-        completion : mapping
-            Decoded JSON.
-        n : int
-            Choices wanted; surplus ones are left out.
-        seed : int, optional
-            As sent.
-
-        Returns
-        -------
-        list of Response
-            One for each choice, without the key, should the server have echoed it.
-        """
+        """Read a chat completion."""
         # Of a reply, only known fields of known types are kept, without secrets that the server may have echoed.
         usage, clean = known_usage(completion.get("usage")), redactor()
         model, fingerprint = (short(completion.get(name), clean) for name in ("model", "system_fingerprint"))
-        responses = []
-        for position, choice in enumerate(_items(completion.get("choices"))[:n]):
-            reply = reply_of(choice, clean)
-            response = Response(
-                answer=prompt.parse(reply),
-                raw=reply.to_json(),
-                seed=None if seed is None else seed + position,
-                usage=usage if position == 0 else None,
-                served_model=model,
-                system_fingerprint=fingerprint,
-            )
-            responses.append(response)
-        return responses
+        replies = [reply_of(choice, clean) for choice in _items(completion.get("choices"))[:n]]
+        seeds = (None if seed is None else seed + i for i in range(n))
+        usages = (usage if i == 0 else None for i in range(n))
+        return [
+            Response(prompt.parse(reply), reply.to_json(), seed, usage, model, fingerprint)
+            for reply, seed, usage in zip(replies, seeds, usages, strict=False)
+        ]
 
     def blocked(self, message: str, seed: int | None = None) -> Response:
-        """Make the refusal that stands for a request which the server's content filter rejected with an error.
-
-        Parameters
-        ----------
-        message : str
-            Of the error.
-        seed : int, optional
-            As sent.
-
-        Returns
-        -------
-        Response
-        """
+        """Make the refusal that stands for a request which the server's content filter rejected with an error."""
         raw = Reply("", "content_filter", redacted(message)).to_json()
         return Response(Answer("refusal", reason="the server's content filter rejected the request"), raw, seed)
 
     def error_in(self, body: object) -> tuple[str, str]:
-        """Read the body of an error.
-
-        Parameters
-        ----------
-        body : object
-            Decoded JSON, in any provider's dialect.
-
-        Returns
-        -------
-        code : str
-            Empty if there is none.
-        message : str
-            In one line, without the key.
-
-        Example
-        -------
-        >>> LalmClient("http://127.0.0.1:8000/v1", "m").error_in({"error": {"code": 400, "message": "no audio"}})
-        ('400', 'no audio')
-        """
+        """Read the body of an error."""
         inner = body["error"] if isinstance(body, dict) and isinstance(body.get("error"), dict) else body
         code = inner.get("code") if isinstance(inner, dict) else None
         return short(code), redacted(" ".join(_message_in(body).split()))[:_LONGEST_MESSAGE]
-
-    def _call(self, prompt: Prompt, clip: Clip, n: int, seed: int | None, sampling: Mapping) -> _Call:
-        # Escaping the audio again for each call would cost more than all the rest.
-        before, _, after = json.dumps(self.body(prompt, _AUDIO, n, seed, **sampling)).partition(_AUDIO)
-        expected = expected_tokens(prompt, clip.seconds, n, self.profile)
-        most = most_tokens(prompt, expected, n, self.profile.output_limit(sampling))
-        return _Call(f"{before}{clip.data}{after}".encode(), expected, most)
-
-    async def _answers(self, prompt: Prompt, call: _Call, n: int, seed: int | None) -> list[Response]:
-        try:
-            completion = await self._attempts(call)
-        except (openai.OpenAIError, _Unusable) as error:
-            if getattr(error, "code", None) in BLOCKED:
-                return [self.blocked(_message_of(error), seed)]
-            raise await self.explain(error) from None
-        return self.responses(prompt, completion, n, seed)
 
     async def _attempts(self, call: _Call) -> dict:
         """Send a request until it is answered, its faults do not pass, or attempts or time are used up."""
@@ -653,23 +429,7 @@ class LalmClient:
         return free
 
     def connection(self, most_bytes: int = _MOST_BYTES) -> openai.AsyncOpenAI:
-        """Make an API client of the openai package with address, key and patience of this one.
-
-        Parameters
-        ----------
-        most_bytes : int
-            Bytes of a reply, after decompression.
-
-        Returns
-        -------
-        openai.AsyncOpenAI
-            To be closed by whoever asked for it.
-
-        Raises
-        ------
-        LalmError
-            If there is no key and the server is not on this machine.
-        """
+        """Make an API client of the openai package with address, key and patience of this one."""
         # A proxy from the environment has no business between two programs on one machine; and reading the
         # certificates of all authorities takes a tenth of a second, for nothing where nothing is encrypted.
         here = is_loopback(self.base_url)
@@ -686,7 +446,7 @@ class LalmClient:
             api_key=self._key(),
             base_url=self.base_url,
             timeout=self.timeout,
-            max_retries=0,  # its own retries would know neither the limits nor the budget
+            max_retries=0,
             http_client=line,
         )
 
@@ -700,18 +460,7 @@ class LalmClient:
         return f"--lalm_base_url {self.base_url} (model {self.model!r})"
 
     async def explain(self, error: Exception) -> LalmError:
-        """Say in one sentence what failed and what to do about it.
-
-        Parameters
-        ----------
-        error : Exception
-            Of the openai package, or of a reply that is no completion.
-
-        Returns
-        -------
-        LalmError
-            Without the key.
-        """
+        """Say in one sentence what failed and what to do about it."""
         status = getattr(error, "status_code", None)
         remedy, hopeless = _REMEDIES.get(status, ("", False))
         if isinstance(error, openai.APIConnectionError):
@@ -860,7 +609,6 @@ def reply_of(choice, clean: Callable[[str], str] | None = None) -> Reply:
 
 
 def _kept(text: str, clean: Callable[[str], str]) -> str:
-    """Give what is kept of a text: without secrets, and bounded."""
     return clean(text)[:_LONGEST_TEXT]
 
 
@@ -884,7 +632,7 @@ def _reasoning(message, clean) -> str | None:
 
 
 def _get(thing, name: str):
-    return thing.get(name) if isinstance(thing, Mapping) else getattr(thing, name, None)
+    return thing.get(name) if isinstance(thing, Mapping) else None
 
 
 def _items(value) -> Sequence:
@@ -908,15 +656,6 @@ def _never_sent(error: Exception) -> bool:
 def _timed_out(error: Exception) -> bool:
     slow = isinstance(_unusable(error), _TooSlow) or isinstance(_transport(error), asyncio.TimeoutError)
     return slow and not _never_sent(error)
-
-
-def is_loopback(base_url: str) -> bool:
-    """Whether an address names this machine."""
-    host = urllib.parse.urlsplit(base_url).hostname or ""
-    try:
-        return ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return host == "localhost"
 
 
 def _text(content) -> str:

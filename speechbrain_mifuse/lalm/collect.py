@@ -13,46 +13,42 @@ import json
 import logging
 import threading
 import time
-import wave
 from collections.abc import Callable, Collection, Iterator, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
+import soundfile
 import torch
 from tqdm import tqdm
 
-from speechbrain_mifuse.lalm.client import Clip, LalmClient
 from speechbrain_mifuse.lalm.hashes import HashCache, Known, file_stamp
-from speechbrain_mifuse.lalm.limits import Breaker, BudgetReached, LalmError, Signal
-from speechbrain_mifuse.lalm.prompt import Prompt
+from speechbrain_mifuse.lalm.limits import BudgetReached, LalmError, Signal
+from speechbrain_mifuse.lalm.prompt import Clip, Prompt
 from speechbrain_mifuse.lalm.store import LabelStore, Query, Record
 from speechbrain_mifuse.utils.audio import BadAudio, content_hash, load_audio, pcm16
 from speechbrain_mifuse.utils.audio_warnings import summarized
 from speechbrain_mifuse.utils.errors import UserError, WriteError
 from speechbrain_mifuse.utils.progress import progress
+from speechbrain_mifuse.utils.texts import first_of
+
+if TYPE_CHECKING:  # it imports the openai package, which takes a second
+    from speechbrain_mifuse.lalm.client import LalmClient
 
 SAMPLE_RATE = 16000
 
 # A retry with the seed that led to a refusal would be refused again; this stride keeps the seeds of retries apart from
 # those of other samples.
 RETRY_SEED_STRIDE = 1_000_003
-
-# Seconds between two looks whether a loop outside was told to stop.
-LOOK_FOR_CTRL_C = 0.2
-
-# Seconds after which a task that has not ended is cancelled once more.
-CANCEL_AGAIN = 0.2
-
-# Seconds between two looks at the counts: writing them out for each call would cost more than counting.
-BETWEEN_LOOKS = 0.2
-
+# How often a sample is asked for before it is given up.
+MAX_ATTEMPTS = 3
+# Seconds between two looks whether a loop outside was told to stop, after which a task that has not ended is cancelled
+# once more, and between two looks at the counts: writing them out for each call would cost more than counting.
+LOOK_FOR_CTRL_C = CANCEL_AGAIN = BETWEEN_LOOKS = 0.2
 # First answers of a query after which a collection stops if none of them can be used: all others would be paid for in
 # vain, too.
 MAX_UNUSABLE = 30
-
 # Characters of an unusable reply that an error quotes.
 QUOTED = 120
-
 logger = logging.getLogger(__name__)
 
 Utterance = tuple[str, "str | Path | Callable[[], torch.Tensor]"]
@@ -67,55 +63,44 @@ class Ask(NamedTuple):
 
 
 @dataclasses.dataclass
-class CollectReport:
-    """What one run of `collect` did. Counts are answers, not utterances.
+class AnswerCounts:
+    """Numbers of new answers by what became of them; refused and invalid ones are asked for again by the next run."""
 
-    Attributes
-    ----------
-    asked : int
-        Answers received from the API: `stored + refused + invalid`.
-    stored : int
-        New samples.
-    skipped : int
-        Samples not asked for, because they are stored, out of attempts, or belong to a recording that another
-        utterance of this run has too.
-    refused, invalid : int
-        Answers that are no samples; they are asked for again by the next run.
-    failed : list of (str, str)
-        Utterances that could not be read or asked about, and why.
-    cut : int
-        Recordings of which only the beginning was sent, because the model hears no more.
-    cost : str
-        What was spent, with the currency; empty if no price is known.
-
-    Example
-    -------
-    >>> print(CollectReport(asked=9, stored=8, refused=1, failed=[("u7", "no such file")]).summary())
-    8 samples stored of 9 answers (1 refused, 0 invalid), 0 skipped, 1 utterance failed
-      u7: no such file
-    """
-
-    asked: int = 0
     stored: int = 0
-    skipped: int = 0
     refused: int = 0
     invalid: int = 0
+
+    @property
+    def asked(self) -> int:
+        """All of them."""
+        return self.stored + self.refused + self.invalid
+
+    def count(self, records: Sequence[Record]):
+        """Count answers."""
+        kinds = collections.Counter(record.response.answer.kind for record in records)
+        self.refused += kinds["refusal"]
+        self.invalid += kinds["invalid"]
+        self.stored += len(records) - kinds["refusal"] - kinds["invalid"]
+
+    def counted(self) -> str:
+        """Say it in a line."""
+        return f"{self.stored} samples stored of {self.asked} answers ({self.refused} refused, {self.invalid} invalid)"
+
+
+@dataclasses.dataclass
+class CollectReport(AnswerCounts):
+    """What one run of `collect` did: `skipped` counts samples, `cut` recordings of which the beginning was sent."""
+
+    skipped: int = 0
     failed: list[tuple[str, str]] = dataclasses.field(default_factory=list)
     cut: int = 0
     cost: str = ""
 
-    def summary(self, most: int = 20) -> str:
-        """Describe the run in a few lines, naming at most `most` failed utterances."""
-        plural = "" if len(self.failed) == 1 else "s"
-        lines = [
-            f"{self.stored} samples stored of {self.asked} answers ({self.refused} refused, {self.invalid} invalid), "
-            f"{self.skipped} skipped, {len(self.failed)} utterance{plural} failed"
-            + (f", {self.cost} spent" if self.cost else "")
-        ]
-        lines += [f"  {utt_id}: {reason}" for utt_id, reason in self.failed[:most]]
-        if len(self.failed) > most:
-            lines.append(f"  ... and {len(self.failed) - most} more")
-        return "\n".join(lines)
+    def summary(self) -> str:
+        """Describe the run in a few lines."""
+        line = f"{self.counted()}, {self.skipped} skipped, {len(self.failed)} utterance"
+        line += f"{'' if len(self.failed) == 1 else 's'} failed" + (f", {self.cost} spent" if self.cost else "")
+        return "\n".join([line, *first_of([f"{utt_id}: {reason}" for utt_id, reason in self.failed])])
 
 
 @summarized()
@@ -127,7 +112,7 @@ def collect(
     query: Query,
     k: int,
     concurrency: int = 8,
-    max_attempts: int = 3,
+    max_attempts: int = MAX_ATTEMPTS,
     max_failures_in_a_row: int = 5,
     show_progress: bool = True,
     deadline: float | None = None,
@@ -144,22 +129,14 @@ def collect(
     ----------
     utterances : sequence of (str, path or callable)
         Identifier, and a file or a function that returns the waveform `[samples]` at 16 kHz.
-    prompt : Prompt
-        The question.
-    client : LalmClient
-        Access to the API, its limits and the budget.
-    store : LabelStore
-        Where the answers go.
-    query : Query
-        The key of the answers; must belong to `prompt` and `client`.
+    prompt, client : Prompt, LalmClient
+        The question, and access to the API with its limits and the budget.
+    store, query : LabelStore, Query
+        Where the answers go, and their key, which must belong to `prompt` and `client`.
     k : int
         Samples per recording.
-    concurrency : int
-        Calls at the same time.
-    max_attempts : int
-        How often a sample is asked for before it is given up.
-    max_failures_in_a_row : int
-        Calls that fail one after the other before the run stops.
+    concurrency, max_attempts, max_failures_in_a_row : int
+        Calls at the same time, attempts before a sample is given up, and failed calls before the run stops.
     show_progress : bool
         Show a progress bar.
     deadline : float, optional
@@ -174,9 +151,8 @@ def collect(
     ------
     LalmError
         If the API is down or fails for every request, the deadline has passed, or no answer to the query can be used:
-        then at most about `MAX_UNUSABLE` are asked for. What was answered before is kept.
-    BudgetReached
-        If the next call could pass the budget; calls in flight are waited for and kept.
+        then at most about `MAX_UNUSABLE` are asked for. Also if the next call could pass the budget. What was answered
+        before is kept.
     StoreError
         If the store cannot be written; asking on would pay for answers that are lost.
     UserError
@@ -187,6 +163,7 @@ def collect(
     Example
     -------
     >>> import tempfile
+    >>> from speechbrain_mifuse.lalm.client import LalmClient
     >>> prompt, client = Prompt(("angry", "sad")), LalmClient("http://127.0.0.1:8000/v1", "m")
     >>> query = Query.of(prompt, client.model, client.base_url, {"temperature": 1.0, "seed": 0})
     >>> with LabelStore(tempfile.mkdtemp() + "/labels.sqlite") as store:
@@ -202,19 +179,26 @@ def collect(
         HashCache.beside(store.path) as hashes,
         progress(total=len(utterances) * k, unit="answer", desc=title, disable=not show_progress) as bar,
     ):
-        job = _Job(wanted, client, store, hashes, Breaker(max_failures_in_a_row), bar)
+        job = _Job(wanted, client, store, hashes, max_failures_in_a_row, bar)
         try:
             run_to_end(lambda: job.run(utterances, concurrency, deadline))
         except KeyboardInterrupt:
             logger.warning("interrupted; run again to go on. %s", job.report.summary())
             raise
         finally:
-            job.warn()
+            warn_of_cut(job.report.cut, client, "was")
     if job.report.failed:
         logger.warning("%s", job.report.summary())
     if job.unusable or not job.usable:
         check_usable(store, query)
     return job.report
+
+
+def warn_of_cut(count: int, client: LalmClient, when: str):
+    """Tell of recordings of which only the beginning is sent."""
+    if count:
+        message = "%d recordings are longer than the %g s that %s hears: only their beginning %s sent"
+        logger.warning(message, count, client.profile.longest_audio, client.model, when)
 
 
 def check_usable(store: LabelStore, query: Query):
@@ -275,11 +259,7 @@ async def cancel_until_ended(tasks: Collection[asyncio.Task]):
 def encode_wav(waveform: torch.Tensor) -> bytes:
     """Waveform at 16 kHz as a mono 16-bit PCM WAV file."""
     buffer = io.BytesIO()
-    with wave.open(buffer, "wb") as file:
-        file.setnchannels(1)
-        file.setsampwidth(2)
-        file.setframerate(SAMPLE_RATE)
-        file.writeframes(pcm16(waveform).tobytes())
+    soundfile.write(buffer, pcm16(waveform), SAMPLE_RATE, format="WAV", subtype="PCM_16")
     return buffer.getvalue()
 
 
@@ -298,7 +278,9 @@ def plan(missing: Sequence[int], attempts: Sequence[int], seed: int | None, most
 class Wanted:
     """What is still to be asked about each recording, by what the store holds."""
 
-    def __init__(self, prompt: Prompt, honours_n: bool, store: LabelStore, query: Query, k: int, max_attempts: int):
+    def __init__(
+        self, prompt: Prompt, honours_n: bool, store: LabelStore, query: Query, k: int, max_attempts: int = MAX_ATTEMPTS
+    ):
         self.prompt, self.query, self.k, self.max_attempts = prompt, query, k, max_attempts
         # Questions that differ from sample to sample cannot be asked together.
         self.most = 1 if prompt.varies or not honours_n else None
@@ -314,9 +296,11 @@ class Wanted:
         attempts = [self.rejected.get((audio, i), 0) for i in missing]
         return list(plan(missing, attempts, self.query.sampling.get("seed"), self.most))
 
-    def nothing(self, audio: str) -> bool:
-        """Whether nothing is to be asked about a recording."""
-        return audio in self.claimed or not any(self._wanted(audio, i) for i in range(self.k))
+    def nothing(self, known: Known | None) -> bool:
+        """Whether a recording is known, and nothing is to be asked about it."""
+        if known is None:
+            return False
+        return known.audio in self.claimed or not any(self._wanted(known.audio, i) for i in range(self.k))
 
     def _wanted(self, audio: str, index: int) -> bool:
         key = (audio, index)
@@ -333,10 +317,10 @@ class Recording(NamedTuple):
 
 def read_recording(source, longest_audio: float | None = None, hashes: HashCache | None = None) -> Recording:
     """Read a recording and make it ready to be sent."""
-    before = None if callable(source) else file_stamp(source)
+    before = file_stamp(source)
     waveform = source() if callable(source) else load_audio(source, SAMPLE_RATE)
     known = Known(content_hash(waveform), len(waveform) / SAMPLE_RATE)
-    if hashes is not None and not callable(source):
+    if hashes is not None:
         hashes.put(source, before, known)
     heard = waveform if longest_audio is None else waveform[: int(longest_audio * SAMPLE_RATE)]
     return Recording(known, Clip.of(encode_wav(heard)), len(heard) < len(waveform))
@@ -359,10 +343,10 @@ class _Job:
     """State of one run that its workers share."""
 
     def __init__(
-        self, wanted: Wanted, client: LalmClient, store: LabelStore, hashes: HashCache, breaker: Breaker, bar: tqdm
+        self, wanted: Wanted, client: LalmClient, store: LabelStore, hashes: HashCache, max_failures: int, bar: tqdm
     ):
         self.wanted, self.client, self.store, self.hashes = wanted, client, store, hashes
-        self.breaker, self.bar = breaker, bar
+        self.max_failures, self.failures, self.bar = max_failures, 0, bar
         self.report = CollectReport()
         self.failed: set[str] = set()
         self.ready: collections.deque[_Call] = collections.deque()
@@ -395,16 +379,6 @@ class _Job:
             self.stop.args = (f"{self.stop}\n{kept}",)
             raise self.stop from None
 
-    def warn(self):
-        """Tell of recordings that were not sent whole."""
-        if self.report.cut:
-            logger.warning(
-                "%d recordings are longer than the %g s that %s hears: only their beginning was sent",
-                self.report.cut,
-                self.client.profile.longest_audio,
-                self.client.model,
-            )
-
     async def _watch(self, everyone: asyncio.Future, writing: asyncio.Task, deadline: float | None):
         """Wait for the workers, for a store that cannot be written, or for the deadline."""
         done, _ = await asyncio.wait({everyone, writing}, timeout=deadline, return_when=asyncio.FIRST_COMPLETED)
@@ -423,7 +397,7 @@ class _Job:
             except LalmError as error:
                 self._call_failed(call, error)
             else:
-                self.breaker.worked()
+                self.failures = 0
                 self._count_unusable(records)
                 await writer.put(records)
 
@@ -445,8 +419,7 @@ class _Job:
         return self.ready.popleft()
 
     async def _prepare(self, utt_id: str, source):
-        known = None if callable(source) else self.hashes.get(source)
-        if known is not None and self.wanted.nothing(known.audio):
+        if self.wanted.nothing(self.hashes.get(source)):
             self._skip(self.wanted.k)
             await asyncio.sleep(0)  # thousands of these in a row must not keep the others from their replies
             return
@@ -481,12 +454,7 @@ class _Job:
             self.unusable = self.ending = True
 
     def _on_disk(self, records: Sequence[Record]):
-        kinds = collections.Counter(record.response.answer.kind for record in records)
-        rejected = kinds["refusal"] + kinds["invalid"]
-        self.report.asked += len(records)
-        self.report.stored += len(records) - rejected
-        self.report.refused += kinds["refusal"]
-        self.report.invalid += kinds["invalid"]
+        self.report.count(records)
         self._show(len(records))
 
     def _skip(self, count: int):
@@ -498,8 +466,10 @@ class _Job:
             self._show(call.ask.n)
         else:
             self._utterance_failed(call.utt_id, error, call.ask.n)
-        if self.breaker.failed(error) and self.stop is None:
-            self.stop, self.why = error, f"Stopped after {self.breaker.in_a_row} failed requests in a row"
+        # An API that is down fails every call, and asking on helps nobody.
+        self.failures += 1
+        if (error.hopeless or self.failures >= self.max_failures) and self.stop is None:
+            self.stop, self.why = error, f"Stopped after {self.failures} failed requests in a row"
             raise _Halt
 
     def _utterance_failed(self, utt_id: str, error: Exception, count: int):

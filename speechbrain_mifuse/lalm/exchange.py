@@ -16,21 +16,21 @@ import contextlib
 import dataclasses
 import gzip
 import json
-import math
 import re
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import IO
 
 from speechbrain_mifuse import __version__
 from speechbrain_mifuse.lalm.answer import KINDS, SAMPLE_KINDS
 from speechbrain_mifuse.lalm.integrity import SUM_TOLERANCE
+from speechbrain_mifuse.lalm.profile import is_number
 from speechbrain_mifuse.lalm.redaction import redactor
 from speechbrain_mifuse.lalm.store import Entry, LabelStore, Query, StoreError
 from speechbrain_mifuse.utils.errors import UserError
 from speechbrain_mifuse.utils.files import encodable, replacing, strict_object
 from speechbrain_mifuse.utils.progress import progress
+from speechbrain_mifuse.utils.texts import first_of
 
 FORMAT = "speechbrain-mifuse labels"
 VERSION = 1
@@ -51,78 +51,36 @@ class Taken:
     same: int = 0
     conflicts: list[str] = dataclasses.field(default_factory=list)
 
-    def count(self, outcome: str, place: Callable[[], str]) -> None:
-        """Count what `LabelStore.copying` says of an answer; `place` names it."""
-        if outcome == "conflict":
-            self.conflicts.append(f"{place()}: the store has another sample there")
-        else:
-            setattr(self, outcome, getattr(self, outcome) + 1)
+    def count(self, outcome: str, entry: str) -> None:
+        """Count what `LabelStore.copying` says of an answer."""
+        self.new += outcome == "new"
+        self.same += outcome == "same"
+        self.conflicts += [f"{entry}: the store has another sample there"] * (outcome == "conflict")
 
-    def summary(self, most: int = 20) -> str:
-        """Say it in a few lines, naming at most `most` conflicts."""
-        lines = [f"{self.new} answers stored, {self.same} were there already"]
+    def summary(self) -> str:
+        """Say it in a few lines."""
+        line = f"{self.new} answers stored, {self.same} were there already"
         if self.conflicts:
-            lines[0] += f", {len(self.conflicts)} in conflict with a stored sample (which was kept)"
-        lines += [f"  {conflict}" for conflict in self.conflicts[:most]]
-        if len(self.conflicts) > most:
-            lines.append(f"  ... and {len(self.conflicts) - most} more")
-        return "\n".join(lines)
+            line += f", {len(self.conflicts)} in conflict with a stored sample (which was kept)"
+        return "\n".join([line, *first_of(self.conflicts)])
 
 
 def export(
-    store: LabelStore,
-    path: str | Path,
-    queries: Sequence[Query] | None = None,
-    with_ids: bool = True,
-    show_progress: bool = True,
+    store: LabelStore, path: str | Path, queries: Sequence[Query] | None = None, with_ids=True, show_progress=True
 ) -> int:
-    """Write answers to a file without any audio and without any key.
-
-    Parameters
-    ----------
-    store : LabelStore
-        Where they are.
-    path : str or pathlib.Path
-        File to write, as ``labels.jsonl`` or ``labels.jsonl.gz``.
-    queries : sequence of Query, optional
-        Which; all by default.
-    with_ids : bool
-        Write utterance ids too. Training does not need them, and they may name people.
-    show_progress : bool
-        Show a progress bar.
-
-    Returns
-    -------
-    int
-        Answers written.
-
-    Raises
-    ------
-    StoreError
-        If the store cannot be read, the file not be written, or a model or endpoint name holds a key.
-
-    Example
-    -------
-    >>> import tempfile
-    >>> path = tempfile.mkdtemp() + "/labels"
-    >>> with LabelStore(path + ".sqlite") as store:
-    ...     export(store, path + ".jsonl", show_progress=False)
-    0
-    """
+    """Write answers to a file without any audio and without any key."""
     known = {summary.query: sum(summary.counts.values()) for summary in store.queries()}
     chosen = list(known if queries is None else queries)
     clean, written = redactor(), 0
     total = sum(known.get(query, 0) for query in chosen)
-    with (
-        _replacing(Path(path)) as write,
-        progress(total=total, unit="answer", desc="export", disable=not show_progress) as bar,
-    ):
-        header = _header(chosen)
-        if clean(header) != header:
-            raise StoreError(
-                f"{store.path}: the model, endpoint, prompt or a sampling parameter of a query holds what looks like a "
-                "key. Nothing was exported: such a query cannot be given away."
-            )
+    header = _header(chosen)
+    if clean(header) != header:
+        raise StoreError(
+            f"{store.path}: the model, endpoint, prompt or a sampling parameter of a query holds what looks like a "
+            "key. Nothing was exported: such a query cannot be given away."
+        )
+    bar = progress(total=total, unit="answer", desc="export", disable=not show_progress)
+    with _writing_lines(Path(path)) as write, bar:
         write(header)
         for query in chosen:
             name = _id(query)
@@ -135,83 +93,17 @@ def export(
 
 
 def import_file(path: str | Path, store: LabelStore, show_progress: bool = True) -> Taken:
-    """Take over an export: all of it, or nothing if a line of it is wrong. A second time changes nothing.
-
-    A stored sample is never replaced; one that differs is reported. A refused or invalid answer makes room for a
-    sample.
-
-    Parameters
-    ----------
-    path : str or pathlib.Path
-        As `export` writes.
-    store : LabelStore
-        Where the answers go.
-    show_progress : bool
-        Show a progress bar.
-
-    Returns
-    -------
-    Taken
-
-    Raises
-    ------
-    StoreError
-        If the file is none, was cut off, or a line does not fit; the message names file and line.
-
-    Example
-    -------
-    >>> import tempfile
-    >>> folder = tempfile.mkdtemp()
-    >>> _ = Path(folder, "labels.jsonl").write_text('{"format": "something else"}')
-    >>> with LabelStore(folder + "/labels.sqlite") as store:
-    ...     import_file(folder + "/labels.jsonl", store)
-    Traceback (most recent call last):
-    ...
-    speechbrain_mifuse.lalm.store.StoreError: .../labels.jsonl:1: no export of answers ...
-    """
+    """Take over an export: all of it, or nothing if a line of it is wrong. A second time changes nothing."""
     taken = Taken()
-    with (
-        store.copying() as copy,
-        progress(unit="answer", desc="import", disable=not show_progress) as bar,
-    ):
+    with store.copying() as copy, progress(unit="answer", desc="import", disable=not show_progress) as bar:
         for number, query, entry in _read(Path(path)):
-            outcome = copy(query, entry)
-            taken.count(outcome, lambda number=number, entry=entry: f"{path}:{number}: {_named(entry)}")
+            taken.count(copy(query, entry), f"{path}:{number}: {_named(entry)}")
             bar.update()
     return taken
 
 
 def merge(shards: Sequence[str | Path], into: str | Path, show_progress: bool = True) -> Taken:
-    """Bring stores together that were collected apart, as on several machines.
-
-    Equal answers are kept once. Of samples that differ the first one is kept, those of `into` before all, and the
-    others are reported. All of it is stored at once, or nothing.
-
-    Parameters
-    ----------
-    shards : sequence of str or pathlib.Path
-        Stores to read; they stay as they are.
-    into : str or pathlib.Path
-        Store to write; made if missing.
-    show_progress : bool
-        Show a progress bar.
-
-    Returns
-    -------
-    Taken
-
-    Raises
-    ------
-    StoreError
-        If a store cannot be opened, read or written, or `into` is one of the shards.
-
-    Example
-    -------
-    >>> merge(["no-such-shard.sqlite"], "all.sqlite")
-    Traceback (most recent call last):
-    ...
-    speechbrain_mifuse.lalm.store.StoreError: label store no-such-shard.sqlite: no such file. ...
-    """
+    """Bring stores together that were collected apart, as on several machines."""
     into, taken = Path(into), Taken()
     if into.exists() and any(Path(shard).exists() and into.samefile(shard) for shard in shards):
         raise StoreError(f"{into}: cannot be merged into itself. Leave it out of the stores to read.")
@@ -220,13 +112,11 @@ def merge(shards: Sequence[str | Path], into: str | Path, show_progress: bool = 
         parts = [(store, part.query, sum(part.counts.values())) for store in stores for part in store.queries()]
         total = sum(count for _, _, count in parts)
         copy = open_files.enter_context(open_files.enter_context(LabelStore(into)).copying())
-        bar = open_files.enter_context(
-            progress(total=total, unit="answer", desc="merge", disable=not show_progress),
-        )
+        bar = open_files.enter_context(progress(total=total, unit="answer", desc="merge", disable=not show_progress))
         for store, query, _ in parts:
             for entry in store.entries(query):
                 outcome = copy(query, _merged(store, entry, len(query.labels)))
-                taken.count(outcome, lambda store=store, entry=entry: f"{store.path}: {_named(entry)}")
+                taken.count(outcome, f"{store.path}: {_named(entry)}")
                 bar.update()
     return taken
 
@@ -234,8 +124,6 @@ def merge(shards: Sequence[str | Path], into: str | Path, show_progress: bool = 
 def _merged(store: LabelStore, entry: Entry, classes: int) -> Entry:
     """Check an answer of another store as one of an export."""
     fields = {name: value for name, value in entry._asdict().items() if value is not None or name not in _LEFT_OUT}
-    if entry.probs is not None:
-        fields["probs"] = list(entry.probs)
     try:
         return _checked_entry(fields, classes)
     except ValueError as error:
@@ -245,13 +133,9 @@ def _merged(store: LabelStore, entry: Entry, classes: int) -> Entry:
 def _header(queries: Iterable[Query]) -> str:
     about = {
         _id(query): {
-            "prompt_hash": query.prompt_hash,
-            "labels": query.labels,
-            "model": query.model,
-            "endpoint": query.endpoint,
-            "base_url": query.base_url,
-            "sampling": query.sampling,
-            "prompt": query.prompt,
+            **{"prompt_hash": query.prompt_hash, "labels": query.labels, "model": query.model},
+            **{"endpoint": query.endpoint, "base_url": query.base_url},
+            **{"sampling": query.sampling, "prompt": query.prompt},
         }
         for query in queries
     }
@@ -278,15 +162,13 @@ def _dumps(fields: Mapping) -> str:
 
 
 @contextlib.contextmanager
-def _replacing(path: Path) -> Iterator[Callable[[str], object]]:
+def _writing_lines(path: Path) -> Iterator[Callable[[str], object]]:
     """Write lines to a file that appears under its name when the block ends, whole or not at all."""
-    with replacing(path) as file, _packed(path, file) as packed:
-        yield lambda line: packed.write(line.encode() + b"\n")
-
-
-def _packed(path: Path, file: IO[bytes]) -> contextlib.AbstractContextManager:
-    # Neither name nor time go into the compressed file: equal answers make equal bytes.
-    return gzip.GzipFile("", "wb", 6, file, mtime=0) if path.suffix == ".gz" else contextlib.nullcontext(file)
+    with replacing(path) as file, contextlib.ExitStack() as closed:
+        if path.suffix == ".gz":
+            # Neither name nor time go into the compressed file: equal answers make equal bytes.
+            file = closed.enter_context(gzip.GzipFile("", "wb", 6, file, mtime=0))
+        yield lambda line: file.write(line.encode() + b"\n")
 
 
 def _read(path: Path) -> Iterator[tuple[int, Query, Entry]]:
@@ -299,8 +181,10 @@ def _read(path: Path) -> Iterator[tuple[int, Query, Entry]]:
                 queries = _queries(fields)
             elif ended:
                 raise ValueError("follows the last line of the export; were files joined? Import each on its own")
-            elif set(fields) == {"answers"}:
-                ended = _whole(fields["answers"], answers)
+            elif ended := set(fields) == {"answers"}:
+                if fields["answers"] != answers:
+                    what = f"{answers} answers before this line, which says {fields['answers']}"
+                    raise ValueError(f"{what}: lines are missing or added")
             else:
                 answers += 1
                 yield number, *_checked(fields, queries)
@@ -335,30 +219,17 @@ def _queries(header: Mapping) -> dict[str, Query]:
             f"an export of version {header.get('version')}, and this is speechbrain_mifuse {__version__}, which reads "
             f"version {VERSION}"
         )
-    queries = header.get("queries")
-    if not isinstance(queries, dict):
+    if not isinstance(header.get("queries"), dict):
         raise ValueError("the header has no queries")
-    return {name: _query(name, about) for name, about in queries.items()}
-
-
-def _query(name: str, about: Mapping) -> Query:
-    try:
-        query = Query(**about)
-    except (UserError, TypeError) as error:
-        raise ValueError(f"query {name}: {error}") from None
-    if _id(query) != name:
-        raise ValueError(f"query {name} was changed: its fields have the id {_id(query)}")
-    return query
-
-
-def _whole(announced: object, found: int) -> bool:
-    if announced != found:
-        raise ValueError(f"{found} answers before this line, which says {announced}: lines are missing or added")
-    return True
-
-
-def _number(value: object) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+    queries: dict[str, Query] = {}
+    for name, about in header["queries"].items():
+        try:
+            queries[name] = Query(**about)
+        except (UserError, TypeError) as error:
+            raise ValueError(f"query {name}: {error}") from None
+        if _id(queries[name]) != name:
+            raise ValueError(f"query {name} was changed: its fields have the id {_id(queries[name])}")
+    return queries
 
 
 def _count(least: int, below: int) -> Callable[[object], bool]:
@@ -390,12 +261,12 @@ _FIELDS: dict[str, tuple[Callable[[object], bool], str]] = {
     "k": (_count(0, MAX_COUNT), f"a whole number from 0 to {MAX_COUNT - 1}"),
     "utt_id": (_text, "text"),
     "kind": (lambda v: v in KINDS, f"one of {', '.join(KINDS)}"),
-    "probs": (lambda v: isinstance(v, list) and all(map(_number, v)), "a list of numbers"),
-    "label_mass": (lambda v: _number(v) and 0 <= v <= 1, "a number from 0 to 1"),
+    "probs": (lambda v: isinstance(v, (list, tuple)) and all(map(is_number, v)), "a list of numbers"),
+    "label_mass": (lambda v: is_number(v) and 0 <= v <= 1, "a number from 0 to 1"),
     "attempts": (_count(1, MAX_COUNT), f"a whole number from 1 to {MAX_COUNT - 1}"),
     "reason": (_text, "text"),
     "seed": (_count(-(2**63), 2**63), "a whole number of 64 bits"),
-    "created": (lambda v: _number(v) and 0 <= v < MAX_TIME, "seconds since 1970, before the year 9999"),
+    "created": (lambda v: is_number(v) and 0 <= v < MAX_TIME, "seconds since 1970, before the year 9999"),
     "served_model": (_text, "text"),
     "system_fingerprint": (_text, "text"),
     "usage": (_usage, "an object"),
@@ -423,18 +294,11 @@ def _checked_entry(fields: Mapping, classes: int) -> Entry:
         if not fits(value):
             raise ValueError(f"{field} must be {what}, not {ascii(value)[:200]}")
     entry = Entry(**{**_LEFT_OUT, **fields})
-    _check_probs(entry, classes)
-    return entry
-
-
-def _check_probs(entry: Entry, classes: int) -> None:
     if (entry.kind in SAMPLE_KINDS) != (entry.probs is not None):
-        raise ValueError(
-            f"an answer of kind {entry.kind!r} {'without' if entry.probs is None else 'with'} probabilities"
-        )
-    if entry.probs is None:
-        return
-    if len(entry.probs) != classes:
+        beside = "without" if entry.probs is None else "with"
+        raise ValueError(f"an answer of kind {entry.kind!r} {beside} probabilities")
+    if entry.probs is not None and len(entry.probs) != classes:
         raise ValueError(f"{len(entry.probs)} probabilities for {classes} labels")
-    if min(entry.probs) < 0 or abs(sum(entry.probs) - 1) > SUM_TOLERANCE:
+    if entry.probs is not None and (min(entry.probs) < 0 or abs(sum(entry.probs) - 1) > SUM_TOLERANCE):
         raise ValueError(f"probabilities {entry.probs} are negative or do not sum to 1")
+    return entry

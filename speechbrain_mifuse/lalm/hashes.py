@@ -28,28 +28,22 @@ class Known(NamedTuple):
     seconds: float
 
 
-class HashCache:
+class HashCache(contextlib.AbstractContextManager):
     """Remembers content hashes by path, size and time of the last change; a file that changed is unknown."""
 
     def __init__(self, path: str | Path):
-        self.path = Path(path)
-        self._lock = threading.Lock()
+        self.path, self._lock = Path(path), threading.Lock()
         try:
             self._db = self._opened()
         except sqlite3.DatabaseError as error:
-            if isinstance(error, sqlite3.OperationalError) and "no such" not in str(error):
-                self._db = self._in_memory()  # full, read-only or locked: what is there may be sound
-                return
-            logger.warning("%s: no cache of content hashes, made anew.", self.path)
-            self._db = self._anew()
+            # Full, read-only or locked: what is there may be sound.
+            sound = isinstance(error, sqlite3.OperationalError) and "no such" not in str(error)
+            self._db = self._in_memory() if sound else self._anew()
 
     @classmethod
     def beside(cls, label_store: str | Path) -> HashCache:
         """Open the cache that belongs to a label store: the file of that name with `.hashes` behind it."""
         return cls(f"{label_store}.hashes")
-
-    def __enter__(self) -> HashCache:
-        return self
 
     def __exit__(self, *_):
         self.close()
@@ -59,17 +53,15 @@ class HashCache:
         self._db.close()
 
     def get(self, wav: str | Path) -> Known | None:
-        """Look up a recording."""
+        """Look up a recording; a function that makes one is unknown."""
         stamp = file_stamp(wav)
         if stamp is None:
             return None
-        row = None
+        statement = "SELECT sha256, seconds FROM files WHERE path = ? AND size = ? AND mtime_ns = ?"
         with self._lock, contextlib.suppress(sqlite3.OperationalError):
-            row = self._db.execute(
-                "SELECT sha256, seconds FROM files WHERE path = ? AND size = ? AND mtime_ns = ?",
-                (os.path.abspath(wav), *stamp),
-            ).fetchone()
-        return Known(*row) if row else None
+            row = self._db.execute(statement, (os.path.abspath(wav), *stamp)).fetchone()
+            return Known(*row) if row else None
+        return None
 
     def of(self, wav: str | Path, read: Callable[[], Known]) -> Known:
         """Look up a recording, or read it and remember what was found."""
@@ -105,6 +97,7 @@ class HashCache:
         return db
 
     def _anew(self) -> sqlite3.Connection:
+        logger.warning("%s: no cache of content hashes, made anew.", self.path)
         for ending in ("", "-journal", "-wal", "-shm"):
             with contextlib.suppress(OSError):
                 os.unlink(f"{self.path}{ending}")
@@ -136,6 +129,6 @@ def file_stamp(wav: str | Path) -> tuple[int, int] | None:
     try:
         os.fspath(wav).encode()  # SQLite takes nothing else
         status = os.stat(wav)
-    except (OSError, ValueError):
+    except (OSError, ValueError, TypeError):  # a function that makes the recording is no file
         return None
     return status.st_size, status.st_mtime_ns

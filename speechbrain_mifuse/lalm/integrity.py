@@ -71,10 +71,8 @@ def check(store: LabelStore) -> Findings:
 
 
 def _wrong_queries(store: LabelStore) -> Iterator[str]:
-    columns = "query_id, prompt_hash, labels, model, base_url, sampling, endpoint"
-    for number, prompt_hash, labels, model, base_url, sampling, endpoint in store.read(
-        f"SELECT {columns} FROM queries"
-    ):
+    rows = store.read("SELECT query_id, prompt_hash, labels, model, base_url, sampling, endpoint FROM queries")
+    for number, prompt_hash, labels, model, base_url, sampling, endpoint in rows:
         try:
             query = Query(prompt_hash, json.loads(labels), model, base_url, json.loads(sampling), endpoint)
             found = (query.labels_json, query.sampling_json)

@@ -1,4 +1,7 @@
-"""What holds a collection back: the provider's limits, its request to wait, the money, and an API that is down."""
+"""What holds a collection back: the provider's limits, its request to wait, and the money.
+
+Written by hand: libraries for retries and rate limits know neither what a call can cost nor what a reply did cost.
+"""
 
 from __future__ import annotations
 
@@ -8,7 +11,7 @@ import math
 import time
 from collections.abc import Callable, Iterable, Mapping
 
-from speechbrain_mifuse.lalm.profile import Price, Profile, Tokens
+from speechbrain_mifuse.lalm.profile import Price, Profile, Tokens, is_number
 from speechbrain_mifuse.lalm.prompt import Prompt
 from speechbrain_mifuse.utils.errors import UserError
 
@@ -23,30 +26,15 @@ EXPECTED_OUTPUT = {"object": lambda classes: 10 * classes, "word": lambda classe
 
 
 class LalmError(UserError):
-    """The API did not answer.
-
-    Attributes
-    ----------
-    hopeless : bool
-        Whether every other request would fail the same way (wrong key, wrong model, no credit).
-    status : int, optional
-        HTTP status, if the server answered with an error.
-    said : str
-        What the server or the connection said, without address and remedy.
-    """
+    """The API did not answer; `hopeless` if every other request would fail the same way (wrong key, no credit)."""
 
     def __init__(self, message: str, hopeless: bool = False, status: int | None = None, said: str = ""):
         super().__init__(message)
-        self.hopeless = hopeless
-        self.status = status
-        self.said = said
+        self.hopeless, self.status, self.said = hopeless, status, said
 
 
 class BudgetReached(LalmError):
     """The next call could pass the budget; nothing is wrong with the API."""
-
-    def __init__(self, message: str):
-        super().__init__(message, hopeless=True)
 
 
 class Signal:
@@ -105,44 +93,12 @@ class Budget:
 
     The most that a call can cost is set aside before it starts and settled by the usage in its reply. A call that does
     not fit waits while others are in flight, because they mostly cost less than was set aside. The first call goes
-    alone: it shows how the provider counts tokens, and what is set aside is scaled if the estimate was too low.
-
-    Parameters
-    ----------
-    limit : float, optional
-        In the currency of `price`; no limit by default.
-    price : Price, optional
-        Without it nothing is counted.
-    spent : float
-        What was spent before.
-
-    Attributes
-    ----------
-    spent : float
-        Cost of settled calls. A call whose outcome is unknown (a lost connection) counts with all that was set aside.
-    in_flight : float
-        Set aside for calls in flight.
-
-    Raises
-    ------
-    UserError
-        If there is a limit and no price, or the limit is not positive.
-
-    Example
-    -------
-    >>> budget = Budget(1.0, Price(1.0, 1.0, 1.0))
-    >>> aside = asyncio.run(budget.reserve(Tokens(text=600_000)))
-    >>> budget.settle(aside, Tokens(text=500_000))
-    >>> budget.spent
-    0.5
-    >>> asyncio.run(budget.reserve(Tokens(text=600_000)))
-    Traceback (most recent call last):
-    ...
-    speechbrain_mifuse.lalm.limits.BudgetReached: the budget of 1 USD would be passed: ...
+    alone: it shows how the provider counts tokens, and what is set aside is scaled if the estimate was too low. A call
+    whose outcome is unknown (a lost connection) counts with all that was set aside.
     """
 
     def __init__(self, limit: float | None = None, price: Price | None = None, spent: float = 0.0):
-        if limit is not None and (isinstance(limit, bool) or not isinstance(limit, (int, float)) or not limit > 0):
+        if limit not in (None, math.inf) and not (is_number(limit) and limit > 0):
             raise UserError(f"--lalm_budget must be a positive amount of money, not {limit!r}")
         if limit is not None and price is None:
             raise UserError(
@@ -154,28 +110,13 @@ class Budget:
         self._changed = Signal()
 
     async def reserve(self, most: Tokens) -> float:
-        """Set aside what a call can cost, waiting for other calls if it does not fit.
-
-        Parameters
-        ----------
-        most : Tokens
-            Upper bound.
-
-        Returns
-        -------
-        float
-            The amount, to be given to `settle`.
-
-        Raises
-        ------
-        BudgetReached
-            If it does not fit and no call is in flight.
-        """
+        """Set aside what a call can cost, waiting for other calls if it does not fit."""
         while not self._fits(amount := self._cost(most) * self.margin):
             if not self._calls:
                 raise BudgetReached(
                     f"the budget of {self.limit:g} {self.price.currency} would be passed: {self.spent:.4g} are spent "
-                    f"and the next call can cost {amount:.3g}. Raise --lalm_budget to go on"
+                    f"and the next call can cost {amount:.3g}. Raise --lalm_budget to go on",
+                    hopeless=True,
                 )
             await self._changed.wait()
         self._calls += 1
@@ -183,15 +124,7 @@ class Budget:
         return amount
 
     def settle(self, amount: float, used: Tokens | None):
-        """Replace what was set aside by what was used.
-
-        Parameters
-        ----------
-        amount : float
-            As `reserve` gave it.
-        used : Tokens, optional
-            `None` if nobody knows; then all of it counts as spent.
-        """
+        """Replace what was set aside by what was used; `None` if nobody knows, then all of it counts as spent."""
         cost = amount if used is None else self._cost(used)
         self._calls -= 1
         self.in_flight = self.in_flight - amount if self._calls else 0.0
@@ -219,22 +152,6 @@ class Budget:
         return alone and self.spent + self.in_flight + amount <= self.limit
 
 
-class Breaker:
-    """Counts failures in a row: an API that is down fails every call, and asking on helps nobody."""
-
-    def __init__(self, most: int):
-        self.most, self.in_a_row = most, 0
-
-    def worked(self):
-        """Note a call that was answered."""
-        self.in_a_row = 0
-
-    def failed(self, error: LalmError) -> bool:
-        """Note a call that failed; whether that is enough."""
-        self.in_a_row += 1
-        return error.hopeless or self.in_a_row >= self.most
-
-
 def retry_after(headers: Mapping[str, str], now: Callable[[], float] = time.time) -> float | None:
     """Seconds that a server asks to wait, by `Retry-After` (seconds or a date) or `retry-after-ms`."""
     for name, unit in (("retry-after-ms", 0.001), ("retry-after", 1.0)):
@@ -249,23 +166,17 @@ def retry_after(headers: Mapping[str, str], now: Callable[[], float] = time.time
         return None
 
 
-def expected_tokens(prompt: Prompt, seconds: float, n: int, profile: Profile) -> Tokens:
-    """Estimate what a call takes, for plans and limits."""
-    heard = min(seconds, profile.longest_audio or seconds)
-    return Tokens(
-        text=math.ceil(len(prompt.text()) / 4) + TEMPLATE_TOKENS // 4,
-        audio=math.ceil(heard * profile.audio_tokens_per_second),
-        output=n * EXPECTED_OUTPUT[prompt.form.shape](len(prompt.labels)),
-    )
-
-
-def most_tokens(prompt: Prompt, expected: Tokens, n: int, longest_output: float | None) -> Tokens:
-    """Upper bound of what a call takes, for budgets: no token of text is shorter than a byte."""
-    return Tokens(
-        text=len(prompt.text().encode()) + TEMPLATE_TOKENS,
-        audio=expected.audio + TEMPLATE_TOKENS,
-        output=expected.output if longest_output is None else n * longest_output,
-    )
+def estimated_tokens(
+    prompt: Prompt, seconds: float, n: int, profile: Profile, sampling: Mapping
+) -> tuple[Tokens, Tokens]:
+    """Estimate what a call takes, for plans and limits, and an upper bound, for budgets."""
+    text, heard = prompt.text(), min(seconds, profile.longest_audio or seconds)
+    audio = math.ceil(heard * profile.audio_tokens_per_second)
+    output, longest = n * EXPECTED_OUTPUT[prompt.form.shape](len(prompt.labels)), profile.output_limit(sampling)
+    expected = Tokens(math.ceil(len(text) / 4) + TEMPLATE_TOKENS // 4, audio, output)
+    # No token of text is shorter than a byte.
+    most = (len(text.encode()) + TEMPLATE_TOKENS, audio + TEMPLATE_TOKENS)
+    return expected, Tokens(*most, output if longest is None else n * longest)
 
 
 # Fields of a reply's usage that are kept, and of what they hold.

@@ -8,12 +8,11 @@ import json
 import logging
 from collections.abc import Mapping
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from speechbrain_mifuse.lalm.batch import BATCH_SHARE
-from speechbrain_mifuse.lalm.client import LalmClient
 from speechbrain_mifuse.lalm.collect import SAMPLE_RATE, Wanted
 from speechbrain_mifuse.lalm.hashes import HashCache, Known
-from speechbrain_mifuse.lalm.limits import expected_tokens, most_tokens
+from speechbrain_mifuse.lalm.limits import estimated_tokens
 from speechbrain_mifuse.lalm.profile import NO_TOKENS, Price, Profile, Tokens
 from speechbrain_mifuse.lalm.prompt import Prompt
 from speechbrain_mifuse.lalm.store import LabelStore, Query
@@ -22,6 +21,9 @@ from speechbrain_mifuse.utils.audio_warnings import summarized
 from speechbrain_mifuse.utils.errors import WriteError
 from speechbrain_mifuse.utils.progress import progress
 
+if TYPE_CHECKING:  # it imports the openai package, which takes a second
+    from speechbrain_mifuse.lalm.client import LalmClient
+
 logger = logging.getLogger(__name__)
 
 READERS = 4
@@ -29,39 +31,7 @@ READERS = 4
 
 @dataclasses.dataclass(frozen=True)
 class Plan:
-    """A collection that has not begun.
-
-    Attributes
-    ----------
-    prompt : str
-        The question about one recording.
-    fields : mapping
-        The other fields of the request's body.
-    profile : Profile
-        Who is asked.
-    utterances, recordings : int
-        Asked for, and different ones among them.
-    wanted, stored, given_up : int
-        Samples of the recordings: all, those in the store, those out of attempts.
-    calls : int
-        Requests to be made.
-    expected, most : Tokens
-        Estimate of what they take, and upper bound.
-    spent : float
-        Cost of what is stored, if there are prices.
-    longer : int
-        Recordings longer than the model hears.
-    budget : float, optional
-        Limit on the cost of all answers to this query.
-
-    Example
-    -------
-    >>> plan = Plan("Which?", {"model": "m"}, Profile(), 10, 9, 45, 5, 0, calls=40, expected=Tokens(400, 4000, 200))
-    >>> round(plan.seconds)
-    10
-    >>> print(plan.told().splitlines()[-2])
-    cost            price unknown: add `price` to the lalm_profile
-    """
+    """A collection that has not begun: what is asked of whom, how often, and what that takes."""
 
     prompt: str
     fields: Mapping
@@ -111,7 +81,7 @@ class Plan:
         return "\n".join([head, f"with {fields}\n", *(f"{name:15} {text}" for name, text in parts if text)])
 
     def _tokens(self) -> str:
-        counts = (f"{count:,.0f} {kind}" for kind, count in dataclasses.asdict(self.expected).items())
+        counts = (f"{count:,.0f} {kind}" for kind, count in self.expected._asdict().items())
         return f"about {', '.join(counts)}"
 
     def _cost(self) -> str:
@@ -129,83 +99,39 @@ class Plan:
         return f"{text} (prices: {price.source or 'yours'})"
 
     def _time(self) -> str:
-        rates = [f"{self.profile.concurrency} calls at a time of {self.profile.seconds_per_call:g} s (assumed)"]
-        if self.profile.requests_per_minute:
-            rates.append(f"{self.profile.requests_per_minute:g} requests a minute")
-        if self.profile.tokens_per_minute:
-            rates.append(f"{self.profile.tokens_per_minute:g} tokens a minute")
-        return f"{_duration(self.seconds)} at {', '.join(rates)}"
+        profile, rates = self.profile, f"{self.profile.concurrency} calls at a time of"
+        rates += f" {profile.seconds_per_call:g} s (assumed)"
+        for rate, unit in ((profile.requests_per_minute, "requests"), (profile.tokens_per_minute, "tokens")):
+            rates += f", {rate:g} {unit} a minute" if rate else ""
+        return f"{_duration(self.seconds)} at {rates}"
 
     def _audio(self) -> str:
-        if not self.longer:
-            return ""
-        return f"{self.longer} recordings are longer than {self.profile.longest_audio:g} s: their beginning is sent"
+        longest = self.profile.longest_audio
+        return f"{self.longer} recordings are longer than {longest:g} s: their beginning is sent" if self.longer else ""
 
 
 def make_plan(
-    known: Mapping[str, Known],
-    prompt: Prompt,
-    client: LalmClient,
-    store: LabelStore,
-    query: Query,
-    k: int,
-    max_attempts: int = 3,
+    known: Mapping[str, Known], prompt: Prompt, client: LalmClient, store: LabelStore, query: Query, k: int
 ) -> Plan:
-    """Plan what `collect` would do, asking nothing.
-
-    Parameters
-    ----------
-    known : mapping of str to Known
-        Content hash and length by utterance id.
-    prompt, client, store, query, k, max_attempts
-        As for `speechbrain_mifuse.lalm.collect.collect`.
-
-    Returns
-    -------
-    Plan
-
-    Example
-    -------
-    >>> import tempfile
-    >>> prompt, client = Prompt(("angry", "sad")), LalmClient("http://127.0.0.1:8000/v1", "m")
-    >>> query = Query.of(prompt, "m", client.base_url, {"temperature": 1.0, "seed": 0})
-    >>> known = {"a": Known("ab" * 32, 2.0), "copy": Known("ab" * 32, 2.0)}
-    >>> with LabelStore(tempfile.mkdtemp() + "/labels.sqlite") as store:
-    ...     plan = make_plan(known, prompt, client, store, query, k=5)
-    >>> plan.utterances, plan.recordings, plan.wanted, plan.calls
-    (2, 1, 5, 1)
-    """
+    """Plan what `collect` would do, asking nothing."""
     profile, seed = client.profile, query.sampling.get("seed")
-    wanted = Wanted(prompt, profile.honours_n, store, query, k, max_attempts)
+    wanted = Wanted(prompt, profile.honours_n, store, query, k)
     lengths = {recording.audio: recording.seconds for recording in known.values()}
     samples = [(audio, i) for audio in lengths for i in range(k)]
     stored = sum(sample in wanted.have for sample in samples)
-    given_up = sum(wanted.rejected.get(sample, 0) >= max_attempts for sample in samples)
-    longest = profile.output_limit(query.sampling)
+    given_up = sum(wanted.rejected.get(sample, 0) >= wanted.max_attempts for sample in samples)
     calls, expected, most = 0, NO_TOKENS, NO_TOKENS
     for audio, seconds in lengths.items():
         for ask in wanted.claim(audio):
             question = prompt.at(ask.k, seed)
-            tokens = expected_tokens(question, seconds, ask.n, profile)
-            calls, expected = calls + 1, expected + tokens
-            most = most + most_tokens(question, tokens, ask.n, longest)
+            call, bound = estimated_tokens(question, seconds, ask.n, profile, query.sampling)
+            calls, expected, most = calls + 1, expected.plus(call), most.plus(bound)
     first = prompt.at(0, seed)
     n = 1 if wanted.most else k
     fields = {key: value for key, value in client.body(first, "", n, **query.sampling).items() if key != "messages"}
     return Plan(
-        *(
-            first.text(),
-            fields,
-            profile,
-            len(known),
-            len(lengths),
-            len(samples),
-            stored,
-            given_up,
-            calls,
-            expected,
-            most,
-        ),
+        *(first.text(), fields, profile, len(known), len(lengths), len(samples), stored, given_up),
+        *(calls, expected, most),
         spent=client.budget.spent,
         longer=sum(seconds > profile.longest_audio for seconds in lengths.values()) if profile.longest_audio else 0,
         budget=client.budget.limit,
@@ -216,8 +142,8 @@ def spent_before(store: LabelStore, query: Query, price: Price | None) -> float:
     """Price of the answers to a query that are stored, refused ones and those they replaced included."""
     if price is None:
         return 0.0
-    bills = ((told.tokens, told.batch_tokens) for told in store.queries() if told.query == query)
-    return sum((price.cost(live) + BATCH_SHARE * price.cost(batch) for live, batch in bills), 0.0)
+    bills = ((asked.tokens, asked.batch_tokens) for asked in store.queries() if asked.query == query)
+    return sum((price.cost(*tokens) for tokens in bills), 0.0)
 
 
 @summarized()

@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
+import inspect
 import json
+import math
+import operator
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import NamedTuple
 
 from speechbrain_mifuse.utils.errors import UserError
 from speechbrain_mifuse.utils.schemas import plain_yaml
@@ -26,10 +30,6 @@ def _audio_url(wav_base64: str) -> dict:
 AUDIO_PARTS: dict[str, Callable[[str], dict]] = {"input_audio": _input_audio, "audio_url": _audio_url}
 
 
-def _free(labels: Labels) -> dict:
-    return {}
-
-
 def _probabilities(labels: Labels) -> dict:
     """JSON schema of one probability for each label."""
     number = {"type": "number", "minimum": 0, "maximum": 1}
@@ -41,12 +41,8 @@ def _object(properties: dict) -> dict:
 
 
 def _response_format(schema: dict) -> dict:
-    return {
-        "response_format": {
-            "type": "json_schema",
-            "json_schema": {"name": "emotion", "strict": True, "schema": schema},
-        }
-    }
+    named = {"name": "emotion", "strict": True, "schema": schema}
+    return {"response_format": {"type": "json_schema", "json_schema": named}}
 
 
 def _word_pattern(labels: Labels) -> str:
@@ -63,7 +59,7 @@ def _object_pattern(labels: Labels) -> str:
 # is looked at. Each function takes the labels and gives fields of the request's body. A shape that is missing cannot be
 # had: a schema's reply begins with a brace, so its first token says nothing.
 CONSTRAINTS: dict[str, dict[str, Callable[[Labels], dict]]] = {
-    "none": dict.fromkeys(("word", "object", "first_token"), _free),
+    "none": dict.fromkeys(("word", "object", "first_token"), lambda labels: {}),
     # vLLM. Its older field guided_choice is ignored today, with status 200.
     "structured_outputs": {
         "word": lambda labels: {"structured_outputs": {"choice": list(labels)}},
@@ -83,50 +79,11 @@ CONSTRAINTS: dict[str, dict[str, Callable[[Labels], dict]]] = {
 }
 
 
-@dataclasses.dataclass(frozen=True)
-class Price:
-    """What a provider asks for a million tokens. Prices change: they are the user's to check.
-
-    Attributes
-    ----------
-    per_million_input_text, per_million_input_audio, per_million_output : float
-        For a million tokens of each kind.
-    currency : str
-        Three letters.
-    source : str
-        Where and when the prices were read.
-
-    Example
-    -------
-    >>> price = Price(per_million_input_text=2.0, per_million_input_audio=40.0, per_million_output=10.0)
-    >>> round(price.cost(Tokens(text=1000, audio=50, output=100)), 6)
-    0.005
-    """
-
-    per_million_input_text: float
-    per_million_input_audio: float
-    per_million_output: float
-    currency: str = "USD"
-    source: str = ""
-
-    def __post_init__(self):
-        for name in ("per_million_input_text", "per_million_input_audio", "per_million_output"):
-            value = getattr(self, name)
-            if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value < float("inf"):
-                raise UserError(f"lalm_profile: price: {name} must be a number that is not negative, not {value!r}")
-
-    def cost(self, tokens: Tokens) -> float:
-        """Price of some tokens, in the currency."""
-        parts = (
-            (tokens.text, self.per_million_input_text),
-            (tokens.audio, self.per_million_input_audio),
-            (tokens.output, self.per_million_output),
-        )
-        return sum(count * price for count, price in parts) / 1e6
+# What a token costs by the Batch API, as a share of its price.
+BATCH_SHARE = 0.5
 
 
-@dataclasses.dataclass(frozen=True)
-class Tokens:
+class Tokens(NamedTuple):
     """Numbers of tokens by what they cost."""
 
     text: float = 0
@@ -138,59 +95,40 @@ class Tokens:
         """All of them, as limits count."""
         return self.text + self.audio + self.output
 
-    def __add__(self, other: Tokens) -> Tokens:
-        return Tokens(self.text + other.text, self.audio + other.audio, self.output + other.output)
-
-    def __mul__(self, times: float) -> Tokens:
-        return Tokens(self.text * times, self.audio * times, self.output * times)
+    def plus(self, other: Tokens) -> Tokens:
+        """Add those of another call."""
+        return Tokens(*map(operator.add, self, other))
 
 
 NO_TOKENS = Tokens()
 
 
 @dataclasses.dataclass(frozen=True)
+class Price:
+    """What a provider asks for a million tokens. Prices change: they are the user's to check."""
+
+    per_million_input_text: float
+    per_million_input_audio: float
+    per_million_output: float
+    currency: str = "USD"
+    source: str = ""
+
+    def __post_init__(self):
+        for name in ("per_million_input_text", "per_million_input_audio", "per_million_output"):
+            value = getattr(self, name)
+            if not is_number(value) or value < 0:
+                raise UserError(f"lalm_profile: price: {name} must be a number that is not negative, not {value!r}")
+
+    def cost(self, tokens: Tokens = NO_TOKENS, batch: Tokens = NO_TOKENS) -> float:
+        """Price of tokens, and of those of the Batch API, in the currency."""
+        prices = (self.per_million_input_text, self.per_million_input_audio, self.per_million_output)
+        live, later = (sum(map(operator.mul, each, prices)) / 1e6 for each in (tokens, batch))
+        return live + BATCH_SHARE * later
+
+
+@dataclasses.dataclass(frozen=True)
 class Profile:
     """One provider: where it is, what its API understands, what it allows and what it costs.
-
-    Attributes
-    ----------
-    name : str
-        For people.
-    base_url, model : str, optional
-        Address and model. Without an address the teacher is a classifier served on this machine.
-    audio_part : str
-        Key of `AUDIO_PARTS`.
-    constraint : str
-        Key of `CONSTRAINTS`: how the server is told to answer in no other form.
-    answer_form : str
-        Key of `speechbrain_mifuse.lalm.prompt.ANSWER_FORMS`.
-    sampling : mapping
-        Further fields of every request, such as `max_tokens`; they are part of the answers' key.
-    requests_per_minute, tokens_per_minute : float, optional
-        What the provider allows.
-    concurrency : int
-        Calls at a time.
-    honours_n : bool
-        Whether one call can bring several answers; if not, each answer is a call.
-    honours_seed : bool
-        Whether `seed` is sent.
-    longest_audio : float, optional
-        Seconds that the model hears; of longer recordings the beginning is sent, and a warning tells how many.
-    audio_tokens_per_second : float
-        Estimate for plans and budgets; what was used is taken from the replies.
-    seconds_per_call : float
-        Estimate for plans.
-    timeout, deadline : float
-        Seconds for one attempt, and for one call with all its attempts.
-    max_retries : int
-        Further attempts after a passing fault.
-    price : Price, optional
-        Unknown if missing.
-
-    Raises
-    ------
-    UserError
-        If a value cannot be used; the message names the key.
 
     Example
     -------
@@ -203,59 +141,41 @@ class Profile:
     speechbrain_mifuse.utils.errors.UserError: lalm_profile: audio_part 'wav' is none of input_audio, audio_url
     """
 
-    name: str = "default"
-    base_url: str | None = None
+    name: str = "default"  # for people
+    base_url: str | None = None  # without it the teacher is a classifier served on this machine
     model: str | None = None
-    audio_part: str = "input_audio"
-    constraint: str = "none"
-    answer_form: str = "distribution"
+    audio_part: str = "input_audio"  # key of `AUDIO_PARTS`
+    constraint: str = "none"  # key of `CONSTRAINTS`: how the server is made to answer in no other form
+    answer_form: str = "distribution"  # key of `ANSWER_FORMS`
+    # Further fields of every request, such as `max_tokens`; they are part of the answers' key.
     sampling: Mapping = dataclasses.field(default_factory=dict, hash=False)
     requests_per_minute: float | None = None
     tokens_per_minute: float | None = None
-    concurrency: int = 8
-    honours_n: bool = True
-    honours_seed: bool = True
-    longest_audio: float | None = None
-    audio_tokens_per_second: float = 25.0
-    seconds_per_call: float = 2.0
-    timeout: float = 60.0
-    deadline: float = 300.0
-    max_retries: int = 6
+    concurrency: int = 8  # calls at a time
+    honours_n: bool = True  # whether one call can bring several answers; if not, each answer is a call
+    honours_seed: bool = True  # whether `seed` is sent
+    longest_audio: float | None = None  # seconds that the model reads; of longer recordings the beginning is sent
+    audio_tokens_per_second: float = 25.0  # estimate for plans and budgets; replies say what was used
+    seconds_per_call: float = 2.0  # estimate for plans
+    timeout: float = 60.0  # seconds for one attempt
+    deadline: float = 300.0  # seconds for one call with all its attempts
+    max_retries: int = 6  # further attempts after a passing fault
     price: Price | None = None
 
     def __post_init__(self):
         for name, known in (("audio_part", AUDIO_PARTS), ("constraint", CONSTRAINTS)):
             if getattr(self, name) not in known:
                 raise UserError(f"lalm_profile: {name} {getattr(self, name)!r} is none of {', '.join(known)}")
-        for name, (least, optional) in _NUMBERS.items():
-            value = getattr(self, name)
-            if value is None and optional:
-                continue
-            if isinstance(value, bool) or not isinstance(value, (int, float)) or not least < value < float("inf"):
-                raise UserError(f"lalm_profile: {name} must be a number above {max(least, 0)}, not {value!r}")
+        for name in (*_MAY_BE_NONE, *_NUMBERS):
+            value, least = getattr(self, name), -1 if name == "max_retries" else 0
+            if not ((value is None and name in _MAY_BE_NONE) or (is_number(value) and value > least)):
+                raise UserError(f"lalm_profile: {name} must be a number above 0, not {value!r}")
         if not isinstance(self.sampling, Mapping):
             raise UserError(f"lalm_profile: sampling must be a mapping of request fields, not {self.sampling!r}")
 
     @classmethod
     def of(cls, values: Mapping | None, **given) -> Profile:
-        """Make a profile of a YAML file's values.
-
-        Parameters
-        ----------
-        values : mapping, optional
-            Fields of the class; `price` as a mapping of the fields of `Price`.
-        **given
-            Fields that take precedence.
-
-        Returns
-        -------
-        Profile
-
-        Raises
-        ------
-        UserError
-            If a key is unknown or a value cannot be used.
-        """
+        """Make a profile of a YAML file's values."""
         fields = {**(values or {}), **given}
         if fields.get("price") is not None:
             fields["price"] = _of(Price, fields["price"], "lalm_profile: price: ")
@@ -270,64 +190,30 @@ class Profile:
 # Fields of a request that limit the length of an answer; providers differ in the name.
 OUTPUT_LIMITS = ("max_completion_tokens", "max_tokens")
 
-# Least value (exclusive), and whether the key may be empty.
-_NUMBERS = {
-    "requests_per_minute": (0, True),
-    "tokens_per_minute": (0, True),
-    "longest_audio": (0, True),
-    "concurrency": (0, False),
-    "audio_tokens_per_second": (0, False),
-    "seconds_per_call": (0, False),
-    "timeout": (0, False),
-    "deadline": (0, False),
-    "max_retries": (-1, False),
-}
+_MAY_BE_NONE = ("requests_per_minute", "tokens_per_minute", "longest_audio")
+_NUMBERS = ("concurrency", "audio_tokens_per_second", "seconds_per_call", "timeout", "deadline", "max_retries")
+
+
+def is_number(value: object) -> bool:
+    """Whether a value is a finite number, which a truth value is not."""
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) < math.inf
 
 
 def _of(cls, values: Mapping, where: str):
-    known: Sequence[str] = [field.name for field in dataclasses.fields(cls)]
+    known = inspect.signature(cls).parameters
     unknown = [key for key in values if key not in known]
     if unknown:
         raise UserError(f"{where}{', '.join(map(str, unknown))} is none of {', '.join(known)}")
-    needed = [
-        field.name
-        for field in dataclasses.fields(cls)
-        if field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING
-    ]
-    missing = [name for name in needed if name not in values]
+    missing = [name for name, given in known.items() if given.default is given.empty and name not in values]
     if missing:
         raise UserError(f"{where}{', '.join(missing)} missing")
     return cls(**values)
 
 
 def read_profile(path: str | Path | None, **given) -> Profile:
-    """Read a provider's profile.
-
-    Parameters
-    ----------
-    path : str or pathlib.Path, optional
-        A YAML file as in `hparams/lalm`; the default profile without it.
-    **given
-        Fields that take precedence.
-
-    Returns
-    -------
-    Profile
-
-    Raises
-    ------
-    UserError
-        If the file cannot be read, or holds what no profile has.
-
-    Example
-    -------
-    >>> read_profile(None, model="m").model
-    'm'
-    """
-    if path is None:
-        return Profile.of(None, **given)
+    """Read a provider's profile."""
     try:
-        values = plain_yaml(path)
+        values = {} if path is None else plain_yaml(path)
     except ValueError as error:
         raise UserError(
             f"--profile {path}: cannot be read: {error}. Name a file such as hparams/lalm/openai.yaml"

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import base64
 import dataclasses
 import hashlib
+import io
 import json
 import random
-from collections.abc import Callable, Sequence
+import wave
+from collections.abc import Callable, Mapping, Sequence
+from typing import NamedTuple
 
 from speechbrain_mifuse.lalm.answer import (
     Answer,
@@ -27,34 +31,30 @@ DEFAULT_TEMPLATE = (
 )
 
 
+class Clip(NamedTuple):
+    """A recording ready to be sent any number of times: a WAV file in base64, and its length."""
+
+    data: str
+    seconds: float
+
+    @classmethod
+    def of(cls, wav: bytes) -> Clip:
+        """Encode a WAV file."""
+        with wave.open(io.BytesIO(wav)) as file:
+            return cls(base64.b64encode(wav).decode(), file.getnframes() / file.getframerate())
+
+
 @dataclasses.dataclass(frozen=True)
 class AnswerForm:
-    """A form of answer: how it is asked for and how it is read.
+    """A form of answer: the sentence that asks for it, parsers in the order tried, a shape of `CONSTRAINTS`, fields."""
 
-    Attributes
-    ----------
-    instruction : callable
-        Takes the labels, returns the sentence that replaces `{answer}` in the template.
-    options : callable
-        Takes the labels, returns extra fields of the request.
-    parsers : tuple of callable
-        Tried in order on a reply; the first is the form asked for, the others what may still be believed.
-    shape : str
-        What a constraint must allow: "object", "word" or "first_token", as in `CONSTRAINTS`.
-
-    Example
-    -------
-    >>> ANSWER_FORMS["label"].options(("angry", "sad"))
-    {}
-    """
-
-    instruction: Callable[[tuple[str, ...]], str]
-    options: Callable[[tuple[str, ...]], dict]
+    instruction: Callable[[Sequence[str]], str]
     parsers: tuple[Parser, ...]
     shape: str
+    options: Mapping = dataclasses.field(default_factory=dict)
 
 
-def _ask_distribution(labels: tuple[str, ...]) -> str:
+def _ask_distribution(labels: Sequence[str]) -> str:
     shape = ", ".join(f"{json.dumps(label, ensure_ascii=False)}: p{i}" for i, label in enumerate(labels, start=1))
     return (
         f"Reply with one JSON object that gives every emotion its probability, in the shape {{{shape}}}. "
@@ -62,17 +62,17 @@ def _ask_distribution(labels: tuple[str, ...]) -> str:
     )
 
 
-def _ask_label(labels: tuple[str, ...]) -> str:
+def _ask_label(labels: Sequence[str]) -> str:
     return "Reply with exactly one of these words and nothing else."
 
 
 # Every form is asked for in words and read from text, whatever the constraint: some audio models refuse constraints
 # (HTTP 400) and some servers ignore them silently.
 ANSWER_FORMS = {
-    "distribution": AnswerForm(_ask_distribution, lambda labels: {}, (parse_distribution, parse_exact_label), "object"),
-    "label": AnswerForm(_ask_label, lambda labels: {}, (parse_label,), "word"),
+    "distribution": AnswerForm(_ask_distribution, (parse_distribution, parse_exact_label), "object"),
+    "label": AnswerForm(_ask_label, (parse_label,), "word"),
     "logprobs": AnswerForm(
-        _ask_label, lambda labels: {"logprobs": True, "top_logprobs": 20}, (parse_logprobs, parse_label), "first_token"
+        _ask_label, (parse_logprobs, parse_label), "first_token", {"logprobs": True, "top_logprobs": 20}
     ),
 }
 
@@ -93,21 +93,14 @@ class Prompt:
         with the log-probabilities of its first token).
     template : str
         Text in which `{labels}` and `{answer}` are replaced; both must occur.
-    audio_part : str
-        A key of `speechbrain_mifuse.lalm.profile.AUDIO_PARTS`.
-    constraint : str
-        A key of `speechbrain_mifuse.lalm.profile.CONSTRAINTS`.
+    audio_part, constraint : str
+        Keys of `AUDIO_PARTS` and of `CONSTRAINTS` in `speechbrain_mifuse.lalm.profile`.
     variants : sequence of str
         Further templates: sample k is asked with number k modulo their count, `template` being number 0.
     shuffle_labels : bool
         Name the labels in an order drawn from the seed and k.
     order : sequence of str, optional
         Order in which the labels are named, that of `labels` by default; no part of the meaning of an answer.
-
-    Raises
-    ------
-    UserError
-        If the labels, a form or a template cannot be used.
 
     Example
     -------
@@ -166,20 +159,7 @@ class Prompt:
         return bool(self.variants) or self.shuffle_labels
 
     def at(self, k: int, seed: int | None = None) -> Prompt:
-        """Give the one question that sample `k` is asked with.
-
-        Parameters
-        ----------
-        k : int
-            Index of the sample.
-        seed : int, optional
-            Seed of the collection; with `k` it decides the order of the labels.
-
-        Returns
-        -------
-        Prompt
-            One that does not vary.
-        """
+        """Give the one question that sample `k` is asked with."""
         if not self.varies:
             return self
         order = list(self.labels)
@@ -196,36 +176,17 @@ class Prompt:
         )
 
     def messages(self, wav_base64: str) -> list[dict]:
-        """Chat messages of one request.
-
-        Parameters
-        ----------
-        wav_base64 : str
-            A WAV file in base64.
-
-        Returns
-        -------
-        list of dict
-            One user message: the audio part, then the text part.
-
-        Raises
-        ------
-        UserError
-            If the question varies from sample to sample: take `at` first.
-        """
+        """Chat messages of one request."""
         if self.varies:
             raise UserError("this prompt differs from sample to sample: ask with prompt.at(k, seed)")
         return self._messages(wav_base64)
 
     def request_options(self) -> dict:
         """Fields of the request's body that the answer form and the constraint need, such as `logprobs`."""
-        return {**self.form.options(self.order), **CONSTRAINTS[self.constraint][self.form.shape](self.order)}
+        return {**self.form.options, **CONSTRAINTS[self.constraint][self.form.shape](self.order)}
 
     def prompt_hash(self) -> str:
-        """SHA-256 over everything sent except audio, model and sampling parameters: 64 hexadecimal digits.
-
-        The hash of a family of questions covers all templates and whether labels are shuffled.
-        """
+        """SHA-256 over everything sent except audio, model and sampling parameters: 64 hexadecimal digits."""
         sent = {"messages": self._messages(""), "options": self.request_options()}
         if self.shuffle_labels:
             sent["shuffle_labels"] = True

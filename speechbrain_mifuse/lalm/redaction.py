@@ -15,8 +15,7 @@ _SECRET_MARKS = ("sk-", "AIza", "hf_", "Bearer")
 _SHORTEST_SECRET = 8
 _LONGEST_NAME = 200
 
-# At DEBUG these packages log the headers and the bodies of requests: the key, and every recording in base64. At INFO
-# they log a line for each of thousands of calls.
+# At DEBUG these packages log headers and bodies of requests, with the key and every recording; at INFO a line a call.
 _TALKATIVE = ("openai", "httpx", "httpx2", "httpcore", "httpcore2", "aiohttp")
 
 

@@ -1,10 +1,14 @@
-"""A file that remembers every answer of the teacher: one SQLite database, safe to kill, resumed and topped up."""
+"""A file that remembers every answer of the teacher: one SQLite database, safe to kill, resumed and topped up.
+
+Written by hand on sqlite3: caches of objects neither keep a sample for ever nor count attempts and tokens.
+"""
 
 from __future__ import annotations
 
 import contextlib
 import dataclasses
 import hashlib
+import ipaddress
 import json
 import logging
 import math
@@ -23,7 +27,7 @@ import torch
 from speechbrain_mifuse.lalm.answer import KINDS, SAMPLE_KINDS, Response
 from speechbrain_mifuse.lalm.hashes import foreign_journal
 from speechbrain_mifuse.lalm.limits import used_tokens
-from speechbrain_mifuse.lalm.profile import Tokens
+from speechbrain_mifuse.lalm.profile import NO_TOKENS, Tokens
 from speechbrain_mifuse.lalm.prompt import Prompt
 from speechbrain_mifuse.utils.errors import UserError
 from speechbrain_mifuse.utils.files import encodable
@@ -36,8 +40,8 @@ SCHEMA_VERSION = 1
 # What a row of another program, or a damaged one, may raise.
 _UNREADABLE = (ValueError, TypeError, AttributeError, OverflowError, RecursionError)
 
-# Seconds that a lock of another process is waited for, and after how many the user is told.
 NOT_WRITTEN = "Check free space and permissions of its folder, then run again: what is stored is kept."
+# Seconds that a lock of another process is waited for, and after how many the user is told.
 LOCK_SECONDS, SILENT_SECONDS = 60.0, 3.0
 
 # Audio hashes and queries are spelled out once and referred to by number, which keeps a row of `answers` narrow; the
@@ -81,16 +85,17 @@ CREATE TABLE answers (
 ) WITHOUT ROWID;
 """
 
+_VALUES = f"VALUES (?, (SELECT audio_id FROM audio WHERE sha256 = ?){14 * ', ?'})"
 # A sample is never overwritten: what training has read once stays true. A rejected answer makes room for its retry,
 # which keeps the tokens of the replaced attempt below its own: they were paid for.
-_PUT = """
-INSERT INTO answers VALUES (?, (SELECT audio_id FROM audio WHERE sha256 = ?), ?, ?, ?, ?, ?, 1, ?, ?, ?, ?, ?, ?, ?, ?)
+_PUT = f"""
+INSERT INTO answers {_VALUES}
 ON CONFLICT DO UPDATE SET
     kind = excluded.kind, probs = excluded.probs, label_mass = excluded.label_mass, status = excluded.status,
     attempts = answers.attempts + 1, reason = excluded.reason, seed = excluded.seed, created = excluded.created,
     served_model = excluded.served_model, system_fingerprint = excluded.system_fingerprint,
     usage = CASE WHEN answers.usage IS NULL THEN excluded.usage
-        ELSE json_set(coalesce(excluded.usage, '{}'), '$.replaced', json(answers.usage)) END,
+        ELSE json_set(coalesce(excluded.usage, '{{}}'), '$.replaced', json(answers.usage)) END,
     utt_id = excluded.utt_id, raw = excluded.raw
 WHERE answers.status = 'rejected'
 """
@@ -134,10 +139,7 @@ _FIND = f"""
 SELECT {_ENTRY} FROM audio u CROSS JOIN answers a ON a.query_id = ? AND a.audio_id = u.audio_id AND a.k = ?
 WHERE u.sha256 = ?
 """
-_COPY = """
-INSERT OR REPLACE INTO answers
-VALUES (?, (SELECT audio_id FROM audio WHERE sha256 = ?), ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)
-"""
+_COPY = f"INSERT OR REPLACE INTO answers {_VALUES}"
 _QUERIES = """
 SELECT q.query_id, q.prompt_hash, q.labels, q.model, q.base_url, q.sampling, q.endpoint, q.prompt,
     COUNT(DISTINCT a.audio_id), coalesce(MAX(a.k) + 1, 0), coalesce(SUM(a.attempts), 0), MIN(a.created), MAX(a.created)
@@ -159,10 +161,8 @@ class Query:
         From `Prompt.prompt_hash`.
     labels : sequence of str
         The label set, in the order of the probabilities.
-    model : str
-        Model name as sent to the server.
-    base_url : str
-        Address of the API, without credentials.
+    model, base_url : str
+        Model name as sent to the server, and address of the API without credentials.
     sampling : mapping
         Sampling parameters sent with each request: "temperature", "seed" (of sample 0; sample k is asked with
         seed + k), and others of the API such as "top_p".
@@ -171,11 +171,6 @@ class Query:
         it a name that follows its weights, e.g. "local:<sha256 of the checkpoint>".
     prompt : str
         The rendered question, kept for people; no part of the identity.
-
-    Raises
-    ------
-    UserError
-        If `base_url` carries credentials or a sampling parameter is no finite JSON value.
 
     Example
     -------
@@ -193,11 +188,17 @@ class Query:
     prompt: str = dataclasses.field(default="", compare=False)
 
     def __post_init__(self):
-        texts = {name: getattr(self, name) for name in ("prompt_hash", "model", "base_url", "endpoint", "prompt")}
-        texts |= {"endpoint": self.endpoint or "", "sampling": "" if isinstance(self.sampling, Mapping) else None}
-        texts |= {"labels": "" if _are_labels(self.labels) else None}
-        for name, value in texts.items():
-            if not isinstance(value, str) or not encodable(value):
+        fit = {
+            "prompt_hash": _is_text(self.prompt_hash),
+            "model": _is_text(self.model),
+            "base_url": _is_text(self.base_url),
+            "endpoint": self.endpoint is None or _is_text(self.endpoint),
+            "prompt": _is_text(self.prompt),
+            "sampling": isinstance(self.sampling, Mapping),
+            "labels": isinstance(self.labels, (list, tuple)) and self.labels and all(map(_is_text, self.labels)),
+        }
+        for name in fit:
+            if not fit[name]:
                 raise UserError(f"{name}: of a type or with characters that no query has")
         base_url = clean_base_url(self.base_url)
         object.__setattr__(self, "labels", tuple(self.labels))
@@ -222,33 +223,19 @@ class Query:
         return json.dumps(self.labels, ensure_ascii=False)
 
     @property
+    def identity(self) -> tuple[str, ...]:
+        """What a query is found by."""
+        return self.prompt_hash, self.labels_json, self.model, self.endpoint, self.sampling_json
+
+    @property
     def digest(self) -> str:
         """SHA-256 over the identity, the same in every store: 64 hexadecimal digits."""
-        identity = (self.prompt_hash, self.labels_json, self.model, self.endpoint, self.sampling_json)
-        return hashlib.sha256(json.dumps(identity).encode()).hexdigest()
+        return hashlib.sha256(json.dumps(self.identity).encode()).hexdigest()
 
 
 @dataclasses.dataclass(frozen=True)
 class Record:
-    """One answer on its way into the store.
-
-    Attributes
-    ----------
-    audio : str
-        `content_hash` of the recording at 16 kHz: 64 hexadecimal digits.
-    k : int
-        Index of the sample, from 0.
-    utt_id : str
-        Utterance that the recording was asked for, for provenance only.
-    response : Response
-        The parsed reply with its provenance.
-
-    Example
-    -------
-    >>> from speechbrain_mifuse.lalm.answer import Answer
-    >>> Record("0" * 64, 0, "iem-1", Response(Answer("invalid", reason="empty reply"), "{}")).k
-    0
-    """
+    """One answer on its way into the store."""
 
     audio: str
     k: int
@@ -296,24 +283,14 @@ class QuerySummary(NamedTuple):
 
 
 class Samples(NamedTuple):
-    """What `LabelStore.load` returns.
+    """What `LabelStore.load` returns."""
 
-    Attributes
-    ----------
-    probs : torch.Tensor
-        `[N, K, C]` float32; zero wherever `mask` is false.
-    mask : torch.Tensor
-        `[N, K]` bool: this sample exists.
-    kinds : torch.Tensor
-        `[N, K]` int8: index into `KINDS`, -1 where nothing was asked yet.
-    """
-
-    probs: torch.Tensor
-    mask: torch.Tensor
-    kinds: torch.Tensor
+    probs: torch.Tensor  # [N, K, C] float32; zero wherever `mask` is false
+    mask: torch.Tensor  # [N, K] bool: this sample exists
+    kinds: torch.Tensor  # [N, K] int8: index into `KINDS`, -1 where nothing was asked yet
 
 
-class LabelStore:
+class LabelStore(contextlib.AbstractContextManager):
     """Answers of audio language models, keyed by recording, query and sample index.
 
     The file is SQLite in write-ahead-log mode with full synchronisation: when `put_many` returns, its rows survive a
@@ -325,12 +302,6 @@ class LabelStore:
         Created if missing; its folder must exist.
     read_only : bool
         Never write, so that neither the file nor its folder needs to be writable and no writer is waited for.
-
-    Raises
-    ------
-    StoreError
-        If the file is no label store, or one of another schema version, cannot be opened, or stays locked by another
-        process for `LOCK_SECONDS`.
 
     Example
     -------
@@ -368,30 +339,10 @@ class LabelStore:
 
     @classmethod
     def existing(cls, path: str | Path, read_only: bool = False) -> LabelStore:
-        """Open a store that must exist.
-
-        Parameters
-        ----------
-        path : str or pathlib.Path
-            Its file.
-        read_only : bool
-            As in the class.
-
-        Returns
-        -------
-        LabelStore
-
-        Raises
-        ------
-        StoreError
-            If there is no such file, or as the class says.
-        """
+        """Open a store that must exist."""
         if not Path(path).is_file():
             raise StoreError(f"label store {path}: no such file. Name one that a collection or an import has written.")
         return cls(path, read_only)
-
-    def __enter__(self) -> LabelStore:
-        return self
 
     def __exit__(self, *_):
         self.close()
@@ -401,22 +352,7 @@ class LabelStore:
         self._db.close()
 
     def put_many(self, query: Query, records: Iterable[Record]):
-        """Write answers in one transaction; on disk when this returns.
-
-        A sample that is already stored is kept. A refused or invalid answer is replaced and its attempts are counted.
-
-        Parameters
-        ----------
-        query : Query
-            What was asked.
-        records : iterable of Record
-            Answers to it.
-
-        Raises
-        ------
-        StoreError
-            If the disk is full, the file is read-only, or a record does not fit the label set.
-        """
+        """Write answers in one transaction; on disk when this returns."""
         records, now = list(records), time.time()
         with self._transaction():
             number = self._query_id(query, create=True)
@@ -424,55 +360,26 @@ class LabelStore:
             self._db.executemany(
                 "INSERT INTO audio (sha256) VALUES (?) ON CONFLICT DO NOTHING", ((digest,) for digest in hashes)
             )
-            self._db.executemany(_PUT, (_row(number, record, len(query.labels), now) for record in records))
+            self._db.executemany(_PUT, (_row(number, len(query.labels), _entry_of(record, now)) for record in records))
 
     def have(self, query: Query) -> set[tuple[str, int]]:
         """Return the pairs (audio hash, sample index) of all stored samples; refused and invalid answers are none."""
-        rows = self._answers(query, "sample")
-        return {(digest.hex(), k) for digest, k, _ in rows}
+        return {(digest.hex(), k) for digest, k, _ in self._answers(query, "sample")}
 
     def rejected(self, query: Query) -> dict[tuple[str, int], int]:
         """Count the attempts of each (audio hash, sample index) that was only refused or answered unusably."""
-        rows = self._answers(query, "rejected")
-        return {(digest.hex(), k): attempts for digest, k, attempts in rows}
+        return {(digest.hex(), k): attempts for digest, k, attempts in self._answers(query, "rejected")}
 
     def rejections(self, query: Query) -> list[tuple[str, str, int, str]]:
-        """Count the reasons why answers are no samples, the commonest first.
-
-        Parameters
-        ----------
-        query : Query
-            What was asked.
-
-        Returns
-        -------
-        list of (str, str, int, str)
-            Kind, reason, number of answers, and one of their raw replies.
-        """
-        with self._reading():
-            return self._db.execute(
-                "SELECT kind, reason, COUNT(*), MIN(raw) FROM answers WHERE query_id = ? AND status = 'rejected' "
-                "GROUP BY kind, reason ORDER BY COUNT(*) DESC, kind, reason",
-                (self._query_id(query),),
-            ).fetchall()
+        """Count the reasons why answers are no samples, the commonest first."""
+        return self._of_query(
+            "SELECT kind, reason, COUNT(*), MIN(raw) FROM answers WHERE query_id = ? AND status = 'rejected' "
+            "GROUP BY kind, reason ORDER BY COUNT(*) DESC, kind, reason",
+            query,
+        )
 
     def load(self, query: Query, audio_hashes: Sequence[str], k: int) -> Samples:
-        """Read the first `k` samples of each recording.
-
-        Parameters
-        ----------
-        query : Query
-            What was asked.
-        audio_hashes : sequence of str
-            N audio hashes in the order wanted; repeats are allowed.
-        k : int
-            Number of samples per recording.
-
-        Returns
-        -------
-        Samples
-            `probs [N, k, C]`, `mask [N, k]`, `kinds [N, k]`. What was refused, invalid or never asked has a false mask.
-        """
+        """Read the first `k` samples of each of N recordings, named by their audio hashes; repeats are allowed."""
         shape = (len(audio_hashes), k)
         samples = Samples(
             torch.zeros(*shape, len(query.labels)),
@@ -489,20 +396,11 @@ class LabelStore:
 
     def counts(self, query: Query) -> dict[str, int]:
         """Count the stored answers of each kind in `KINDS`."""
-        counts = dict.fromkeys(KINDS, 0)
-        statement = "SELECT kind, COUNT(*) FROM answers WHERE query_id = ? GROUP BY kind"
-        with self._reading():
-            counts.update(self._db.execute(statement, (self._query_id(query),)))
-        return counts
+        rows = self._of_query("SELECT kind, COUNT(*) FROM answers WHERE query_id = ? GROUP BY kind", query)
+        return {**dict.fromkeys(KINDS, 0), **dict(rows)}
 
     def queries(self) -> list[QuerySummary]:
-        """List what was asked, with counts, refusals and tokens.
-
-        Returns
-        -------
-        list of QuerySummary
-            In the order of their first answer.
-        """
+        """List what was asked, with counts, refusals and tokens."""
         counts: dict[int, dict[str, int]] = {}
         for number, kind, count in self.read("SELECT query_id, kind, COUNT(*) FROM answers GROUP BY query_id, kind"):
             counts.setdefault(number, dict.fromkeys(KINDS, 0))[kind] = count
@@ -514,11 +412,10 @@ class LabelStore:
                     number,
                     Query(prompt_hash, json.loads(labels), model, base_url, json.loads(sampling), endpoint, prompt),
                     counts.get(number, dict.fromkeys(KINDS, 0)),
-                    *(recordings, k, attempts, first, last),
-                    *(bills.get((number, batch), Tokens()) for batch in (False, True)),
+                    *rest,
+                    *(bills.get((number, batch), NO_TOKENS) for batch in (False, True)),
                 )
                 for number, prompt_hash, labels, model, base_url, sampling, endpoint, prompt, *rest in rows
-                for recordings, k, attempts, first, last in (rest,)
             ]
         except StoreError:
             raise
@@ -526,50 +423,27 @@ class LabelStore:
             raise self._unreadable("a query", error) from None
 
     def recordings(self, query: Query) -> dict[str, str]:
-        """Content hashes by utterance id, of all utterances that a query was asked for.
-
-        Parameters
-        ----------
-        query : Query
-            What was asked.
-
-        Returns
-        -------
-        dict of str to str
-            Without utterances whose recording was asked about under another id.
-        """
-        with self._reading():
-            number = self._query_id(query)
-        rows = self.read(
+        """Content hashes by utterance id, of all utterances that a query was asked for."""
+        rows = self._of_query(
             "SELECT DISTINCT a.utt_id, lower(hex(u.sha256)) FROM answers a JOIN audio u USING (audio_id) "
             "WHERE a.query_id = ? AND a.utt_id <> ''",
-            (number,),
+            query,
         )
         return dict(rows)
 
     def entries(self, query: Query) -> Iterator[Entry]:
-        """Read all answers of a query, whatever their kind, without holding them in memory.
-
-        Parameters
-        ----------
-        query : Query
-            What was asked.
-
-        Yields
-        ------
-        Entry
-            By content hash and sample index: in the same order from every store with these answers.
-        """
-        with self._reading():
-            number = self._query_id(query)
+        """Read all answers of a query, whatever their kind, without holding them in memory."""
         last: tuple[bytes, int] = (b"", -1)
-        while rows := self.read(_ENTRIES, (number, *last, _LOAD_BLOCK)):
+        while rows := self._of_query(_ENTRIES, query, *last, _LOAD_BLOCK):
             yield from map(self._decoded, rows)
             last = rows[-1][:2]
 
     def _decoded(self, row: tuple) -> Entry:
+        digest, k, utt_id, kind, probs, *middle, usage, raw = row
         try:
-            return _entry(row)
+            values = None if probs is None else tuple(np.frombuffer(probs, dtype="<f4").tolist())
+            used = None if usage is None else json.loads(usage)
+            return Entry(digest.hex(), k, utt_id, kind, values, *middle, used, raw)
         except _UNREADABLE as error:
             raise self._unreadable("an answer", error) from None
 
@@ -583,27 +457,8 @@ class LabelStore:
     def copying(self) -> Iterator[Callable[[Query, Entry], str]]:
         """Take over answers of another store: all of them when the block ends, none if it raises.
 
-        Yields
-        ------
-        callable
-            Takes a query and an entry, and returns what became of it: "new" (stored, where there was none or a rejected
-            one), "same" (the store has it, or a sample where this one is rejected), or "conflict" (the store has
-            another sample, and keeps it).
-
-        Raises
-        ------
-        StoreError
-            If the store cannot be written, or an entry does not fit the label set.
-
-        Example
-        -------
-        >>> import tempfile
-        >>> query = Query("0" * 64, ("angry", "sad"), "m", "http://127.0.0.1/v1", {"temperature": 1})
-        >>> entry = Entry("ab" * 32, 0, "u1", "label", (1.0, 0.0), None, 1, "", None, 0.0, "m", "", None, "{}")
-        >>> other = entry._replace(probs=(0.0, 1.0))
-        >>> with LabelStore(tempfile.mkdtemp() + "/labels.sqlite") as store, store.copying() as copy:
-        ...     copy(query, entry), copy(query, entry), copy(query, other)
-        ('new', 'same', 'conflict')
+        The callable takes a query and an entry, and returns "new" (stored, where there was none or a rejected one),
+        "same" (the store has it, or a sample where this one is rejected), or "conflict" (another sample, which stays).
         """
         numbers: dict[Query, int] = {}
 
@@ -616,27 +471,13 @@ class LabelStore:
             yield copy
 
     def read(self, statement: str, parameters: Sequence = ()) -> list[tuple]:
-        """Run one reading SQL statement.
-
-        Parameters
-        ----------
-        statement : str
-            SQL; the tables are described at the top of this file.
-        parameters : sequence
-            Its values.
-
-        Returns
-        -------
-        list of tuple
-            Rows.
-
-        Raises
-        ------
-        StoreError
-            If the file is damaged.
-        """
+        """Run one reading SQL statement."""
         with self._reading():
             return self._db.execute(statement, parameters).fetchall()
+
+    def _of_query(self, statement: str, query: Query, *parameters) -> list[tuple]:
+        with self._reading():
+            return self._db.execute(statement, (self._query_id(query), *parameters)).fetchall()
 
     def _copy(self, number: int, classes: int, entry: Entry) -> str:
         digest = bytes.fromhex(entry.audio)
@@ -648,7 +489,7 @@ class LabelStore:
             if not entry.is_sample and _newness(entry) <= _newness(stored):
                 return "same"
         self._db.execute("INSERT INTO audio (sha256) VALUES (?) ON CONFLICT DO NOTHING", (digest,))
-        self._db.execute(_COPY, _copied_row(number, classes, entry))
+        self._db.execute(_COPY, _row(number, classes, entry))
         return "new"
 
     def _bills(self) -> dict[tuple[int, bool], Tokens]:
@@ -658,7 +499,7 @@ class LabelStore:
             usage = json.loads(text)
             while usage:
                 key = (number, "batch" in usage)
-                bills[key] = bills.get(key, Tokens()) + (used_tokens(usage) or Tokens())
+                bills[key] = bills.get(key, NO_TOKENS).plus(used_tokens(usage) or NO_TOKENS)
                 usage = usage.get("replaced")
         return bills
 
@@ -704,25 +545,23 @@ class LabelStore:
                 self._db.execute(f"PRAGMA user_version = {SCHEMA_VERSION}")
 
     def _query_id(self, query: Query, create: bool = False) -> int | None:
-        key = (query.prompt_hash, query.labels_json, query.model, query.endpoint, query.sampling_json)
+        columns = "prompt_hash, labels, model, endpoint, sampling"
         if create:
             self._db.execute(
-                "INSERT INTO queries (prompt_hash, labels, model, endpoint, sampling, base_url, prompt, created) "
+                f"INSERT INTO queries ({columns}, base_url, prompt, created) "
                 "VALUES (?, ?, ?, ?, ?, ?, ?, ?) ON CONFLICT DO NOTHING",
-                (*key, query.base_url, query.prompt, time.time()),
+                (*query.identity, query.base_url, query.prompt, time.time()),
             )
-        found = self._db.execute(
-            "SELECT query_id FROM queries WHERE (prompt_hash, labels, model, endpoint, sampling) = (?, ?, ?, ?, ?)", key
-        ).fetchone()
-        return found[0] if found else None
+        found = f"SELECT query_id FROM queries WHERE ({columns}) = (?, ?, ?, ?, ?)"
+        (number,) = self._db.execute(found, query.identity).fetchone() or (None,)
+        return number
 
     def _answers(self, query: Query, status: str) -> list[tuple[bytes, int, int]]:
-        with self._reading():
-            return self._db.execute(
-                "SELECT u.sha256, a.k, a.attempts FROM answers a JOIN audio u USING (audio_id) "
-                "WHERE a.query_id = ? AND a.status = ?",
-                (self._query_id(query), status),
-            ).fetchall()
+        return self._of_query(
+            "SELECT u.sha256, a.k, a.attempts FROM answers a JOIN audio u USING (audio_id) "
+            "WHERE a.query_id = ? AND a.status = ?",
+            *(query, status),
+        )
 
     def _want(self, audio_hashes: Sequence[str]):
         for statement in _TEMPORARY:
@@ -801,12 +640,8 @@ class LabelStore:
         return StoreError(f"label store {self.path}: {error}. {remedy}")
 
 
-def _are_labels(labels: object) -> bool:
-    return (
-        isinstance(labels, (list, tuple))
-        and bool(labels)
-        and all(isinstance(label, str) and encodable(label) for label in labels)
-    )
+def _is_text(value: object) -> bool:
+    return isinstance(value, str) and encodable(value)
 
 
 def _words(sql: str) -> str:
@@ -834,6 +669,15 @@ def clean_base_url(base_url: str) -> str:
     return base_url.rstrip("/")
 
 
+def is_loopback(base_url: str) -> bool:
+    """Whether an address names this machine."""
+    host = urllib.parse.urlsplit(base_url).hostname or ""
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return host == "localhost"
+
+
 def _plain(name: str, value: object) -> object:
     """Return a sampling parameter as JSON gives it back, with 1.0 and 1 alike."""
     if isinstance(value, float):
@@ -846,25 +690,19 @@ def _plain(name: str, value: object) -> object:
         raise UserError(f"sampling parameter {name} must be a JSON value, not {value!r}") from None
 
 
-def _row(number: int, record: Record, classes: int, now: float) -> tuple:
+def _entry_of(record: Record, now: float) -> Entry:
     response, answer = record.response, record.response.answer
-    if answer.is_sample and len(answer.probs or ()) != classes:
-        raise StoreError(
-            f"{record.utt_id}: an answer with {len(answer.probs or ())} probabilities for {classes} labels"
-        )
-    probs = np.asarray(answer.probs, dtype="<f4").tobytes() if answer.is_sample else None
-    status = "sample" if answer.is_sample else "rejected"
-    usage = json.dumps(response.usage) if response.usage else None
-    return (
-        *(number, bytes.fromhex(record.audio), record.k, answer.kind, probs, answer.label_mass, status, answer.reason),
-        *(response.seed, now, response.served_model, response.system_fingerprint, usage, record.utt_id, response.raw),
+    return Entry(
+        *(record.audio, record.k, record.utt_id, answer.kind, answer.probs, answer.label_mass, 1, answer.reason),
+        *(response.seed, now, response.served_model, response.system_fingerprint, response.usage, response.raw),
     )
 
 
-def _copied_row(number: int, classes: int, entry: Entry) -> tuple:
+def _row(number: int, classes: int, entry: Entry) -> tuple:
     if entry.is_sample and len(entry.probs or ()) != classes:
         raise StoreError(
-            f"recording {entry.audio}, sample {entry.k}: {len(entry.probs or ())} probabilities for {classes} labels"
+            f"{entry.utt_id}: recording {entry.audio}, sample {entry.k}: an answer with {len(entry.probs or ())} "
+            f"probabilities for {classes} labels"
         )
     probs = np.asarray(entry.probs, dtype="<f4").tobytes() if entry.is_sample else None
     status = "sample" if entry.is_sample else "rejected"
@@ -874,12 +712,6 @@ def _copied_row(number: int, classes: int, entry: Entry) -> tuple:
         *(entry.reason, entry.seed, entry.created, entry.served_model, entry.system_fingerprint, usage),
         *(entry.utt_id, entry.raw),
     )
-
-
-def _entry(row: tuple) -> Entry:
-    digest, k, utt_id, kind, probs, *middle, usage, raw = row
-    values = None if probs is None else tuple(np.frombuffer(probs, dtype="<f4").tolist())
-    return Entry(digest.hex(), k, utt_id, kind, values, *middle, None if usage is None else json.loads(usage), raw)
 
 
 def _said(entry: Entry) -> tuple:

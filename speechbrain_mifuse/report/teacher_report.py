@@ -24,7 +24,6 @@ from speechbrain_mifuse.features.dataset import label_index
 from speechbrain_mifuse.inference.recognizer import EmotionRecognizer
 from speechbrain_mifuse.inference.recognizer_folder import recogniser_digest
 from speechbrain_mifuse.lalm.answer import KINDS, SAMPLE_KINDS
-from speechbrain_mifuse.lalm.batch import BATCH_SHARE
 from speechbrain_mifuse.lalm.hashes import HashCache
 from speechbrain_mifuse.lalm.plan import read_known
 from speechbrain_mifuse.lalm.profile import Price, Tokens
@@ -63,7 +62,7 @@ class Bill(NamedTuple):
     @property
     def cost(self) -> float | None:
         """Price of all tokens, in the currency of the price; `None` if there is none."""
-        return self.price and self.price.cost(self.tokens) + BATCH_SHARE * self.price.cost(self.batch_tokens)
+        return self.price and self.price.cost(self.tokens, self.batch_tokens)
 
 
 class Reliability(NamedTuple):
@@ -298,7 +297,7 @@ def _against_source(
 
 
 def _cost(bill: Bill) -> dict:
-    told = {"tokens": vars(bill.tokens), "batch_tokens": vars(bill.batch_tokens), "samples": bill.samples}
+    told = {"tokens": bill.tokens._asdict(), "batch_tokens": bill.batch_tokens._asdict(), "samples": bill.samples}
     if bill.cost is None:
         return told
     told |= {"currency": bill.price.currency, "cost": round(bill.cost, 6), "prices": bill.price.source}

@@ -35,6 +35,12 @@ def one_line(message: object) -> str:
     return "\n".join(map(shown, re.split(r"\n(?=  )", str(message))))
 
 
+def first_of(items: Sequence[str], more: str = "more", most: int = 20) -> list[str]:
+    """Give lines of a list for people: the first items, and how many more there are."""
+    rest = [f"  ... and {len(items) - most} {more}"] if len(items) > most else []
+    return [f"  {item}" for item in items[:most]] + rest
+
+
 def markdown(text: object) -> str:
     r"""Escape text for a line, list or table of Markdown, where none of it is markup or HTML."""
     # Spaces before it would make code of it, and two behind it a line break.

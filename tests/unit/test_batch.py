@@ -16,12 +16,12 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from batch_server import simulated_batch_server
 
 from speechbrain_mifuse.lalm import batch as batch_module
-from speechbrain_mifuse.lalm.batch import BATCH_SHARE, BatchJob
+from speechbrain_mifuse.lalm.batch import BatchJob
 from speechbrain_mifuse.lalm.client import LalmClient, LalmError
 from speechbrain_mifuse.lalm.collect import RETRY_SEED_STRIDE, collect, encode_wav
 from speechbrain_mifuse.lalm.integrity import check
 from speechbrain_mifuse.lalm.limits import Budget
-from speechbrain_mifuse.lalm.profile import Price, Profile, Tokens
+from speechbrain_mifuse.lalm.profile import BATCH_SHARE, Price, Profile, Tokens
 from speechbrain_mifuse.lalm.prompt import Prompt
 from speechbrain_mifuse.lalm.store import LabelStore, Query, StoreError
 from speechbrain_mifuse.utils.audio import content_hash, load_audio
@@ -67,12 +67,17 @@ def job_of(store, server, prompt=PROMPT, profile=None, budget=None, folder=None)
     return BatchJob(prompt, client, store, query, folder)
 
 
-def run(job, tones, k=3, **options):
-    return job.run(tones, k, **{"every": 0, "show_progress": False, **options})
+def limited(job, max_requests=BatchJob.max_requests, max_bytes=BatchJob.max_bytes):
+    job.max_requests, job.max_bytes = max_requests, max_bytes
+    return job
 
 
-def make(job, tones, k=3, **options):
-    return job.make(tones, k, show_progress=False, **options)
+def run(job, tones, k=3, **limits):
+    return limited(job, **limits).run(tones, k, every=0, show_progress=False)
+
+
+def make(job, tones, k=3, **limits):
+    return limited(job, **limits).make(tones, k, show_progress=False)
 
 
 def hashes(tones):
@@ -82,9 +87,9 @@ def hashes(tones):
 def test_a_run_brings_every_sample_and_a_second_one_asks_nothing(store, tones):
     with simulated_batch_server(distribution, looks=2) as server, job_of(store, server) as job:
         found = run(job, tones)
-        assert (found.stored, found.answers, found.unanswered, found.unknown) == (12, 12, {}, [])
+        assert (found.stored, found.asked, found.unanswered, found.unknown) == (12, 12, {}, [])
         assert store.load(job.query, hashes(tones), 3).mask.all() and check(store).problems == []
-        assert run(job, tones).answers == 0 and len(server.batches) == 1
+        assert run(job, tones).asked == 0 and len(server.batches) == 1
         assert job.status() == "part 0001: 4 requests, ingested, batch-1, completed 4/4"
 
 

@@ -122,3 +122,18 @@ def test_help_is_printed_without_loading_torch():
     code = "import sys; from speechbrain_mifuse.cli.main import main\ntry: main(['--help'])\nexcept SystemExit: pass\n"
     check = [sys.executable, "-c", code + "assert 'torch' not in sys.modules"]
     assert subprocess.run(check, check=False, stdout=subprocess.DEVNULL).returncode == 0
+
+
+def test_recipes_and_reports_load_neither_openai_nor_aiohttp_before_a_client_is_made():
+    code = """
+import sys
+import speechbrain_mifuse.experiments.teacher, speechbrain_mifuse.report, speechbrain_mifuse.report.teacher_report
+assert not {"openai", "aiohttp"} & sys.modules.keys()
+from speechbrain_mifuse.experiments.teacher import client_of
+from speechbrain_mifuse.lalm.profile import Profile
+from speechbrain_mifuse.lalm.store import LabelStore
+with LabelStore(":memory:") as answers:
+    client_of({}, Profile(model="m"), "http://127.0.0.1/v1", answers, None)
+assert "openai" in sys.modules
+"""
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

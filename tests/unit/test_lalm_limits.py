@@ -5,11 +5,11 @@ import time
 import pytest
 from lalm_support import LABELS, completion, scripted_server, tone
 
-from speechbrain_mifuse.lalm.client import Clip, LalmClient, LalmError
+from speechbrain_mifuse.lalm.client import LalmClient, LalmError
 from speechbrain_mifuse.lalm.collect import encode_wav
-from speechbrain_mifuse.lalm.limits import Budget, BudgetReached, Pace, used_tokens
+from speechbrain_mifuse.lalm.limits import Budget, BudgetReached, Pace, estimated_tokens, used_tokens
 from speechbrain_mifuse.lalm.profile import Price, Profile, Tokens
-from speechbrain_mifuse.lalm.prompt import Prompt
+from speechbrain_mifuse.lalm.prompt import Clip, Prompt
 from speechbrain_mifuse.utils.errors import UserError
 
 WAV = encode_wav(tone(3))
@@ -160,7 +160,7 @@ def test_a_raw_completion_tells_the_status_of_a_failure():
                 return done, caught.value.status
 
         done, status = asyncio.run(run())
-    assert done.choices[0].message.content == "sad" and done.usage.prompt_tokens == 10 and status == 422
+    assert done["choices"][0]["message"]["content"] == "sad" and done["usage"]["prompt_tokens"] == 10 and status == 422
 
 
 def test_calls_in_flight_cannot_pass_the_budget_together():
@@ -179,8 +179,8 @@ def test_calls_in_flight_cannot_pass_the_budget_together():
 
 def ask_bound(url):
     """What one call of these tests can cost at most."""
-    prompt = Prompt(LABELS, "label")
-    return client_for(url)._call(prompt, Clip.of(WAV), 1, None, {"max_tokens": 50}).most.total
+    options = (Clip.of(WAV).seconds, 1, client_for(url).profile, {"max_tokens": 50})
+    return estimated_tokens(Prompt(LABELS, "label"), *options)[1].total
 
 
 def test_the_first_call_goes_alone_and_shows_how_the_provider_counts():
