@@ -16,6 +16,7 @@ from speechbrain_mifuse.audio import load_audio
 from speechbrain_mifuse.corpora import emodb, msp_podcast, ravdess
 from speechbrain_mifuse.corpora.manifest import LABELS, atomic_write
 from speechbrain_mifuse.errors import UserError
+from speechbrain_mifuse.features import pretrained
 from speechbrain_mifuse.features.extract import FrameReader
 from speechbrain_mifuse.features.store import StoreError
 from speechbrain_mifuse.pipeline import store_frames, zero_shot_teacher
@@ -632,7 +633,7 @@ def test_a_hub_id_that_cannot_be_reached_is_one_error_naming_the_flag(monkeypatc
     def unreachable(*args, **options):
         raise ConnectionError("no route to the hub\nand much more")
 
-    monkeypatch.setattr(transformers.AutoConfig, "from_pretrained", unreachable)
+    monkeypatch.setattr(pretrained, "snapshot_download", unreachable)
     with pytest.raises(UserError, match=r"^--alm: 'laion/clap' could not be loaded: no route to the hub\. Pass"):
         open_audio_text_model("laion/clap")
 
