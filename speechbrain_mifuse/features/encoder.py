@@ -10,7 +10,6 @@ import hashlib
 import inspect
 import json
 import math
-import pathlib
 import threading
 from collections import defaultdict
 from functools import partial
@@ -22,35 +21,23 @@ from speechbrain.integrations.huggingface.hubert import HuBERT
 from speechbrain.integrations.huggingface.wav2vec2 import Wav2Vec2
 from speechbrain.integrations.huggingface.wavlm import WavLM
 from speechbrain.integrations.huggingface.whisper import Whisper
-from transformers import AutoConfig, AutoModel, FeatureExtractionMixin
+from transformers import AutoConfig
 
 from speechbrain_mifuse.demo.encoder import demo_encoder
-from speechbrain_mifuse.utils.errors import UserError
-from speechbrain_mifuse.utils.files import held_bytes
-from speechbrain_mifuse.utils.progress import quiet_loading
-from speechbrain_mifuse.utils.schemas import (
-    WEIGHT_SUFFIXES,
-    EncoderConfig,
-    FeatureExtractorConfig,
-    WeightIndex,
-    checked,
-    plain_json,
+from speechbrain_mifuse.features.pretrained import (
+    check_architecture,
+    check_extractor,
+    check_files,
+    local_folder,
+    model_folder,
+    refuse_missing,
 )
+from speechbrain_mifuse.utils.errors import UserError
+from speechbrain_mifuse.utils.progress import quiet_loading
+from speechbrain_mifuse.utils.schemas import EncoderConfig
 
 # Written by transformers itself: they change with its version or with the folder, never with the features.
 _VOLATILE = ("_name_or_path", "architectures", "dtype", "torch_dtype", "transformers_version")
-
-# How many weights may be described for each byte of files of weights: a folder may lack a decoder.
-MIN_WEIGHTS, MAX_WEIGHTS_PER_BYTE = 10_000_000, 4
-
-# Files of a folder that transformers reads as JSON; the processor's can replace the feature extractor's.
-SCHEMAS = {
-    "config.json": EncoderConfig,
-    "preprocessor_config.json": FeatureExtractorConfig,
-    "processor_config.json": None,
-    "model.safetensors.index.json": WeightIndex,
-    "pytorch_model.bin.index.json": WeightIndex,
-}
 
 
 class FrozenEncoder(torch.nn.Module):
@@ -252,74 +239,38 @@ def load_wrapper(source, save_path=None, freeze=False):
     """Load SpeechBrain's wrapper of a pretrained encoder, chosen by the ``model_type`` of its configuration."""
     source = str(demo_encoder()) if str(source) == "demo" else str(source)
     save_path = str(save_path) if save_path else str(constants.HF_HUB_CACHE)
-    is_folder = _check_folder(source)
-    with contextlib.nullcontext() if is_folder else _hub_errors(source):
-        # Left to its default, transformers asks at the terminal whether code of the model may run.
-        config = AutoConfig.from_pretrained(source, cache_dir=save_path, trust_remote_code=False)
+    folder = _folder(source, save_path)
+    check_files(folder, EncoderConfig)
+    # Left to its default, transformers asks at the terminal whether code of the model may run.
+    config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
     if config.model_type not in FAMILIES:
         known = ", ".join(sorted(FAMILIES))
         raise ValueError(f"encoder {source!r}: unknown model_type {config.model_type!r}; known ones: {known}")
-    content = {**json.loads(config.to_json_string()), "attn_implementation": config._attn_implementation}
-    advice = "Use another encoder."
-    checked(EncoderConfig, content, f"encoder {source!r}: config.json", UserError, advice)
-    with contextlib.nullcontext() if is_folder else _hub_errors(source):
-        # From whichever of its files transformers prefers.
-        content, _ = FeatureExtractionMixin.get_feature_extractor_dict(source, cache_dir=save_path)
-    checked(
-        FeatureExtractorConfig, content, f"encoder {source!r}: feature extractor", UserError, "Use another encoder."
-    )
-    if is_folder:
-        _check_size(config, pathlib.Path(source).expanduser())
-    with quiet_loading(), contextlib.nullcontext() if is_folder else _hub_errors(source):
-        wrapper = FAMILIES[config.model_type].wrapper(source, save_path, freeze=freeze)
+    check_architecture(config, folder, EncoderConfig)
+    check_extractor(folder)
+    family = FAMILIES[config.model_type]
+    with quiet_loading():
+        wrapper = family.wrapper(str(folder), save_path, freeze=freeze)
+    try:
+        refuse_missing(wrapper.missing, (f"{part}." for part in family.reader(wrapper).modules()))
+    except UserError as error:
+        raise UserError(f"encoder {source!r}: {error}") from None
     return wrapper.float()
 
 
-def _check_folder(source):
-    folder = pathlib.Path(source).expanduser()
-    if folder.is_dir():
-        missing = [name for name in ("config.json", "preprocessor_config.json") if not (folder / name).is_file()]
-        if missing:
-            raise FileNotFoundError(
-                f"encoder {source!r}: the folder has no {' and no '.join(missing)}; save the model and its "
-                "feature extractor there with save_pretrained()"
-            )
-        _check_configuration(folder)
-        return True
-    # A hub id is "name" or "owner/name": anything else can only be meant as a path.
-    if source.startswith((".", "/", "~")) or source.count("/") > 1 or "\\" in source:
-        raise FileNotFoundError(f"encoder {source!r}: no such folder; pass a Hugging Face folder, a hub id or demo")
-    return False
-
-
-def _check_configuration(folder):
-    """Refuse a folder whose configuration is not plain data of sensible sizes."""
-    # Where PEFT is installed, transformers would change the weights by this file.
-    if (folder / "adapter_config.json").exists():
-        raise ValueError(f"{folder / 'adapter_config.json'}: adapters of PEFT are not supported; merge it first")
-    for name, schema in SCHEMAS.items():
-        if not (folder / name).exists():
-            continue
-        try:
-            content = plain_json(folder / name)
-        except ValueError as error:
-            raise ValueError(f"{folder / name}: {error}") from None
-        if schema is not None:
-            checked(schema, content, folder / name, UserError, "Save the encoder there again.")
-    for path in folder.iterdir():
-        if path.suffix in WEIGHT_SUFFIXES and not path.is_file():
-            raise ValueError(f"{path}: not a regular file")
-
-
-def _check_size(config, folder):
-    """Refuse an architecture whose weights the folder cannot hold: missing ones would be made up, at any size."""
-    with quiet_loading(), torch.device("meta"):
-        count = sum(weight.numel() for weight in AutoModel.from_config(config).parameters())
-    held = sum(held_bytes(path) for path in folder.iterdir() if path.suffix in WEIGHT_SUFFIXES)
-    if count > MIN_WEIGHTS + MAX_WEIGHTS_PER_BYTE * held:
-        raise ValueError(
-            f"{folder / 'config.json'}: describes {count} weights, and the folder has {held} bytes of them"
+def _folder(source, save_path):
+    """Give the folder of an encoder; download it first if the source is a hub id."""
+    folder = local_folder(source)
+    if folder is None:
+        with _hub_errors(source):
+            folder = model_folder(source, save_path)
+    missing = [name for name in ("config.json", "preprocessor_config.json") if not (folder / name).is_file()]
+    if missing:
+        raise FileNotFoundError(
+            f"encoder {source!r}: there is no {' and no '.join(missing)}; save the model and its "
+            "feature extractor there with save_pretrained()"
         )
+    return folder
 
 
 @contextlib.contextmanager
@@ -549,6 +500,26 @@ class _MelReader:
         return states
 
 
+class _Reporting:
+    """Makes a wrapper of SpeechBrain remember which weights no file held, which it leaves random."""
+
+    def _from_pretrained(self, *arguments, **options):
+        super()._from_pretrained(*arguments, output_loading_info=True, **options)
+        if isinstance(self.model, tuple):
+            self.model, report = self.model
+            self.missing = list(report["missing_keys"])
+
+    def _load_sb_pretrained_parameters(self, path):
+        weights = self._modify_state_dict(path)
+        if weights is None:
+            weights = torch.load(path, map_location="cpu", weights_only=True)
+        self.missing = self.model.load_state_dict(weights, strict=False).missing_keys
+
+
+def _reporting(wrapper):
+    return type(wrapper.__name__, (_Reporting, wrapper), {})
+
+
 class Family(NamedTuple):
     """How encoders of one ``model_type`` are loaded and read."""
 
@@ -557,8 +528,8 @@ class Family(NamedTuple):
 
 
 FAMILIES = {
-    "hubert": Family(HuBERT, _WaveformReader),
-    "wav2vec2": Family(Wav2Vec2, _WaveformReader),
-    "wavlm": Family(WavLM, _WaveformReader),
-    "whisper": Family(partial(Whisper, encoder_only=True), _MelReader),
+    "hubert": Family(_reporting(HuBERT), _WaveformReader),
+    "wav2vec2": Family(_reporting(Wav2Vec2), _WaveformReader),
+    "wavlm": Family(_reporting(WavLM), _WaveformReader),
+    "whisper": Family(partial(_reporting(Whisper), encoder_only=True), _MelReader),
 }

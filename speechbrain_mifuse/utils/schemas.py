@@ -6,6 +6,7 @@ brackets for a Python expression.
 
 from __future__ import annotations
 
+import base64
 import itertools
 import math
 import operator
@@ -29,7 +30,7 @@ MAX_YAML_BYTES, MAX_JSON_BYTES, MAX_DEPTH = 100_000, 1_000_000, 30
 MAX_SCALAR_LENGTH = 40
 # Larger than any real model, and small enough that a module of this size can be described on torch's meta device.
 MAX_SIZE, MAX_LAYERS, MAX_CLASSES = 100_000, 200, 1000
-# Of any whole number in the configuration of an encoder.
+# Of any whole number in the configuration of a model.
 MAX_CONFIG_INT = 10_000_000
 
 PLAIN = "tag:yaml.org,2002:"
@@ -136,10 +137,10 @@ def _shortened(reason: object) -> str:
     return line if len(line) <= 300 else f"{line[:300]}..."
 
 
-def plain_json(path: str | Path) -> dict:
+def plain_json(path: str | Path, max_bytes: int = MAX_JSON_BYTES) -> dict:
     """Read a JSON object of bounded size and depth."""
     try:
-        content = json_object(Path(path), MAX_JSON_BYTES)
+        content = json_object(Path(path), max_bytes)
     except FileNotFoundError as error:
         raise ValueError(error.strerror) from None
     except ValueError as error:
@@ -358,17 +359,35 @@ class DualEncoderAbout(ModelAbout):
 MAX_HEADS, MIN_SAMPLES_PER_FRAME, MAX_CHANNELS_PER_SAMPLE = 64, 160, 1024
 # Endings of files of weights.
 WEIGHT_SUFFIXES = (".safetensors", ".bin", ".ckpt", ".pt")
+# Of whole numbers that count modules or names.
+MAX_BY_KEY = {"layer|depth": MAX_LAYERS, "num_labels": MAX_CLASSES * 100}
+# Of a tokenizer: steps of a kind, and how many times as long they make a text.
+MAX_STEPS, MAX_GROWTH = 10, 1000
 # Attention that needs no code from elsewhere: transformers takes other names for repositories of kernels.
 OWN_ATTENTION = (None, "eager", "sdpa")
 Convolution = Annotated[list[Annotated[int, Field(ge=1, le=10_000)]], Field(min_length=1, max_length=100)]
 LayerCount = Annotated[int, Field(ge=0, le=MAX_LAYERS)]
+FourierSize = Annotated[int, Field(ge=2, le=10_000)]
+Seconds = Annotated[int, Field(ge=1, le=3600)]
 Heads = Annotated[int, Field(ge=1, le=MAX_HEADS)]
 
 
-class EncoderConfig(_Open):
-    """`config.json` of a speech encoder."""
+class ModelConfig(_Open):
+    """`config.json` of a model of transformers' form."""
 
     model_type: Text
+
+    @model_validator(mode="after")
+    def _is_plain(self):
+        if (self.model_extra or {}).get("configuration_files") is not None:
+            raise ValueError("configuration_files: only config.json is read")
+        _check_values(self.model_extra)
+        return self
+
+
+class EncoderConfig(ModelConfig):
+    """`config.json` of a speech encoder."""
+
     hidden_size: Size = 1
     d_model: Size = 1
     intermediate_size: Size = 1
@@ -384,12 +403,6 @@ class EncoderConfig(_Open):
 
     @model_validator(mode="after")
     def _runs_here(self):
-        values = self.model_extra or {}
-        for key in ("attn_implementation", "_attn_implementation"):
-            if values.get(key) not in OWN_ATTENTION:
-                raise ValueError(f"{key}: must be one of {', '.join(OWN_ATTENTION[1:])}")
-        if values.get("quantization_config") is not None:
-            raise ValueError("quantization_config: encoders are not quantized here")
         if math.prod(self.conv_stride) > 100_000:
             raise ValueError("conv_stride: more than 100000 samples a frame")
         if "conv_stride" in self.model_fields_set and math.prod(self.conv_stride) < MIN_SAMPLES_PER_FRAME:
@@ -398,7 +411,6 @@ class EncoderConfig(_Open):
         # Of different lengths when one of the two is left to its default.
         if any(size > MAX_CHANNELS_PER_SAMPLE * stride for size, stride in zip(self.conv_dim, strides, strict=False)):
             raise ValueError(f"conv_dim: more than {MAX_CHANNELS_PER_SAMPLE} channels a sample")
-        _bound_numbers(values)
         return self
 
 
@@ -416,30 +428,94 @@ class WeightIndex(_Open):
 
 
 class FeatureExtractorConfig(_Open):
-    """`preprocessor_config.json` of a speech encoder."""
+    """`preprocessor_config.json` of a model that takes speech."""
 
     sampling_rate: Annotated[int, Field(ge=1000, le=1_000_000)] = 16000
     feature_size: Annotated[int, Field(ge=1, le=1000)] = 1
-    n_fft: Annotated[int, Field(ge=2, le=10_000)] = 400
+    n_fft: FourierSize = 400
+    fft_window_size: FourierSize = 400
     # A second convolution of Whisper halves the frames.
     hop_length: Annotated[int, Field(ge=MIN_SAMPLES_PER_FRAME // 2, le=MAX_SIZE)] = 160
-    chunk_length: Annotated[int, Field(ge=1, le=3600)] = 30
+    chunk_length: Seconds = 30
+    max_length_s: Seconds = 30
 
     @model_validator(mode="after")
     def _runs_here(self):
         if "auto_map" in (self.model_extra or {}):
             raise ValueError("auto_map: code that comes with a model is not run")
-        _bound_numbers(self.model_extra)
+        _check_values(self.model_extra)
         return self
 
 
-def _bound_numbers(value: Any, key: str = "") -> None:
-    """Refuse numbers from which transformers would make tensors of any size."""
+class TokenizerConfig(_Open):
+    """`tokenizer_config.json`."""
+
+    model_max_length: Annotated[int, Field(ge=1)] | Annotated[float, Field(ge=1)] | None = None
+
+    @model_validator(mode="after")
+    def _is_read(self):
+        if "fast_tokenizer_files" in (self.model_extra or {}):
+            raise ValueError("fast_tokenizer_files: only tokenizer.json is read")
+        return self
+
+
+class SentenceConfig(_Open):
+    """`sentence_bert_config.json`."""
+
+    max_seq_length: Annotated[int, Field(ge=1)] | None = None
+
+
+class TokenizerFile(_Open):
+    """`tokenizer.json`, whose steps must not make much of a short text."""
+
+    normalizer: Values | None = None
+    pre_tokenizer: Values | None = None
+    post_processor: Values | None = None
+
+    @model_validator(mode="after")
+    def _stays_short(self):
+        for key in ("normalizer", "pre_tokenizer", "post_processor"):
+            steps = _steps(getattr(self, key))
+            if len(steps) > MAX_STEPS or sum(step.get("type") == "Precompiled" for step in steps) > 1:
+                raise ValueError(f"{key}: more than {MAX_STEPS} steps, or several that are precompiled")
+            if math.prod(_growth(step) for step in steps) > MAX_GROWTH:
+                raise ValueError(f"{key}: makes a text more than {MAX_GROWTH} times as long")
+        return self
+
+
+def _steps(part: Any) -> list[dict]:
+    """Flatten sequences of steps inside each other."""
+    if not isinstance(part, dict):
+        return []
+    inside = [value for value in part.values() if part.get("type") == "Sequence" and isinstance(value, list)]
+    return [step for value in inside for each in value for step in _steps(each)] if inside else [part]
+
+
+def _growth(step: dict) -> int:
+    """Bound how many times as long a text becomes by one step of a tokenizer."""
+    charsmap = step.get("precompiled_charsmap")
+    if isinstance(charsmap, str):
+        # Its first four bytes say how many bytes of a table follow, and that much memory is set aside.
+        content = base64.b64decode(charsmap)
+        if int.from_bytes(content[:4], "little") > len(content):
+            raise ValueError("precompiled_charsmap: shorter than it claims")
+    parts = (step.get(key) for key in ("content", "prepend", "single"))
+    return max((len(part) for part in parts if isinstance(part, str | list) and part), default=1)
+
+
+def _check_values(value: Any, key: str = "") -> None:
+    """Refuse values from which transformers would make tensors or modules of any number, or load code."""
+    if key.endswith("attn_implementation") and value not in OWN_ATTENTION:
+        raise ValueError(f"{key}: must be one of {', '.join(OWN_ATTENTION[1:])}")
+    if key == "quantization_config" and value is not None:
+        raise ValueError(f"{key}: models are not quantized here")
     if isinstance(value, dict):
         for name, part in value.items():
-            _bound_numbers(part, name)
+            _check_values(part, name)
     elif isinstance(value, list):
         for part in value:
-            _bound_numbers(part, key)
-    elif isinstance(value, int) and abs(value) > MAX_CONFIG_INT:
-        raise ValueError(f"{ascii(key)[:100]}: {value} is beyond {MAX_CONFIG_INT}")
+            _check_values(part, key)
+    elif isinstance(value, int):
+        most = next((most for pattern, most in MAX_BY_KEY.items() if re.search(pattern, key)), MAX_CONFIG_INT)
+        if abs(value) > most:
+            raise ValueError(f"{ascii(key)[1:-1][:100]}: {value} is beyond {most}")

@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
+import math
 import os
 import re
 from abc import ABC, abstractmethod
@@ -22,6 +23,15 @@ from torch.nn import functional as F
 from transformers import AutoConfig, AutoFeatureExtractor, AutoModel, AutoTokenizer
 
 from speechbrain_mifuse.features.extract import PREPROCESSING_VERSION
+from speechbrain_mifuse.features.pretrained import (
+    check_architecture,
+    check_extractor,
+    check_files,
+    model_folder,
+    no_panic,
+    refuse_missing,
+    tokens_of,
+)
 from speechbrain_mifuse.utils.audio import trim_silence
 from speechbrain_mifuse.utils.errors import UserError
 from speechbrain_mifuse.utils.progress import quiet_loading
@@ -148,7 +158,7 @@ class GenericAudioTextModel(AudioTextModel):
             if self.policy == "native" and self.size is not None:
                 self.policy = native_policy(self.extractor)
             self.longest_text = self.text_limit()
-            self._fingerprint = self._describe(source)
+            self._fingerprint = self._describe()
             self.dim = self._try_out()
 
     def to(self, device: str | torch.device) -> GenericAudioTextModel:
@@ -163,13 +173,13 @@ class GenericAudioTextModel(AudioTextModel):
         # A tokenizer without a limit says so with an enormous number.
         return min((limit for limit in limits if limit and limit < 10**6), default=None)
 
-    def _describe(self, source) -> dict:
+    def _describe(self) -> dict:
         settings = {
             key: value
             for key, value in sorted(self.extractor.to_dict().items())
             if isinstance(value, int | float | str | None) and not key.endswith(("_type", "processor_class"))
         }
-        raw = type(self.model.config).get_config_dict(str(source))[0]
+        raw = type(self.model.config).get_config_dict(self.model.name_or_path)[0]
         about = {"audio_text_model": self.model.config.model_type, "weights": weights_digest(self.model, raw)}
         about["tokenizer"] = tokenizer_digest(self.tokenizer)
         about |= {"input": settings, "window": {"policy": self.policy, "samples": self.size, "crop": "start"}}
@@ -185,6 +195,8 @@ class GenericAudioTextModel(AudioTextModel):
                 found.append(self.embed(noise, 1))
         finally:
             np.random.set_state(before)
+        if not torch.stack(found).isfinite().all():
+            raise UserError("its vectors are not finite.")
         if not torch.equal(*found):
             raise UserError("its feature extractor or network is random: one clip twice gives two embeddings.")
         if self.text_vectors(["sad"]).shape[-1] != len(found[0]):
@@ -227,12 +239,16 @@ class GenericAudioTextModel(AudioTextModel):
 
     def text_lengths(self, texts: Sequence[str]) -> list[int]:
         """Count tokens, with those that begin and end a text."""
-        return [len(ids) for ids in self.tokenizer(list(texts), truncation=False)["input_ids"]]
+        return [len(ids) for ids in self._tokens(texts)["input_ids"]]
+
+    def _tokens(self, texts: Sequence[str]) -> Mapping[str, list[list[int]]]:
+        text_config = getattr(self.model.config, "text_config", self.model.config)
+        return tokens_of(self.tokenizer, texts, getattr(text_config, "vocab_size", math.inf))
 
     @torch.no_grad()
     def text_vectors(self, texts: Sequence[str]) -> torch.Tensor:
         """Vectors of texts; none is cut or padded."""
-        encoded = self.tokenizer(list(texts), truncation=False)
+        encoded = self._tokens(texts)
         same_length = defaultdict(list)
         for place, ids in enumerate(encoded["input_ids"]):
             self._check_length(texts[place], len(ids))
@@ -284,7 +300,8 @@ def open_audio_text_model(
 ) -> GenericAudioTextModel:
     """Load an audio-text model as what its configuration says it is; options are those of `GenericAudioTextModel`."""
     with alm_errors(source, flag):
-        kind = AutoConfig.from_pretrained(str(source), trust_remote_code=trust_remote_code).model_type
+        where = _checked_source(source, trust_remote_code)
+        kind = AutoConfig.from_pretrained(where, trust_remote_code=trust_remote_code).model_type
     family = FAMILIES.get(kind, GenericAudioTextModel)
     return family(source, trust_remote_code=trust_remote_code, flag=flag, **options)
 
@@ -293,10 +310,6 @@ def open_audio_text_model(
 def alm_errors(source: str | Path, flag: str = "--alm"):
     """Turn whatever goes wrong while a model is loaded into one error that names the flag."""
     source, remedy = str(source), "Pass a folder in Hugging Face format (weights, extractor, tokenizer), or a hub id."
-    # A hub id is "name" or "owner/name": anything else can only be meant as a path.
-    is_path = source.startswith((".", "/", "~")) or source.count("/") > 1 or "\\" in source
-    if is_path and not Path(source).is_dir():
-        raise UserError(f"{flag}: '{source}' is no folder. {remedy}")
     try:
         yield
     # The hub client's errors, and those of a model's own code, share no base class.
@@ -309,17 +322,29 @@ def alm_errors(source: str | Path, flag: str = "--alm"):
 
 def load_parts(source: str | Path, trust_remote_code: bool):
     """Load network, feature extractor and tokenizer."""
-    options = {"trust_remote_code": trust_remote_code}
+    where, options = _checked_source(source, trust_remote_code), {"trust_remote_code": trust_remote_code}
+    if not trust_remote_code:
+        check_architecture(AutoConfig.from_pretrained(where, **options), Path(where))
+        check_extractor(Path(where))
     with quiet_loading():
-        model, report = AutoModel.from_pretrained(str(source), output_loading_info=True, **options)
+        model, report = AutoModel.from_pretrained(where, output_loading_info=True, **options)
     lacking = [name for name in ("get_audio_features", "get_text_features") if not hasattr(model, name)]
     if lacking:
         raise UserError(f"a model of type '{model.config.model_type}' has no {' and no '.join(lacking)}")
-    if report["missing_keys"]:
-        raise UserError(f"it lacks weights ({', '.join(sorted(report['missing_keys'])[:3])}, ...)")
-    extractor = AutoFeatureExtractor.from_pretrained(str(source), **options)
-    tokenizer = AutoTokenizer.from_pretrained(str(source), **options)
+    refuse_missing(report["missing_keys"])
+    extractor = AutoFeatureExtractor.from_pretrained(where, **options)
+    with no_panic():
+        tokenizer = AutoTokenizer.from_pretrained(where, **options)
     return model.float().eval().requires_grad_(False), extractor, tokenizer
+
+
+def _checked_source(source: str | Path, trust_remote_code: bool) -> str:
+    """Give the folder of a model that may not run code, its files checked; otherwise the source itself."""
+    if trust_remote_code:
+        return str(source)
+    folder = model_folder(source)
+    check_files(folder, with_tokenizer=True)
+    return str(folder)
 
 
 def tokenizer_digest(tokenizer) -> str:

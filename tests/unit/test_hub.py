@@ -1,4 +1,4 @@
-"""Recognisers in a hub repository: a stand-in for the hub on this machine, and a fresh process that asks it."""
+"""Models in a hub repository: a stand-in for the hub on this machine, and a fresh process that asks it."""
 
 import hashlib
 import http.server
@@ -27,6 +27,15 @@ try:
     EmotionRecognizer.from_hparams("someone/code")
 except UserError as error:
     sys.exit(f"refused: {error}")
+"""
+
+ENCODERS = """import json, sys
+from speechbrain_mifuse.features.encoder import FrozenEncoder
+print(json.dumps(FrozenEncoder("someone/encoder").fingerprint()))
+try:
+    FrozenEncoder("someone/adapted")
+except ValueError as error:
+    print(f"refused: {error}")
 """
 
 
@@ -59,10 +68,18 @@ def with_code(repository):
     return folder
 
 
+def adapted(folder, encoder):
+    """Copy an encoder into a repository with an adapter of PEFT."""
+    shutil.copytree(encoder, folder)
+    (folder / "adapter_config.json").write_text('{"peft_type": "LORA", "base_model_name_or_path": "someone/code"}')
+    return folder
+
+
 @pytest.fixture
-def hub(repository):
-    """Serves `someone/emotions` and `someone/code` as the hub does; gives its address and what was asked for."""
-    folders, asked = {"emotions": repository, "code": with_code(repository)}, []
+def hub(repository, toy_encoder, tmp_path):
+    """Serves repositories of `someone` as the hub does; gives its address and what was asked for."""
+    folders, asked = {"emotions": repository, "code": with_code(repository), "encoder": toy_encoder}, []
+    folders["adapted"] = adapted(tmp_path / "adapted", toy_encoder)
 
     class Handler(http.server.BaseHTTPRequestHandler):
         def do_HEAD(self):
@@ -72,7 +89,12 @@ def hub(repository):
             self.answer(body=True)
 
         def answer(self, body):
-            name, _, file = self.path.removeprefix("/someone/").partition("/resolve/main/")
+            if self.path.startswith("/api/models/someone/"):
+                return self.describe(*self.path.removeprefix("/api/models/someone/").split("/")[:2])
+            name, _, file = self.path.removeprefix("/someone/").partition("/resolve/")
+            file = file.partition("/")[2]
+            if name not in folders:
+                return self.send_error(404)
             path = folders[name] / file
             asked.append(f"{name}/{file}")
             data = path.read_bytes() if path.is_file() else b""
@@ -86,6 +108,17 @@ def hub(repository):
             if body:
                 self.wfile.write(data)
 
+        def describe(self, name, what="revision"):
+            files = [path for path in folders[name].iterdir() if path.is_file()]
+            tree = [{"type": "file", "path": path.name, "size": path.stat().st_size, "oid": "0" * 40} for path in files]
+            about = {"id": f"someone/{name}", "sha": "0" * 40, "siblings": [{"rfilename": path.name} for path in files]}
+            data = json.dumps(tree if what == "tree" else about).encode()
+            self.send_response(200)
+            self.send_header("Content-Type", "application/json")
+            self.send_header("Content-Length", str(len(data)))
+            self.end_headers()
+            self.wfile.write(data)
+
         def log_message(self, *_):
             pass
 
@@ -96,10 +129,10 @@ def hub(repository):
     server.server_close()
 
 
-def ask(address, recording, home):
+def ask(address, home, code, *arguments, **settings):
     kept = {key: value for key, value in os.environ.items() if not key.startswith(("HF_", "TRANSFORMERS_"))}
-    environment = {**kept, "HF_ENDPOINT": address, "HF_HOME": str(home), "HF_HUB_DISABLE_XET": "1"}
-    command = [sys.executable, "-c", CODE, str(recording)]
+    environment = {**kept, "HF_ENDPOINT": address, "HF_HOME": str(home), "HF_HUB_DISABLE_XET": "1", **settings}
+    command = [sys.executable, "-c", code, *map(str, arguments)]
     return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=200, cwd=home)
 
 
@@ -108,9 +141,27 @@ def test_a_recogniser_of_a_hub_repository_is_loaded_and_one_with_code_is_refused
     write_wav(tmp_path / "a.wav", utterance("sad", 1, 0))
     home = tmp_path / "home"
     home.mkdir()
-    done = ask(address, tmp_path / "a.wav", home)
+    done = ask(address, home, CODE, tmp_path / "a.wav")
     assert {"emotions/hyperparams.yaml", "emotions/classifier.safetensors"} <= set(asked), done.stderr[-3000:]
     wanted = EmotionRecognizer.from_hparams(repository).predict_file(tmp_path / "a.wav")[1].flatten().tolist()
     assert json.loads(done.stdout.splitlines()[-1]) == pytest.approx(wanted, abs=1e-5)
     assert done.returncode == 1 and "refused" in done.stderr and "trust_code" in done.stderr, done.stderr[-3000:]
     assert not (tmp_path / "mark").exists()
+
+
+def test_an_encoder_of_a_hub_repository_is_loaded_also_offline_and_one_with_an_adapter_is_refused(
+    hub, toy_encoder, tmp_path
+):
+    address, asked = hub
+    home = tmp_path / "home"
+    home.mkdir()
+    wanted = FrozenEncoder(str(toy_encoder)).fingerprint()
+    for settings in ({}, {"HF_HUB_OFFLINE": "1"}):
+        asked.clear()
+        done = ask(address, home, ENCODERS, **settings)
+        assert done.returncode == 0, done.stderr[-3000:]
+        found, refusal = done.stdout.splitlines()[-2:]
+        assert json.loads(found) == wanted
+        assert refusal.startswith("refused: ") and "adapter_config.json: adapters of PEFT" in refusal
+        assert bool(asked) == (not settings)
+        assert not any(file.startswith("code/") for file in asked)

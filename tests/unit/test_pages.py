@@ -128,6 +128,14 @@ def test_a_name_with_dollar_signs_is_drawn_as_it_is(tmp_path):
     assert (tmp_path / "a.png").stat().st_size > 1000
 
 
+@pytest.mark.parametrize("name", ["\ud800", "a\udcff.wav", "\x00", "\x1b[2J", "\u202e"])
+def test_a_name_that_no_font_takes_is_drawn_as_its_code(name, tmp_path):
+    plot_confusion(tmp_path / "a.png", torch.ones(2, 3, dtype=torch.int64), [name, "sad"], name)
+    code = shown(name)
+    plot_confusion(tmp_path / "b.png", torch.ones(2, 3, dtype=torch.int64), [code, "sad"], code)
+    assert (tmp_path / "a.png").read_bytes() == (tmp_path / "b.png").read_bytes()
+
+
 # CSV.
 
 

@@ -17,6 +17,7 @@ from speechbrain_mifuse.experiments import zero_shot_steps as zero_shot_pipeline
 from speechbrain_mifuse.experiments.features import CorpusSettings, store_frames
 from speechbrain_mifuse.experiments.registry import repository_root
 from speechbrain_mifuse.experiments.teacher import zero_shot_teacher
+from speechbrain_mifuse.features import pretrained
 from speechbrain_mifuse.features.extract import FrameReader
 from speechbrain_mifuse.features.store import StoreError
 from speechbrain_mifuse.utils.audio import load_audio
@@ -633,7 +634,7 @@ def test_a_hub_id_that_cannot_be_reached_is_one_error_naming_the_flag(monkeypatc
     def unreachable(*args, **options):
         raise ConnectionError("no route to the hub\nand much more")
 
-    monkeypatch.setattr(transformers.AutoConfig, "from_pretrained", unreachable)
+    monkeypatch.setattr(pretrained, "snapshot_download", unreachable)
     with pytest.raises(UserError, match=r"^--alm: 'laion/clap' could not be loaded: no route to the hub\. Pass"):
         open_audio_text_model("laion/clap")
 
