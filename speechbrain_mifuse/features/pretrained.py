@@ -58,28 +58,7 @@ SAVE_AGAIN, USE_ANOTHER = "Save the model there again.", "Use another model."
 
 
 def local_folder(source: str | Path) -> Path | None:
-    """Tell a folder from a hub id.
-
-    Parameters
-    ----------
-    source : str or pathlib.Path
-        Either.
-
-    Returns
-    -------
-    pathlib.Path or None
-        The folder; `None` for a hub id.
-
-    Raises
-    ------
-    FileNotFoundError
-        If it can only be meant as a folder, and there is none.
-
-    Example
-    -------
-    >>> local_folder("facebook/hubert-base-ls960") is None
-    True
-    """
+    """Tell a folder from a hub id."""
     source = str(source)
     folder = Path(source).expanduser()
     if folder.is_dir():
@@ -91,30 +70,7 @@ def local_folder(source: str | Path) -> Path | None:
 
 
 def model_folder(source: str | Path, cache_dir: str | None = None) -> Path:
-    """Give the folder of a model; download it first if the source is a hub id.
-
-    Parameters
-    ----------
-    source : str or pathlib.Path
-        Folder, or hub id.
-    cache_dir : str, optional
-        Where downloads go. Default: Hugging Face's own cache.
-
-    Returns
-    -------
-    pathlib.Path
-        The folder.
-
-    Raises
-    ------
-    FileNotFoundError
-        If the source can only be meant as a folder, and there is none.
-
-    Example
-    -------
-    >>> model_folder(".")
-    PosixPath('.')
-    """
+    """Give the folder of a model; download it first if the source is a hub id."""
     folder = local_folder(source)
     if folder is not None:
         return folder
@@ -126,32 +82,7 @@ def model_folder(source: str | Path, cache_dir: str | None = None) -> Path:
 
 
 def check_files(folder: Path, schema: type[BaseModel] = ModelConfig, with_tokenizer: bool = False) -> None:
-    """Refuse a folder whose files are not plain data of sensible sizes.
-
-    Parameters
-    ----------
-    folder : pathlib.Path
-        Of a model.
-    schema : type
-        Of its `config.json`.
-    with_tokenizer : bool
-        Whether the tokenizer is used as well.
-
-    Raises
-    ------
-    ValueError
-        Naming the file.
-
-    Example
-    -------
-    >>> import tempfile
-    >>> folder = Path(tempfile.mkdtemp())
-    >>> _ = (folder / "config.json").write_text('{"model_type": "bert", "vocab_size": 1000000000000}')
-    >>> check_files(folder)
-    Traceback (most recent call last):
-    ...
-    speechbrain_mifuse.utils.errors.UserError: ...config.json: vocab_size: 1000000000000 is beyond 10000000. Save ...
-    """
+    """Refuse a folder whose files are not plain data of sensible sizes."""
     # Where PEFT is installed, transformers would change the weights by this file.
     if (folder / "adapter_config.json").exists():
         raise ValueError(f"{folder / 'adapter_config.json'}: adapters of PEFT are not supported; merge it first")
@@ -182,31 +113,7 @@ def _check_json(path: Path, schema: type[BaseModel] | None, max_bytes: int) -> N
 
 
 def check_architecture(config: PretrainedConfig, folder: Path, schema: type[BaseModel] = ModelConfig) -> None:
-    """Refuse an architecture whose weights the folder cannot hold: missing ones would be made up, at any size.
-
-    Parameters
-    ----------
-    config : transformers.PretrainedConfig
-        With the defaults of its kind.
-    folder : pathlib.Path
-        Of the model.
-    schema : type
-        Of the configuration.
-
-    Raises
-    ------
-    ValueError
-        Naming `config.json`.
-
-    Example
-    -------
-    >>> import tempfile
-    >>> from transformers import BertConfig
-    >>> check_architecture(BertConfig(), Path(tempfile.mkdtemp()))
-    Traceback (most recent call last):
-    ...
-    ValueError: ...config.json: describes 109... weights, and the folder has 0 bytes of them
-    """
+    """Refuse an architecture whose weights the folder cannot hold: missing ones would be made up, at any size."""
     content = {**json.loads(config.to_json_string()), "attn_implementation": config._attn_implementation}
     checked(schema, content, folder / "config.json", UserError, USE_ANOTHER)
     with quiet_loading(), torch.device("meta"):
@@ -220,55 +127,13 @@ def check_architecture(config: PretrainedConfig, folder: Path, schema: type[Base
 
 
 def check_extractor(folder: Path) -> None:
-    """Compare the settings of the feature extractor, from whichever file transformers prefers, with their schema.
-
-    Parameters
-    ----------
-    folder : pathlib.Path
-        Of a model.
-
-    Raises
-    ------
-    UserError
-        Naming the key.
-
-    Example
-    -------
-    >>> import tempfile
-    >>> folder = Path(tempfile.mkdtemp())
-    >>> _ = (folder / "preprocessor_config.json").write_text('{"sampling_rate": 0}')
-    >>> check_extractor(folder)
-    Traceback (most recent call last):
-    ...
-    speechbrain_mifuse.utils.errors.UserError: ...: feature extractor: sampling_rate: ... (given: 0). Use another model.
-    """
+    """Compare the settings of the feature extractor, from whichever file transformers prefers, with their schema."""
     content, _ = FeatureExtractionMixin.get_feature_extractor_dict(str(folder))
     checked(FeatureExtractorConfig, content, f"{folder}: feature extractor", UserError, USE_ANOTHER)
 
 
 def refuse_missing(names: Iterable[str], parts: Iterable[str] = ("",)) -> None:
-    """Refuse weights that files lack: transformers has drawn them at random.
-
-    Parameters
-    ----------
-    names : iterable of str
-        Weights that were in no file.
-    parts : iterable of str
-        How the names of those that matter begin; all by default.
-
-    Raises
-    ------
-    UserError
-        If one is among them.
-
-    Example
-    -------
-    >>> refuse_missing(["decoder.bias"], ["encoder."])
-    >>> refuse_missing(["encoder.bias", "decoder.bias"], ["encoder."])
-    Traceback (most recent call last):
-    ...
-    speechbrain_mifuse.utils.errors.UserError: it lacks weights (encoder.bias). Save all of them.
-    """
+    """Refuse weights that files lack: transformers has drawn them at random."""
     parts = tuple(parts)
     missing = sorted(name for name in names if name.startswith(parts))
     if missing:
@@ -277,16 +142,7 @@ def refuse_missing(names: Iterable[str], parts: Iterable[str] = ("",)) -> None:
 
 @contextlib.contextmanager
 def no_panic() -> Iterator[None]:
-    """Turn a panic of the tokenizer's Rust code, which is no `Exception`, into a `UserError`.
-
-    Example
-    -------
-    >>> with no_panic():
-    ...     raise type("PanicException", (BaseException,), {})("index out of bounds")
-    Traceback (most recent call last):
-    ...
-    speechbrain_mifuse.utils.errors.UserError: its tokenizer fails (index out of bounds). Use another model.
-    """
+    """Turn a panic of the tokenizer's Rust code, which is no `Exception`, into a `UserError`."""
     try:
         yield
     except BaseException as error:
@@ -296,34 +152,7 @@ def no_panic() -> Iterator[None]:
 
 
 def tokens_of(tokenizer, texts: Sequence[str], vocabulary: float) -> Mapping[str, list[list[int]]]:
-    """Turn texts into tokens; none is cut or padded.
-
-    Parameters
-    ----------
-    tokenizer : transformers.PreTrainedTokenizerBase
-        The model's.
-    texts : sequence of str
-        One or more.
-    vocabulary : float
-        How many tokens the model knows; infinity if unknown.
-
-    Returns
-    -------
-    mapping
-        `input_ids` and what else the model takes, with a list for each text.
-
-    Raises
-    ------
-    UserError
-        If the tokenizer does not fit the model.
-
-    Example
-    -------
-    >>> tokens_of(lambda texts, **_: {"input_ids": [[7] for text in texts]}, ["sad"], vocabulary=5)
-    Traceback (most recent call last):
-    ...
-    speechbrain_mifuse.utils.errors.UserError: its tokenizer gives the token 7, and the model ...
-    """
+    """Turn texts into tokens; none is cut or padded."""
     with no_panic():
         encoded = tokenizer(list(texts), truncation=False, padding=False)
     highest = max(itertools.chain.from_iterable(encoded["input_ids"]), default=0)
