@@ -18,7 +18,6 @@ import torch
 from speechbrain.dataio.dataset import DynamicItemDataset
 from speechbrain.nnet.schedulers import WarmCoolDecayLRSchedule
 from speechbrain.utils.checkpoints import mark_as_loader, mark_as_saver, register_checkpoint_hooks
-from speechbrain.utils.distributed import ddp_barrier, run_on_main
 from speechbrain.utils.epoch_loop import EpochCounter
 from speechbrain.utils.seed import seed_everything
 from torch.utils.data import Sampler
@@ -27,7 +26,6 @@ from speechbrain_mifuse.adaptation.method import described
 from speechbrain_mifuse.brains.train_log import TrainLog
 from speechbrain_mifuse.brains.training import ResumableBrain, WholeCheckpointer, fit, same_settings
 from speechbrain_mifuse.features.dataset import encoded_rows, frame_batches
-from speechbrain_mifuse.nnet.across_processes import own_part, process_count, summed
 from speechbrain_mifuse.nnet.adapter_files import ABOUT, export_adapter
 from speechbrain_mifuse.nnet.adapter_objectives import AdapterPretraining, Objective, UtteranceSurvey, Views
 from speechbrain_mifuse.nnet.block_masking import draw_masks
@@ -49,7 +47,7 @@ DECISIVE = (
 
 
 class LengthBatches(Sampler):
-    """Batches of utterances of similar length and about equal numbers of frames, dealt to a run's processes."""
+    """Batches of utterances of similar length and about equal numbers of frames."""
 
     def __init__(self, lengths: Sequence[int], frames_per_batch: int, seed: int, blur: float = 0.05):
         self.lengths = torch.tensor(lengths, dtype=torch.double)
@@ -73,8 +71,7 @@ class LengthBatches(Sampler):
         return [cut[number] for number in torch.randperm(self.count, generator=generator) if cut[number]]
 
     def __iter__(self):
-        for batch in self.batches():
-            yield own_part(batch)
+        yield from self.batches()
 
     def __len__(self) -> int:
         return self.count
@@ -142,8 +139,6 @@ class AdapterBrain(ResumableBrain):
         )
         masked, keys = masked.to(self.device), keys.to(self.device)
         inputs = student.adapter.standardise(frames)
-        names = ("masked", "true", "utterances")
-        totals = summed(torch.stack([masked.sum(), true.sum(), torch.tensor(len(batch.id), device=self.device)]))
         vectors = {name: getattr(batch, name) for name in student.objectives if name in self.hparams.vectors}
         return Views(
             inputs=inputs,
@@ -151,7 +146,6 @@ class AdapterBrain(ResumableBrain):
             masked=masked,
             keys=keys,
             teacher=self.hparams.ema.module.encode(inputs, lengths),
-            totals=dict(zip(names, totals, strict=True)),
             layers=layers,
             vectors=vectors,
         )
@@ -160,10 +154,8 @@ class AdapterBrain(ResumableBrain):
         """Weigh and add the losses."""
         objectives = self.modules.student.objectives
         total = sum(objectives[name].weight * loss for name, loss in predictions.items())
-        told = summed(torch.stack([total.detach(), *(loss.detach() for loss in predictions.values())])).tolist()
-        self.count(**dict(zip(["loss", *predictions], told, strict=True)))
-        # The average of the processes' gradients is taken, and each loss is the process's share of the whole batch's.
-        return total * process_count()
+        self.count(loss=total.detach(), **{name: loss.detach() for name, loss in predictions.items()})
+        return total
 
     def on_fit_batch_end(self, batch, outputs, loss, should_step):
         """Let the teacher follow the student."""
@@ -301,8 +293,7 @@ def pretrain(
         dataset, sb.Stage.TEST, ckpt_prefix=None, **frame_batches(batch_sampler=brain.hparams.batches)
     )
     fit(brain, loader, f"pretrain {name}")
-    run_on_main(finish, args=[brain, folder, {**settings, "utterances": len(dataset)}])
-    ddp_barrier()
+    finish(brain, folder, {**settings, "utterances": len(dataset)})
     return folder / "adapter"
 
 
@@ -375,7 +366,7 @@ def make_brain(
         modules={"student": student},
         opt_class=hparams["opt_class"],
         hparams=own,
-        run_opts={**(run_opts or {}), "noprogressbar": True},
+        run_opts=run_opts,
         checkpointer=WholeCheckpointer(folder / "save", recoverables),
     )
     ema.to(brain.device)

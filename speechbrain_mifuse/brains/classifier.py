@@ -183,7 +183,7 @@ def make_brain(hparams: Mapping, front, classifier, train, run_opts) -> Classifi
         modules={"front": front, "classifier": classifier},
         opt_class=hparams["opt_class"],
         hparams={**hparams, "class_weight": weight},
-        run_opts={**(run_opts or {}), "noprogressbar": True},
+        run_opts=run_opts,
         checkpointer=checkpointer,
     )
 

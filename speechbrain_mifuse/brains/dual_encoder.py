@@ -11,7 +11,6 @@ from pathlib import Path
 
 import torch
 from speechbrain.dataio.dataset import DynamicItemDataset
-from speechbrain.utils.distributed import run_on_main
 from speechbrain.utils.seed import seed_everything
 
 from speechbrain_mifuse.adaptation.method import described
@@ -167,7 +166,7 @@ def train_dual_encoder(hparams: Mapping, sources: Mapping[str, Source], fronts: 
     fit(brain, train, "dual encoder", hparams["batch_size"])
     about = {**settings, **trained_on(hparams["labels"], data, sources, brain)}
     model = DualEncoderModel(brain.modules.dual_encoder.cpu(), about, text_encoder)
-    run_on_main(finish, args=[folder, model, about, prompts, sources, fronts])
+    finish(folder, model, about, prompts, sources, fronts)
     return folder / "model"
 
 
@@ -252,7 +251,7 @@ def make_brain(hparams: Mapping, data: Mapping[str, Mapping], captioner: Caption
         modules={"dual_encoder": network},
         opt_class=hparams["opt_class"],
         hparams={**hparams, "captioner": captioner, "class_weight": weight, "groups": groups},
-        run_opts={**(run_opts or {}), "noprogressbar": True},
+        run_opts=run_opts,
         checkpointer=WholeCheckpointer(Path(hparams["output_folder"]) / "save", recoverables),
     )
 

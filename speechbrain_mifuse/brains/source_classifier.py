@@ -8,7 +8,6 @@ from pathlib import Path
 import torch
 from safetensors.torch import save
 from speechbrain.dataio.dataset import DynamicItemDataset
-from speechbrain.utils.distributed import run_on_main
 from speechbrain.utils.epoch_loop import EpochCounter
 from speechbrain.utils.seed import seed_everything
 
@@ -87,7 +86,7 @@ def train_source_classifier(
         modules={"front": front, "classifier": classifier},
         opt_class=hparams["opt_class"],
         hparams=own,
-        run_opts={**(run_opts or {}), "noprogressbar": True},
+        run_opts=run_opts,
         checkpointer=WholeCheckpointer(folder / "save", {"classifier": classifier, "counter": own["epoch_counter"]}),
     )
     if trained:
@@ -95,7 +94,7 @@ def train_source_classifier(
     else:
         fit(brain, train, "source classifier", hparams["batch_size"])
         trained = {name: value.contiguous() for name, value in classifier.state_dict().items()}
-        run_on_main(atomic_write, args=[weights, save(trained)])
+        atomic_write(weights, save(trained))
     return brain
 
 

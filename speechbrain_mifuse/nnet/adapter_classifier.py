@@ -8,7 +8,6 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from speechbrain_mifuse.nnet.across_processes import whole_batch
 from speechbrain_mifuse.nnet.adapter_losses import mean_frame
 from speechbrain_mifuse.nnet.statistical_attentive_pooling import StatisticalAttentivePooling, frame_mask
 
@@ -134,7 +133,7 @@ class AdapterClassifier(nn.Module):
         torch.Tensor
             `[batch, V]`.
         """
-        return self.norm(whole_batch(self.pooling(self.adapted(frames, lengths), lengths)))
+        return self.norm(self.pooling(self.adapted(frames, lengths), lengths))
 
     def forward(self, frames: torch.Tensor, lengths: torch.Tensor) -> torch.Tensor:
         """Classify a batch; dropout is on in training mode.

@@ -11,7 +11,6 @@ from dataclasses import dataclass, field, replace
 import torch
 from torch import nn
 
-from speechbrain_mifuse.nnet.across_processes import summed
 from speechbrain_mifuse.nnet.adapter_losses import (
     frame_distillation,
     local_attribute_prediction,
@@ -40,8 +39,6 @@ class Views:
         `[batch, frames, d]`, of the EMA teacher, which sees everything; without gradient.
     student : torch.Tensor, optional
         `[batch, frames, d]`, of the student, which sees the masked input.
-    totals : mapping of str to torch.Tensor
-        `masked`, `true`, `utterances`: how many there are over all processes.
     layers : torch.Tensor, optional
         `[batch, frames, layers, D]`, further layers of the encoder, where an objective asks for them.
     vectors : mapping of str to torch.Tensor
@@ -50,7 +47,7 @@ class Views:
     Example
     -------
     >>> views = toy_views()
-    >>> views.student.shape, int(views.totals["masked"])
+    >>> views.student.shape, int(views.masked.sum())
     (torch.Size([2, 6, 4]), 4)
     """
 
@@ -59,7 +56,6 @@ class Views:
     masked: torch.Tensor
     keys: torch.Tensor
     teacher: torch.Tensor
-    totals: Mapping[str, torch.Tensor]
     student: torch.Tensor | None = None
     layers: torch.Tensor | None = None
     vectors: Mapping[str, torch.Tensor] = field(default_factory=dict)
@@ -89,8 +85,7 @@ def toy_views(dim: int = 4) -> Views:
     masked = torch.zeros_like(true)
     masked[:, 2:4] = True
     keys = torch.rand(2, 6, generator=generator)
-    totals = {"masked": masked.sum(), "true": true.sum(), "utterances": torch.tensor(2)}
-    return Views(inputs, true, masked, keys, teacher, totals, student)
+    return Views(inputs, true, masked, keys, teacher, student)
 
 
 class Objective(nn.Module):
@@ -187,7 +182,7 @@ class MaskPrediction(Objective):
 
     def forward(self, views: Views, name: str) -> torch.Tensor:
         """Compare head and input; see `Objective.forward`."""
-        return mask_prediction(self.head(views.student), views.inputs, views.masked, views.totals["masked"])
+        return mask_prediction(self.head(views.student), views.inputs, views.masked)
 
 
 class LayerPrediction(Objective):
@@ -222,7 +217,7 @@ class LayerPrediction(Objective):
     def forward(self, views: Views, name: str) -> torch.Tensor:
         """Compare head and layers; see `Objective.forward`."""
         target = unit_frames(views.layers).mean(2)
-        return mask_prediction(self.head(views.student), target, views.masked, views.totals["masked"])
+        return mask_prediction(self.head(views.student), target, views.masked)
 
 
 class FrameDistillation(Objective):
@@ -242,7 +237,7 @@ class FrameDistillation(Objective):
 
     def forward(self, views: Views, name: str) -> torch.Tensor:
         """Compare head and teacher; see `Objective.forward`."""
-        return frame_distillation(self.head(views.student), views.teacher, views.true, views.totals["true"])
+        return frame_distillation(self.head(views.student), views.teacher, views.true)
 
 
 class UtteranceDistillation(Objective):
@@ -264,7 +259,7 @@ class UtteranceDistillation(Objective):
         """Compare head and teacher; see `Objective.forward`."""
         target = unit_frames(mean_frame(views.teacher, views.true))
         predicted = self.head(mean_frame(views.student, views.true))
-        return utterance_distillation(predicted, target, views.totals["utterances"])
+        return utterance_distillation(predicted, target)
 
 
 class LocalAttributePrediction(Objective):
@@ -315,8 +310,7 @@ class LocalAttributePrediction(Objective):
         found = self.attributes.update(unit_frames(teacher)[true], keys[true])
         attributes = torch.zeros(true.shape, dtype=torch.long, device=true.device)
         attributes[true] = found
-        total = summed(masked.sum()) if self.span > 1 else views.totals["masked"]
-        return local_attribute_prediction(self.head(student), attributes, masked, total)
+        return local_attribute_prediction(self.head(student), attributes, masked)
 
     def statistics(self) -> dict[str, float]:
         """Use of the codebook; see `LocalAttributes.statistics`."""
@@ -556,7 +550,7 @@ class UtteranceStatistics(Objective):
         mean = mean_frame(views.student, views.true)
         squares = mean_frame((views.student.float() - mean.unsqueeze(1)).square(), views.true)
         pooled = torch.cat([mean, squares.clamp(min=1e-6).sqrt()], dim=-1)
-        return utterance_distillation(self.head(pooled), views.vectors[name], views.totals["utterances"])
+        return utterance_distillation(self.head(pooled), views.vectors[name])
 
 
 class PermutedUtteranceStatistics(UtteranceStatistics):

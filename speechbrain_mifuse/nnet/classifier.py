@@ -8,7 +8,6 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from speechbrain_mifuse.nnet.across_processes import whole_batch
 from speechbrain_mifuse.nnet.statistical_attentive_pooling import StatisticalAttentivePooling
 from speechbrain_mifuse.nnet.wap_transformer import WAPTransformer
 
@@ -117,7 +116,7 @@ class EmotionClassifier(nn.Module):
         """
         frames = self.layer_weighting(frames)
         frames = frames if self.adapter is None else self.adapter(frames, lengths)
-        return self.norm(whole_batch(self.pooling(frames, lengths)))
+        return self.norm(self.pooling(frames, lengths))
 
     def head(self, vectors: torch.Tensor, stochastic: bool) -> torch.Tensor:
         """Classify pooled vectors.

@@ -5,8 +5,6 @@ from __future__ import annotations
 import torch
 from torch import nn
 
-from speechbrain_mifuse.nnet.across_processes import sampled_rows, summed
-
 
 class LocalAttributes(nn.Module):
     """Codebook that clusters frames without labels as they come.
@@ -15,8 +13,7 @@ class LocalAttributes(nn.Module):
     `s_k <- g s_k + (1 - g) sum Z_k`, `e_k = s_k / n_k` (the form of Liu et al. 2023, DinoSR; arXiv 2509.23795 speaks of
     unsupervised clustering of the teacher branch and does not say which). A frame belongs to the nearest code,
     `argmin_k ||z - e_k||^2`. A code whose `n_k` falls below a share of the average is put onto a random frame of the
-    batch. The first batch seeds all codes. Sums and samples go over all processes of a distributed run, so each holds
-    the same codebook. Everything is in buffers: a checkpoint restores it exactly.
+    batch. The first batch seeds all codes. Everything is in buffers: a checkpoint restores it exactly.
 
     Parameters
     ----------
@@ -73,7 +70,7 @@ class LocalAttributes(nn.Module):
         Parameters
         ----------
         frames : torch.Tensor
-            `[N, D]`, of this process.
+            `[N, D]`.
         keys : torch.Tensor
             `[N]`, random: which frames a dead code is put onto.
 
@@ -85,19 +82,18 @@ class LocalAttributes(nn.Module):
         size, frames = len(self.codes), frames.float()
         candidates = None
         if not self.seeded:
-            candidates = sampled_rows(frames, keys, size)
+            candidates = _sampled_rows(frames, keys, size)
             self._place(torch.ones_like(self.counts, dtype=torch.bool), candidates, 1.0)
             self.seeded.fill_(True)
         ids = self.assign(frames)
         found = torch.zeros_like(self.counts).index_add_(0, ids, torch.ones_like(ids, dtype=self.counts.dtype))
         total = torch.zeros_like(self.sums).index_add_(0, ids, frames)
-        found, total = summed(found), summed(total)
         self.usage += found
         self.counts.mul_(self.decay).add_(found, alpha=1 - self.decay)
         self.sums.mul_(self.decay).add_(total, alpha=1 - self.decay)
         dead = self.counts < self.dead_share * self.counts.mean()
         if dead.any():
-            candidates = sampled_rows(frames, keys, size) if candidates is None else candidates
+            candidates = _sampled_rows(frames, keys, size) if candidates is None else candidates
             self._place(dead, candidates, float(self.counts.mean()))
             self.reseeded += dead.sum()
         self.codes.copy_(self.sums / self.counts.clamp(min=1e-6).unsqueeze(1))
@@ -129,3 +125,9 @@ class LocalAttributes(nn.Module):
         self.usage.zero_()
         self.reseeded.zero_()
         return found
+
+
+def _sampled_rows(rows: torch.Tensor, keys: torch.Tensor, count: int) -> torch.Tensor:
+    """Rows with the greatest keys, the greatest first, and repeated where there are fewer than `count`."""
+    rows = rows[keys.topk(min(count, len(keys))).indices]
+    return rows.repeat(-(-count // max(len(rows), 1)), 1)[:count]

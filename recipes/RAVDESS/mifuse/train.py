@@ -14,9 +14,9 @@ import sys
 import speechbrain as sb
 import torch
 from speechbrain.dataio.dataset import DynamicItemDataset
-from speechbrain.utils.distributed import ddp_init_group, if_main_process, run_on_main
 
 from speechbrain_mifuse.brains.adaptation import adapt
+from speechbrain_mifuse.brains.training import require_one_process
 from speechbrain_mifuse.corpora.manifest import unlabelled
 from speechbrain_mifuse.experiments.choices import chosen_methods
 from speechbrain_mifuse.experiments.features import open_front, open_reader
@@ -57,13 +57,13 @@ def dataio_prepare(hparams, method, front, answers):
 if __name__ == "__main__":
     with one_clear_error():
         hparams_file, run_opts, overrides = parse_arguments(sys.argv[1:])
-        ddp_init_group(run_opts)
+        require_one_process()
         hparams = read_hparams(hparams_file, overrides)
         names = chosen_methods(hparams)
         require_ready(hparams, names, run_opts)
         with writing(hparams["output_folder"]):
             sb.create_experiment_directory(hparams["output_folder"], hparams_file, overrides)
-        run_on_main(hparams["prepare_target"])
+        hparams["prepare_target"]()
         reader = open_reader(hparams, run_opts)
         require_data(hparams, names, reader)
         front = open_front(hparams, "target", hparams["layer"], reader)
@@ -73,6 +73,5 @@ if __name__ == "__main__":
         for name in names:
             datasets = dataio_prepare(hparams, hparams["adaptation"]["methods"][name], front, answers)
             predictions = adapt(name, hparams["adaptation"], datasets, front, source, run_opts)
-            run_on_main(report, args=[hparams, name, predictions, len(datasets["adapt"]), answers.teacher])
-        if if_main_process():
-            print(summary(hparams, names))
+            report(hparams, name, predictions, len(datasets["adapt"]), answers.teacher)
+        print(summary(hparams, names))
