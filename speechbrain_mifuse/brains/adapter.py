@@ -171,7 +171,7 @@ class AdapterBrain(ResumableBrain):
         self.hparams.history.rows.append({"epoch": epoch, "step": self.optimizer_step, **told})
         self.hparams.train_logger.log_stats({"epoch": epoch}, train_stats=told)
         if epoch % self.hparams.log_interval == 0 or epoch == self.hparams.epoch_counter.limit:
-            self.checkpointer.save_and_keep_only(meta={"epoch": epoch}, num_to_keep=1)
+            self.save_epoch(epoch)
 
 
 def unlabelled_dataset(

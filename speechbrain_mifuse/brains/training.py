@@ -253,6 +253,12 @@ class ResumableBrain(sb.Brain):
         means = {name: total / batches for name, (total, batches) in self.statistics.items()}
         stats = {"loss": _mean_over_processes(stage_loss, self.device), **means}
         self.hparams.train_logger.log_stats({"epoch": epoch}, train_stats=stats)
+        self.save_epoch(epoch)
+
+    def save_epoch(self, epoch: int) -> None:
+        """Save a checkpoint at the end of an epoch, and delete the one before."""
+        # SpeechBrain resets these only later: a resumed epoch would continue this one's count and mean loss.
+        self.step, self.avg_train_loss = 0, 0.0
         self.checkpointer.save_and_keep_only(meta={"epoch": epoch}, num_to_keep=1)
 
 

@@ -15,7 +15,7 @@ from toy_corpora import write_hubert
 ROOT = Path(__file__).parents[2]
 FINETUNE = ("recipes/EmoDB/classifier/train.py", "hparams/classifier_emodb.yaml")
 # An epoch takes seconds. Each process normalises over its half of a batch, so a batch must not be small.
-SHORT = "{number_of_epochs: 3, batch_size: 40, learning_rate: 0.002, dropout: 0.0}"
+SHORT = "{number_of_epochs: 3, batch_size: 40, learning_rate: 0.002, dropout: 0.0, log_interval: 1}"
 STILL = dict.fromkeys(("hidden_dropout", "attention_dropout", "activation_dropout", "feat_proj_dropout"), 0.0)
 
 
@@ -51,9 +51,9 @@ def ended(process, log, status=0):
     return said_by(log)
 
 
-def finetuned(world, name, count, encoder="hubert", killed_at=None, **flags):
+def finetuned(world, name, count, encoder="hubert", killed_at=None):
     """Train an encoder with its classifier in `count` processes, of which the first may be killed."""
-    flags = {"features": "finetune", "encoder": world[0] / encoder, "source_classifier": SHORT, **flags}
+    flags = {"features": "finetune", "encoder": world[0] / encoder, "source_classifier": SHORT}
     if count == 1:
         ended(*begun(world, name, *FINETUNE, **flags))
         return world[0] / name
@@ -103,10 +103,9 @@ def test_processes_stay_alike_when_each_drops_other_layers(world):
 
 def test_a_run_that_was_killed_in_two_processes_goes_on_in_one(world, one):
     third_checkpoint = ("speechbrain.utils.checkpoints", "Checkpointer.save_checkpoint", 3)
-    flags = {"source_classifier": SHORT.replace("{", "{log_interval: 1, ")}
-    broken = finetuned(world, "broken", 2, killed_at=third_checkpoint, **flags)
+    broken = finetuned(world, "broken", 2, killed_at=third_checkpoint)
     assert len(losses(broken)) == 3 and not list(broken.rglob("validation.json"))
-    finetuned(world, "broken", 1, **flags)
+    finetuned(world, "broken", 1)
     assert "going on after epoch 2 of 3" in said_by(world[0] / "broken_0")
     assert losses(broken)[-1] == pytest.approx(losses(one)[-1], rel=0.05)
 
