@@ -49,27 +49,7 @@ class AdapterError(UserError):
 
 
 def export_adapter(folder: str | Path, adapter: WAPTransformer, features: Mapping, about: Mapping) -> None:
-    """Write an adapter, its weights in half precision.
-
-    Parameters
-    ----------
-    folder : str or pathlib.Path
-        Target folder: `adapter.safetensors`, `hyperparams.yaml`, and last `about.json`.
-    adapter : WAPTransformer
-        Trained.
-    features : mapping
-        Fingerprint of the frames it was trained on, with their `layer`.
-    about : mapping
-        Provenance, of JSON's types.
-
-    Example
-    -------
-    >>> import tempfile
-    >>> folder = tempfile.mkdtemp()
-    >>> export_adapter(folder, WAPTransformer(8, n_heads=2), {"dim": 8, "layer": 2}, {"seed": 1})
-    >>> sorted(path.name for path in Path(folder).iterdir())
-    ['about.json', 'adapter.safetensors', 'hyperparams.yaml']
-    """
+    """Write weights in half precision, the YAML that loads them, and last `about.json`."""
     folder = Path(folder)
     weights = {name: value.detach().cpu().half().contiguous() for name, value in adapter.state_dict().items()}
     atomic_write(folder / WEIGHTS, save(weights))
@@ -80,29 +60,7 @@ def export_adapter(folder: str | Path, adapter: WAPTransformer, features: Mappin
 
 
 def load_adapter_weights(module: torch.nn.Module, path: str | Path, end_of_epoch: bool = False) -> None:
-    """Load safetensors into an adapter; a hook for SpeechBrain's `Pretrainer`.
-
-    Parameters
-    ----------
-    module : torch.nn.Module
-        Receives the weights; all must fit.
-    path : str or pathlib.Path
-        `adapter.safetensors`.
-    end_of_epoch : bool
-        Part of the hook's signature, of no meaning here.
-
-    Raises
-    ------
-    AdapterError
-        If the file is missing, damaged, or of another architecture.
-
-    Example
-    -------
-    >>> load_adapter_weights(torch.nn.Linear(1, 1), "missing.safetensors")
-    Traceback (most recent call last):
-    ...
-    speechbrain_mifuse.nnet.adapter_files.AdapterError: missing.safetensors: cannot be loaded ...
-    """
+    """Load safetensors into an adapter: a hook for SpeechBrain's `Pretrainer`."""
     load_all_weights(module, path, AdapterError, PRETRAIN_AGAIN)
 
 
@@ -153,30 +111,7 @@ def load_adapter(folder: str | Path, features: Mapping | None = None) -> WAPTran
 
 
 def adapter_digest(folder: str | Path) -> str:
-    """Identity of an adapter: SHA-256 of its weights.
-
-    Parameters
-    ----------
-    folder : str or pathlib.Path
-        A folder that `export_adapter` wrote.
-
-    Returns
-    -------
-    str
-        First 16 hexadecimal digits.
-
-    Raises
-    ------
-    AdapterError
-        If the weights are missing.
-
-    Example
-    -------
-    >>> adapter_digest("/nowhere")
-    Traceback (most recent call last):
-    ...
-    speechbrain_mifuse.nnet.adapter_files.AdapterError: /nowhere: no whole adapter there. Pretrain the adapter again.
-    """
+    """Give the first 16 hexadecimal digits of the SHA-256 of an adapter's weights."""
     try:
         return hashlib.sha256(bounded_bytes(Path(folder) / WEIGHTS)).hexdigest()[:16]
     except (OSError, ValueError):

@@ -12,46 +12,12 @@ from torch.nn import functional as F
 
 
 def mean_where(values: torch.Tensor, chosen: torch.Tensor) -> torch.Tensor:
-    """Mean of chosen values: `sum_i c_i v_i / N`.
-
-    Parameters
-    ----------
-    values : torch.Tensor
-        Any shape.
-    chosen : torch.Tensor
-        The same shape, bool.
-
-    Returns
-    -------
-    torch.Tensor
-        Scalar; 0 when nothing is chosen.
-
-    Example
-    -------
-    >>> mean_where(torch.tensor([1.0, 3.0, 9.0]), torch.tensor([True, True, False]))
-    tensor(2.)
-    """
+    """Average the chosen values; 0 when nothing is chosen."""
     return values.masked_fill(~chosen, 0.0).sum() / chosen.sum().clamp(min=1)
 
 
 def unit_frames(frames: torch.Tensor) -> torch.Tensor:
-    """Frames with mean 0 and variance 1 over their dimensions: targets of a scale that cannot shrink to nothing.
-
-    Parameters
-    ----------
-    frames : torch.Tensor
-        `[..., D]`.
-
-    Returns
-    -------
-    torch.Tensor
-        The same shape, float32.
-
-    Example
-    -------
-    >>> unit_frames(torch.tensor([[1.0, 3.0]])).round(decimals=3).tolist()
-    [[-1.0, 1.0]]
-    """
+    """Normalize frames `[..., D]` to mean 0 and variance 1: targets whose scale cannot shrink to nothing."""
     return F.layer_norm(frames.float(), frames.shape[-1:])
 
 
@@ -108,25 +74,7 @@ def frame_distillation(predicted: torch.Tensor, teacher: torch.Tensor, true: tor
 
 
 def mean_frame(frames: torch.Tensor, true: torch.Tensor) -> torch.Tensor:
-    """Mean over an utterance's true frames.
-
-    Parameters
-    ----------
-    frames : torch.Tensor
-        `[batch, frames, D]`.
-    true : torch.Tensor
-        `[batch, frames]`, bool.
-
-    Returns
-    -------
-    torch.Tensor
-        `[batch, D]`, float32.
-
-    Example
-    -------
-    >>> mean_frame(torch.tensor([[[1.0], [3.0], [9.0]]]), torch.tensor([[True, True, False]])).tolist()
-    [[2.0]]
-    """
+    """Average each utterance's true frames: `[batch, frames, D]` to `[batch, D]`."""
     weight = true.unsqueeze(-1).float()
     return (frames.float() * weight).sum(1) / weight.sum(1).clamp(min=1)
 

@@ -46,18 +46,7 @@ class LocalAttributes(nn.Module):
         self.register_buffer("reseeded", torch.zeros(()))
 
     def assign(self, frames: torch.Tensor) -> torch.Tensor:
-        """Find the nearest code of each frame.
-
-        Parameters
-        ----------
-        frames : torch.Tensor
-            `[N, D]`.
-
-        Returns
-        -------
-        torch.Tensor
-            `[N]`, code numbers.
-        """
+        """Find the nearest code `[N]` of each frame `[N, D]`."""
         # ||z||^2 is the same for every code.
         return (self.codes.square().sum(1) - 2 * frames @ self.codes.T).argmin(1)
 
@@ -65,20 +54,7 @@ class LocalAttributes(nn.Module):
     @torch.compiler.disable
     @torch.no_grad()
     def update(self, frames: torch.Tensor, keys: torch.Tensor) -> torch.Tensor:
-        """Assign a batch, then move the codes.
-
-        Parameters
-        ----------
-        frames : torch.Tensor
-            `[N, D]`.
-        keys : torch.Tensor
-            `[N]`, random: which frames a dead code is put onto.
-
-        Returns
-        -------
-        torch.Tensor
-            `[N]`, code numbers, by the codebook as it was before.
-        """
+        """Assign a batch, then move the codes; random `keys` say which frames dead codes are put onto."""
         size, frames = len(self.codes), frames.float()
         candidates = None
         if not self.seeded:
@@ -107,15 +83,8 @@ class LocalAttributes(nn.Module):
         self.sums[dead] = chosen * count
 
     def statistics(self) -> dict[str, float]:
-        """Use of the codebook since the last call, which this one forgets.
-
-        `perplexity = exp(H(usage))`: K when all codes are used alike, 1 when one takes everything.
-
-        Returns
-        -------
-        dict of str to float
-            `codebook_perplexity`, `codes_used` (how many), `codes_reseeded`.
-        """
+        """Give the use of the codebook since the last call; a perplexity of K is even use."""
+        # exp(H(usage)): 1 when one code takes everything.
         shares = self.usage / self.usage.sum().clamp(min=1)
         found = {
             "codebook_perplexity": float(torch.special.entr(shares).sum().exp()),

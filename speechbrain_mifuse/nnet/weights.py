@@ -21,40 +21,7 @@ MAX_HEADER_BYTES = 10_000_000
 def build_with_weights(
     build: Callable[[], torch.nn.Module], path: str | Path, problem: type[UserError], advice: str
 ) -> torch.nn.Module:
-    """Build a module and load its safetensors, whose shapes are compared before memory for them is allocated.
-
-    Parameters
-    ----------
-    build : callable
-        Gives the module.
-    path : str or pathlib.Path
-        A safetensors file.
-    problem : type
-        Class of the error.
-    advice : str
-        What to do about it, for the message.
-
-    Returns
-    -------
-    torch.nn.Module
-        With its weights.
-
-    Raises
-    ------
-    UserError
-        Of the class `problem`, if the file is missing, damaged, or of another architecture.
-
-    Example
-    -------
-    >>> import tempfile
-    >>> from safetensors.torch import save_file
-    >>> path = Path(tempfile.mkdtemp()) / "weights.safetensors"
-    >>> save_file(torch.nn.Linear(2, 1).state_dict(), path)
-    >>> build_with_weights(lambda: torch.nn.Linear(10**9, 10**9), path, UserError, "Train it again.")
-    Traceback (most recent call last):
-    ...
-    speechbrain_mifuse.utils.errors.UserError: .../weights.safetensors: cannot be loaded (weight has the shape ...
-    """
+    """Build a module and load its safetensors, whose shapes are compared before memory is allocated."""
     try:
         with torch.device("meta"):
             described = build().state_dict()
@@ -103,27 +70,7 @@ def load_all_weights(module: torch.nn.Module, path: str | Path, problem: type[Us
 
 
 def compare_header(path: str | Path, wanted: Mapping[str, torch.Tensor]) -> None:
-    """Compare names and shapes in the header of a safetensors file with those of a module.
-
-    Parameters
-    ----------
-    path : str or pathlib.Path
-        The file; no weight is read.
-    wanted : mapping of str to torch.Tensor
-        The module's `state_dict()`.
-
-    Raises
-    ------
-    ValueError
-        If they differ.
-
-    Example
-    -------
-    >>> compare_header("/dev/zero", {})
-    Traceback (most recent call last):
-    ...
-    ValueError: not a regular file
-    """
+    """Compare names and shapes in the header of a safetensors file with those of a `state_dict()`."""
     shapes = header_shapes(path)
     for name in [*wanted, *shapes]:
         if name not in shapes:
@@ -135,30 +82,7 @@ def compare_header(path: str | Path, wanted: Mapping[str, torch.Tensor]) -> None
 
 
 def header_shapes(path: str | Path) -> dict[str, list[int]]:
-    """Read the names and shapes in the header of a safetensors file.
-
-    Parameters
-    ----------
-    path : str or pathlib.Path
-        The file; no weight is read.
-
-    Returns
-    -------
-    dict of str to list of int
-        Shapes by name.
-
-    Raises
-    ------
-    FileNotFoundError, ValueError
-        If there is none, or it is not a regular file with a short header.
-
-    Example
-    -------
-    >>> header_shapes("/dev/zero")
-    Traceback (most recent call last):
-    ...
-    ValueError: not a regular file
-    """
+    """Read the shapes by name from the header of a safetensors file, and no weight."""
     refuse_unreadable(path)
     with open(path, "rb") as file:
         if int.from_bytes(file.read(8), "little") > MAX_HEADER_BYTES:
