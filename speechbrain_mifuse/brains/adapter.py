@@ -58,8 +58,7 @@ class LengthBatches(Sampler):
         """Order the utterances anew."""
         self.epoch = epoch
 
-    def batches(self) -> list[list[int]]:
-        """Give the epoch's batches, each whole."""
+    def __iter__(self):
         # Far enough apart that no epoch of one seed is an epoch of another.
         generator = torch.Generator().manual_seed(self.seed * 100003 + self.epoch)
         blurred = self.lengths * (1 + self.blur * torch.rand(len(self.lengths), generator=generator))
@@ -68,10 +67,7 @@ class LengthBatches(Sampler):
         middle = self.lengths[order].cumsum(0) - self.lengths[order] / 2
         part = (middle / self.lengths.sum() * self.count).long()
         cut = [order[part == number].tolist() for number in range(self.count)]
-        return [cut[number] for number in torch.randperm(self.count, generator=generator) if cut[number]]
-
-    def __iter__(self):
-        yield from self.batches()
+        return iter([cut[number] for number in torch.randperm(self.count, generator=generator) if cut[number]])
 
     def __len__(self) -> int:
         return self.count
@@ -107,7 +103,6 @@ class AdapterBrain(ResumableBrain):
     def on_stage_start(self, stage, epoch=None):
         """Seed the epoch, order its batches."""
         super().on_stage_start(stage, epoch)
-        self.epoch = epoch
         self.hparams.batches.set_epoch(epoch)
 
     def on_fit_batch_start(self, batch, should_step):
@@ -239,45 +234,10 @@ def pretrain(
     prosody: Callable[[], Mapping[str, torch.Tensor]],
     run_opts: Mapping | None = None,
 ) -> Path:
-    """Pretrain an adapter, or find it pretrained; a killed run goes on from its last checkpoint.
+    """Pretrain the adapter that `hparams["pretrainings"]` defines under `name`, or find it pretrained.
 
-    Parameters
-    ----------
-    name : str
-        A key of `hparams["pretrainings"]`.
-    hparams : mapping
-        As `hparams/base/adapter.yaml` defines.
-    manifests : sequence of str or pathlib.Path
-        What it is trained on: manifests without labels.
-    front : StoredFrames
-        Reads the frames of one layer.
-    folder : str or pathlib.Path
-        Output folder: log, checkpoints, figures; the adapter goes to `adapter` below it.
-    seed : int
-        Of weights, order and masks.
-    prosody : callable
-        Gives prosodic functionals `[P]` by utterance id, should an objective want them.
-    run_opts : mapping, optional
-        SpeechBrain's run options.
-
-    Returns
-    -------
-    pathlib.Path
-        Folder of the adapter, for `load_adapter`.
-
-    Raises
-    ------
-    SettingsError
-        If the folder holds an adapter that was trained otherwise.
-    UserError
-        If the name is unknown.
-
-    Example
-    -------
-    >>> pretrain("unknown", {"pretrainings": {"paper": {}}}, [], None, "/nowhere", 1, dict)
-    Traceback (most recent call last):
-    ...
-    speechbrain_mifuse.utils.errors.UserError: pretraining 'unknown' is none of paper.
+    An interrupted run resumes. `manifests` have no labels; `prosody` gives prosodic functionals by utterance id,
+    should an objective want them. Returns the adapter's folder, for `load_adapter`.
     """
     if name not in hparams["pretrainings"]:
         raise UserError(f"pretraining '{name}' is none of {', '.join(hparams['pretrainings'])}.")

@@ -40,14 +40,8 @@ logger = logging.getLogger(__name__)
 
 # Set in a checkpoint's folder when all of it is on disk; holds the checksums of its files (none in older ones).
 WHOLE = "whole"
-# Seconds between two checkpoints, at least, of what their meta files say.
-TICK = 0.001
-# Bytes of a file that are read at a time.
-PIECE = 1 << 20
-
 # Loggers of SpeechBrain that tell of each epoch and checkpoint: here an epoch lasts a moment.
 EVERY_EPOCH = ("speechbrain.utils.epoch_loop", "speechbrain.utils.checkpoints")
-
 
 # What a digest among the settings is of.
 DIGESTS = {
@@ -74,7 +68,7 @@ def file_crc(path: Path) -> int:
     with path.open("rb") as file:
         with contextlib.suppress(OSError):  # what is no file on a disk cannot be brought there
             os.fsync(file.fileno())
-        while piece := file.read(PIECE):
+        while piece := file.read(1 << 20):
             found = zlib.crc32(piece, found)
     return found
 
@@ -84,7 +78,8 @@ class WholeCheckpointer(Checkpointer):
 
     def save_checkpoint(self, meta: Mapping | None = None, **options) -> Checkpoint | None:
         """Save as SpeechBrain does, then mark the checkpoint as whole."""
-        now = max([time.time(), *(found.meta["unixtime"] + TICK for found in self.list_checkpoints())])
+        # The newest checkpoint is kept and loaded; a clock may have been set back since the one before.
+        now = max([time.time(), *(found.meta["unixtime"] + 0.001 for found in self.list_checkpoints())])
         self._remove_torn()
         try:
             saved = super().save_checkpoint(meta={"unixtime": now, **(meta or {})}, **options)
@@ -99,12 +94,10 @@ class WholeCheckpointer(Checkpointer):
         ddp_barrier()
         return saved
 
-    def save_and_keep_only(self, *args, **options) -> None:
+    def save_and_keep_only(self, **options) -> None:
         """Save and delete as SpeechBrain does, at a cost that does not grow with the number of earlier checkpoints."""
         # SpeechBrain adds a key to the list that is its default value: it lists the folder twice more in each call.
-        if len(args) < 6:
-            options.setdefault("importance_keys", [])
-        super().save_and_keep_only(*args, **options)
+        super().save_and_keep_only(**{"importance_keys": [], **options})
 
     def list_checkpoints(self) -> list[Checkpoint]:
         """List the checkpoints that were written to the end."""
@@ -196,15 +189,17 @@ class ResumableBrain(sb.Brain):
 
     def _wrap_distributed(self):
         """Wrap the trained modules in DDP as SpeechBrain does, and on CPUs too."""
+        if not self.distributed_launch:
+            return
         # Encoders drop layers at random and have parameters that take no part, such as an unused mask embedding.
         self.find_unused_parameters = True
         if self.device_type != "cpu":
             super()._wrap_distributed()
-        elif self.distributed_launch:
-            # Not `super()`: it makes SyncBatchNorm of BatchNorm, and that does not run on a CPU.
-            for name, module in self.modules.items():
-                if any(parameter.requires_grad for parameter in module.parameters()):
-                    self.modules[name] = DistributedDataParallel(module, find_unused_parameters=True)
+            return
+        # SpeechBrain makes SyncBatchNorm of BatchNorm, and that does not run on a CPU.
+        for name, module in self.modules.items():
+            if any(parameter.requires_grad for parameter in module.parameters()):
+                self.modules[name] = DistributedDataParallel(module, find_unused_parameters=True)
 
     def on_fit_start(self):
         """Restore the last checkpoint, saying so."""
@@ -215,32 +210,20 @@ class ResumableBrain(sb.Brain):
 
     def on_stage_start(self, stage, epoch=None):
         """Seed the epoch and start its statistics."""
+        self.epoch, self.statistics = epoch, {}
         if stage == sb.Stage.TRAIN:
             # Processes draw different dropout masks; beyond 2^50 they meet no other seed and epoch.
             rank = torch.distributed.get_rank() if self.distributed_launch else 0
             torch.manual_seed(self.hparams.seed * 100003 + epoch + (rank << 50))
-        self.statistics = {}
 
     def count(self, **values: float) -> None:
-        """Add values of one batch to the means that the log shows.
-
-        Parameters
-        ----------
-        **values : float
-            Statistics by name.
-        """
+        """Add values of one batch to the means that the log shows."""
         for name, value in values.items():
             total, batches = self.statistics.get(name, (0.0, 0))
             self.statistics[name] = (total + float(value), batches + 1)
 
     def on_log_point(self, epoch: int) -> None:
-        """Do what belongs before a line of the log and a checkpoint; nothing by default.
-
-        Parameters
-        ----------
-        epoch : int
-            The one that ends.
-        """
+        """Do what belongs before a line of the log and a checkpoint; nothing by default."""
 
     def on_stage_end(self, stage, stage_loss, epoch=None):
         """Log and save a checkpoint every `log_interval` epochs and at the last one."""
@@ -370,23 +353,10 @@ def alone_at(folder: Path):
 
 
 def fit(brain: sb.Brain, train, told: str, batch_size: int | None = None) -> None:
-    """Train until the Brain's epoch counter ends; a killed run goes on from its last checkpoint.
+    """Train until the Brain's epoch counter ends; an interrupted run resumes from its last checkpoint.
 
-    Parameters
-    ----------
-    brain : sb.Brain
-        The Brain, with `epoch_counter` among its hparams.
-    train : DynamicItemDataset or DataLoader
-        The training set, or a loader that makes its own batches.
-    told : str
-        For the progress bar.
-    batch_size : int, optional
-        Utterances in a batch of a training set; all, when there are fewer.
-
-    Raises
-    ------
-    UserError
-        If a training set has fewer than two utterances.
+    `train` is a training set that is drawn in batches of `batch_size` (all of it, if it is smaller), or a loader
+    that makes batches of its own; `told` names it on the progress bar.
     """
     loader = {} if batch_size is None else _loader_options(train, told, batch_size)
     counter, hidden = brain.hparams.epoch_counter, not if_main_process()
