@@ -124,14 +124,8 @@ class AdapterBrain(ResumableBrain):
         """Collect what the objectives compare, but for the student's own part."""
         student = self.modules.student
         true = frame_mask(lengths, frames.shape[1])
-        masked, keys = draw_masks(
-            batch.id,
-            true.sum(1).tolist(),
-            self.hparams.mask_share,
-            self.hparams.mask_width,
-            self.hparams.seed,
-            self.epoch,
-        )
+        how = (self.hparams.mask_share, self.hparams.mask_width, self.hparams.seed, self.epoch)
+        masked, keys = draw_masks(batch.id, true.sum(1).tolist(), *how)
         masked, keys = masked.to(self.device), keys.to(self.device)
         inputs = student.adapter.standardise(frames)
         vectors = {name: getattr(batch, name) for name in student.objectives if name in self.hparams.vectors}
