@@ -18,7 +18,6 @@ import torch
 from speechbrain.dataio.dataset import DynamicItemDataset
 from speechbrain.nnet.schedulers import WarmCoolDecayLRSchedule
 from speechbrain.utils.checkpoints import mark_as_loader, mark_as_saver, register_checkpoint_hooks
-from speechbrain.utils.distributed import ddp_barrier, run_on_main
 from speechbrain.utils.epoch_loop import EpochCounter
 from speechbrain.utils.seed import seed_everything
 from torch.utils.data import Sampler
@@ -27,7 +26,6 @@ from speechbrain_mifuse.adaptation.method import described
 from speechbrain_mifuse.brains.train_log import TrainLog
 from speechbrain_mifuse.brains.training import ResumableBrain, WholeCheckpointer, fit, same_settings
 from speechbrain_mifuse.features.dataset import encoded_rows, frame_batches
-from speechbrain_mifuse.nnet.across_processes import own_part, process_count, summed
 from speechbrain_mifuse.nnet.adapter_files import export_adapter
 from speechbrain_mifuse.nnet.adapter_objectives import AdapterPretraining, Objective, UtteranceSurvey, Views
 from speechbrain_mifuse.nnet.block_masking import draw_masks
@@ -50,7 +48,7 @@ DECISIVE = (
 
 
 class LengthBatches(Sampler):
-    """Batches of utterances of similar length and about equal numbers of frames, dealt to a run's processes."""
+    """Batches of utterances of similar length and about equal numbers of frames."""
 
     def __init__(self, lengths: Sequence[int], frames_per_batch: int, seed: int, blur: float = 0.05):
         self.lengths = torch.tensor(lengths, dtype=torch.double)
@@ -61,8 +59,7 @@ class LengthBatches(Sampler):
         """Order the utterances anew."""
         self.epoch = epoch
 
-    def batches(self) -> list[list[int]]:
-        """Give the epoch's batches, each whole."""
+    def __iter__(self):
         # Far enough apart that no epoch of one seed is an epoch of another.
         generator = torch.Generator().manual_seed(self.seed * 100003 + self.epoch)
         blurred = self.lengths * (1 + self.blur * torch.rand(len(self.lengths), generator=generator))
@@ -71,11 +68,7 @@ class LengthBatches(Sampler):
         middle = self.lengths[order].cumsum(0) - self.lengths[order] / 2
         part = (middle / self.lengths.sum() * self.count).long()
         cut = [order[part == number].tolist() for number in range(self.count)]
-        return [cut[number] for number in torch.randperm(self.count, generator=generator) if cut[number]]
-
-    def __iter__(self):
-        for batch in self.batches():
-            yield own_part(batch)
+        return iter([cut[number] for number in torch.randperm(self.count, generator=generator) if cut[number]])
 
     def __len__(self) -> int:
         return self.count
@@ -111,7 +104,6 @@ class AdapterBrain(ResumableBrain):
     def on_stage_start(self, stage, epoch=None):
         """Seed the epoch, order its batches."""
         super().on_stage_start(stage, epoch)
-        self.epoch = epoch
         self.hparams.batches.set_epoch(epoch)
 
     def on_fit_batch_start(self, batch, should_step):
@@ -133,18 +125,10 @@ class AdapterBrain(ResumableBrain):
         """Collect what the objectives compare, but for the student's own part."""
         student = self.modules.student
         true = frame_mask(lengths, frames.shape[1])
-        masked, keys = draw_masks(
-            batch.id,
-            true.sum(1).tolist(),
-            self.hparams.mask_share,
-            self.hparams.mask_width,
-            self.hparams.seed,
-            self.epoch,
-        )
+        how = (self.hparams.mask_share, self.hparams.mask_width, self.hparams.seed, self.epoch)
+        masked, keys = draw_masks(batch.id, true.sum(1).tolist(), *how)
         masked, keys = masked.to(self.device), keys.to(self.device)
         inputs = student.adapter.standardise(frames)
-        names = ("masked", "true", "utterances")
-        totals = summed(torch.stack([masked.sum(), true.sum(), torch.tensor(len(batch.id), device=self.device)]))
         vectors = {name: getattr(batch, name) for name in student.objectives if name in self.hparams.vectors}
         return Views(
             inputs=inputs,
@@ -152,7 +136,6 @@ class AdapterBrain(ResumableBrain):
             masked=masked,
             keys=keys,
             teacher=self.hparams.ema.module.encode(inputs, lengths),
-            totals=dict(zip(names, totals, strict=True)),
             layers=layers,
             vectors=vectors,
         )
@@ -161,10 +144,8 @@ class AdapterBrain(ResumableBrain):
         """Weigh and add the losses."""
         objectives = self.modules.student.objectives
         total = sum(objectives[name].weight * loss for name, loss in predictions.items())
-        told = summed(torch.stack([total.detach(), *(loss.detach() for loss in predictions.values())])).tolist()
-        self.count(**dict(zip(["loss", *predictions], told, strict=True)))
-        # The average of the processes' gradients is taken, and each loss is the process's share of the whole batch's.
-        return total * process_count()
+        self.count(loss=total.detach(), **{name: loss.detach() for name, loss in predictions.items()})
+        return total
 
     def on_fit_batch_end(self, batch, outputs, loss, should_step):
         """Let the teacher follow the student."""
@@ -180,7 +161,7 @@ class AdapterBrain(ResumableBrain):
         self.hparams.history.rows.append({"epoch": epoch, "step": self.optimizer_step, **told})
         self.hparams.train_logger.log_stats({"epoch": epoch}, train_stats=told)
         if epoch % self.hparams.log_interval == 0 or epoch == self.hparams.epoch_counter.limit:
-            self.checkpointer.save_and_keep_only(meta={"epoch": epoch}, num_to_keep=1)
+            self.save_epoch(epoch)
 
 
 def unlabelled_dataset(
@@ -248,45 +229,10 @@ def pretrain(
     prosody: Callable[[], Mapping[str, torch.Tensor]],
     run_opts: Mapping | None = None,
 ) -> Path:
-    """Pretrain an adapter, or find it pretrained; a killed run goes on from its last checkpoint.
+    """Pretrain the adapter that `hparams["pretrainings"]` defines under `name`, or find it pretrained.
 
-    Parameters
-    ----------
-    name : str
-        A key of `hparams["pretrainings"]`.
-    hparams : mapping
-        As `hparams/base/adapter.yaml` defines.
-    manifests : sequence of str or pathlib.Path
-        What it is trained on: manifests without labels.
-    front : StoredFrames
-        Reads the frames of one layer.
-    folder : str or pathlib.Path
-        Output folder: log, checkpoints, figures; the adapter goes to `adapter` below it.
-    seed : int
-        Of weights, order and masks.
-    prosody : callable
-        Gives prosodic functionals `[P]` by utterance id, should an objective want them.
-    run_opts : mapping, optional
-        SpeechBrain's run options.
-
-    Returns
-    -------
-    pathlib.Path
-        Folder of the adapter, for `load_adapter`.
-
-    Raises
-    ------
-    SettingsError
-        If the folder holds an adapter that was trained otherwise.
-    UserError
-        If the name is unknown.
-
-    Example
-    -------
-    >>> pretrain("unknown", {"pretrainings": {"paper": {}}}, [], None, "/nowhere", 1, dict)
-    Traceback (most recent call last):
-    ...
-    speechbrain_mifuse.utils.errors.UserError: pretraining 'unknown' is none of paper.
+    An interrupted run resumes. `manifests` have no labels; `prosody` gives prosodic functionals by utterance id,
+    should an objective want them. Returns the adapter's folder, for `load_adapter`.
     """
     if name not in hparams["pretrainings"]:
         raise UserError(f"pretraining '{name}' is none of {', '.join(hparams['pretrainings'])}.")
@@ -302,8 +248,7 @@ def pretrain(
         dataset, sb.Stage.TEST, ckpt_prefix=None, **frame_batches(batch_sampler=brain.hparams.batches)
     )
     fit(brain, loader, f"pretrain {name}")
-    run_on_main(finish, args=[brain, folder, {**settings, "utterances": len(dataset)}])
-    ddp_barrier()
+    finish(brain, folder, {**settings, "utterances": len(dataset)})
     return folder / "adapter"
 
 
@@ -376,7 +321,7 @@ def make_brain(
         modules={"student": student},
         opt_class=hparams["opt_class"],
         hparams=own,
-        run_opts={**(run_opts or {}), "noprogressbar": True},
+        run_opts=run_opts,
         checkpointer=WholeCheckpointer(folder / "save", recoverables),
     )
     ema.to(brain.device)

@@ -57,20 +57,7 @@ class ClassifierBrain(ResumableBrain):
 
     @torch.inference_mode()
     def predict(self, dataset, **loader) -> dict[str, list[float]]:
-        """Class probabilities of every utterance.
-
-        Parameters
-        ----------
-        dataset : DynamicItemDataset
-            Gives `id` and `feats`.
-        **loader
-            Loader options.
-
-        Returns
-        -------
-        dict of str to list of float
-            `[C]` by utterance id.
-        """
+        """Give class probabilities `[C]` of every utterance by its id."""
         self.modules.eval()
         found = {}
         for batch in self.make_dataloader(dataset, sb.Stage.TEST, ckpt_prefix=None, **loader):
@@ -136,12 +123,8 @@ def finish(brain: ClassifierBrain, hparams: Mapping, front, settings: Mapping, t
     """Score a trained classifier on held-out speakers and export it."""
     validation = validate(brain, hparams, front)
     counts = Counter(hparams["labels"][row["label"]] for row in train.data.values())
-    about = {
-        "corpus": hparams["name"],
-        "counts": dict(sorted(counts.items())),
-        "encoder": encoder_told(hparams["encoder"]),
-    }
-    about = {**settings, **about, "validation": validation}
+    about = {**settings, "corpus": hparams["name"], "counts": dict(sorted(counts.items()))}
+    about |= {"encoder": encoder_told(hparams["encoder"]), "validation": validation}
     folder = Path(hparams["output_folder"]) / "recogniser"
     export_recogniser(folder, brain.modules.classifier.cpu(), front, hparams, about, validation["temperature"])
 
@@ -183,7 +166,7 @@ def make_brain(hparams: Mapping, front, classifier, train, run_opts) -> Classifi
         modules={"front": front, "classifier": classifier},
         opt_class=hparams["opt_class"],
         hparams={**hparams, "class_weight": weight},
-        run_opts={**(run_opts or {}), "noprogressbar": True},
+        run_opts=run_opts,
         checkpointer=checkpointer,
     )
 

@@ -1,4 +1,7 @@
-"""Contrastive training of a dual encoder on captions of labelled corpora, never of the target."""
+"""Contrastive training of a dual encoder on captions of labelled corpora, never of the target.
+
+Its control is a plain classifier of the same corpora, trained as long, as fast and on as much at a time.
+"""
 
 from __future__ import annotations
 
@@ -10,18 +13,21 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from safetensors.torch import save
 from speechbrain.dataio.dataset import DynamicItemDataset
-from speechbrain.utils.distributed import run_on_main
+from speechbrain.utils.epoch_loop import EpochCounter
 from speechbrain.utils.seed import seed_everything
 
 from speechbrain_mifuse.adaptation.method import described
-from speechbrain_mifuse.brains.classifier import class_weights
+from speechbrain_mifuse.brains.classifier import ClassifierBrain, class_weights
+from speechbrain_mifuse.brains.train_log import TrainLog
 from speechbrain_mifuse.brains.training import ResumableBrain, WholeCheckpointer, fit, same_settings
 from speechbrain_mifuse.evaluation.metrics import scores
-from speechbrain_mifuse.features.dataset import encoded_rows, label_index
+from speechbrain_mifuse.features.dataset import encoded_rows, frame_batches, label_index
 from speechbrain_mifuse.features.text_encoder import FrozenTextEncoder
+from speechbrain_mifuse.nnet.classifier import EmotionClassifier
 from speechbrain_mifuse.nnet.dual_encoder import contrastive_loss, frame_statistics
-from speechbrain_mifuse.nnet.model_folder import ABOUT
+from speechbrain_mifuse.nnet.model_folder import ABOUT, load_all_weights
 from speechbrain_mifuse.utils.errors import UserError
 from speechbrain_mifuse.utils.files import atomic_write, file_digest
 from speechbrain_mifuse.utils.progress import progress
@@ -37,8 +43,8 @@ from speechbrain_mifuse.zero_shot.scorer import class_vectors, zero_shot_predict
 logger = logging.getLogger(__name__)
 
 # What decides the trained weights, beside data, texts and network.
-DECISIVE = ("seed", "target", "labels", "batch_size", "learning_rate", "weight_decay", "number_of_epochs")
-DECISIVE += ("class_balanced", "positives", "layer")
+SHARED = ("seed", "target", "labels", "batch_size", "learning_rate", "weight_decay", "number_of_epochs")
+DECISIVE = (*SHARED, "class_balanced", "positives", "layer")
 
 
 @dataclass(frozen=True)
@@ -90,11 +96,6 @@ class DualEncoderBrain(ResumableBrain):
     `POSITIVES`). Batches give `id`, `pooled` (as `frame_statistics` gives) and `label`.
     """
 
-    def on_stage_start(self, stage, epoch=None):
-        """Seed the epoch; its captions follow from it."""
-        super().on_stage_start(stage, epoch)
-        self.epoch = epoch
-
     def compute_forward(self, batch, stage):
         """Vectors of both sides, scale, and the captions drawn."""
         batch = batch.to(self.device)
@@ -116,40 +117,10 @@ class DualEncoderBrain(ResumableBrain):
 
 
 def train_dual_encoder(hparams: Mapping, sources: Mapping[str, Source], fronts: Mapping, run_opts=None) -> Path:
-    """Train a dual encoder, or find it trained, and export it.
+    """Train a dual encoder, or find it trained, and export it; give its folder, for `load_dual_encoder`.
 
-    A finished training with the same settings is not repeated; a killed one goes on where it was. The number of epochs
-    is fixed and the last one counts; the held-out speakers of the sources only report.
-
-    Parameters
-    ----------
-    hparams : mapping
-        As `hparams/base/dual_encoder.yaml` defines.
-    sources : mapping of str to Source
-        Corpora, by name; the target is none of them.
-    fronts : mapping of str to StoredFrames
-        Reads the frames of one layer of each.
-    run_opts : dict, optional
-        SpeechBrain's run options.
-
-    Returns
-    -------
-    pathlib.Path
-        Folder of the dual encoder, for `load_dual_encoder`.
-
-    Raises
-    ------
-    SettingsError
-        If the output folder holds a dual encoder that was trained otherwise.
-    UserError
-        If the target is among the sources, their frames differ, or a text does not fit.
-
-    Example
-    -------
-    >>> train_dual_encoder({"target": "nemo"}, {"nemo": None}, {})
-    Traceback (most recent call last):
-    ...
-    speechbrain_mifuse.utils.errors.UserError: sources: 'nemo' is the target, ...
+    The number of epochs is fixed and the last one counts; the held-out speakers of the sources only report. A finished
+    training with the same settings is not repeated; an interrupted one resumes.
     """
     check_sources(hparams["target"], sources, fronts)
     folder = Path(hparams["output_folder"])
@@ -167,7 +138,7 @@ def train_dual_encoder(hparams: Mapping, sources: Mapping[str, Source], fronts: 
     fit(brain, train, "dual encoder", hparams["batch_size"])
     about = {**settings, **trained_on(hparams["labels"], data, sources, brain)}
     model = DualEncoderModel(brain.modules.dual_encoder.cpu(), about, text_encoder)
-    run_on_main(finish, args=[folder, model, about, prompts, sources, fronts])
+    finish(folder, model, about, prompts, sources, fronts)
     return folder / "model"
 
 
@@ -252,7 +223,7 @@ def make_brain(hparams: Mapping, data: Mapping[str, Mapping], captioner: Caption
         modules={"dual_encoder": network},
         opt_class=hparams["opt_class"],
         hparams={**hparams, "captioner": captioner, "class_weight": weight, "groups": groups},
-        run_opts={**(run_opts or {}), "noprogressbar": True},
+        run_opts=run_opts,
         checkpointer=WholeCheckpointer(Path(hparams["output_folder"]) / "save", recoverables),
     )
 
@@ -286,3 +257,64 @@ def validate(model: DualEncoderModel, prompts: PromptSet, sources: Mapping[str, 
         told = (name, told["UA"], len(labels), len(reference))
         logger.info("%s, held-out speakers, prompts never trained on: UA %.3f (%d classes, n = %d)", *told)
     return found
+
+
+def source_dataset(labels, sources: Mapping[str, Source], fronts: Mapping) -> DynamicItemDataset:
+    """Give frames and class index of every training utterance of several corpora."""
+    data = {
+        key: {"wav": row["wav"], "label": label_index(labels, row, key), "source": name}
+        for name, source in sources.items()
+        for key, row in encoded_rows(source.manifest("train"), fronts[name].store).items()
+    }
+    dataset = DynamicItemDataset(data)
+    dataset.add_dynamic_item(
+        lambda utt_id, wav, source: fronts[source].read(utt_id, wav), takes=["id", "wav", "source"], provides="feats"
+    )
+    dataset.set_output_keys(["id", "feats", "label"])
+    return dataset
+
+
+def train_source_classifier(
+    hparams: Mapping, sources: Mapping[str, Source], fronts: Mapping, folder: str | Path, run_opts=None
+) -> ClassifierBrain:
+    """Train a classifier on the corpora of a dual encoder, as long and as fast, or load it trained."""
+    folder, front = Path(folder), next(iter(fronts.values()))
+    digests = {name: file_digest(source.manifest("train")) for name, source in sources.items()}
+    settings = {"manifests": digests, "features": frames_of(front), **{name: hparams[name] for name in SHARED}}
+    weights = folder / "classifier.safetensors"
+    trained = same_settings(folder / "settings.json", settings) and weights.exists()
+    seed_everything(hparams["seed"])
+    train = source_dataset(hparams["labels"], sources, fronts)
+    classifier = EmotionClassifier(front.dim, len(hparams["labels"]))
+    found = torch.tensor([row["label"] for row in train.data.values()])
+    own = {
+        "seed": hparams["seed"],
+        "class_weight": class_weights(found, len(hparams["labels"])),
+        "epoch_counter": EpochCounter(hparams["number_of_epochs"]),
+        "log_interval": hparams["log_interval"],
+        "train_logger": TrainLog(folder / "train_log.txt"),
+    }
+    brain = ClassifierBrain(
+        modules={"front": front, "classifier": classifier},
+        opt_class=hparams["opt_class"],
+        hparams=own,
+        run_opts=run_opts,
+        checkpointer=WholeCheckpointer(folder / "save", {"classifier": classifier, "counter": own["epoch_counter"]}),
+    )
+    if trained:
+        load_all_weights(classifier, weights, UserError, "Delete it: it is trained again.")
+    else:
+        fit(brain, train, "source classifier", hparams["batch_size"])
+        trained = {name: value.contiguous() for name, value in classifier.state_dict().items()}
+        atomic_write(weights, save(trained))
+    return brain
+
+
+def classifier_scores(brain: ClassifierBrain, front, manifest: str | Path) -> dict[str, torch.Tensor]:
+    """Log-probabilities of the classifier's classes, which stand in the place of cosines."""
+    rows = encoded_rows(manifest, front.store)
+    dataset = DynamicItemDataset({key: {"wav": row["wav"]} for key, row in rows.items()})
+    dataset.add_dynamic_item(front.read, takes=["id", "wav"], provides="feats")
+    dataset.set_output_keys(["id", "feats"])
+    probs = brain.predict(dataset, **frame_batches(batch_size=256))
+    return {key: torch.tensor(values).clamp(min=1e-8).log() for key, values in probs.items()}

@@ -1,4 +1,4 @@
-"""The Brain of a classifier on a pretrained adapter, or on a baseline in its place."""
+"""Brains of a classifier on a pretrained adapter or on a baseline in its place, alone or beside zero-shot scores."""
 
 from __future__ import annotations
 
@@ -21,3 +21,12 @@ class FinetuningBrain(ClassifierBrain):
         self.optimizer = self.opt_class([*groups, {"params": rest}])
         self.optimizers_dict = {"opt_class": self.optimizer}
         self.checkpointer.add_recoverable("optimizer", self.optimizer)
+
+
+class FusionBrain(FinetuningBrain):
+    """`FinetuningBrain` whose classifier also reads each utterance's `scores`."""
+
+    def compute_forward(self, batch, stage):
+        """Logits `[batch, C]` of one batch."""
+        batch = batch.to(self.device)
+        return self.modules.classifier(*self.modules.front(*batch.feats), batch.scores)

@@ -34,14 +34,7 @@ class TrainLog(FileTrainLogger):
         self.events = Path(save_file).parent / "tensorboard" / name
 
     @main_process_only
-    def log_stats(
-        self,
-        stats_meta: Mapping,
-        train_stats: Mapping | None = None,
-        valid_stats: Mapping | None = None,
-        test_stats: Mapping | None = None,
-        verbose: bool = True,
-    ) -> None:
+    def log_stats(self, stats_meta, train_stats=None, valid_stats=None, test_stats=None, verbose=True) -> None:
         """Write one line, and one point of each curve."""
         with writing(self.save_file):
             super().log_stats(stats_meta, train_stats, valid_stats, test_stats, verbose)

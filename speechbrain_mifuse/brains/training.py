@@ -16,29 +16,32 @@ from pathlib import Path
 import speechbrain as sb
 import torch
 from filelock import FileLock, Timeout
+from speechbrain.dataio.sampler import ReproducibleRandomSampler
 from speechbrain.utils.checkpoints import CKPT_PREFIX, METAFNAME, Checkpoint, Checkpointer
-from speechbrain.utils.distributed import ddp_barrier, if_main_process, main_process_only
+from speechbrain.utils.distributed import (
+    ddp_all_reduce,
+    ddp_barrier,
+    ddp_init_group,
+    if_main_process,
+    is_distributed_initialized,
+    main_process_only,
+)
 from speechbrain.utils.epoch_loop import EpochCounter
+from torch.distributed import ReduceOp
+from torch.nn.parallel import DistributedDataParallel
 
-from speechbrain_mifuse.brains.dealt_batches import dealt_loader
 from speechbrain_mifuse.features.dataset import frame_batches
-from speechbrain_mifuse.nnet.across_processes import average_gradients, frames_dealt, process_count
 from speechbrain_mifuse.utils.errors import UserError, writing
 from speechbrain_mifuse.utils.files import atomic_write, json_object
 from speechbrain_mifuse.utils.progress import progress, quiet
+from speechbrain_mifuse.utils.texts import one_line
 
 logger = logging.getLogger(__name__)
 
 # Set in a checkpoint's folder when all of it is on disk; holds the checksums of its files (none in older ones).
 WHOLE = "whole"
-# Seconds between two checkpoints, at least, of what their meta files say.
-TICK = 0.001
-# Bytes of a file that are read at a time.
-PIECE = 1 << 20
-
 # Loggers of SpeechBrain that tell of each epoch and checkpoint: here an epoch lasts a moment.
 EVERY_EPOCH = ("speechbrain.utils.epoch_loop", "speechbrain.utils.checkpoints")
-
 
 # What a digest among the settings is of.
 DIGESTS = {
@@ -65,7 +68,7 @@ def file_crc(path: Path) -> int:
     with path.open("rb") as file:
         with contextlib.suppress(OSError):  # what is no file on a disk cannot be brought there
             os.fsync(file.fileno())
-        while piece := file.read(PIECE):
+        while piece := file.read(1 << 20):
             found = zlib.crc32(piece, found)
     return found
 
@@ -75,7 +78,8 @@ class WholeCheckpointer(Checkpointer):
 
     def save_checkpoint(self, meta: Mapping | None = None, **options) -> Checkpoint | None:
         """Save as SpeechBrain does, then mark the checkpoint as whole."""
-        now = max([time.time(), *(found.meta["unixtime"] + TICK for found in self.list_checkpoints())])
+        # The newest checkpoint is kept and loaded; a clock may have been set back since the one before.
+        now = max([time.time(), *(found.meta["unixtime"] + 0.001 for found in self.list_checkpoints())])
         self._remove_torn()
         try:
             saved = super().save_checkpoint(meta={"unixtime": now, **(meta or {})}, **options)
@@ -90,12 +94,10 @@ class WholeCheckpointer(Checkpointer):
         ddp_barrier()
         return saved
 
-    def save_and_keep_only(self, *args, **options) -> None:
+    def save_and_keep_only(self, **options) -> None:
         """Save and delete as SpeechBrain does, at a cost that does not grow with the number of earlier checkpoints."""
         # SpeechBrain adds a key to the list that is its default value: it lists the folder twice more in each call.
-        if len(args) < 6:
-            options.setdefault("importance_keys", [])
-        super().save_and_keep_only(*args, **options)
+        super().save_and_keep_only(**{"importance_keys": [], **options})
 
     def list_checkpoints(self) -> list[Checkpoint]:
         """List the checkpoints that were written to the end."""
@@ -138,6 +140,40 @@ def require_intact(folder: Path, names: tuple[str, ...] | None = None) -> None:
             raise CheckpointError(f"{folder / name}: damaged, its checksum differs. {remedy}")
 
 
+def process_count() -> int:
+    """Count the processes that train together."""
+    return torch.distributed.get_world_size() if is_distributed_initialized() else 1
+
+
+def require_one_process() -> None:
+    """Refuse several processes of `torchrun` where a small network is trained on stored frames."""
+    count = int(os.environ.get("WORLD_SIZE", "1")) if "LOCAL_RANK" in os.environ else 1
+    if count > 1:
+        raise UserError(
+            f"torchrun started {count} processes, and this recipe trains small networks on stored frames, which one "
+            "process does. Start it with python. To use more cores or machines, run pairs, methods or seeds side by "
+            "side (speechbrain-mifuse sweep) and encode recordings in parts (speechbrain-mifuse extract --shard). Only "
+            "the classifier recipe with --features finetune trains in several processes."
+        )
+
+
+def join_processes(run_opts: Mapping) -> None:
+    """Join the processes of `torchrun` as SpeechBrain's recipes do; what is in the way is one clear error."""
+    try:
+        ddp_init_group(run_opts)
+    except ValueError as error:
+        raise UserError(
+            f"--distributed_backend {run_opts['distributed_backend']}: {one_line(error)} Start as many processes as "
+            "there are GPUs, or pass --distributed_backend gloo --device cpu."
+        ) from None
+
+
+def _mean_over_processes(value: float, device: str) -> float:
+    if process_count() == 1:
+        return value
+    return ddp_all_reduce(torch.tensor(value, device=device), ReduceOp.SUM).item() / process_count()
+
+
 class ResumableBrain(sb.Brain):
     """A Brain whose killed run ends with the same weights as an unbroken one.
 
@@ -146,18 +182,24 @@ class ResumableBrain(sb.Brain):
     of the log, and between two checkpoints).
     """
 
+    def __init__(self, *args, **options):
+        super().__init__(*args, **options)
+        # SpeechBrain takes the single process of `torchrun --nproc_per_node=1` for a distributed run.
+        self.distributed_launch = process_count() > 1
+
     def _wrap_distributed(self):
-        """Leave the modules as they are, where SpeechBrain wraps them for DDP."""
-
-    def fit_batch(self, batch):
-        """Train one step; in a distributed run, on all processes' frames of the batch."""
-        with frames_dealt(len(batch.id)):
-            return super().fit_batch(batch)
-
-    def optimizers_step(self):
-        """Average the gradients of all processes, then step."""
-        average_gradients(self.modules.parameters())
-        super().optimizers_step()
+        """Wrap the trained modules in DDP as SpeechBrain does, and on CPUs too."""
+        if not self.distributed_launch:
+            return
+        # Encoders drop layers at random and have parameters that take no part, such as an unused mask embedding.
+        self.find_unused_parameters = True
+        if self.device_type != "cpu":
+            super()._wrap_distributed()
+            return
+        # SpeechBrain makes SyncBatchNorm of BatchNorm, and that does not run on a CPU.
+        for name, module in self.modules.items():
+            if any(parameter.requires_grad for parameter in module.parameters()):
+                self.modules[name] = DistributedDataParallel(module, find_unused_parameters=True)
 
     def on_fit_start(self):
         """Restore the last checkpoint, saying so."""
@@ -168,30 +210,20 @@ class ResumableBrain(sb.Brain):
 
     def on_stage_start(self, stage, epoch=None):
         """Seed the epoch and start its statistics."""
+        self.epoch, self.statistics = epoch, {}
         if stage == sb.Stage.TRAIN:
-            torch.manual_seed(self.hparams.seed * 100003 + epoch)
-        self.statistics = {}
+            # Processes draw different dropout masks; beyond 2^50 they meet no other seed and epoch.
+            rank = torch.distributed.get_rank() if self.distributed_launch else 0
+            torch.manual_seed(self.hparams.seed * 100003 + epoch + (rank << 50))
 
     def count(self, **values: float) -> None:
-        """Add values of one batch to the means that the log shows.
-
-        Parameters
-        ----------
-        **values : float
-            Statistics by name.
-        """
+        """Add values of one batch to the means that the log shows."""
         for name, value in values.items():
             total, batches = self.statistics.get(name, (0.0, 0))
             self.statistics[name] = (total + float(value), batches + 1)
 
     def on_log_point(self, epoch: int) -> None:
-        """Do what belongs before a line of the log and a checkpoint; nothing by default.
-
-        Parameters
-        ----------
-        epoch : int
-            The one that ends.
-        """
+        """Do what belongs before a line of the log and a checkpoint; nothing by default."""
 
     def on_stage_end(self, stage, stage_loss, epoch=None):
         """Log and save a checkpoint every `log_interval` epochs and at the last one."""
@@ -202,7 +234,14 @@ class ResumableBrain(sb.Brain):
             return
         self.on_log_point(epoch)
         means = {name: total / batches for name, (total, batches) in self.statistics.items()}
-        self.hparams.train_logger.log_stats({"epoch": epoch}, train_stats={"loss": stage_loss, **means})
+        stats = {"loss": _mean_over_processes(stage_loss, self.device), **means}
+        self.hparams.train_logger.log_stats({"epoch": epoch}, train_stats=stats)
+        self.save_epoch(epoch)
+
+    def save_epoch(self, epoch: int) -> None:
+        """Save a checkpoint at the end of an epoch, and delete the one before."""
+        # SpeechBrain resets these only later: a resumed epoch would continue this one's count and mean loss.
+        self.step, self.avg_train_loss = 0, 0.0
         self.checkpointer.save_and_keep_only(meta={"epoch": epoch}, num_to_keep=1)
 
 
@@ -314,40 +353,37 @@ def alone_at(folder: Path):
 
 
 def fit(brain: sb.Brain, train, told: str, batch_size: int | None = None) -> None:
-    """Train until the Brain's epoch counter ends; a killed run goes on from its last checkpoint.
+    """Train until the Brain's epoch counter ends; an interrupted run resumes from its last checkpoint.
 
-    Parameters
-    ----------
-    brain : sb.Brain
-        The Brain, with `epoch_counter` among its hparams.
-    train : DynamicItemDataset or DataLoader
-        The training set, or a loader that makes its own batches.
-    told : str
-        For the progress bar.
-    batch_size : int, optional
-        Utterances in a batch of a training set; all, when there are fewer.
-
-    Raises
-    ------
-    UserError
-        If a training set has fewer than two utterances.
+    `train` is a training set that is drawn in batches of `batch_size` (all of it, if it is smaller), or a loader
+    that makes batches of its own; `told` names it on the progress bar.
     """
-    loader = {}
-    if batch_size is not None:
-        require_trainable([None] * len(train), told)
-        # A small last batch would make the diversity term, a statistic of the batch, mean something else.
-        batch_size = min(batch_size, len(train))
-        if process_count() > 1:
-            train, brain.train_sampler = dealt_loader(train, batch_size)
-            if brain.checkpointer is not None:
-                # Under the name that SpeechBrain gives its own: a run may go on with another number of processes.
-                brain.checkpointer.add_recoverable("dataloader-TRAIN", train)
-        else:
-            loader = frame_batches(batch_size=batch_size, shuffle=True, drop_last=True)
+    loader = {} if batch_size is None else _loader_options(train, told, batch_size)
     counter, hidden = brain.hparams.epoch_counter, not if_main_process()
     with contextlib.ExitStack() as around:
         if brain.checkpointer is not None:
             around.enter_context(alone_at(brain.checkpointer.checkpoints_dir))
         around.enter_context(quiet(*EVERY_EPOCH))
         bar = around.enter_context(progress(total=counter.limit, desc=told, unit="epoch", disable=hidden))
-        brain.fit(watched(counter, bar), train, train_loader_kwargs=loader)
+        brain.fit(watched(counter, bar), train, progressbar=False, train_loader_kwargs=loader)
+    # What comes next is done by one process, and in DDP a forward pass would wait for the others.
+    for name, module in brain.modules.items():
+        if isinstance(module, DistributedDataParallel):
+            brain.modules[name] = module.module
+
+
+def _loader_options(train, told: str, batch_size: int) -> dict:
+    """Say how a training set is drawn: shuffled by the seed, in batches that several processes share."""
+    require_trainable([None] * len(train), told)
+    processes = process_count()
+    # A small last batch would make the diversity term, a statistic of the batch, mean something else.
+    options = frame_batches(batch_size=min(batch_size, len(train)) // processes, drop_last=True)
+    if processes == 1:
+        return {**options, "shuffle": True}
+    if batch_size % processes or options["batch_size"] < 2:
+        raise UserError(
+            f"--batch_size {batch_size}: is shared by {processes} processes, and each needs two of the {len(train)} "
+            f"recordings at a time. Pass a multiple of {processes}, or start fewer processes."
+        )
+    # SpeechBrain deals what this sampler gives, so together the processes have the batches of a single one.
+    return {**options, "sampler": ReproducibleRandomSampler(train, seed=os.environ["SB_GLOBAL_SEED"])}

@@ -14,32 +14,8 @@ from speechbrain_mifuse.features.dataset import frame_batches
 class WholeSet:
     """A dataset with the stored answers of the language model and a place for each utterance.
 
-    Parameters
-    ----------
-    dataset : DynamicItemDataset
-        Gives `id`, `feats`, `lalm`, `lalm_mask`.
-    frames : mapping of str to int
-        Length of each utterance: those of similar length are read together, which spares a third of the padding.
-    batch_size : int
-        Utterances read at a time.
-
-    Attributes
-    ----------
-    keys : list of str
-        Utterance ids in the dataset's order, which is the order of all that is returned.
-    places : dict of str to int
-        Place of each in it.
-    lalm, lalm_mask : torch.Tensor
-        `[N, K, C]` and `[N, K]`.
-
-    Example
-    -------
-    >>> def utterance(frames):
-    ...     return {"feats": torch.ones(frames, 3), "lalm": torch.zeros(5, 4), "lalm_mask": torch.zeros(5).bool()}
-    >>> dataset = DynamicItemDataset({"t-a": utterance(4), "t-b": utterance(2)}, [], ["id", "feats"])
-    >>> whole = WholeSet(dataset, {"t-a": 4, "t-b": 2}, batch_size=1)
-    >>> whole.gather(lambda batch: [batch.feats.data.sum((1, 2))])[0].tolist()
-    [12.0, 6.0]
+    `frames` gives the length of each utterance: those of similar length are read together, which spares a third of the
+    padding. What is returned is in the order of `keys`, the dataset's.
     """
 
     def __init__(self, dataset: DynamicItemDataset, frames: Mapping[str, int], batch_size: int):
@@ -55,17 +31,6 @@ class WholeSet:
     # Not in inference mode: what a method remembers of it takes part in losses.
     @torch.no_grad()
     def gather(self, function: Callable[..., Sequence[torch.Tensor]]) -> list[torch.Tensor]:
-        """Apply a function to every batch and put the results together.
-
-        Parameters
-        ----------
-        function : callable
-            From a batch to tensors `[B, ...]`.
-
-        Returns
-        -------
-        list of torch.Tensor
-            `[N, ...]`, in the order of `keys`.
-        """
+        """Apply a function to every batch and concatenate the tensors `[B, ...]` that it gives."""
         parts = zip(*(function(batch) for batch in self.loader), strict=True)
         return [torch.cat(part)[self.back] for part in parts]

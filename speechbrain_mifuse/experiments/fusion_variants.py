@@ -13,7 +13,7 @@ import torch
 from speechbrain.utils.seed import seed_everything
 
 from speechbrain_mifuse.adaptation.method import described
-from speechbrain_mifuse.brains.late_fusion import FusionBrain
+from speechbrain_mifuse.brains.finetuning import FusionBrain
 from speechbrain_mifuse.corpora.manifest import read_manifest, unlabelled
 from speechbrain_mifuse.evaluation.metrics import scores_of
 from speechbrain_mifuse.evaluation.results import counts_by_speaker

@@ -11,8 +11,12 @@ from pathlib import Path
 import numpy as np
 from speechbrain.utils.distributed import run_on_main
 
-from speechbrain_mifuse.brains.dual_encoder import Source, train_dual_encoder
-from speechbrain_mifuse.brains.source_classifier import classifier_scores, train_source_classifier
+from speechbrain_mifuse.brains.dual_encoder import (
+    Source,
+    classifier_scores,
+    train_dual_encoder,
+    train_source_classifier,
+)
 from speechbrain_mifuse.corpora.folds import fold_folder
 from speechbrain_mifuse.corpora.manifest import read_manifest, unlabelled
 from speechbrain_mifuse.evaluation.aggregate import bootstrap, signed, unweighted_accuracy

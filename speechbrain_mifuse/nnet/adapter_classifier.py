@@ -8,7 +8,6 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from speechbrain_mifuse.nnet.across_processes import whole_batch
 from speechbrain_mifuse.nnet.adapter_losses import mean_frame
 from speechbrain_mifuse.nnet.statistical_attentive_pooling import StatisticalAttentivePooling, frame_mask
 
@@ -37,20 +36,7 @@ class MeanPooling(nn.Module):
         self.output_size = input_size
 
     def forward(self, frames: torch.Tensor, lengths: torch.Tensor) -> torch.Tensor:
-        """Pool a batch.
-
-        Parameters
-        ----------
-        frames : torch.Tensor
-            `[batch, frames, D]`.
-        lengths : torch.Tensor
-            `[batch]`, relative.
-
-        Returns
-        -------
-        torch.Tensor
-            `[batch, D]`.
-        """
+        """Pool `[batch, frames, D]` with relative lengths `[batch]` to `[batch, D]`."""
         return mean_frame(frames, frame_mask(lengths, frames.shape[1]))
 
 
@@ -105,48 +91,13 @@ class AdapterClassifier(nn.Module):
         return self
 
     def adapted(self, frames: torch.Tensor, lengths: torch.Tensor) -> torch.Tensor:
-        """Frames as the pooling sees them.
-
-        Parameters
-        ----------
-        frames : torch.Tensor
-            `[batch, frames, D]`.
-        lengths : torch.Tensor
-            `[batch]`, relative.
-
-        Returns
-        -------
-        torch.Tensor
-            `[batch, frames, d]`.
-        """
+        """Give the frames that the pooling sees, `[batch, frames, d]`."""
         return frames if self.adapter is None else self.adapter(frames, lengths)
 
     def vector(self, frames: torch.Tensor, lengths: torch.Tensor) -> torch.Tensor:
-        """One normalised vector for each utterance: what the linear layer sees.
-
-        Parameters
-        ----------
-        frames, lengths
-            As for `adapted`.
-
-        Returns
-        -------
-        torch.Tensor
-            `[batch, V]`.
-        """
-        return self.norm(whole_batch(self.pooling(self.adapted(frames, lengths), lengths)))
+        """Give the normalized vector of each utterance that the linear layer sees, `[batch, V]`."""
+        return self.norm(self.pooling(self.adapted(frames, lengths), lengths))
 
     def forward(self, frames: torch.Tensor, lengths: torch.Tensor) -> torch.Tensor:
-        """Classify a batch; dropout is on in training mode.
-
-        Parameters
-        ----------
-        frames, lengths
-            As for `adapted`.
-
-        Returns
-        -------
-        torch.Tensor
-            Logits `[batch, C]`.
-        """
+        """Give logits `[batch, C]` of frames `[batch, frames, D]`; dropout is on in training mode."""
         return self.output(F.dropout(self.vector(frames, lengths), self.dropout, self.training))

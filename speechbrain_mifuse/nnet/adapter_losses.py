@@ -11,56 +11,17 @@ import torch
 from torch.nn import functional as F
 
 
-def mean_where(values: torch.Tensor, chosen: torch.Tensor, total: torch.Tensor | None = None) -> torch.Tensor:
-    """Mean of chosen values: `sum_i c_i v_i / N`.
-
-    Parameters
-    ----------
-    values : torch.Tensor
-        Any shape.
-    chosen : torch.Tensor
-        The same shape, bool.
-    total : torch.Tensor, optional
-        N; by default how many are chosen. At least 1 is taken.
-
-    Returns
-    -------
-    torch.Tensor
-        Scalar; 0 when nothing is chosen.
-
-    Example
-    -------
-    >>> mean_where(torch.tensor([1.0, 3.0, 9.0]), torch.tensor([True, True, False]))
-    tensor(2.)
-    """
-    total = chosen.sum() if total is None else total
-    return values.masked_fill(~chosen, 0.0).sum() / total.clamp(min=1)
+def mean_where(values: torch.Tensor, chosen: torch.Tensor) -> torch.Tensor:
+    """Average the chosen values; 0 when nothing is chosen."""
+    return values.masked_fill(~chosen, 0.0).sum() / chosen.sum().clamp(min=1)
 
 
 def unit_frames(frames: torch.Tensor) -> torch.Tensor:
-    """Frames with mean 0 and variance 1 over their dimensions: targets of a scale that cannot shrink to nothing.
-
-    Parameters
-    ----------
-    frames : torch.Tensor
-        `[..., D]`.
-
-    Returns
-    -------
-    torch.Tensor
-        The same shape, float32.
-
-    Example
-    -------
-    >>> unit_frames(torch.tensor([[1.0, 3.0]])).round(decimals=3).tolist()
-    [[-1.0, 1.0]]
-    """
+    """Normalize frames `[..., D]` to mean 0 and variance 1: targets whose scale cannot shrink to nothing."""
     return F.layer_norm(frames.float(), frames.shape[-1:])
 
 
-def mask_prediction(
-    predicted: torch.Tensor, target: torch.Tensor, masked: torch.Tensor, total: torch.Tensor | None = None
-) -> torch.Tensor:
+def mask_prediction(predicted: torch.Tensor, target: torch.Tensor, masked: torch.Tensor) -> torch.Tensor:
     """Regress what is under the mask: `L_mask = 1 / |M| sum_{t in M} 1 / D ||f(z_t) - x_t||^2`.
 
     Parameters
@@ -71,8 +32,6 @@ def mask_prediction(
         `[batch, frames, D]`: x, the encoder's frames, standardised.
     masked : torch.Tensor
         `[batch, frames]`, bool: M.
-    total : torch.Tensor, optional
-        |M| over all processes.
 
     Returns
     -------
@@ -85,12 +44,10 @@ def mask_prediction(
     >>> mask_prediction(torch.zeros(1, 2, 3), torch.tensor([[[2.0] * 3, [9.0] * 3]]), masked)
     tensor(4.)
     """
-    return mean_where((predicted.float() - target).square().mean(-1), masked, total)
+    return mean_where((predicted.float() - target).square().mean(-1), masked)
 
 
-def frame_distillation(
-    predicted: torch.Tensor, teacher: torch.Tensor, true: torch.Tensor, total: torch.Tensor | None = None
-) -> torch.Tensor:
+def frame_distillation(predicted: torch.Tensor, teacher: torch.Tensor, true: torch.Tensor) -> torch.Tensor:
     """Agree with the teacher on every frame: `1 / T sum_t 1 / d ||g(z_t) - N(z^T_t)||^2`, N as `unit_frames`.
 
     Parameters
@@ -101,8 +58,6 @@ def frame_distillation(
         `[batch, frames, d]`: z^T, of the EMA teacher, which sees all of it; without gradient.
     true : torch.Tensor
         `[batch, frames]`, bool: frames that are no padding.
-    total : torch.Tensor, optional
-        T over all processes.
 
     Returns
     -------
@@ -115,36 +70,16 @@ def frame_distillation(
     >>> round(float(frame_distillation(torch.zeros(1, 1, 2), teacher, torch.ones(1, 1).bool())), 3)
     1.0
     """
-    return mean_where((predicted.float() - unit_frames(teacher)).square().mean(-1), true, total)
+    return mean_where((predicted.float() - unit_frames(teacher)).square().mean(-1), true)
 
 
 def mean_frame(frames: torch.Tensor, true: torch.Tensor) -> torch.Tensor:
-    """Mean over an utterance's true frames.
-
-    Parameters
-    ----------
-    frames : torch.Tensor
-        `[batch, frames, D]`.
-    true : torch.Tensor
-        `[batch, frames]`, bool.
-
-    Returns
-    -------
-    torch.Tensor
-        `[batch, D]`, float32.
-
-    Example
-    -------
-    >>> mean_frame(torch.tensor([[[1.0], [3.0], [9.0]]]), torch.tensor([[True, True, False]])).tolist()
-    [[2.0]]
-    """
+    """Average each utterance's true frames: `[batch, frames, D]` to `[batch, D]`."""
     weight = true.unsqueeze(-1).float()
     return (frames.float() * weight).sum(1) / weight.sum(1).clamp(min=1)
 
 
-def utterance_distillation(
-    predicted: torch.Tensor, teacher: torch.Tensor, total: torch.Tensor | None = None
-) -> torch.Tensor:
+def utterance_distillation(predicted: torch.Tensor, teacher: torch.Tensor) -> torch.Tensor:
     """Agree with a vector of the whole utterance: `1 / B sum_b 1 / d ||h_b - u_b||^2`.
 
     Parameters
@@ -153,8 +88,6 @@ def utterance_distillation(
         `[batch, d]`: h, from the student's frames.
     teacher : torch.Tensor
         `[batch, d]`: u, the target; without gradient.
-    total : torch.Tensor, optional
-        B over all processes.
 
     Returns
     -------
@@ -167,12 +100,10 @@ def utterance_distillation(
     tensor(1.)
     """
     values = (predicted.float() - teacher).square().mean(-1)
-    return mean_where(values, torch.ones_like(values, dtype=torch.bool), total)
+    return mean_where(values, torch.ones_like(values, dtype=torch.bool))
 
 
-def local_attribute_prediction(
-    logits: torch.Tensor, attributes: torch.Tensor, masked: torch.Tensor, total: torch.Tensor | None = None
-) -> torch.Tensor:
+def local_attribute_prediction(logits: torch.Tensor, attributes: torch.Tensor, masked: torch.Tensor) -> torch.Tensor:
     """Name the teacher's cluster under the mask: `L_la = -1 / |M| sum_{t in M} log softmax(c(z_t))[k_t]`.
 
     Parameters
@@ -183,8 +114,6 @@ def local_attribute_prediction(
         `[batch, frames]`: k, cluster numbers of the teacher's frames.
     masked : torch.Tensor
         `[batch, frames]`, bool: M.
-    total : torch.Tensor, optional
-        |M| over all processes.
 
     Returns
     -------
@@ -198,4 +127,4 @@ def local_attribute_prediction(
     1.3863
     """
     values = F.cross_entropy(logits.float().flatten(0, 1), attributes.flatten(), reduction="none")
-    return mean_where(values.view_as(masked), masked, total)
+    return mean_where(values.view_as(masked), masked)

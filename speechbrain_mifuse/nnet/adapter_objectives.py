@@ -11,7 +11,6 @@ from dataclasses import dataclass, field, replace
 import torch
 from torch import nn
 
-from speechbrain_mifuse.nnet.across_processes import summed
 from speechbrain_mifuse.nnet.adapter_losses import (
     frame_distillation,
     local_attribute_prediction,
@@ -26,71 +25,33 @@ from speechbrain_mifuse.nnet.wap_transformer import WAPTransformer
 
 @dataclass(frozen=True)
 class Views:
-    """One batch as the student and the teacher see it.
+    """One batch as the student and the teacher see it."""
 
-    Parameters
-    ----------
-    inputs : torch.Tensor
-        `[batch, frames, D]`, the encoder's frames, standardised and not masked.
-    true, masked : torch.Tensor
-        `[batch, frames]`, bool: frames that are no padding; those that the student does not see.
-    keys : torch.Tensor
-        `[batch, frames]`, a random number of each true frame.
-    teacher : torch.Tensor
-        `[batch, frames, d]`, of the EMA teacher, which sees everything; without gradient.
-    student : torch.Tensor, optional
-        `[batch, frames, d]`, of the student, which sees the masked input.
-    totals : mapping of str to torch.Tensor
-        `masked`, `true`, `utterances`: how many there are over all processes.
-    layers : torch.Tensor, optional
-        `[batch, frames, layers, D]`, further layers of the encoder, where an objective asks for them.
-    vectors : mapping of str to torch.Tensor
-        `[batch, V]` by the objective's name, where an objective has prepared some.
-
-    Example
-    -------
-    >>> views = toy_views()
-    >>> views.student.shape, int(views.totals["masked"])
-    (torch.Size([2, 6, 4]), 4)
-    """
-
+    # [batch, frames, D]: the encoder's frames, standardized and not masked.
     inputs: torch.Tensor
+    # [batch, frames], bool: frames that are no padding; those that the student does not see.
     true: torch.Tensor
     masked: torch.Tensor
+    # [batch, frames]: a random number of each true frame.
     keys: torch.Tensor
+    # [batch, frames, d]: of the EMA teacher, which sees everything; of the student, which sees the masked input.
     teacher: torch.Tensor
-    totals: Mapping[str, torch.Tensor]
     student: torch.Tensor | None = None
+    # [batch, frames, layers, D]: further layers of the encoder, where an objective asks for them.
     layers: torch.Tensor | None = None
+    # [batch, V] by the objective's name, where an objective has prepared some.
     vectors: Mapping[str, torch.Tensor] = field(default_factory=dict)
 
 
 def toy_views(dim: int = 4) -> Views:
-    """Two utterances of six frames, for examples.
-
-    Parameters
-    ----------
-    dim : int
-        D and d.
-
-    Returns
-    -------
-    Views
-        Frames of a fixed random draw, two of each utterance masked.
-
-    Example
-    -------
-    >>> toy_views().inputs.shape
-    torch.Size([2, 6, 4])
-    """
+    """Make two utterances of six frames, two of each masked, for examples."""
     generator = torch.Generator().manual_seed(0)
     inputs, teacher, student = torch.randn(3, 2, 6, dim, generator=generator)
     true = torch.ones(2, 6, dtype=torch.bool)
     masked = torch.zeros_like(true)
     masked[:, 2:4] = True
     keys = torch.rand(2, 6, generator=generator)
-    totals = {"masked": masked.sum(), "true": true.sum(), "utterances": torch.tensor(2)}
-    return Views(inputs, true, masked, keys, teacher, totals, student)
+    return Views(inputs, true, masked, keys, teacher, student)
 
 
 class Objective(nn.Module):
@@ -105,11 +66,6 @@ class Objective(nn.Module):
     ----------
     layers : tuple of int
         Encoder layers that its targets need beyond the input's.
-
-    Example
-    -------
-    >>> Objective(weight=0.5).weight
-    0.5
     """
 
     layers: Sequence[int] = ()
@@ -119,54 +75,18 @@ class Objective(nn.Module):
         self.weight = weight
 
     def prepare(self, survey) -> Mapping[str, torch.Tensor] | None:
-        """Look at the whole pretraining set once, before `build`.
-
-        Parameters
-        ----------
-        survey : UtteranceSurvey
-            What is known of each utterance; never its label.
-
-        Returns
-        -------
-        mapping of str to torch.Tensor or None
-            A target vector by utterance id, handed back in `Views.vectors`.
-        """
+        """Look at the pretraining set before `build`; may give a target vector by utterance id."""
         return None
 
     def build(self, input_size: int, d_model: int) -> None:
-        """Make what is trained.
-
-        Parameters
-        ----------
-        input_size, d_model : int
-            D and d.
-        """
+        """Make what is trained."""
 
     def forward(self, views: Views, name: str) -> torch.Tensor:
-        """Loss of a batch, before its weight.
-
-        Parameters
-        ----------
-        views : Views
-            The batch, with the student's part.
-        name : str
-            The objective's own name.
-
-        Returns
-        -------
-        torch.Tensor
-            Scalar.
-        """
+        """Give the loss of a batch, before its weight; `name` is the objective's own."""
         raise NotImplementedError
 
     def statistics(self) -> dict[str, float]:
-        """Tell the log what happened since the last call.
-
-        Returns
-        -------
-        dict of str to float
-            By name.
-        """
+        """Give what happened since the last call, by name, for the log."""
         return {}
 
 
@@ -187,7 +107,7 @@ class MaskPrediction(Objective):
 
     def forward(self, views: Views, name: str) -> torch.Tensor:
         """Compare head and input; see `Objective.forward`."""
-        return mask_prediction(self.head(views.student), views.inputs, views.masked, views.totals["masked"])
+        return mask_prediction(self.head(views.student), views.inputs, views.masked)
 
 
 class LayerPrediction(Objective):
@@ -222,7 +142,7 @@ class LayerPrediction(Objective):
     def forward(self, views: Views, name: str) -> torch.Tensor:
         """Compare head and layers; see `Objective.forward`."""
         target = unit_frames(views.layers).mean(2)
-        return mask_prediction(self.head(views.student), target, views.masked, views.totals["masked"])
+        return mask_prediction(self.head(views.student), target, views.masked)
 
 
 class FrameDistillation(Objective):
@@ -242,7 +162,7 @@ class FrameDistillation(Objective):
 
     def forward(self, views: Views, name: str) -> torch.Tensor:
         """Compare head and teacher; see `Objective.forward`."""
-        return frame_distillation(self.head(views.student), views.teacher, views.true, views.totals["true"])
+        return frame_distillation(self.head(views.student), views.teacher, views.true)
 
 
 class UtteranceDistillation(Objective):
@@ -264,7 +184,7 @@ class UtteranceDistillation(Objective):
         """Compare head and teacher; see `Objective.forward`."""
         target = unit_frames(mean_frame(views.teacher, views.true))
         predicted = self.head(mean_frame(views.student, views.true))
-        return utterance_distillation(predicted, target, views.totals["utterances"])
+        return utterance_distillation(predicted, target)
 
 
 class LocalAttributePrediction(Objective):
@@ -315,8 +235,7 @@ class LocalAttributePrediction(Objective):
         found = self.attributes.update(unit_frames(teacher)[true], keys[true])
         attributes = torch.zeros(true.shape, dtype=torch.long, device=true.device)
         attributes[true] = found
-        total = summed(masked.sum()) if self.span > 1 else views.totals["masked"]
-        return local_attribute_prediction(self.head(student), attributes, masked, total)
+        return local_attribute_prediction(self.head(student), attributes, masked)
 
     def statistics(self) -> dict[str, float]:
         """Use of the codebook; see `LocalAttributes.statistics`."""
@@ -324,51 +243,13 @@ class LocalAttributePrediction(Objective):
 
 
 def span_counts(chosen: torch.Tensor, span: int) -> torch.Tensor:
-    """How many frames of each span are chosen; the last span may be a short one.
-
-    Parameters
-    ----------
-    chosen : torch.Tensor
-        `[batch, frames]`, bool.
-    span : int
-        Frames of a span.
-
-    Returns
-    -------
-    torch.Tensor
-        `[batch, ceil(frames / span)]`.
-
-    Example
-    -------
-    >>> span_counts(torch.tensor([[True, True, False, False, True]]), 2).tolist()
-    [[2, 0, 1]]
-    """
+    """Count the chosen frames of each span, `[batch, ceil(frames / span)]`; the last span may be a short one."""
     short = -chosen.shape[1] % span
     return nn.functional.pad(chosen, (0, short)).unflatten(1, (-1, span)).sum(-1)
 
 
 def span_means(frames: torch.Tensor, true: torch.Tensor, span: int) -> torch.Tensor:
-    """Mean of each span's true frames.
-
-    Parameters
-    ----------
-    frames : torch.Tensor
-        `[batch, frames, D]`.
-    true : torch.Tensor
-        `[batch, frames]`, bool.
-    span : int
-        Frames of a span.
-
-    Returns
-    -------
-    torch.Tensor
-        `[batch, ceil(frames / span), D]`.
-
-    Example
-    -------
-    >>> span_means(torch.tensor([[[1.0], [3.0], [9.0]]]), torch.ones(1, 3).bool(), 2).flatten().tolist()
-    [2.0, 9.0]
-    """
+    """Average each span's true frames, `[batch, ceil(frames / span), D]`."""
     kept = frames.masked_fill(~true.unsqueeze(-1), 0.0)
     short = -frames.shape[1] % span
     total = nn.functional.pad(kept, (0, 0, 0, short)).unflatten(1, (-1, span)).sum(2)
@@ -377,29 +258,13 @@ def span_means(frames: torch.Tensor, true: torch.Tensor, span: int) -> torch.Ten
 
 @dataclass(frozen=True)
 class UtteranceSurvey:
-    """What is known of each utterance of a pretraining set: no label.
-
-    Parameters
-    ----------
-    ids : sequence of str
-        N utterance ids.
-    statistics : torch.Tensor
-        `[N, 2 D]`, mean and standard deviation of the encoder's frames.
-    speakers : sequence of str
-        Speaker of each.
-    prosody : callable
-        Gives `[N, P]`, prosodic functionals; a function, so that who does not ask does not pay.
-
-    Example
-    -------
-    >>> survey = UtteranceSurvey(["t-a"], torch.zeros(1, 8), ["1"], prosody=lambda: torch.zeros(1, 3))
-    >>> survey.prosody().shape
-    torch.Size([1, 3])
-    """
+    """What is known of each utterance of a pretraining set: no label."""
 
     ids: Sequence[str]
+    # [N, 2 D]: mean and standard deviation of the encoder's frames.
     statistics: torch.Tensor
     speakers: Sequence[str]
+    # Gives prosodic functionals [N, P]; a function, so that only who asks pays.
     prosody: Callable[[], torch.Tensor]
 
 
@@ -455,26 +320,7 @@ def speaker_centred(vectors: torch.Tensor, speakers: Sequence[str]) -> torch.Ten
 
 
 def principal_components(vectors: torch.Tensor, count: int) -> torch.Tensor:
-    """Leading principal components of standardised vectors, scaled to a variance of 1 on average.
-
-    Parameters
-    ----------
-    vectors : torch.Tensor
-        `[N, V]`, centred.
-    count : int
-        Components; fewer where there are fewer.
-
-    Returns
-    -------
-    torch.Tensor
-        `[N, count]`.
-
-    Example
-    -------
-    >>> found = principal_components(torch.randn(20, 5), 3)
-    >>> found.shape, round(float(found.square().mean()), 4)
-    (torch.Size([20, 3]), 1.0)
-    """
+    """Give leading principal components `[N, count]` of centred vectors, of variance 1 on average."""
     standardised = vectors / vectors.std(0, correction=0).clamp(min=1e-6)
     left, values, _ = torch.linalg.svd(standardised, full_matrices=False)
     scores = left[:, :count] * values[:count]
@@ -533,18 +379,7 @@ class UtteranceStatistics(Objective):
         return dict(zip(survey.ids, vectors, strict=True))
 
     def dealt(self, vectors: torch.Tensor) -> torch.Tensor:
-        """Which utterance gets which target: its own.
-
-        Parameters
-        ----------
-        vectors : torch.Tensor
-            `[N, V]`.
-
-        Returns
-        -------
-        torch.Tensor
-            `[N, V]`.
-        """
+        """Give each utterance a target `[N, V]`: its own."""
         return vectors
 
     def build(self, input_size: int, d_model: int) -> None:
@@ -556,7 +391,7 @@ class UtteranceStatistics(Objective):
         mean = mean_frame(views.student, views.true)
         squares = mean_frame((views.student.float() - mean.unsqueeze(1)).square(), views.true)
         pooled = torch.cat([mean, squares.clamp(min=1e-6).sqrt()], dim=-1)
-        return utterance_distillation(self.head(pooled), views.vectors[name], views.totals["utterances"])
+        return utterance_distillation(self.head(pooled), views.vectors[name])
 
 
 class PermutedUtteranceStatistics(UtteranceStatistics):
@@ -582,23 +417,7 @@ class PermutedUtteranceStatistics(UtteranceStatistics):
 
 
 class AdapterPretraining(nn.Module):
-    """The student: adapter, what stands in the place of a masked frame, and the objectives.
-
-    Parameters
-    ----------
-    adapter : WAPTransformer
-        What is wanted in the end.
-    objectives : mapping of str to Objective
-        Built.
-
-    Example
-    -------
-    >>> objective = MaskPrediction()
-    >>> objective.build(4, 4)
-    >>> student = AdapterPretraining(WAPTransformer(4, n_heads=2), {"mask_prediction": objective})
-    >>> {name: loss.shape for name, loss in student(toy_views(), torch.ones(2)).items()}
-    {'mask_prediction': torch.Size([])}
-    """
+    """The student: adapter, what stands in the place of a masked frame, and the objectives."""
 
     def __init__(self, adapter: WAPTransformer, objectives: Mapping[str, Objective]):
         super().__init__()
@@ -606,32 +425,13 @@ class AdapterPretraining(nn.Module):
         self.mask_frame = nn.Parameter(torch.zeros(adapter.sizes["input_size"]))
 
     def forward(self, views: Views, lengths: torch.Tensor) -> dict[str, torch.Tensor]:
-        """Losses of a batch, each before its weight.
-
-        Parameters
-        ----------
-        views : Views
-            Without the student's part.
-        lengths : torch.Tensor
-            `[batch]`, relative.
-
-        Returns
-        -------
-        dict of str to torch.Tensor
-            Scalar by the objective's name.
-        """
+        """Give the losses of a batch by the objective's name, each before its weight."""
         seen = torch.where(views.masked.unsqueeze(-1), self.mask_frame, views.inputs)
         views = replace(views, student=self.adapter.encode(seen, lengths))
         return {name: objective(views, name) for name, objective in self.objectives.items()}
 
     def statistics(self) -> dict[str, float]:
-        """Layer weights and what the objectives tell.
-
-        Returns
-        -------
-        dict of str to float
-            By name.
-        """
+        """Give layer weights and what the objectives log."""
         weights = {f"layer_{place}": w for place, w in enumerate(self.adapter.layer_weights.tolist(), start=1)}
         told = [objective.statistics() for objective in self.objectives.values()]
         return weights | {name: value for part in told for name, value in part.items()}

@@ -8,42 +8,19 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from speechbrain_mifuse.nnet.across_processes import whole_batch
 from speechbrain_mifuse.nnet.statistical_attentive_pooling import StatisticalAttentivePooling
 from speechbrain_mifuse.nnet.wap_transformer import WAPTransformer
 
 
 class LayerWeighting(nn.Module):
-    """Learned convex combination of encoder layers.
-
-    Parameters
-    ----------
-    layers : int
-        Number of layers.
-
-    Example
-    -------
-    >>> LayerWeighting(3)(torch.ones(2, 5, 3, 8)).shape
-    torch.Size([2, 5, 8])
-    """
+    """Learned convex combination of encoder layers."""
 
     def __init__(self, layers: int):
         super().__init__()
         self.weight = nn.Parameter(torch.zeros(layers))
 
     def forward(self, frames: torch.Tensor) -> torch.Tensor:
-        """Combine layers.
-
-        Parameters
-        ----------
-        frames : torch.Tensor
-            `[batch, frames, layers, D]`.
-
-        Returns
-        -------
-        torch.Tensor
-            `[batch, frames, D]`.
-        """
+        """Combine `[batch, frames, layers, D]` to `[batch, frames, D]`."""
         return torch.einsum("btld,l->btd", frames, self.weight.softmax(0))
 
 
@@ -101,109 +78,33 @@ class EmotionClassifier(nn.Module):
         self.dropout = dropout
 
     def embed(self, frames: torch.Tensor, lengths: torch.Tensor | None = None) -> torch.Tensor:
-        """Pool and normalise a batch.
-
-        Parameters
-        ----------
-        frames : torch.Tensor
-            `[batch, frames, D]`, or `[batch, frames, layers, D]` when built for several layers.
-        lengths : torch.Tensor, optional
-            `[batch]`, relative.
-
-        Returns
-        -------
-        torch.Tensor
-            `[batch, 2 D]`; 2 d with an adapter of dimension d.
-        """
+        """Pool and normalize frames `[batch, frames, D]`, or `[batch, frames, layers, D]`, to `[batch, 2 D]`."""
         frames = self.layer_weighting(frames)
         frames = frames if self.adapter is None else self.adapter(frames, lengths)
-        return self.norm(whole_batch(self.pooling(frames, lengths)))
+        return self.norm(self.pooling(frames, lengths))
 
     def head(self, vectors: torch.Tensor, stochastic: bool) -> torch.Tensor:
-        """Classify pooled vectors.
-
-        Parameters
-        ----------
-        vectors : torch.Tensor
-            `[..., 2 D]`.
-        stochastic : bool
-            Whether dropout is on.
-
-        Returns
-        -------
-        torch.Tensor
-            Logits `[..., C]`.
-        """
+        """Give logits `[..., C]` of pooled vectors `[..., 2 D]`."""
         return self.output(F.dropout(self.hidden_units(vectors), self.dropout, stochastic))
 
     def hidden_units(self, vectors: torch.Tensor) -> torch.Tensor:
-        """Activations that dropout acts on.
-
-        Parameters
-        ----------
-        vectors : torch.Tensor
-            `[..., 2 D]`.
-
-        Returns
-        -------
-        torch.Tensor
-            `[..., hidden_size]`.
-        """
+        """Give the activations `[..., hidden_size]` that dropout acts on."""
         return F.relu(self.hidden(vectors))
 
     def parts(
         self, frames: torch.Tensor, lengths: torch.Tensor | None = None
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """Classify a batch and keep what lies on the way; dropout is on in training mode.
-
-        Parameters
-        ----------
-        frames, lengths
-            As for `embed`.
-
-        Returns
-        -------
-        vectors : torch.Tensor
-            `[batch, 2 D]`, pooled and normalised.
-        hidden : torch.Tensor
-            `[batch, hidden_size]`, before dropout.
-        logits : torch.Tensor
-            `[batch, C]`.
-        """
+        """Give pooled vectors `[batch, 2 D]`, hidden units before dropout, and logits `[batch, C]`."""
         vectors = self.embed(frames, lengths)
         hidden = self.hidden_units(vectors)
         return vectors, hidden, self.output(F.dropout(hidden, self.dropout, self.training))
 
     def forward(self, frames: torch.Tensor, lengths: torch.Tensor | None = None) -> torch.Tensor:
-        """Classify a batch; dropout is on in training mode.
-
-        Parameters
-        ----------
-        frames, lengths
-            As for `embed`.
-
-        Returns
-        -------
-        torch.Tensor
-            Logits `[batch, C]`.
-        """
+        """Give logits `[batch, C]`; dropout is on in training mode."""
         return self.parts(frames, lengths)[-1]
 
     def stochastic_logits(self, frames: torch.Tensor, lengths: torch.Tensor | None, passes: int) -> torch.Tensor:
-        """Draw Monte-Carlo dropout predictions in one batched pass of the head.
-
-        Parameters
-        ----------
-        frames, lengths
-            As for `embed`.
-        passes : int
-            K, independent dropout masks per utterance.
-
-        Returns
-        -------
-        torch.Tensor
-            Logits `[batch, K, C]`.
-        """
+        """Draw Monte-Carlo dropout logits `[batch, K, C]` in one batched pass of the head."""
         units = self.hidden_units(self.embed(frames, lengths)) / (1 - self.dropout)
         # Dropout written out: on a CPU, uniform draws take a quarter of the time of `F.dropout`'s Bernoulli draws.
         kept = torch.rand(len(units), passes, units.shape[-1], device=units.device) >= self.dropout

@@ -19,25 +19,7 @@ SCALE_START, SCALE_MIN, SCALE_MAX = 1 / 0.07, 1.0, 100.0
 
 
 def frame_statistics(frames: torch.Tensor, lengths: torch.Tensor | None = None) -> torch.Tensor:
-    """Mean and standard deviation over an utterance's true frames.
-
-    Parameters
-    ----------
-    frames : torch.Tensor
-        `[batch, frames, D]`.
-    lengths : torch.Tensor, optional
-        `[batch]`, relative; all full by default.
-
-    Returns
-    -------
-    torch.Tensor
-        `[batch, 2 D]`: means, then standard deviations (divided by the number of frames). Padding has no influence.
-
-    Example
-    -------
-    >>> frame_statistics(torch.tensor([[[1.0], [3.0], [9.0]]]), torch.tensor([0.7])).tolist()
-    [[2.0, 1.0]]
-    """
+    """Give mean and standard deviation over each utterance's true frames, `[batch, 2 D]`."""
     lengths = torch.ones(len(frames), device=frames.device) if lengths is None else lengths
     true = frame_mask(lengths, frames.shape[1])
     mean = mean_frame(frames, true)
@@ -153,78 +135,22 @@ class DualEncoder(nn.Module):
         self.log_scale.clamp_(math.log(SCALE_MIN), math.log(SCALE_MAX))
 
     def standardise_by(self, statistics: torch.Tensor) -> None:
-        """Set what the pooled frames are centred on and divided by.
-
-        Parameters
-        ----------
-        statistics : torch.Tensor
-            `[N, 2 D]`, `frame_statistics` of the training set.
-        """
+        """Set what pooled frames are centred on and divided by, from those of the training set."""
         self.centre.copy_(statistics.mean(0))
         self.spread.copy_(statistics.std(0, correction=0).clamp(min=1e-4))
 
     def audio_vectors(self, frames: torch.Tensor, lengths: torch.Tensor | None = None) -> torch.Tensor:
-        """Embed utterances.
-
-        Parameters
-        ----------
-        frames : torch.Tensor
-            `[batch, frames, D]`.
-        lengths : torch.Tensor, optional
-            `[batch]`, relative.
-
-        Returns
-        -------
-        torch.Tensor
-            `[batch, E]`, unit norm; padding has no influence.
-        """
+        """Embed frames `[batch, frames, D]` as unit vectors `[batch, E]`; padding has no influence."""
         return self.project(frame_statistics(frames, lengths))
 
     def project(self, pooled: torch.Tensor) -> torch.Tensor:
-        """Embed utterances that are pooled already.
-
-        Parameters
-        ----------
-        pooled : torch.Tensor
-            `[batch, 2 D]`, as `frame_statistics` gives.
-
-        Returns
-        -------
-        torch.Tensor
-            `[batch, E]`, unit norm.
-        """
+        """Embed utterances that `frame_statistics` has pooled already."""
         return F.normalize(self.audio((pooled - self.centre) / self.spread), dim=-1)
 
     def text_vectors(self, embedded: torch.Tensor) -> torch.Tensor:
-        """Embed texts.
-
-        Parameters
-        ----------
-        embedded : torch.Tensor
-            `[texts, text_size]`, as the text encoder gives them.
-
-        Returns
-        -------
-        torch.Tensor
-            `[texts, E]`, unit norm.
-        """
+        """Embed vectors of the text encoder `[texts, text_size]` as unit vectors `[texts, E]`."""
         return F.normalize(self.text(embedded), dim=-1)
 
     def forward(self, pooled: torch.Tensor, embedded: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """Embed a batch of pairs.
-
-        Parameters
-        ----------
-        pooled
-            As for `project`.
-        embedded
-            As for `text_vectors`, one text for each utterance.
-
-        Returns
-        -------
-        audio, text : torch.Tensor
-            `[batch, E]` each, unit norm.
-        scale : torch.Tensor
-            Scalar, of their cosines.
-        """
+        """Embed pairs of pooled utterances and texts; give both sides and the scale of their cosines."""
         return self.project(pooled), self.text_vectors(embedded), self.scale

@@ -82,22 +82,7 @@ class LateFusion(nn.Module):
             begin_at_scores(self.output.weight[:, size:], score_classes)
 
     def forward(self, frames: torch.Tensor, lengths: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
-        """Classify a batch; dropout is on in training mode.
-
-        Parameters
-        ----------
-        frames : torch.Tensor
-            `[batch, frames, D]`.
-        lengths : torch.Tensor
-            `[batch]`, relative.
-        scores : torch.Tensor
-            `[batch, S]`.
-
-        Returns
-        -------
-        torch.Tensor
-            Logits `[batch, C]`.
-        """
+        """Give logits `[batch, C]` of frames `[batch, frames, D]` and scores `[batch, S]`."""
         vector = F.dropout(self.vector_norm(self.specialist.vector(frames, lengths)), self.dropout, self.training)
         return self.output(torch.cat([vector, self.score_norm(scores)], dim=-1))
 

@@ -5,8 +5,6 @@ from __future__ import annotations
 import torch
 from torch import nn
 
-from speechbrain_mifuse.nnet.across_processes import sampled_rows, summed
-
 
 class LocalAttributes(nn.Module):
     """Codebook that clusters frames without labels as they come.
@@ -15,8 +13,7 @@ class LocalAttributes(nn.Module):
     `s_k <- g s_k + (1 - g) sum Z_k`, `e_k = s_k / n_k` (the form of Liu et al. 2023, DinoSR; arXiv 2509.23795 speaks of
     unsupervised clustering of the teacher branch and does not say which). A frame belongs to the nearest code,
     `argmin_k ||z - e_k||^2`. A code whose `n_k` falls below a share of the average is put onto a random frame of the
-    batch. The first batch seeds all codes. Sums and samples go over all processes of a distributed run, so each holds
-    the same codebook. Everything is in buffers: a checkpoint restores it exactly.
+    batch. The first batch seeds all codes. Everything is in buffers: a checkpoint restores it exactly.
 
     Parameters
     ----------
@@ -49,18 +46,7 @@ class LocalAttributes(nn.Module):
         self.register_buffer("reseeded", torch.zeros(()))
 
     def assign(self, frames: torch.Tensor) -> torch.Tensor:
-        """Find the nearest code of each frame.
-
-        Parameters
-        ----------
-        frames : torch.Tensor
-            `[N, D]`.
-
-        Returns
-        -------
-        torch.Tensor
-            `[N]`, code numbers.
-        """
+        """Find the nearest code `[N]` of each frame `[N, D]`."""
         # ||z||^2 is the same for every code.
         return (self.codes.square().sum(1) - 2 * frames @ self.codes.T).argmin(1)
 
@@ -68,36 +54,22 @@ class LocalAttributes(nn.Module):
     @torch.compiler.disable
     @torch.no_grad()
     def update(self, frames: torch.Tensor, keys: torch.Tensor) -> torch.Tensor:
-        """Assign a batch, then move the codes.
-
-        Parameters
-        ----------
-        frames : torch.Tensor
-            `[N, D]`, of this process.
-        keys : torch.Tensor
-            `[N]`, random: which frames a dead code is put onto.
-
-        Returns
-        -------
-        torch.Tensor
-            `[N]`, code numbers, by the codebook as it was before.
-        """
+        """Assign a batch, then move the codes; random `keys` say which frames dead codes are put onto."""
         size, frames = len(self.codes), frames.float()
         candidates = None
         if not self.seeded:
-            candidates = sampled_rows(frames, keys, size)
+            candidates = _sampled_rows(frames, keys, size)
             self._place(torch.ones_like(self.counts, dtype=torch.bool), candidates, 1.0)
             self.seeded.fill_(True)
         ids = self.assign(frames)
         found = torch.zeros_like(self.counts).index_add_(0, ids, torch.ones_like(ids, dtype=self.counts.dtype))
         total = torch.zeros_like(self.sums).index_add_(0, ids, frames)
-        found, total = summed(found), summed(total)
         self.usage += found
         self.counts.mul_(self.decay).add_(found, alpha=1 - self.decay)
         self.sums.mul_(self.decay).add_(total, alpha=1 - self.decay)
         dead = self.counts < self.dead_share * self.counts.mean()
         if dead.any():
-            candidates = sampled_rows(frames, keys, size) if candidates is None else candidates
+            candidates = _sampled_rows(frames, keys, size) if candidates is None else candidates
             self._place(dead, candidates, float(self.counts.mean()))
             self.reseeded += dead.sum()
         self.codes.copy_(self.sums / self.counts.clamp(min=1e-6).unsqueeze(1))
@@ -111,15 +83,8 @@ class LocalAttributes(nn.Module):
         self.sums[dead] = chosen * count
 
     def statistics(self) -> dict[str, float]:
-        """Use of the codebook since the last call, which this one forgets.
-
-        `perplexity = exp(H(usage))`: K when all codes are used alike, 1 when one takes everything.
-
-        Returns
-        -------
-        dict of str to float
-            `codebook_perplexity`, `codes_used` (how many), `codes_reseeded`.
-        """
+        """Give the use of the codebook since the last call; a perplexity of K is even use."""
+        # exp(H(usage)): 1 when one code takes everything.
         shares = self.usage / self.usage.sum().clamp(min=1)
         found = {
             "codebook_perplexity": float(torch.special.entr(shares).sum().exp()),
@@ -129,3 +94,9 @@ class LocalAttributes(nn.Module):
         self.usage.zero_()
         self.reseeded.zero_()
         return found
+
+
+def _sampled_rows(rows: torch.Tensor, keys: torch.Tensor, count: int) -> torch.Tensor:
+    """Rows with the greatest keys, the greatest first, and repeated where there are fewer than `count`."""
+    rows = rows[keys.topk(min(count, len(keys))).indices]
+    return rows.repeat(-(-count // max(len(rows), 1)), 1)[:count]

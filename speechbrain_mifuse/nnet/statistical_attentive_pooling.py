@@ -7,25 +7,7 @@ from torch import nn
 
 
 def frame_mask(lengths: torch.Tensor, frames: int) -> torch.Tensor:
-    """Mark the true frames of a padded batch.
-
-    Parameters
-    ----------
-    lengths : torch.Tensor
-        `[batch]`, relative to the longest, as SpeechBrain's loaders give them.
-    frames : int
-        Frames of the padded batch.
-
-    Returns
-    -------
-    torch.Tensor
-        `[batch, frames]`, bool; at least one frame of each utterance is true.
-
-    Example
-    -------
-    >>> frame_mask(torch.tensor([0.5, 1.0]), 4).int().tolist()
-    [[1, 1, 0, 0], [1, 1, 1, 1]]
-    """
+    """Mark the true frames `[batch, frames]` of a padded batch, at least one of each utterance."""
     counts = (lengths * frames).round().clamp(min=1)
     return torch.arange(frames, device=lengths.device)[None, :] < counts[:, None]
 
@@ -64,18 +46,7 @@ class StatisticalAttentivePooling(nn.Module):
         nn.init.zeros_(self.score.weight)
 
     def attention(self, frames: torch.Tensor, lengths: torch.Tensor | None = None) -> torch.Tensor:
-        """Weigh the frames.
-
-        Parameters
-        ----------
-        frames, lengths
-            As for `forward`.
-
-        Returns
-        -------
-        torch.Tensor
-            `[batch, frames]`: a, which sums to 1 over each utterance's true frames and is 0 behind them.
-        """
+        """Weigh the frames: `[batch, frames]`, 0 behind the end of an utterance."""
         energy = self.score(torch.tanh(self.project(frames))).squeeze(-1)
         if lengths is not None:
             energy = energy.masked_fill(~frame_mask(lengths, frames.shape[1]), float("-inf"))

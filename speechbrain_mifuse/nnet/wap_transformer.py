@@ -75,13 +75,7 @@ class WAPTransformer(nn.Module):
         return self.layer_logits.softmax(0)
 
     def set_dropout(self, dropout: float) -> None:
-        """Change the dropout inside the layers for the time being; `sizes` keeps what the adapter was built with.
-
-        Parameters
-        ----------
-        dropout : float
-            Probability of dropping a unit.
-        """
+        """Change the dropout for the time being; `sizes` keeps what the adapter was built with."""
         for module in self.layers.modules():
             if isinstance(module, nn.Dropout):
                 module.p = dropout
@@ -89,46 +83,16 @@ class WAPTransformer(nn.Module):
                 module.dropout = dropout
 
     def standardise_by(self, mean: torch.Tensor, deviation: torch.Tensor) -> None:
-        """Set what each input dimension is centred on and divided by.
-
-        Parameters
-        ----------
-        mean, deviation : torch.Tensor
-            `[D]`, of the encoder's frames.
-        """
+        """Set the mean and deviation `[D]` by which input frames are standardized."""
         self.centre.copy_(mean)
         self.spread.copy_(deviation.clamp(min=1e-4))
 
     def standardise(self, frames: torch.Tensor) -> torch.Tensor:
-        """Centre and scale encoder frames.
-
-        Parameters
-        ----------
-        frames : torch.Tensor
-            `[batch, frames, D]`.
-
-        Returns
-        -------
-        torch.Tensor
-            The same shape: `X_0`.
-        """
+        """Centre and scale encoder frames: `X_0`."""
         return (frames - self.centre) / self.spread
 
     def layer_outputs(self, standardised: torch.Tensor, lengths: torch.Tensor | None = None) -> list[torch.Tensor]:
-        """Run the layers.
-
-        Parameters
-        ----------
-        standardised : torch.Tensor
-            `[batch, frames, D]`, as `standardise` gives; frames of it may be masked.
-        lengths : torch.Tensor, optional
-            `[batch]`, relative; all full by default.
-
-        Returns
-        -------
-        list of torch.Tensor
-            `X_1 ... X_L`, each `[batch, frames, d]`. True frames do not depend on padding.
-        """
+        """Run the layers on standardized frames, some of which may be masked: `X_1 ... X_L`."""
         padding = None if lengths is None else ~frame_mask(lengths, standardised.shape[1])
         hidden, outputs = self.project(standardised), []
         for layer in self.layers:
@@ -137,18 +101,7 @@ class WAPTransformer(nn.Module):
         return outputs
 
     def encode(self, standardised: torch.Tensor, lengths: torch.Tensor | None = None) -> torch.Tensor:
-        """Run the layers and average them.
-
-        Parameters
-        ----------
-        standardised, lengths
-            As for `layer_outputs`.
-
-        Returns
-        -------
-        torch.Tensor
-            `[batch, frames, d]`: Z.
-        """
+        """Run the layers on standardized frames and average them: Z."""
         outputs = self.layer_outputs(standardised, lengths)
         return sum(weight * output for weight, output in zip(self.layer_weights, outputs, strict=True))
 

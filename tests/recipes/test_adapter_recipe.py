@@ -3,7 +3,6 @@
 import csv
 import json
 import os
-import re
 import shlex
 from pathlib import Path
 
@@ -99,30 +98,6 @@ def test_audio_of_the_test_fold_is_pretrained_on_when_asked_and_called_a_leak(tr
     assert about["utterances"] == 80
     (record,) = json.loads((output / "results.json").read_text())
     assert (record["labels_per_class"], record["n_train"]) == (3, 12)
-
-
-def losses(output):
-    log = output / "fold_1" / "seed_1" / "pretraining_paper" / "train_log.txt"
-    return [[float(value) for value in re.findall(r"train \w+: ([-.\de+]+)", line)] for line in log.open()]
-
-
-def test_two_processes_train_to_the_same_loss_curve_as_one(tree, trained):
-    """What `torchrun --nproc_per_node=2` starts, with gloo."""
-    flags = {"adapter": f"{{{SMALL}}}", "number_of_steps": 24, "seeds": "[1]", "fold": 1, "device": "cpu"}
-    alone, together = tree / "alone", tree / "together"
-    finish(begin("pretrain", tree, alone, **flags), alone)
-    ports = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(20000 + os.getpid() % 20000), "WORLD_SIZE": "2"}
-    ranks = [
-        begin("pretrain", tree, together, tree / f"rank{rank}", {"RANK": str(rank), "LOCAL_RANK": str(rank), **ports},
-              distributed_backend="gloo", **flags)
-        for rank in (0, 1)
-    ]  # fmt: skip
-    for rank, process in enumerate(ranks):
-        finish(process, together, tree / f"rank{rank}")
-    one, two = losses(alone), losses(together)
-    assert len(one) == len(two) > 2 and one[0][0] > one[-1][0]
-    for first, second in zip(one, two, strict=True):
-        assert second == pytest.approx(first, rel=0.01, abs=1e-4)
 
 
 @pytest.mark.parametrize(

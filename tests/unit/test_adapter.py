@@ -213,13 +213,6 @@ def test_a_codebook_is_restored_exactly():
 # Losses and objectives
 
 
-def test_losses_of_two_processes_add_up_to_the_loss_of_the_whole_batch():
-    predicted, target, masked = torch.randn(4, 7, D), torch.randn(4, 7, D), torch.rand(4, 7) < 0.4
-    whole = mask_prediction(predicted, target, masked)
-    parts = [mask_prediction(predicted[rows], target[rows], masked[rows], masked.sum()) for rows in ([0, 2], [1, 3])]
-    torch.testing.assert_close(sum(parts), whole)
-
-
 def test_local_attributes_are_predicted_under_the_mask_alone():
     logits, attributes = torch.randn(2, 5, 3), torch.randint(3, (2, 5))
     masked = torch.zeros(2, 5, dtype=torch.bool)

@@ -391,8 +391,11 @@ def test_what_is_trained_already_is_not_trained_again_and_other_settings_are_ref
     assert train_dual_encoder(hparams(tmp_path / "out"), *sources) == folder
 
 
-def test_a_killed_training_goes_on_to_the_same_weights(sources, hparams, tmp_path, monkeypatch):
-    whole = weights(train_dual_encoder(hparams(tmp_path / "whole"), *sources))
+@pytest.mark.parametrize(("log_interval", "first"), [(5, 6), (1, 8)])
+def test_a_killed_training_goes_on_to_the_same_weights_and_losses(
+    log_interval, first, sources, hparams, tmp_path, monkeypatch
+):
+    whole = weights(train_dual_encoder(hparams(tmp_path / "whole", log_interval=log_interval), *sources))
     end = brains.DualEncoderBrain.on_stage_end
 
     def killed(self, stage, loss, epoch=None):
@@ -403,11 +406,13 @@ def test_a_killed_training_goes_on_to_the_same_weights(sources, hparams, tmp_pat
     with monkeypatch.context() as patch:
         patch.setattr(brains.DualEncoderBrain, "on_stage_end", killed)
         with pytest.raises(KeyboardInterrupt):
-            train_dual_encoder(hparams(tmp_path / "cut"), *sources)
+            train_dual_encoder(hparams(tmp_path / "cut", log_interval=log_interval), *sources)
     begun = []
     monkeypatch.setattr(brains.Captioner, "draw", counting(brains.Captioner.draw, begun))
-    resumed = weights(train_dual_encoder(hparams(tmp_path / "cut"), *sources))
-    assert min(begun) == 6 and all(torch.equal(resumed[name], whole[name]) for name in whole)
+    resumed = weights(train_dual_encoder(hparams(tmp_path / "cut", log_interval=log_interval), *sources))
+    assert min(begun) == first and all(torch.equal(resumed[name], whole[name]) for name in whole)
+    logs = [(tmp_path / name / "train_log.txt").read_text() for name in ("whole", "cut")]
+    assert logs[0] == logs[1]
 
 
 def counting(draw, epochs):

@@ -12,8 +12,8 @@ those that it lacks.
 import sys
 
 import speechbrain as sb
-from speechbrain.utils.distributed import ddp_init_group, if_main_process, run_on_main
 
+from speechbrain_mifuse.brains.training import require_one_process
 from speechbrain_mifuse.experiments.features import EncoderSettings, open_reader
 from speechbrain_mifuse.experiments.folds import adapter_run, chosen_among, fold_front, pretrained_adapter
 from speechbrain_mifuse.experiments.preflight import require_ready
@@ -23,7 +23,7 @@ from speechbrain_mifuse.utils.errors import one_clear_error, writing
 if __name__ == "__main__":
     with one_clear_error():
         hparams_file, run_opts, overrides = parse_arguments(sys.argv[1:])
-        ddp_init_group(run_opts)
+        require_one_process()
         hparams = read_hparams(hparams_file, overrides)
         numbers = list(range(1, len(hparams["folds"]) + 1))
         folds = chosen_among(hparams["fold"], numbers, "--fold")
@@ -31,7 +31,7 @@ if __name__ == "__main__":
         require_ready(hparams)
         with writing(hparams["output_folder"]):
             sb.create_experiment_directory(hparams["output_folder"], hparams_file, overrides)
-        run_on_main(hparams["prepare"])
+        hparams["prepare"]()
         reader = open_reader(EncoderSettings.of(hparams), run_opts)
         for fold in folds:
             front = fold_front(hparams, fold, reader)
@@ -39,5 +39,4 @@ if __name__ == "__main__":
                 run = adapter_run(hparams, fold, seed, "all")
                 for name in names:
                     adapter = pretrained_adapter(hparams, run, name, front, run_opts)
-                    if if_main_process():
-                        print(adapter)
+                    print(adapter)

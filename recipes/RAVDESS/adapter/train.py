@@ -13,8 +13,8 @@ goes on.
 import sys
 
 import speechbrain as sb
-from speechbrain.utils.distributed import ddp_init_group, if_main_process, run_on_main
 
+from speechbrain_mifuse.brains.training import require_one_process
 from speechbrain_mifuse.experiments.adapter_variants import train_arm
 from speechbrain_mifuse.experiments.features import EncoderSettings, open_reader
 from speechbrain_mifuse.experiments.folds import adapter_run, arm_summary, chosen_parts, fold_front, pretrained_adapter
@@ -25,7 +25,7 @@ from speechbrain_mifuse.utils.errors import one_clear_error, writing
 if __name__ == "__main__":
     with one_clear_error():
         hparams_file, run_opts, overrides = parse_arguments(sys.argv[1:])
-        ddp_init_group(run_opts)
+        require_one_process()
         hparams = read_hparams(hparams_file, overrides)
         arms = hparams["adapter"]["arms"]
         names, folds, amounts = chosen_parts(hparams, arms)
@@ -33,7 +33,7 @@ if __name__ == "__main__":
         require_ready(hparams, names)
         with writing(hparams["output_folder"]):
             sb.create_experiment_directory(hparams["output_folder"], hparams_file, overrides)
-        run_on_main(hparams["prepare"])
+        hparams["prepare"]()
         require_folds(hparams, folds)
         reader = open_reader(EncoderSettings.of(hparams), run_opts)
         records = []
@@ -46,5 +46,4 @@ if __name__ == "__main__":
                 for amount in amounts:
                     run = adapter_run(hparams, fold, seed, amount)
                     records += [train_arm(name, hparams["adapter"], run, front, adapters, run_opts) for name in names]
-        if if_main_process():
-            print(arm_summary(hparams, records, names, "adapter"))
+        print(arm_summary(hparams, records, names, "adapter"))

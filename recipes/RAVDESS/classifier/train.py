@@ -12,9 +12,10 @@ what `--source_recogniser` of the adaptation recipes takes.
 import sys
 
 import speechbrain as sb
-from speechbrain.utils.distributed import ddp_init_group, if_main_process
+from speechbrain.utils.distributed import if_main_process
 
 from speechbrain_mifuse.brains.classifier import train_classifier
+from speechbrain_mifuse.brains.training import join_processes, require_one_process
 from speechbrain_mifuse.experiments.choices import known_ones
 from speechbrain_mifuse.experiments.features import (
     CorpusSettings,
@@ -31,8 +32,11 @@ from speechbrain_mifuse.utils.errors import one_clear_error, writing
 if __name__ == "__main__":
     with one_clear_error():
         hparams_file, run_opts, overrides = parse_arguments(sys.argv[1:])
-        ddp_init_group(run_opts)
         hparams = read_hparams(hparams_file, overrides)
+        if hparams["features"] == "finetune":
+            join_processes(run_opts)
+        else:
+            require_one_process()
         require_ready(hparams)
         with writing(hparams["output_folder"]):
             sb.create_experiment_directory(hparams["output_folder"], hparams_file, overrides)

@@ -13,9 +13,9 @@ run goes on.
 import sys
 
 import speechbrain as sb
-from speechbrain.utils.distributed import ddp_init_group, if_main_process
 
 from speechbrain_mifuse.brains.dual_encoder import train_dual_encoder
+from speechbrain_mifuse.brains.training import require_one_process
 from speechbrain_mifuse.experiments.features import EncoderSettings, open_reader
 from speechbrain_mifuse.experiments.preflight import require_ready
 from speechbrain_mifuse.experiments.settings import parse_arguments, read_hparams
@@ -25,12 +25,11 @@ from speechbrain_mifuse.utils.errors import one_clear_error, writing
 if __name__ == "__main__":
     with one_clear_error():
         hparams_file, run_opts, overrides = parse_arguments(sys.argv[1:])
-        ddp_init_group(run_opts)
+        require_one_process()
         hparams = read_hparams(hparams_file, overrides)
         require_ready(hparams)
         with writing(hparams["output_folder"]):
             sb.create_experiment_directory(hparams["output_folder"], hparams_file, overrides)
         fronts = source_fronts(hparams, open_reader(EncoderSettings.of(hparams), run_opts))
         model = train_dual_encoder(hparams["dual_encoder"], hparams["sources"], fronts, run_opts)
-        if if_main_process():
-            print(model)
+        print(model)

@@ -16,14 +16,13 @@ from pathlib import Path
 import speechbrain as sb
 import torch
 from speechbrain.dataio.dataset import DynamicItemDataset
-from speechbrain.utils.distributed import ddp_init_group, if_main_process, run_on_main
 from speechbrain.utils.epoch_loop import EpochCounter
 from speechbrain.utils.seed import seed_everything
 
 from speechbrain_mifuse.brains.adaptation import LOG_POINTS, AdaptationBrain, Memory
 from speechbrain_mifuse.brains.snapshots import Snapshots
 from speechbrain_mifuse.brains.train_log import TrainLog
-from speechbrain_mifuse.brains.training import WholeCheckpointer, fit
+from speechbrain_mifuse.brains.training import WholeCheckpointer, fit, require_one_process
 from speechbrain_mifuse.brains.whole_set import WholeSet
 from speechbrain_mifuse.corpora.manifest import unlabelled
 from speechbrain_mifuse.experiments.adaptation import adaptation_settings, finish, finished
@@ -88,7 +87,7 @@ def make_brain(settings, method, student, n_utterances, folder, run_opts=None):
             "log_interval": math.ceil(epoch_counter.limit / LOG_POINTS),
             "train_logger": TrainLog(folder / "train_log.txt"),
         },
-        run_opts={**(run_opts or {}), "noprogressbar": True},
+        run_opts=run_opts,
         checkpointer=WholeCheckpointer(
             folder / "save", {"student": student, "ema": ema, "counter": epoch_counter, "memory": memory}
         ),
@@ -116,14 +115,14 @@ def adapt(name, settings, datasets, front, source, run_opts=None):
     brain.begin()
     if method.trains:
         fit(brain, datasets["adapt"], name, settings["batch_size"])
-    return run_on_main(finish, args=[name, brain, folder, source])
+    return finish(name, brain, folder, source)
 
 
 def run(hparams, names, run_opts=None, teacher_recogniser=None):
     """Go through the recipe's steps for some methods, one after the other."""
     target, teacher = CorpusSettings.target_of(hparams), TeacherSettings.of(hparams, teacher_recogniser)
     methods = {name: hparams["adaptation"]["methods"][name] for name in names}
-    run_on_main(target.prepare)
+    target.prepare()
     reader = open_reader(EncoderSettings.of(hparams), run_opts)
     require_data(hparams, names, reader, teacher)
     front = open_front(target, hparams["layer"], reader)
@@ -135,18 +134,17 @@ def run(hparams, names, run_opts=None, teacher_recogniser=None):
         datasets = dataio_prepare(hparams, method, front, answers)
         predictions = adapt(name, hparams["adaptation"], datasets, front, source, run_opts)
         # The target's labels, if there are any, are opened here and nowhere before.
-        run_on_main(report, args=[hparams, name, predictions, len(datasets["adapt"]), teacher, answers.teacher])
+        report(hparams, name, predictions, len(datasets["adapt"]), teacher, answers.teacher)
 
 
 if __name__ == "__main__":
     with one_clear_error():
         hparams_file, run_opts, overrides = parse_arguments(sys.argv[1:])
-        ddp_init_group(run_opts)
+        require_one_process()
         hparams = read_hparams(hparams_file, overrides)
         names = chosen_methods(hparams["method"], hparams["adaptation"]["methods"])
         require_ready(hparams, names, run_opts)
         with writing(hparams["output_folder"]):
             sb.create_experiment_directory(hparams["output_folder"], hparams_file, overrides)
         run(hparams, names, run_opts)
-        if if_main_process():
-            print(summary(hparams["output_folder"], names, list(hparams["adaptation"]["methods"])))
+        print(summary(hparams["output_folder"], names, list(hparams["adaptation"]["methods"])))

@@ -12,8 +12,8 @@ at every number of repeats, and trains each arm on the labels of each fold. What
 import sys
 
 import speechbrain as sb
-from speechbrain.utils.distributed import ddp_init_group, if_main_process, run_on_main
 
+from speechbrain_mifuse.brains.training import require_one_process
 from speechbrain_mifuse.experiments.features import EncoderSettings, open_reader
 from speechbrain_mifuse.experiments.folds import arm_summary, chosen_parts
 from speechbrain_mifuse.experiments.fusion_variants import train_fusion_arm
@@ -31,7 +31,7 @@ from speechbrain_mifuse.utils.errors import one_clear_error, writing
 if __name__ == "__main__":
     with one_clear_error():
         hparams_file, run_opts, overrides = parse_arguments(sys.argv[1:])
-        ddp_init_group(run_opts)
+        require_one_process()
         hparams = read_hparams(hparams_file, overrides)
         arms = hparams["zsfuse"]["arms"]
         names, folds, amounts = chosen_parts(hparams, arms)
@@ -40,7 +40,7 @@ if __name__ == "__main__":
         require_ready(hparams, names)
         with writing(hparams["output_folder"]):
             sb.create_experiment_directory(hparams["output_folder"], hparams_file, overrides)
-        run_on_main(hparams["prepare"])
+        hparams["prepare"]()
         require_folds(hparams, folds)
         wanted = list(dict.fromkeys(["zero_shot", *(arms[name].scores for name in names)]))
         tables = {seed: score_tables(hparams, wanted, seed, run_opts) for seed in hparams["seeds"]}
@@ -54,6 +54,5 @@ if __name__ == "__main__":
                     run = fusion_run(hparams, fold, seed, amount)
                     given = (options, run, front, tables[seed], adapters, run_opts)
                     records += [train_fusion_arm(name, *given) for name in names]
-        if if_main_process():
-            print(amplification_report(hparams, {seed: found["zero_shot"] for seed, found in tables.items()}))
-            print(arm_summary(hparams, records, names, "zsfuse"))
+        print(amplification_report(hparams, {seed: found["zero_shot"] for seed, found in tables.items()}))
+        print(arm_summary(hparams, records, names, "zsfuse"))
