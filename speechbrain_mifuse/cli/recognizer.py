@@ -11,7 +11,7 @@ import tempfile
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
-from speechbrain_mifuse.utils.errors import UserError, require_device, stopped_by_ctrl_c
+from speechbrain_mifuse.utils.errors import UserError, require_device, stopped_by_ctrl_c, terminated_like_ctrl_c
 from speechbrain_mifuse.utils.texts import csv_text, shown
 
 # In place of a label where the answer is below the threshold, or nothing is to be heard.
@@ -83,8 +83,9 @@ def run_predict(options: argparse.Namespace) -> None:
     found: list = []
     stopped = False
     try:
-        recogniser = load(options)
-        gather(recogniser, files, options, found)
+        with terminated_like_ctrl_c():
+            recogniser = load(options)
+            gather(recogniser, files, options, found)
     except KeyboardInterrupt:
         stopped = True
     if has_table(options) and found:

@@ -19,7 +19,6 @@ import logging
 import math
 import re
 import secrets
-import signal
 import threading
 import time
 import uuid
@@ -36,7 +35,7 @@ from speechbrain_mifuse.inference.http_limits import Limits, checked_key
 from speechbrain_mifuse.inference.http_server import HttpServer, RequestError, Route, overloaded
 from speechbrain_mifuse.inference.recognizer import one_core_threads
 from speechbrain_mifuse.utils.audio import HIGHEST_RATE, LOUDEST, LOWEST_RATE, resampled
-from speechbrain_mifuse.utils.errors import UserError
+from speechbrain_mifuse.utils.errors import UserError, terminated_like_ctrl_c
 
 # Samples of all channels together that are decoded: a small FLAC file may hold very many of silence.
 MAX_SAMPLES = 2**24
@@ -256,20 +255,18 @@ class EmotionServer:
 
 def serve_until_stopped(server: EmotionServer, grace: float = 10.0) -> None:
     """Serve until SIGTERM or Ctrl-C; for the main thread."""
-    before = signal.signal(signal.SIGTERM, signal.default_int_handler)
-    try:
-        print(f"{server.model_name} at {server.base_url}; Ctrl-C stops it", flush=True)
-        server.start()
-        while True:
-            time.sleep(3600)
-    except KeyboardInterrupt:
-        print(f"stopping; requests that have begun get {grace:g} s", flush=True)
-    try:
-        server.close(grace)
-    except KeyboardInterrupt:
-        server.close()
-    finally:
-        signal.signal(signal.SIGTERM, before)
+    with terminated_like_ctrl_c():
+        try:
+            print(f"{server.model_name} at {server.base_url}; Ctrl-C stops it", flush=True)
+            server.start()
+            while True:
+                time.sleep(3600)
+        except KeyboardInterrupt:
+            print(f"stopping; requests that have begun get {grace:g} s", flush=True)
+        try:
+            server.close(grace)
+        except KeyboardInterrupt:
+            server.close()
 
 
 def _decoded(body: bytes | bytearray) -> object:

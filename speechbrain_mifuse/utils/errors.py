@@ -7,6 +7,7 @@ import errno
 import logging
 import os
 import shutil
+import signal
 import sys
 import tempfile
 from collections.abc import Callable, Iterator
@@ -157,6 +158,16 @@ def stopped_by_ctrl_c():
     except KeyboardInterrupt:
         print("stopped; the same command goes on", file=sys.stderr)
         raise SystemExit(130) from None
+
+
+@contextlib.contextmanager
+def terminated_like_ctrl_c():
+    """Let SIGTERM do inside the block what Ctrl-C does: batch systems and service managers send it first."""
+    before = signal.signal(signal.SIGTERM, signal.default_int_handler)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def require_device(name: str) -> None:

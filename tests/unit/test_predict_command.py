@@ -2,9 +2,12 @@
 
 import csv
 import json
+import os
 import shutil
+import signal
 import subprocess
 import sys
+import time
 import types
 
 import numpy as np
@@ -138,23 +141,25 @@ def test_a_table_that_cannot_be_written_is_one_error_before_anything_is_loaded(
     assert (tmp_path / "a_file").read_text() == "before"
 
 
-def stop_after(count, monkeypatch):
+def stop_after(count, monkeypatch, sent=signal.SIGINT):
     """Let Ctrl-C come after some answers."""
     plain = EmotionRecognizer.classify_files
 
     def stopped(*arguments, **options):
         for place, one in enumerate(plain(*arguments, **options)):
             if place == count:
-                raise KeyboardInterrupt
+                os.kill(os.getpid(), sent)
+                time.sleep(10)
             yield one
 
     monkeypatch.setattr(EmotionRecognizer, "classify_files", stopped)
 
 
-def test_ctrl_c_leaves_the_rows_that_there_are_and_says_how_many_are_missing(
-    predict, recordings, tmp_path, monkeypatch
+@pytest.mark.parametrize("sent", [signal.SIGINT, signal.SIGTERM])
+def test_a_stop_leaves_the_rows_that_there_are_and_says_how_many_are_missing(
+    sent, predict, recordings, tmp_path, monkeypatch
 ):
-    stop_after(2, monkeypatch)
+    stop_after(2, monkeypatch, sent)
     status, _, told = predict(recordings, "--csv", tmp_path / "new" / "found.csv")
     with (tmp_path / "new" / "found.csv").open(newline="") as file:
         assert len(list(csv.DictReader(file))) == 2
