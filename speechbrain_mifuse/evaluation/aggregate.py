@@ -204,6 +204,11 @@ class Comparison:
         """UA in percent over transfers and seeds, `[methods]`."""
         return self.accuracy.mean((0, 2))
 
+    @property
+    def grid(self) -> np.ndarray:
+        """UA in percent, `[methods, transfers + 1]`: mean over the seeds, then over the transfers too."""
+        return np.column_stack([self.accuracy.mean(2).T, self.means])
+
     @cached_property
     def draws(self) -> np.ndarray:
         """Bootstrap draws of UA in percent, `[transfers, draws, methods]`."""
@@ -303,7 +308,7 @@ def transfer_table(comparison: Comparison) -> Table:
     methods, gaps = comparison.methods, [comparison.gap_closed(name) for name in comparison.methods]
     with_gap = any(gap is not None for gap in gaps)
     head = ["UA %", *comparison.transfers, "mean", "95 % interval", *(["of the way to oracle"] if with_gap else [])]
-    columns = np.vstack([comparison.accuracy.mean(2), comparison.means])  # [transfers + 1, methods]
+    columns = comparison.grid.T  # [transfers + 1, methods]
     blind = [place for place, name in enumerate(methods) if name != UPPER]
     rounded = np.round(columns, 1)
     bold = rounded == rounded[:, blind].max(1, keepdims=True, initial=-np.inf)
@@ -371,25 +376,25 @@ def protocol(comparison: Comparison, teacher: str = "") -> str:
     unknown = {r["target"]: r.get("test_recordings_without_speaker", 0) for r in records}
     sizes = {r["target"]: (adapted[r["target"]], r["n_test"], r["test_speakers"]) for r in records}
     told = "; ".join(
-        f"{t}: {a} to adapt, {n} to test of {_many(s, 'speaker')}"
-        + f" and {_many(unknown[t], 'recording')} without a known speaker" * (unknown[t] > 0)
+        f"{t}: {a} to adapt, {n} to test of {many(s, 'speaker')}"
+        + f" and {many(unknown[t], 'recording')} without a known speaker" * (unknown[t] > 0)
         for t, (a, n, s) in sorted(sizes.items())
     )
     copies = sorted({f"{r['target']}: {r['target_copy']}" for r in records if r.get("target_copy")})
-    norms = _distinct(r.get("speaker_norm", "none") for r in records)
+    norms = distinct(r.get("speaker_norm", "none") for r in records)
     teachers = "; ".join(f"{name}: {t[2]}" for name, t in zip(comparison.transfers, comparison.counts, strict=True))
     best = comparison.best_baseline
     parts = [
-        f"UA in percent, mean ± standard deviation over {_many(len(comparison.seeds), 'seed')}.",
-        f"{_distinct(len(r['labels']) for r in records)} classes, speaker-independent"
+        f"UA in percent, mean ± standard deviation over {many(len(comparison.seeds), 'seed')}.",
+        f"{distinct(len(r['labels']) for r in records)} classes, speaker-independent"
         f"{' as far as speakers are known' if any(unknown.values()) else ''}: {told}.",
         f"{'; '.join(copies)}." if copies else "",
         f"API teacher, one for all seeds ({teachers}){': ' + teacher if teacher else ''}.",
-        f"Encoder: {_distinct(r['encoder'] for r in records)}.",
-        f"Selection: {_distinct(r['selection'] for r in trained or records)}.",
-        f"{_distinct(r['steps'] for r in trained)} steps," if trained else "",
-        f"lambda {_distinct(r['diversity_weight'] for r in records)}, "
-        f"tau {_distinct(r['temperature'] for r in records)}.",
+        f"Encoder: {distinct(r['encoder'] for r in records)}.",
+        f"Selection: {distinct(r['selection'] for r in trained or records)}.",
+        f"{distinct(r['steps'] for r in trained)} steps," if trained else "",
+        f"lambda {distinct(r['diversity_weight'] for r in records)}, "
+        f"tau {distinct(r['temperature'] for r in records)}.",
         f"Speaker normalisation: {norms}." if norms != "none" else "",
         "Intervals: bootstrap over test speakers and seeds, transfers fixed; transfers to one corpus share its "
         "speakers; differences are paired.",
@@ -399,14 +404,16 @@ def protocol(comparison: Comparison, teacher: str = "") -> str:
         f"Best baseline: {best}, of all that is neither MI-Fuse nor a bound, by its mean on these test sets."
         if best
         else "",
-        f"Code {_distinct(r['code_version'] for r in records)}.",
+        f"Code {distinct(r['code_version'] for r in records)}.",
     ]
     return " ".join(part for part in parts if part)
 
 
-def _distinct(values: Iterable) -> str:
-    return " or ".join(dict.fromkeys(map(str, values)))
+def distinct(values: Iterable, between: str = " or ") -> str:
+    """List the different values."""
+    return between.join(dict.fromkeys(map(str, values)))
 
 
-def _many(number: int, noun: str) -> str:
+def many(number: int, noun: str) -> str:
+    """Count things."""
     return f"{number} {noun}" + "s" * (number != 1)

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
+
+BINS = 10
 
 
 def confusion(predicted: torch.Tensor, reference: torch.Tensor, n_classes: int) -> torch.Tensor:
@@ -66,3 +70,32 @@ def scores(predicted: torch.Tensor, reference: torch.Tensor, n_classes: int) -> 
     1.0
     """
     return scores_of(confusion(predicted, reference, n_classes))
+
+
+class Reliability(NamedTuple):
+    """Stated probability against frequency, in bins of equal width that hold any; `error` is calibration error."""
+
+    stated: list[float]
+    frequency: list[float]
+    count: list[int]
+    error: float
+
+
+def reliability(stated: torch.Tensor, happened: torch.Tensor) -> Reliability:
+    """Compare stated probabilities with how often what they state is so."""
+    stated, happened = stated.double(), happened.double()
+    bins = (stated * BINS).long().clamp(0, BINS - 1)
+    count = torch.bincount(bins, minlength=BINS)
+    used = count > 0
+    said, so = (torch.bincount(bins, value, BINS)[used] / count[used] for value in (stated, happened))
+    error = (count[used] * (so - said).abs()).sum() / max(len(stated), 1)
+    rounded = ([round(value, 6) for value in mean.tolist()] for mean in (said, so))
+    return Reliability(*rounded, count[used].tolist(), round(float(error), 6))
+
+
+def kappa(one: torch.Tensor, other: torch.Tensor, n_classes: int) -> float | None:
+    """Cohen's kappa: agreement of two raters with what chance gives taken out; `None` where chance gives all of it."""
+    marginals = [torch.bincount(rater, minlength=n_classes).double() / len(one) for rater in (one, other)]
+    chance = float(marginals[0] @ marginals[1])
+    agreed = float((one == other).double().mean())
+    return None if chance == 1 else (agreed - chance) / (1 - chance)

@@ -12,6 +12,7 @@ import torch
 
 from speechbrain_mifuse.adaptation.selection import criteria
 from speechbrain_mifuse.adaptation.uncertainty import entropy
+from speechbrain_mifuse.evaluation.metrics import kappa
 from speechbrain_mifuse.utils.texts import markdown
 
 # Recordings below which shares say little.
@@ -81,9 +82,9 @@ def judge(student: torch.Tensor, source: torch.Tensor, teacher: torch.Tensor, la
         "answered_by_teacher": float(said.double().mean()),
         "changed": float((chosen["student"] != chosen["source"]).double().mean()),
         "agreement": {
-            "student_source": kappa(chosen["student"], chosen["source"], len(labels)),
-            "student_teacher": kappa(chosen["student"][said], chosen["teacher"][said], len(labels)),
-            "source_teacher": kappa(chosen["source"][said], chosen["teacher"][said], len(labels)),
+            "student_source": _agreement(chosen["student"], chosen["source"], len(labels)),
+            "student_teacher": _agreement(chosen["student"][said], chosen["teacher"][said], len(labels)),
+            "source_teacher": _agreement(chosen["source"][said], chosen["teacher"][said], len(labels)),
         },
         "class_shares": {
             "student": shares(chosen["student"], labels),
@@ -151,14 +152,9 @@ def collapse(class_shares: Mapping[str, Mapping[str, float]]) -> list[str]:
     return found
 
 
-def kappa(one: torch.Tensor, other: torch.Tensor, n_classes: int) -> float:
-    """Cohen's kappa: agreement of two raters with what chance gives taken out."""
-    if len(one) == 0:
-        return 0.0
-    marginals = [torch.bincount(rater, minlength=n_classes).double() / len(one) for rater in (one, other)]
-    chance = float(marginals[0] @ marginals[1])
-    agreed = float((one == other).double().mean())
-    return 1.0 if chance == 1 else (agreed - chance) / (1 - chance)
+def _agreement(one: torch.Tensor, other: torch.Tensor, n_classes: int) -> float:
+    found = kappa(one, other, n_classes) if len(one) else 0.0
+    return 1.0 if found is None else found
 
 
 def shares(chosen: torch.Tensor, labels: Sequence[str]) -> dict[str, float]:

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from speechbrain_mifuse import __version__
-from speechbrain_mifuse.report.plots import plot_confusion
+from speechbrain_mifuse.report.figures import plot_confusion
 from speechbrain_mifuse.utils.files import atomic_write
 
 FIELDS = ("method", "source", "target", "teacher", "seed", "encoder", "protocol", "selection", "n_train", "n_test")
