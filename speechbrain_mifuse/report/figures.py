@@ -320,7 +320,7 @@ def curves(told: str, lines: Sequence[Line], x: str, y: str, ylim: tuple[float, 
     xs = [value for line in lines for value in line.x]
     xlim = (min(xs), max(xs)) if max(xs) > min(xs) else (xs[0] - 1, xs[0] + 1)
     ylim = ylim or limits(value for line in lines for value in line.y)
-    return _svg(told, 150, draw, xlim=xlim, ylim=ylim, xlabel=x, ylabel=y)
+    return _svg(told, 150, draw, (x, y), xlim, ylim)
 
 
 def histogram(told: str, groups: Sequence[Sequence[float]], most: float, x: str, bins: int = 20) -> str:
@@ -334,7 +334,7 @@ def histogram(told: str, groups: Sequence[Sequence[float]], most: float, x: str,
             axes.stairs(share, edges, color=color, linewidth=1.5)
 
     highest = max(1.0, 1.05 * max(map(np.max, shares)))
-    return _svg(told, 150, draw, xlim=(0, most), ylim=(0, highest), xlabel=x, ylabel="share %")
+    return _svg(told, 150, draw, (x, "share %"), (0, most), (0, highest))
 
 
 def reliability_figure(told: str, stated: Sequence[float], frequency: Sequence[float], count: Sequence[int]) -> str:
@@ -347,7 +347,7 @@ def reliability_figure(told: str, stated: Sequence[float], frequency: Sequence[f
         _dots(axes, stated, frequency, COLORS[0])
         _dots(axes, [x for x, _ in few], [y for _, y in few], PAGE, size=3)
 
-    return _svg(told, 230, draw, xlim=(0, 1), ylim=(0, 1), xlabel="confidence", ylabel="right")
+    return _svg(told, 230, draw, ("confidence", "right"), (0, 1), (0, 1))
 
 
 def scatter(told: str, points: np.ndarray, classes: np.ndarray, xlim: tuple, ylim: tuple) -> str:
@@ -361,7 +361,7 @@ def scatter(told: str, points: np.ndarray, classes: np.ndarray, xlim: tuple, yli
             if label % 4 > 1:
                 _dots(axes, x, y, PAGE, 2, cap)
 
-    return _svg(told, 250, draw, xlim=xlim, ylim=ylim, xlabel="first component", ylabel="second component")
+    return _svg(told, 250, draw, ("first component", "second component"), xlim, ylim)
 
 
 def _dots(axes, x: Sequence[float], y: Sequence[float], color: str, size: float = 6, cap: str = "round") -> None:
@@ -380,7 +380,7 @@ WIDTH = 320
 _NUMBER = re.compile(r"-?\d+\.\d+")
 
 
-@functools.lru_cache(maxsize=None)
+@functools.cache
 def _page_axes(height: int) -> tuple:
     """Axes of a figure of the page, kept because they take longer to make than to draw."""
     from matplotlib.figure import Figure
@@ -394,22 +394,26 @@ def _page_axes(height: int) -> tuple:
     axes.grid(axis="y", color=RULE, linewidth=1)
     axes.set_axisbelow(True)
     axes.tick_params(length=0, labelsize=11)
-    for axis, count in ((axes.xaxis, 4), (axes.yaxis, 3 if height < 200 else 5)):
-        axis.label.set_size(11)
+    for axis, count, middle in (
+        (axes.xaxis, 4, (0.5, -18 / (height - 44))),
+        (axes.yaxis, 3 if height < 200 else 5, (-44 / (WIDTH - 64), 0.5)),
+    ):
+        axis.label.set(size=11, parse_math=False)
+        # A fixed place spares matplotlib to measure every number on the axis.
+        axis.set_label_coords(*middle)
         axis.get_major_locator().set_params(nbins=count + 1, steps=[1, 2, 2.5, 5, 10])
         axis.set_major_formatter("{x:g}")
     return figure, axes
 
 
-def _svg(told: str, height: int, draw: Callable, **settings) -> str:
+def _svg(told: str, height: int, draw: Callable, names: tuple[str, str], xlim: tuple, ylim: tuple) -> str:
     """Draw into the page's axes and give the marks of the figure alone, in colors of the page's style sheet."""
     import matplotlib
     from matplotlib.backends.backend_svg import FigureCanvasSVG
 
     figure, axes = _page_axes(height)
-    axes.set(**settings)
+    axes.set(xlim=xlim, ylim=ylim, xlabel=printable(names[0]), ylabel=printable(names[1]))
     draw(axes)
-    _as_names(figure)
     for artist in (drawn := [*axes.lines, *axes.patches]):
         artist.set_clip_on(False)
     buffer = io.StringIO()
@@ -417,9 +421,7 @@ def _svg(told: str, height: int, draw: Callable, **settings) -> str:
         FigureCanvasSVG(figure).print_svg(buffer)
     for artist in drawn:
         artist.remove()
-    svg = ElementTree.Element(
-        "svg", {"viewBox": f"0 0 {WIDTH} {height}", "role": "img", "aria-label": printable(told)}
-    )
+    svg = ElementTree.Element("svg", {"viewBox": f"0 0 {WIDTH} {height}", "role": "img", "aria-label": printable(told)})
     marks = map(_mark, ElementTree.fromstring(buffer.getvalue()).iter())
     svg.extend(mark for mark in marks if mark is not None)
     return ElementTree.tostring(svg, encoding="unicode")

@@ -124,12 +124,16 @@ def _page(records: Sequence[Mapping], **shown) -> str:
     script = (FOLDER / "sort.js").read_text(encoding="utf-8")
     digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
     blank = {"protocol": "", "note": "", "sections": [], "transfers": []}
-    return environment().get_template("report.html").render(
-        **{**blank, **shown},
-        conditions=_conditions(records),
-        made_from=many(len(records), "method run"),
-        script=script,
-        script_hash=f"sha256-{digest}",
+    return (
+        environment()
+        .get_template("report.html")
+        .render(
+            **{**blank, **shown},
+            conditions=_conditions(records),
+            made_from=many(len(records), "method run"),
+            script=script,
+            script_hash=f"sha256-{digest}",
+        )
     )
 
 

@@ -173,9 +173,7 @@ def _training(case: Case) -> Section | None:
         figures += [Drawn(name, parts)] if parts else []
     if not figures:
         return None
-    return Section(
-        "Training", {"figures": figures, "scored": any(accuracy.values()), "several": len(case.runs) > 1}
-    )
+    return Section("Training", {"figures": figures, "scored": any(accuracy.values()), "several": len(case.runs) > 1})
 
 
 def _accuracy(outcome: Outcome) -> Line | None:

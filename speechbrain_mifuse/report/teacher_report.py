@@ -132,8 +132,10 @@ def write_teacher_report(
     if reference is not None:
         figures.append("teacher_calibration.png")
         plot_calibration(folder / figures[2], {name: row["calibration"] for name, row in found["classes"].items()})
-    text = environment().get_template("teacher.md").render(
-        about=about, figures=figures, tables=_tables(found), percent=_percent, median=_median, **found
+    text = (
+        environment()
+        .get_template("teacher.md")
+        .render(about=about, figures=figures, tables=_tables(found), percent=_percent, median=_median, **found)
     )
     atomic_write(folder / "teacher.json", json.dumps({"about": about, **found, "code_version": __version__}, indent=1))
     atomic_write(folder / "teacher.md", text)
