@@ -43,12 +43,11 @@ def _figure(width: float, height: float):
 
 
 def _as_names(figure) -> None:
-    """Draw names as they are: dollar signs are no formula, control characters are visible."""
+    """Draw the dollar signs of a name, which are no formula."""
     from matplotlib.text import Text
 
     for text in figure.findobj(Text):
         text.set_parse_math(False)
-        text.set_text(printable(text.get_text()))
 
 
 def _save(figure, path: str | Path) -> None:

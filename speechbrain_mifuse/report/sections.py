@@ -182,7 +182,7 @@ def _accuracy(outcome: Outcome) -> Line | None:
 
 
 def _column(case: Case, method: str, name: str) -> list[Line]:
-    """A column of the training log of each seed that has numbers in it."""
+    """Give a column of the training log of each seed that has numbers in it."""
     logs = [outcome.log for outcome in case.outcomes(method)]
     return [Line(log["epoch"], log[name]) for log in logs if any(map(math.isfinite, log.get(name, ())))]
 
