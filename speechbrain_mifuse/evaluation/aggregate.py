@@ -125,31 +125,11 @@ def _reweighted(counts: np.ndarray, seed_weight: np.ndarray, speaker_weight: np.
 
 
 def bootstrap_transfers(arrays: Mapping[Transfer, np.ndarray], draws: int = 2000, seed: int = 0) -> np.ndarray:
-    """UA of each transfer in each bootstrap draw; see `bootstrap`.
+    """Give UA of each transfer in each bootstrap draw, `[transfers, draws, methods]` in [0, 1]; see `bootstrap`.
 
     Transfers to one corpus are tested on the same people, who are drawn once for all of them; so are the seeds. The
     transfers themselves are fixed: the interval speaks of other speakers and seeds on these corpora, not of other
     corpora.
-
-    Parameters
-    ----------
-    arrays : mapping
-        As `transfer_counts` gives.
-    draws : int
-        Bootstrap samples.
-    seed : int
-        Of the draws.
-
-    Returns
-    -------
-    numpy.ndarray
-        `[transfers, draws, methods]`, in [0, 1].
-
-    Example
-    -------
-    >>> perfect = np.array([[[[[2, 0, 0], [0, 2, 0]]] * 3]])
-    >>> bootstrap_transfers({("a", "b", "c"): perfect}, draws=4).shape
-    (1, 4, 1)
     """
     generator = np.random.default_rng(seed)
     seeds = next(iter(arrays.values())).shape[1]  # the same in all
@@ -288,22 +268,6 @@ def transfer_table(comparison: Comparison) -> Table:
     """UA of each transfer: mean ± standard deviation over seeds, then mean, its interval, share of the way to labels.
 
     Bold is the highest of the methods that use no labels.
-
-    Parameters
-    ----------
-    comparison : Comparison
-        Methods, transfers, seeds.
-
-    Returns
-    -------
-    Table
-        A row for each method.
-
-    Example
-    -------
-    >>> record = dict(source="a", target="b", teacher="c", method="m", seed=1, by_speaker={"s": [[3, 1, 0], [0, 2, 0]]})
-    >>> print(transfer_table(Comparison([record], ["m"])).rows[0])
-    ['m', '**87.5** ± 0.0', '**87.5**', '87.5 to 87.5']
     """
     methods, gaps = comparison.methods, [comparison.gap_closed(name) for name in comparison.methods]
     with_gap = any(gap is not None for gap in gaps)

@@ -12,6 +12,7 @@ import torch
 
 from speechbrain_mifuse.adaptation.selection import criteria
 from speechbrain_mifuse.adaptation.uncertainty import entropy
+from speechbrain_mifuse.evaluation.aggregate import Table
 from speechbrain_mifuse.evaluation.metrics import kappa
 from speechbrain_mifuse.utils.texts import markdown
 
@@ -52,28 +53,10 @@ def scored(verdict: Mapping, accuracy: Mapping[str, float]) -> dict:
 
 
 def judge(student: torch.Tensor, source: torch.Tensor, teacher: torch.Tensor, labels: Sequence[str]) -> dict:
-    """Compare a student with both of its teachers on recordings without labels.
+    """Compare a student with both of its teachers on recordings without labels: figures, warnings, a caveat.
 
-    Parameters
-    ----------
-    student, source, teacher : torch.Tensor
-        `[N, C]`, probabilities after adaptation, before it, and of the language model (mean of its answers; an all-zero
-        row is no answer).
-    labels : sequence of str
-        Class names.
-
-    Returns
-    -------
-    dict
-        Of JSON's types: `figures`, `warnings` (sentences) and `caveat`. Shares are in [0, 1]; agreement with chance
-        taken out is Cohen's kappa; `snd`, `information_maximisation` and `entropy` are those of the recipes' results.
-
-    Example
-    -------
-    >>> source = torch.eye(4).repeat(20, 1) * 0.7 + 0.075
-    >>> found = judge(torch.tensor([[0.9, 0.1, 0.0, 0.0]]).repeat(80, 1), source, source, ["a", "b", "c", "d"])
-    >>> print(found["warnings"][-1])
-    100 % of the recordings are 'a' for the student: it may have collapsed to one class.
+    The probabilities `[N, C]` are those after adaptation, before it, and of the language model (mean of its answers; an
+    all-zero row is no answer). Shares are in [0, 1]; agreement with chance taken out is Cohen's kappa.
     """
     said = teacher.sum(1) > 0
     chosen = {"student": student.argmax(1), "source": source.argmax(1), "teacher": teacher.argmax(1)}
@@ -167,6 +150,7 @@ def told(verdict: Mapping) -> str:
     """Put a verdict into words."""
     figures, found = verdict["figures"], verdict["warnings"]
     agreement, by = figures["agreement"], figures["class_shares"]
+    rows = [[who, *(f"{100 * share:.0f} %" for share in row.values())] for who, row in by.items()]
     lines = [
         "# Signs without labels",
         "",
@@ -175,10 +159,7 @@ def told(verdict: Mapping) -> str:
         f"Agreement beyond chance (kappa): student with source {agreement['student_source']:.2f}, student with teacher "
         f"{agreement['student_teacher']:.2f}, source with teacher {agreement['source_teacher']:.2f}.",
         "",
-        f"| share of | {' | '.join(map(markdown, by['student']))} |",
-        f"|---|{'---|' * len(by['student'])}",
-        *(f"| {who} | {' | '.join(f'{100 * share:.0f} %' for share in row.values())} |" for who, row in by.items()),
-        "",
+        Table(["share of", *by["student"]], rows).markdown(),
         "Signs that something went wrong:" if found else "No warning sign. That is no proof that it helped.",
         *(f"- {markdown(line)}" for line in found),
         "",
