@@ -94,10 +94,9 @@ def _agree(transfer: Transfer, records: Sequence[Mapping]) -> None:
 
 def recalls_to_accuracy(hits: np.ndarray, total: np.ndarray) -> np.ndarray:
     """Mean recall over the classes that occur."""
-    occurs = total > 0
-    recalls = hits / np.maximum(total, 1)
+    recalls = np.where(total > 0, hits / np.maximum(total, 1), 0.0)
     with np.errstate(invalid="ignore"):
-        return np.where(occurs, recalls, 0.0).sum(-1) / occurs.sum(-1)
+        return recalls.sum(-1) / (total > 0).sum(-1)
 
 
 def unweighted_accuracy(counts: np.ndarray) -> np.ndarray:
@@ -108,8 +107,8 @@ def unweighted_accuracy(counts: np.ndarray) -> np.ndarray:
 def bootstrap(counts: np.ndarray, generator: np.random.Generator, draws: int = 2000) -> np.ndarray:
     """Draw test speakers and seeds of one transfer with replacement; the mean UA over the seeds of each draw."""
     seeds, speakers = counts.shape[1:3]
-    # Arguments are drawn from left to right.
-    return _reweighted(counts, _weights(generator, seeds, draws), _weights(generator, speakers, draws))
+    seed_weight = _weights(generator, seeds, draws)
+    return _reweighted(counts, seed_weight, _weights(generator, speakers, draws))
 
 
 def _weights(generator: np.random.Generator, count: int, draws: int) -> np.ndarray:
@@ -132,9 +131,9 @@ def bootstrap_transfers(arrays: Mapping[Transfer, np.ndarray], draws: int = 2000
     corpora.
     """
     generator = np.random.default_rng(seed)
-    seeds = next(iter(arrays.values())).shape[1]  # the same in all
-    seed_weight, people = _weights(generator, seeds, draws), {}
-    found = []
+    # All transfers have the same number of seeds.
+    seed_weight = _weights(generator, next(iter(arrays.values())).shape[1], draws)
+    people, found = {}, []
     for (_, target, _), counts in arrays.items():
         speakers = counts.shape[2]
         if (target, speakers) not in people:
@@ -174,6 +173,11 @@ class Comparison:
         """Seeds, ascending."""
         return sorted({record["seed"] for record in self.records})
 
+    @property
+    def ddof(self) -> int:
+        """Degrees of freedom that the mean takes from the deviation over seeds; one seed deviates by 0."""
+        return min(1, len(self.seeds) - 1)
+
     @cached_property
     def accuracy(self) -> np.ndarray:
         """UA in percent, `[transfers, methods, seeds]`."""
@@ -201,8 +205,8 @@ class Comparison:
 
     @property
     def best_baseline(self) -> str | None:
-        """Method with the highest mean among those that are neither ours nor a bound; `None` without any."""
-        rivals = [name for name in self.methods if is_baseline(name)]
+        """Method with the highest mean of those that are no bound and no form of MI-Fuse; `None` without any."""
+        rivals = [name for name in self.methods if name not in (LOWER, UPPER) and not name.startswith("mi_fuse")]
         return max(rivals, key=lambda name: self.means[self.methods.index(name)], default=None)
 
     def gap_closed(self, method: str) -> float | None:
@@ -218,11 +222,6 @@ class Comparison:
         drawn = self.draws.mean(0)
         low, high = np.percentile(drawn[:, row] - drawn[:, column], [2.5, 97.5])
         return self.means[row] - self.means[column], low, high
-
-
-def is_baseline(method: str) -> bool:
-    """Tell whether a method is another's: neither a form of MI-Fuse or its control, nor a bound."""
-    return method not in (LOWER, UPPER) and not method.startswith("mi_fuse")
 
 
 @dataclass(frozen=True)
@@ -260,10 +259,6 @@ def _latex_cell(cell: str) -> str:
     return _BOLD.sub(r"\\textbf{\1}", cell)
 
 
-def _spread(values: np.ndarray) -> float:
-    return float(values.std(ddof=1)) if len(values) > 1 else 0.0
-
-
 def transfer_table(comparison: Comparison) -> Table:
     """UA of each transfer: mean ± standard deviation over seeds, then mean, its interval, share of the way to labels.
 
@@ -273,15 +268,13 @@ def transfer_table(comparison: Comparison) -> Table:
     with_gap = any(gap is not None for gap in gaps)
     head = ["UA %", *comparison.transfers, "mean", "95 % interval", *(["of the way to oracle"] if with_gap else [])]
     columns = comparison.grid.T  # [transfers + 1, methods]
-    blind = [place for place, name in enumerate(methods) if name != UPPER]
-    rounded = np.round(columns, 1)
-    bold = rounded == rounded[:, blind].max(1, keepdims=True, initial=-np.inf)
-    bold[:, [place for place in range(len(methods)) if place not in blind]] = False
+    blind, rounded = np.array([name != UPPER for name in methods]), np.round(columns, 1)
+    bold = blind & (rounded == rounded[:, blind].max(1, keepdims=True, initial=-np.inf))
     bounds = np.percentile(comparison.draws.mean(0), [2.5, 97.5], axis=0)
     rows = []
     for place, name in enumerate(methods):
         shown = [f"**{v:.1f}**" if b else f"{v:.1f}" for v, b in zip(columns[:, place], bold[:, place], strict=True)]
-        spread = [_spread(values) for values in comparison.accuracy[:, place]]
+        spread = comparison.accuracy[:, place].std(1, ddof=comparison.ddof)
         cells = [f"{text} ± {sd:.1f}" for text, sd in zip(shown[:-1], spread, strict=True)]
         gap = [f"{gaps[place]:.0f} %"] if with_gap else []
         rows.append([name, *cells, shown[-1], f"{bounds[0, place]:.1f} to {bounds[1, place]:.1f}", *gap])
@@ -318,17 +311,14 @@ def seed_table(comparison: Comparison) -> Table:
         values = np.vstack([values, values.mean(0)])
         for column, seed in enumerate(comparison.seeds):
             rows.append([name if column == 0 else "", str(seed), *(f"{v:.1f}" for v in values[:, column])])
-        rows.append(["", "mean ± sd", *(f"**{v.mean():.1f}** ± {_spread(v):.1f}" for v in values)])
+        rows.append(["", "mean ± sd", *(f"**{v.mean():.1f}** ± {v.std(ddof=comparison.ddof):.1f}" for v in values)])
     return Table(["UA %", "seed", *comparison.transfers, "average"], rows)
 
 
 def interval_table(comparison: Comparison) -> Table:
     """95 % interval of each transfer's UA."""
-    low, high = comparison.intervals
-    rows = [
-        [name, *(f"{a:.1f} to {b:.1f}" for a, b in zip(low[:, place], high[:, place], strict=True))]
-        for place, name in enumerate(comparison.methods)
-    ]
+    by_method = zip(comparison.methods, comparison.intervals.transpose(2, 1, 0), strict=True)
+    rows = [[name, *(f"{low:.1f} to {high:.1f}" for low, high in bounds)] for name, bounds in by_method]
     return Table(["95 % interval of UA %", *comparison.transfers], rows)
 
 
