@@ -173,11 +173,6 @@ class Comparison:
         """Seeds, ascending."""
         return sorted({record["seed"] for record in self.records})
 
-    @property
-    def ddof(self) -> int:
-        """Degrees of freedom that the mean takes from the deviation over seeds; one seed deviates by 0."""
-        return min(1, len(self.seeds) - 1)
-
     @cached_property
     def accuracy(self) -> np.ndarray:
         """UA in percent, `[transfers, methods, seeds]`."""
@@ -271,10 +266,11 @@ def transfer_table(comparison: Comparison) -> Table:
     blind, rounded = np.array([name != UPPER for name in methods]), np.round(columns, 1)
     bold = blind & (rounded == rounded[:, blind].max(1, keepdims=True, initial=-np.inf))
     bounds = np.percentile(comparison.draws.mean(0), [2.5, 97.5], axis=0)
+    ddof = min(1, len(comparison.seeds) - 1)
     rows = []
     for place, name in enumerate(methods):
         shown = [f"**{v:.1f}**" if b else f"{v:.1f}" for v, b in zip(columns[:, place], bold[:, place], strict=True)]
-        spread = comparison.accuracy[:, place].std(1, ddof=comparison.ddof)
+        spread = comparison.accuracy[:, place].std(1, ddof=ddof)
         cells = [f"{text} ± {sd:.1f}" for text, sd in zip(shown[:-1], spread, strict=True)]
         gap = [f"{gaps[place]:.0f} %"] if with_gap else []
         rows.append([name, *cells, shown[-1], f"{bounds[0, place]:.1f} to {bounds[1, place]:.1f}", *gap])
@@ -305,13 +301,13 @@ def signed(value: float, low: float, high: float) -> str:
 
 def seed_table(comparison: Comparison) -> Table:
     """UA of each seed on each transfer with the average, then mean and standard deviation over the seeds."""
-    rows = []
+    rows, ddof = [], min(1, len(comparison.seeds) - 1)
     for place, name in enumerate(comparison.methods):
         values = comparison.accuracy[:, place]  # [transfers, seeds]
         values = np.vstack([values, values.mean(0)])
         for column, seed in enumerate(comparison.seeds):
             rows.append([name if column == 0 else "", str(seed), *(f"{v:.1f}" for v in values[:, column])])
-        rows.append(["", "mean ± sd", *(f"**{v.mean():.1f}** ± {v.std(ddof=comparison.ddof):.1f}" for v in values)])
+        rows.append(["", "mean ± sd", *(f"**{v.mean():.1f}** ± {v.std(ddof=ddof):.1f}" for v in values)])
     return Table(["UA %", "seed", *comparison.transfers, "average"], rows)
 
 
