@@ -97,20 +97,19 @@ def plot_confusion(path: str | Path, counts: torch.Tensor, labels: Sequence[str]
 
 
 def plot_grid(
-    path: str | Path,
-    values: np.ndarray,
-    rows: Sequence[str],
-    columns: Sequence[str],
-    title: str,
-    size: tuple[float, float] = (0.9, 0.6),
-):
-    """Draw a table of numbers, each cell shaded by its value."""
-    figure = _figure(2 + size[0] * len(columns), 1.4 + size[1] * len(rows))
+    path: str | Path, values: np.ndarray, rows: Sequence[str], columns: Sequence[str], title: str, mean: bool = False
+) -> None:
+    """Draw a table of numbers, each cell shaded by its value; the last column may be the mean of the others."""
+    width, height = (0.95, 0.36) if mean else (0.9, 0.6)
+    figure = _figure(2.4 + width * len(columns), 1.4 + height * len(rows))
     axes = figure.add_subplot()
     image = axes.imshow(values, cmap="cividis", aspect="auto")
     for (row, column), value in np.ndenumerate(values):
-        color = "black" if image.norm(value) > 0.5 else "white"
-        axes.text(column, row, f"{value:.1f}", ha="center", va="center", color=color, fontsize=9)
+        style = {"color": "white" if image.norm(value) < 0.5 else "black", "fontsize": 9}
+        style["weight"] = "bold" if mean and column == len(columns) - 1 else "normal"
+        axes.text(column, row, f"{value:.1f}", ha="center", va="center", **style)
+    if mean:
+        axes.axvline(len(columns) - 1.5, color="white", linewidth=4)
     axes.set_xticks(range(len(columns)), columns, fontsize=9)
     axes.set_yticks(range(len(rows)), rows, fontsize=9)
     axes.tick_params(length=0)
@@ -122,7 +121,7 @@ def plot_heatmap(path: str | Path, comparison: Comparison) -> None:
     """Draw UA of every method on every transfer, and the mean in the last column."""
     columns = [*(name.replace(" to ", " to\n") for name in comparison.transfers), "mean"]
     title = f"UA %, mean over {len(comparison.seeds)} seeds"
-    plot_grid(path, comparison.grid, comparison.methods, columns, title, size=(0.95, 0.36))
+    plot_grid(path, comparison.grid, comparison.methods, columns, title, mean=True)
 
 
 def plot_transfers(path: str | Path, comparison: Comparison, methods: Sequence[str]) -> None:
