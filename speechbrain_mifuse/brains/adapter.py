@@ -32,7 +32,7 @@ from speechbrain_mifuse.nnet.block_masking import draw_masks
 from speechbrain_mifuse.nnet.ema import ema_copy, linear_decay
 from speechbrain_mifuse.nnet.model_folder import ABOUT
 from speechbrain_mifuse.nnet.statistical_attentive_pooling import frame_mask
-from speechbrain_mifuse.report.adapter_plots import plot_codebook, plot_layer_weights
+from speechbrain_mifuse.report.figures import plot_codebook, plot_layer_weights
 from speechbrain_mifuse.utils.errors import UserError
 from speechbrain_mifuse.utils.files import file_digest
 

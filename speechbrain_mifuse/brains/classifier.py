@@ -16,8 +16,7 @@ from speechbrain.utils.seed import seed_everything
 from torch.nn import functional as F
 
 from speechbrain_mifuse.brains.training import ResumableBrain, WholeCheckpointer, fit, require_trainable, same_settings
-from speechbrain_mifuse.evaluation.intervals import speaker_bootstrap
-from speechbrain_mifuse.evaluation.metrics import scores
+from speechbrain_mifuse.evaluation.metrics import scores, speaker_bootstrap
 from speechbrain_mifuse.evaluation.results import counts_by_speaker
 from speechbrain_mifuse.features.dataset import encoded_rows, frame_batches, label_index
 from speechbrain_mifuse.inference.recognizer_folder import export_recogniser

@@ -94,10 +94,9 @@ def _agree(transfer: Transfer, records: Sequence[Mapping]) -> None:
 
 def recalls_to_accuracy(hits: np.ndarray, total: np.ndarray) -> np.ndarray:
     """Mean recall over the classes that occur."""
-    occurs = total > 0
-    recalls = hits / np.maximum(total, 1)
+    recalls = np.where(total > 0, hits / np.maximum(total, 1), 0.0)
     with np.errstate(invalid="ignore"):
-        return np.where(occurs, recalls, 0.0).sum(-1) / occurs.sum(-1)
+        return recalls.sum(-1) / (total > 0).sum(-1)
 
 
 def unweighted_accuracy(counts: np.ndarray) -> np.ndarray:
@@ -108,8 +107,8 @@ def unweighted_accuracy(counts: np.ndarray) -> np.ndarray:
 def bootstrap(counts: np.ndarray, generator: np.random.Generator, draws: int = 2000) -> np.ndarray:
     """Draw test speakers and seeds of one transfer with replacement; the mean UA over the seeds of each draw."""
     seeds, speakers = counts.shape[1:3]
-    # Arguments are drawn from left to right.
-    return _reweighted(counts, _weights(generator, seeds, draws), _weights(generator, speakers, draws))
+    seed_weight = _weights(generator, seeds, draws)
+    return _reweighted(counts, seed_weight, _weights(generator, speakers, draws))
 
 
 def _weights(generator: np.random.Generator, count: int, draws: int) -> np.ndarray:
@@ -125,36 +124,16 @@ def _reweighted(counts: np.ndarray, seed_weight: np.ndarray, speaker_weight: np.
 
 
 def bootstrap_transfers(arrays: Mapping[Transfer, np.ndarray], draws: int = 2000, seed: int = 0) -> np.ndarray:
-    """UA of each transfer in each bootstrap draw; see `bootstrap`.
+    """Give UA of each transfer in each bootstrap draw, `[transfers, draws, methods]` in [0, 1]; see `bootstrap`.
 
     Transfers to one corpus are tested on the same people, who are drawn once for all of them; so are the seeds. The
     transfers themselves are fixed: the interval speaks of other speakers and seeds on these corpora, not of other
     corpora.
-
-    Parameters
-    ----------
-    arrays : mapping
-        As `transfer_counts` gives.
-    draws : int
-        Bootstrap samples.
-    seed : int
-        Of the draws.
-
-    Returns
-    -------
-    numpy.ndarray
-        `[transfers, draws, methods]`, in [0, 1].
-
-    Example
-    -------
-    >>> perfect = np.array([[[[[2, 0, 0], [0, 2, 0]]] * 3]])
-    >>> bootstrap_transfers({("a", "b", "c"): perfect}, draws=4).shape
-    (1, 4, 1)
     """
     generator = np.random.default_rng(seed)
-    seeds = next(iter(arrays.values())).shape[1]  # the same in all
-    seed_weight, people = _weights(generator, seeds, draws), {}
-    found = []
+    # All transfers have the same number of seeds.
+    seed_weight = _weights(generator, next(iter(arrays.values())).shape[1], draws)
+    people, found = {}, []
     for (_, target, _), counts in arrays.items():
         speakers = counts.shape[2]
         if (target, speakers) not in people:
@@ -204,6 +183,11 @@ class Comparison:
         """UA in percent over transfers and seeds, `[methods]`."""
         return self.accuracy.mean((0, 2))
 
+    @property
+    def grid(self) -> np.ndarray:
+        """UA in percent, `[methods, transfers + 1]`: mean over the seeds, then over the transfers too."""
+        return np.column_stack([self.accuracy.mean(2).T, self.means])
+
     @cached_property
     def draws(self) -> np.ndarray:
         """Bootstrap draws of UA in percent, `[transfers, draws, methods]`."""
@@ -216,8 +200,8 @@ class Comparison:
 
     @property
     def best_baseline(self) -> str | None:
-        """Method with the highest mean among those that are neither ours nor a bound; `None` without any."""
-        rivals = [name for name in self.methods if is_baseline(name)]
+        """Method with the highest mean of those that are no bound and no form of MI-Fuse; `None` without any."""
+        rivals = [name for name in self.methods if name not in (LOWER, UPPER) and not name.startswith("mi_fuse")]
         return max(rivals, key=lambda name: self.means[self.methods.index(name)], default=None)
 
     def gap_closed(self, method: str) -> float | None:
@@ -233,11 +217,6 @@ class Comparison:
         drawn = self.draws.mean(0)
         low, high = np.percentile(drawn[:, row] - drawn[:, column], [2.5, 97.5])
         return self.means[row] - self.means[column], low, high
-
-
-def is_baseline(method: str) -> bool:
-    """Tell whether a method is another's: neither a form of MI-Fuse or its control, nor a bound."""
-    return method not in (LOWER, UPPER) and not method.startswith("mi_fuse")
 
 
 @dataclass(frozen=True)
@@ -275,44 +254,23 @@ def _latex_cell(cell: str) -> str:
     return _BOLD.sub(r"\\textbf{\1}", cell)
 
 
-def _spread(values: np.ndarray) -> float:
-    return float(values.std(ddof=1)) if len(values) > 1 else 0.0
-
-
 def transfer_table(comparison: Comparison) -> Table:
     """UA of each transfer: mean ± standard deviation over seeds, then mean, its interval, share of the way to labels.
 
     Bold is the highest of the methods that use no labels.
-
-    Parameters
-    ----------
-    comparison : Comparison
-        Methods, transfers, seeds.
-
-    Returns
-    -------
-    Table
-        A row for each method.
-
-    Example
-    -------
-    >>> record = dict(source="a", target="b", teacher="c", method="m", seed=1, by_speaker={"s": [[3, 1, 0], [0, 2, 0]]})
-    >>> print(transfer_table(Comparison([record], ["m"])).rows[0])
-    ['m', '**87.5** ± 0.0', '**87.5**', '87.5 to 87.5']
     """
     methods, gaps = comparison.methods, [comparison.gap_closed(name) for name in comparison.methods]
     with_gap = any(gap is not None for gap in gaps)
     head = ["UA %", *comparison.transfers, "mean", "95 % interval", *(["of the way to oracle"] if with_gap else [])]
-    columns = np.vstack([comparison.accuracy.mean(2), comparison.means])  # [transfers + 1, methods]
-    blind = [place for place, name in enumerate(methods) if name != UPPER]
-    rounded = np.round(columns, 1)
-    bold = rounded == rounded[:, blind].max(1, keepdims=True, initial=-np.inf)
-    bold[:, [place for place in range(len(methods)) if place not in blind]] = False
+    columns = comparison.grid.T  # [transfers + 1, methods]
+    blind, rounded = np.array([name != UPPER for name in methods]), np.round(columns, 1)
+    bold = blind & (rounded == rounded[:, blind].max(1, keepdims=True, initial=-np.inf))
     bounds = np.percentile(comparison.draws.mean(0), [2.5, 97.5], axis=0)
+    ddof = min(1, len(comparison.seeds) - 1)
     rows = []
     for place, name in enumerate(methods):
         shown = [f"**{v:.1f}**" if b else f"{v:.1f}" for v, b in zip(columns[:, place], bold[:, place], strict=True)]
-        spread = [_spread(values) for values in comparison.accuracy[:, place]]
+        spread = comparison.accuracy[:, place].std(1, ddof=ddof)
         cells = [f"{text} ± {sd:.1f}" for text, sd in zip(shown[:-1], spread, strict=True)]
         gap = [f"{gaps[place]:.0f} %"] if with_gap else []
         rows.append([name, *cells, shown[-1], f"{bounds[0, place]:.1f} to {bounds[1, place]:.1f}", *gap])
@@ -343,23 +301,20 @@ def signed(value: float, low: float, high: float) -> str:
 
 def seed_table(comparison: Comparison) -> Table:
     """UA of each seed on each transfer with the average, then mean and standard deviation over the seeds."""
-    rows = []
+    rows, ddof = [], min(1, len(comparison.seeds) - 1)
     for place, name in enumerate(comparison.methods):
         values = comparison.accuracy[:, place]  # [transfers, seeds]
         values = np.vstack([values, values.mean(0)])
         for column, seed in enumerate(comparison.seeds):
             rows.append([name if column == 0 else "", str(seed), *(f"{v:.1f}" for v in values[:, column])])
-        rows.append(["", "mean ± sd", *(f"**{v.mean():.1f}** ± {_spread(v):.1f}" for v in values)])
+        rows.append(["", "mean ± sd", *(f"**{v.mean():.1f}** ± {v.std(ddof=ddof):.1f}" for v in values)])
     return Table(["UA %", "seed", *comparison.transfers, "average"], rows)
 
 
 def interval_table(comparison: Comparison) -> Table:
     """95 % interval of each transfer's UA."""
-    low, high = comparison.intervals
-    rows = [
-        [name, *(f"{a:.1f} to {b:.1f}" for a, b in zip(low[:, place], high[:, place], strict=True))]
-        for place, name in enumerate(comparison.methods)
-    ]
+    by_method = zip(comparison.methods, comparison.intervals.transpose(2, 1, 0), strict=True)
+    rows = [[name, *(f"{low:.1f} to {high:.1f}" for low, high in bounds)] for name, bounds in by_method]
     return Table(["95 % interval of UA %", *comparison.transfers], rows)
 
 
@@ -371,25 +326,25 @@ def protocol(comparison: Comparison, teacher: str = "") -> str:
     unknown = {r["target"]: r.get("test_recordings_without_speaker", 0) for r in records}
     sizes = {r["target"]: (adapted[r["target"]], r["n_test"], r["test_speakers"]) for r in records}
     told = "; ".join(
-        f"{t}: {a} to adapt, {n} to test of {_many(s, 'speaker')}"
-        + f" and {_many(unknown[t], 'recording')} without a known speaker" * (unknown[t] > 0)
+        f"{t}: {a} to adapt, {n} to test of {many(s, 'speaker')}"
+        + f" and {many(unknown[t], 'recording')} without a known speaker" * (unknown[t] > 0)
         for t, (a, n, s) in sorted(sizes.items())
     )
     copies = sorted({f"{r['target']}: {r['target_copy']}" for r in records if r.get("target_copy")})
-    norms = _distinct(r.get("speaker_norm", "none") for r in records)
+    norms = distinct(r.get("speaker_norm", "none") for r in records)
     teachers = "; ".join(f"{name}: {t[2]}" for name, t in zip(comparison.transfers, comparison.counts, strict=True))
     best = comparison.best_baseline
     parts = [
-        f"UA in percent, mean ± standard deviation over {_many(len(comparison.seeds), 'seed')}.",
-        f"{_distinct(len(r['labels']) for r in records)} classes, speaker-independent"
+        f"UA in percent, mean ± standard deviation over {many(len(comparison.seeds), 'seed')}.",
+        f"{distinct(len(r['labels']) for r in records)} classes, speaker-independent"
         f"{' as far as speakers are known' if any(unknown.values()) else ''}: {told}.",
         f"{'; '.join(copies)}." if copies else "",
         f"API teacher, one for all seeds ({teachers}){': ' + teacher if teacher else ''}.",
-        f"Encoder: {_distinct(r['encoder'] for r in records)}.",
-        f"Selection: {_distinct(r['selection'] for r in trained or records)}.",
-        f"{_distinct(r['steps'] for r in trained)} steps," if trained else "",
-        f"lambda {_distinct(r['diversity_weight'] for r in records)}, "
-        f"tau {_distinct(r['temperature'] for r in records)}.",
+        f"Encoder: {distinct(r['encoder'] for r in records)}.",
+        f"Selection: {distinct(r['selection'] for r in trained or records)}.",
+        f"{distinct(r['steps'] for r in trained)} steps," if trained else "",
+        f"lambda {distinct(r['diversity_weight'] for r in records)}, "
+        f"tau {distinct(r['temperature'] for r in records)}.",
         f"Speaker normalisation: {norms}." if norms != "none" else "",
         "Intervals: bootstrap over test speakers and seeds, transfers fixed; transfers to one corpus share its "
         "speakers; differences are paired.",
@@ -399,14 +354,16 @@ def protocol(comparison: Comparison, teacher: str = "") -> str:
         f"Best baseline: {best}, of all that is neither MI-Fuse nor a bound, by its mean on these test sets."
         if best
         else "",
-        f"Code {_distinct(r['code_version'] for r in records)}.",
+        f"Code {distinct(r['code_version'] for r in records)}.",
     ]
     return " ".join(part for part in parts if part)
 
 
-def _distinct(values: Iterable) -> str:
-    return " or ".join(dict.fromkeys(map(str, values)))
+def distinct(values: Iterable, between: str = " or ") -> str:
+    """List the different values."""
+    return between.join(dict.fromkeys(map(str, values)))
 
 
-def _many(number: int, noun: str) -> str:
+def many(number: int, noun: str) -> str:
+    """Count things."""
     return f"{number} {noun}" + "s" * (number != 1)

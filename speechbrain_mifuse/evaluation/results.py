@@ -9,8 +9,8 @@ from pathlib import Path
 import torch
 
 from speechbrain_mifuse.corpora.manifest import known_speakers, read_manifest, recordings_without_speaker
-from speechbrain_mifuse.evaluation.intervals import speaker_bootstrap, speaker_counts
-from speechbrain_mifuse.evaluation.metrics import scores_of
+from speechbrain_mifuse.evaluation.aggregate import Table
+from speechbrain_mifuse.evaluation.metrics import scores_of, speaker_bootstrap, speaker_counts
 from speechbrain_mifuse.features.dataset import label_index
 from speechbrain_mifuse.utils.files import atomic_write
 from speechbrain_mifuse.utils.texts import markdown
@@ -110,18 +110,15 @@ def side_by_side(folder: str | Path, order: Sequence[str]) -> str:
         f"# {markdown(first['source'])} to {markdown(first['target'])}, teacher {markdown(first['teacher'])}, "
         f"seed {first['seed']}",
         "",
-        "| method | UA % | 95 % interval | WA % | macro-F1 % |",
-        "|---|---|---|---|---|",
+        Table(["method", "UA %", "95 % interval", "WA %", "macro-F1 %"], list(map(_row, records))).markdown(),
     ]
-    lines += [f"| {markdown(record['method'])} | {' | '.join(cells(record))} |" for record in records]
     adapted = max(record["n_train"] for record in records)
     selection = "; ".join(dict.fromkeys(record["selection"] for record in records))
     lines += [
-        "",
         markdown(
             f"Protocol: {first['protocol']}. Adapted on {adapted} utterances, tested on {first['n_test']}. "
             f"Selection: {selection}. Encoder: {first['encoder']}. "
-            f"{interval_told(first)}Code {first['code_version']}."
+            f"{_interval_told(first)}Code {first['code_version']}."
         ),
         "",
     ]
@@ -130,7 +127,7 @@ def side_by_side(folder: str | Path, order: Sequence[str]) -> str:
     return text
 
 
-def interval_told(record: Mapping) -> str:
+def _interval_told(record: Mapping) -> str:
     """Say what the interval of UA was drawn over, and what it is worth where speakers are not known."""
     if record["UA"] is None:
         return ""
@@ -140,10 +137,9 @@ def interval_told(record: Mapping) -> str:
     return f"Interval of UA: bootstrap over {' and '.join(drawn)}. "
 
 
-def cells(record: Mapping) -> list[str]:
-    """Format the scores of one method."""
+def _row(record: Mapping) -> list[str]:
     if record["UA"] is None:
-        return ["no labels, not scored", "", "", ""]
+        return [record["method"], "no labels, not scored", "", "", ""]
     low, high = (100 * bound for bound in record["ci95"])
     ua, wa, f1 = (f"{100 * record[name]:.1f}" for name in SCORES[:3])
-    return [ua, f"{low:.1f} to {high:.1f}", wa, f1]
+    return [record["method"], ua, f"{low:.1f} to {high:.1f}", wa, f1]

@@ -12,6 +12,8 @@ import torch
 
 from speechbrain_mifuse.adaptation.selection import criteria
 from speechbrain_mifuse.adaptation.uncertainty import entropy
+from speechbrain_mifuse.evaluation.aggregate import Table
+from speechbrain_mifuse.evaluation.metrics import kappa
 from speechbrain_mifuse.utils.texts import markdown
 
 # Recordings below which shares say little.
@@ -51,28 +53,10 @@ def scored(verdict: Mapping, accuracy: Mapping[str, float]) -> dict:
 
 
 def judge(student: torch.Tensor, source: torch.Tensor, teacher: torch.Tensor, labels: Sequence[str]) -> dict:
-    """Compare a student with both of its teachers on recordings without labels.
+    """Compare a student with both of its teachers on recordings without labels: figures, warnings, a caveat.
 
-    Parameters
-    ----------
-    student, source, teacher : torch.Tensor
-        `[N, C]`, probabilities after adaptation, before it, and of the language model (mean of its answers; an all-zero
-        row is no answer).
-    labels : sequence of str
-        Class names.
-
-    Returns
-    -------
-    dict
-        Of JSON's types: `figures`, `warnings` (sentences) and `caveat`. Shares are in [0, 1]; agreement with chance
-        taken out is Cohen's kappa; `snd`, `information_maximisation` and `entropy` are those of the recipes' results.
-
-    Example
-    -------
-    >>> source = torch.eye(4).repeat(20, 1) * 0.7 + 0.075
-    >>> found = judge(torch.tensor([[0.9, 0.1, 0.0, 0.0]]).repeat(80, 1), source, source, ["a", "b", "c", "d"])
-    >>> print(found["warnings"][-1])
-    100 % of the recordings are 'a' for the student: it may have collapsed to one class.
+    The probabilities `[N, C]` are those after adaptation, before it, and of the language model (mean of its answers; an
+    all-zero row is no answer). Shares are in [0, 1]; agreement with chance taken out is Cohen's kappa.
     """
     said = teacher.sum(1) > 0
     chosen = {"student": student.argmax(1), "source": source.argmax(1), "teacher": teacher.argmax(1)}
@@ -81,9 +65,9 @@ def judge(student: torch.Tensor, source: torch.Tensor, teacher: torch.Tensor, la
         "answered_by_teacher": float(said.double().mean()),
         "changed": float((chosen["student"] != chosen["source"]).double().mean()),
         "agreement": {
-            "student_source": kappa(chosen["student"], chosen["source"], len(labels)),
-            "student_teacher": kappa(chosen["student"][said], chosen["teacher"][said], len(labels)),
-            "source_teacher": kappa(chosen["source"][said], chosen["teacher"][said], len(labels)),
+            "student_source": _agreement(chosen["student"], chosen["source"], len(labels)),
+            "student_teacher": _agreement(chosen["student"][said], chosen["teacher"][said], len(labels)),
+            "source_teacher": _agreement(chosen["source"][said], chosen["teacher"][said], len(labels)),
         },
         "class_shares": {
             "student": shares(chosen["student"], labels),
@@ -151,14 +135,9 @@ def collapse(class_shares: Mapping[str, Mapping[str, float]]) -> list[str]:
     return found
 
 
-def kappa(one: torch.Tensor, other: torch.Tensor, n_classes: int) -> float:
-    """Cohen's kappa: agreement of two raters with what chance gives taken out."""
-    if len(one) == 0:
-        return 0.0
-    marginals = [torch.bincount(rater, minlength=n_classes).double() / len(one) for rater in (one, other)]
-    chance = float(marginals[0] @ marginals[1])
-    agreed = float((one == other).double().mean())
-    return 1.0 if chance == 1 else (agreed - chance) / (1 - chance)
+def _agreement(one: torch.Tensor, other: torch.Tensor, n_classes: int) -> float:
+    found = kappa(one, other, n_classes) if len(one) else 0.0
+    return 1.0 if found is None else found
 
 
 def shares(chosen: torch.Tensor, labels: Sequence[str]) -> dict[str, float]:
@@ -171,6 +150,7 @@ def told(verdict: Mapping) -> str:
     """Put a verdict into words."""
     figures, found = verdict["figures"], verdict["warnings"]
     agreement, by = figures["agreement"], figures["class_shares"]
+    rows = [[who, *(f"{100 * share:.0f} %" for share in row.values())] for who, row in by.items()]
     lines = [
         "# Signs without labels",
         "",
@@ -179,10 +159,7 @@ def told(verdict: Mapping) -> str:
         f"Agreement beyond chance (kappa): student with source {agreement['student_source']:.2f}, student with teacher "
         f"{agreement['student_teacher']:.2f}, source with teacher {agreement['source_teacher']:.2f}.",
         "",
-        f"| share of | {' | '.join(map(markdown, by['student']))} |",
-        f"|---|{'---|' * len(by['student'])}",
-        *(f"| {who} | {' | '.join(f'{100 * share:.0f} %' for share in row.values())} |" for who, row in by.items()),
-        "",
+        Table(["share of", *by["student"]], rows).markdown(),
         "Signs that something went wrong:" if found else "No warning sign. That is no proof that it helped.",
         *(f"- {markdown(line)}" for line in found),
         "",

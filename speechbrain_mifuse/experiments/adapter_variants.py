@@ -16,7 +16,7 @@ from speechbrain_mifuse.corpora.manifest import read_manifest, unlabelled
 from speechbrain_mifuse.experiments.variants import Run, fit_and_predict, found_done, shared_settings, write_record
 from speechbrain_mifuse.nnet.adapter_classifier import AdapterClassifier
 from speechbrain_mifuse.nnet.adapter_files import adapter_digest, load_adapter
-from speechbrain_mifuse.report.adapter_plots import plot_attention
+from speechbrain_mifuse.report.figures import plot_attention
 from speechbrain_mifuse.utils.audio import load_audio, trim_silence
 
 

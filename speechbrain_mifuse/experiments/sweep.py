@@ -36,8 +36,8 @@ from speechbrain_mifuse.evaluation.aggregate import (
 from speechbrain_mifuse.experiments.registry import Recipe, adaptation_recipe
 from speechbrain_mifuse.experiments.settings import check_flags
 from speechbrain_mifuse.features.extract import usable_cores
+from speechbrain_mifuse.report.figures import plot_heatmap, plot_transfers
 from speechbrain_mifuse.report.page import write_report
-from speechbrain_mifuse.report.plots import plot_heatmap, plot_transfers
 from speechbrain_mifuse.report.selection_report import selection_table
 from speechbrain_mifuse.utils.errors import UserError
 from speechbrain_mifuse.utils.files import atomic_write

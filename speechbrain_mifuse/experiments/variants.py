@@ -22,7 +22,7 @@ from speechbrain_mifuse.brains.train_log import TrainLog
 from speechbrain_mifuse.brains.training import WholeCheckpointer, fit, same_settings
 from speechbrain_mifuse.evaluation.results import evaluate
 from speechbrain_mifuse.features.dataset import frame_batches
-from speechbrain_mifuse.report.plots import plot_confusion
+from speechbrain_mifuse.report.figures import plot_confusion
 from speechbrain_mifuse.utils.errors import UserError
 from speechbrain_mifuse.utils.files import atomic_write, file_digest
 

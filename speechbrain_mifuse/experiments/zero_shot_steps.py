@@ -35,7 +35,7 @@ from speechbrain_mifuse.experiments.settings import overrides_of, read_hparams
 from speechbrain_mifuse.experiments.variants import Run
 from speechbrain_mifuse.features.extract import FrameReader
 from speechbrain_mifuse.features.front import StoredFrames
-from speechbrain_mifuse.report.plots import plot_grid
+from speechbrain_mifuse.report.figures import plot_grid
 from speechbrain_mifuse.utils.errors import UserError
 from speechbrain_mifuse.utils.files import atomic_write
 from speechbrain_mifuse.utils.texts import markdown

@@ -101,17 +101,12 @@ class Run:
 
     @property
     def manifest(self) -> Path:
-        """Of the test utterances."""
+        """Of the test utterances; a page can do without."""
         return self.folder / "manifests" / "target" / "test.json"
-
-    @property
-    def has_manifest(self) -> bool:
-        """Whether the manifest is there; a page can do without."""
-        return self.manifest.is_file()
 
     @cached_property
     def _rows(self) -> dict[str, dict]:
-        return read_manifest(self.manifest) if self.has_manifest else {}
+        return read_manifest(self.manifest) if self.manifest.is_file() else {}
 
     @cached_property
     def ids(self) -> list[str]:
@@ -193,13 +188,17 @@ class Case:
         """Give a method's outcomes, by seed."""
         return [run.outcomes[method] for run in self.runs_of(method)]
 
-    def seeds(self, method: str) -> list[int]:
-        """Seeds that a method was run with."""
-        return [outcome.record["seed"] for outcome in self.outcomes(method)]
-
     def scores(self, method: str, score: str) -> list[float]:
         """Give a score of each run, in [0, 1]."""
         return [outcome.record[score] for outcome in self.outcomes(method)]
+
+    def mean(self, method: str) -> float:
+        """Mean UA in percent."""
+        return 100 * float(np.mean(self.scores(method, "UA")))
+
+    def by_speaker(self, method: str) -> np.ndarray:
+        """Confusion counts of each test speaker, summed over the runs."""
+        return np.sum([list(outcome.record["by_speaker"].values()) for outcome in self.outcomes(method)], axis=0)
 
 
 def ranked(records: Iterable[Mapping]) -> list[str]:
@@ -277,5 +276,5 @@ def _require_complete(run: Run) -> None:
         strange = next((key for key, row in found.items() if not isinstance(row, list) or len(row) != size), None)
         if strange is not None:
             raise UserError(f"{path}: '{strange}' has not {size} probabilities. Delete it and run again.")
-        if run.has_manifest and (unknown := found.keys() - known.keys()):
+        if known and (unknown := found.keys() - known.keys()):
             raise UserError(f"{path}: '{min(unknown)}' is not a recording of {run.manifest}. Run the method again.")

@@ -1,36 +1,23 @@
-"""One page about a run or a sweep: `report.html`, whole in itself, made from what lies in the folder.
+"""One page about a run or a sweep: `report.html`, which needs no other file, made from what lies in the folder.
 
-A run is shown in sections of its own (`report_sections`); a sweep by its tables first, then each transfer likewise.
+A run is shown in its sections (`sections`); a sweep by its tables first, then each transfer likewise.
 """
 
 from __future__ import annotations
 
 import base64
 import hashlib
-import re
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
-import numpy as np
-
-from speechbrain_mifuse.evaluation.aggregate import (
-    LOWER,
-    Comparison,
-    Table,
-    difference_table,
-    interval_table,
-    protocol,
-    seed_table,
-    transfer_table,
-)
-from speechbrain_mifuse.report.cases import TEACHER, Case, cases_of, ranked, read_cases
-from speechbrain_mifuse.report.parts import Html, Shaded, bold, facts, heat, joined, table, tag
-from speechbrain_mifuse.report.sections import Section, many, sections_of
+from speechbrain_mifuse.evaluation.aggregate import Comparison, distinct, many, protocol
+from speechbrain_mifuse.report.cases import Case, cases_of, ranked, read_cases
+from speechbrain_mifuse.report.sections import comparison_sections, sections_of
+from speechbrain_mifuse.report.templating import FOLDER, environment
 from speechbrain_mifuse.utils.errors import UserError
 from speechbrain_mifuse.utils.files import atomic_write
 
 NAME = "report.html"
-BASELINES = (LOWER, TEACHER, "lalm_sfuda")
 
 
 def write_report(
@@ -73,7 +60,8 @@ def write_report(
     cases = read_cases(folder) if results is None else cases_of(results)
     path = folder / NAME if output is None else Path(output)
     single = len(cases) == 1 and len(cases[0].runs) == 1
-    text = run_page(cases[0]) if single else sweep_page(cases, folder.resolve().name, teacher)
+    shown = _run_page(cases[0]) if single else _sweep_page(cases, folder.resolve().name, teacher)
+    text = _page(_records(cases), **shown)
     try:
         atomic_write(path, text)
     except OSError as error:
@@ -81,173 +69,95 @@ def write_report(
     return path
 
 
-def run_page(case: Case) -> str:
-    """Make the page of one run."""
-    sections = sections_of(case)
-    head = [facts(facts_of(case.records)), contents([section.title for section in sections])]
-    body = [tag("section", *_parts(section, 2, place)) for place, section in enumerate(sections)]
-    return page(f"{case.name}, seed {case.record['seed']}", head, body, case.records)
+def _run_page(case: Case) -> dict:
+    return {"title": f"{case.name}, seed {case.record['seed']}", "sections": sections_of(case)}
 
 
-def sweep_page(cases: Sequence[Case], name: str, teacher: str = "") -> str:
-    """Make the page of several runs: tables over the transfers, then what a run's page holds for each of them."""
-    records = [record for case in cases for record in case.records]
+def _sweep_page(cases: Sequence[Case], name: str, teacher: str) -> dict:
+    """Show tables over the transfers, then what a run's page holds for each of them."""
+    title = f"{name}: {many(sum(len(case.runs) for case in cases), 'run')}"
     try:
-        comparison = complete_comparison(cases)
-        sections, intervals = comparison_sections(comparison), _intervals(cases, comparison)
-        told = [tag("p", protocol(comparison, teacher))]
-        missing = [method for method in ranked(records) if method not in comparison.methods]
-        note = f"Not in every run, so shown in the transfers alone: {', '.join(missing)}." if missing else ""
+        comparison = _complete_comparison(cases)
     except UserError as error:
-        sections, intervals, told = [], [{} for _ in cases], []
-        note = f"No table over the transfers: {error}"
-    titles = [section.title for section in sections] + [_title(case, cases) for case in cases]
-    head = [facts(facts_of(records)), *told, tag("p", note, class_="note") if note else "", contents(titles)]
-    body = [tag("section", *_parts(section, 2, place)) for place, section in enumerate(sections)]
-    for place, (case, known) in enumerate(zip(cases, intervals, strict=True), start=len(sections)):
-        inner = [part for section in sections_of(case, known) for part in _parts(section, 3)]
-        top = tag("summary", tag("h2", titles[place], id=f"s{place}"))
-        body.append(tag("details", top, facts(facts_of(case.records)), *inner))
-    return page(f"{name}: {many(sum(len(case.runs) for case in cases), 'run')}", head, body, records)
+        transfers = [_transfer(case, cases, {}) for case in cases]
+        return {"title": title, "note": f"No table over the transfers: {error}", "transfers": transfers}
+    missing = [name for name in ranked(_records(cases)) if name not in comparison.methods]
+    note = f"Not in every run, so shown in the transfers alone: {', '.join(missing)}." if missing else ""
+    transfers = [_transfer(case, cases, _intervals(case, comparison)) for case in cases]
+    sections = comparison_sections(comparison)
+    told = protocol(comparison, teacher)
+    return {"title": title, "protocol": told, "note": note, "sections": sections, "transfers": transfers}
 
 
-def _title(case: Case, cases: Sequence[Case]) -> str:
-    alone = sum(other.name == case.name for other in cases) == 1
-    return case.name if alone else f"{case.name}, teacher {case.record['teacher']}"
+def _records(cases: Iterable[Case]) -> list[Mapping]:
+    """Give the records of all methods of all runs."""
+    return [record for case in cases for record in case.records]
 
 
-def _parts(section: Section, level: int, place: int | None = None) -> list[Html]:
-    heading = tag(f"h{level}", section.title, id=None if place is None else f"s{place}")
-    return [heading, tag("p", section.sentence), section.content]
-
-
-def contents(titles: Sequence[str]) -> Html:
-    """Link to the sections of the page."""
-    items = [tag("li", tag("a", title, href=f"#s{place}")) for place, title in enumerate(titles)]
-    return tag("nav", tag("ul", *items), aria_label="Contents")
-
-
-def page(title: str, head: Sequence[Html], body: Sequence[Html], records: Sequence[Mapping]) -> str:
-    """Fill the template. Its policy lets no script run but its own and loads nothing."""
-    script = Path(__file__).with_name("report_sort.js").read_text(encoding="utf-8")
-    digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
-    told = f"Made from the result files of {many(len(records), 'method run')} by speechbrain_mifuse; nothing is loaded."
-    parts = {
-        "title": joined([title]),
-        "head": joined(head),
-        "body": joined(body),
-        "foot": joined([told]),
-        "script": script,
-        "script_hash": f"sha256-{digest}",
-    }
-    template = Path(__file__).with_name("report_template.html").read_text(encoding="utf-8")
-    # All at once: what is filled in is not searched again.
-    return re.sub(r"\{\{(\w+)\}\}", lambda found: parts[found[1]], template)
-
-
-def facts_of(records: Sequence[Mapping]) -> dict[str, str]:
-    """Say under what conditions results were got."""
-    trained = [record for record in records if record.get("steps")]
-    targets = {record["target"] for record in records}
-    adapted = max(record["n_train"] for record in records)
-    return {
-        "Protocol": distinct(records, "protocol") if len(targets) == 1 else "",
-        "Source": distinct(records, "source"),
-        "Target": distinct(records, "target"),
-        "API teacher": distinct(records, "teacher"),
-        "Encoder": distinct(records, "encoder"),
-        "Speaker normalisation": distinct(records, "speaker_norm"),
-        "Seeds": distinct(sorted(records, key=lambda record: record["seed"]), "seed"),
-        "Selection": distinct(trained or records, "selection"),
-        "Steps": distinct(trained, "steps"),
-        "Weight of the diversity term": distinct(records, "diversity_weight"),
-        "Temperature of the fusion": distinct(records, "temperature"),
-        "Adapted on": f"{adapted} utterances" if len(targets) == 1 else "",
-        "Tested on": f"{distinct(records, 'n_test')} utterances" if len(targets) == 1 else "",
-        "Code version": distinct(records, "code_version"),
-    }
-
-
-def distinct(records: Iterable[Mapping], key: str) -> str:
-    """List the different values of a key."""
-    return ", ".join(dict.fromkeys(str(record[key]) for record in records if key in record))
-
-
-# The whole table: transfers, heat map, differences.
-
-
-def complete_comparison(cases: Sequence[Case]) -> Comparison:
+def _complete_comparison(cases: Sequence[Case]) -> Comparison:
     """Compare the methods that every run holds."""
-    runs = [run for case in cases for run in case.runs if case.scored]
-    common = set.intersection(*(set(run.outcomes) for run in runs)) if runs else set()
-    if not common or not all(case.scored for case in cases):
+    if not all(case.scored for case in cases):
         raise UserError("no method has a score in every run.")
-    records = [
-        outcome.record for run in runs for outcome in run.outcomes.values() if outcome.record["method"] in common
-    ]
+    common = set.intersection(*(set(run.outcomes) for case in cases for run in case.runs))
+    records = [record for record in _records(cases) if record["method"] in common]
+    if not records:
+        raise UserError("no method has a score in every run.")
     comparison = Comparison(records, ranked(records))
     comparison.counts  # noqa: B018  reads everything, so that what does not fit is found here
     return comparison
 
 
-def _intervals(cases: Sequence[Case], comparison: Comparison) -> list[dict[str, tuple[float, float]]]:
-    places = {transfer: place for place, transfer in enumerate(comparison.counts)}
-    found = []
-    for case in cases:
-        low, high = comparison.intervals[:, places[tuple(case.record[k] for k in ("source", "target", "teacher"))]]
-        found.append({name: (low[place], high[place]) for place, name in enumerate(comparison.methods)})
-    return found
+def _intervals(case: Case, comparison: Comparison) -> dict[str, tuple[float, float]]:
+    transfer = tuple(case.record[key] for key in ("source", "target", "teacher"))
+    low, high = comparison.intervals[:, list(comparison.counts).index(transfer)]
+    return dict(zip(comparison.methods, zip(low, high, strict=True), strict=True))
 
 
-def comparison_sections(comparison: Comparison) -> list[Section]:
-    """Make the sections about all transfers."""
-    seeds = many(len(comparison.seeds), "seed")
-    told = f"UA in percent of each method on each transfer, mean ± standard deviation over {seeds}; bold is the best "
-    sections = [
-        Section("Transfers", told + "without labels.", shown(transfer_table(comparison), "UA % of each transfer")),
-        Section("Heat map", f"The same means over {seeds} by colour: brighter is better.", heat_map(comparison)),
-    ]
-    baselines = [name for name in BASELINES if name in comparison.methods]
-    differences = difference_table(comparison, baselines)
-    if differences is not None:
-        told = (
-            "How far each method's mean UA lies above others, with the paired 95 % interval: blue where the whole "
-            "interval is above zero, orange where it is below."
+def _transfer(case: Case, cases: Sequence[Case], intervals: Mapping) -> dict:
+    alone = sum(other.name == case.name for other in cases) == 1
+    title = case.name if alone else f"{case.name}, teacher {case.record['teacher']}"
+    return {"title": title, "conditions": _conditions(case.records), "sections": sections_of(case, intervals)}
+
+
+def _page(records: Sequence[Mapping], **shown) -> str:
+    """Fill the template. Its policy lets no script run but its own and loads nothing."""
+    script = (FOLDER / "sort.js").read_text(encoding="utf-8")
+    digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
+    blank = {"protocol": "", "note": "", "sections": [], "transfers": []}
+    return (
+        environment()
+        .get_template("report.html")
+        .render(
+            **{**blank, **shown},
+            conditions=_conditions(records),
+            made_from=many(len(records), "method run"),
+            script=script,
+            script_hash=f"sha256-{digest}",
         )
-        sections.append(Section("Paired differences", told, shown_differences(differences)))
-    told = "95 % intervals of UA in percent from a bootstrap over test speakers and seeds."
-    sections.append(Section("Intervals", told, shown(interval_table(comparison), "95 % interval of UA %")))
-    told = "UA in percent of every single seed."
-    found = tag("details", tag("summary", "Every seed"), shown(seed_table(comparison), "UA % by seed", sort=False))
-    return [*sections, Section("Seeds", told, found)]
+    )
 
 
-def shown(found: Table, caption: str, sort: bool = True) -> Html:
-    """Show one of the tables of `aggregate`."""
-    rows = [[first, *map(bold, rest)] for first, *rest in found.rows]
-    return table(caption, ["method", *found.head[1:]], rows, sort=sort)
+def _conditions(records: Sequence[Mapping]) -> dict[str, str]:
+    """Say under what conditions results were got."""
+    trained = [record for record in records if record.get("steps")] or records
+    alone = len({record["target"] for record in records}) == 1
 
+    def of(key: str, among: Sequence[Mapping] = records) -> str:
+        return distinct((record[key] for record in among if key in record), ", ")
 
-def shown_differences(found: Table) -> Html:
-    """Show paired differences, coloured by the side of zero that their interval lies on."""
-    rows = [[*cells[:2], *(Shaded(cell, kind=_side(cell)) for cell in cells[2:])] for cells in found.rows]
-    return table("Differences of mean UA in percent points", ["method", "mean UA %", *found.head[2:]], rows)
-
-
-def _side(cell: str) -> str | None:
-    bounds = re.search(r"\(([+-][\d.]+) to ([+-][\d.]+)\)", cell)
-    if bounds is None:
-        return None
-    low, high = map(float, bounds.groups())
-    return "up" if low > 0 else "down" if high < 0 else None
-
-
-def heat_map(comparison: Comparison) -> Html:
-    """Colour the mean UA of each method on each transfer."""
-    values = np.column_stack([comparison.accuracy.mean(2).T, comparison.means])
-    scale = float(values.min()), float(values.max())
-    rows = [
-        [name, *(Shaded(f"{value:.1f}", heat(value, *scale)) for value in row)]
-        for name, row in zip(comparison.methods, values.tolist(), strict=True)
-    ]
-    return table("UA % by colour", ["method", *comparison.transfers, "mean"], rows)
+    return {
+        "Protocol": of("protocol") if alone else "",
+        "Source": of("source"),
+        "Target": of("target"),
+        "API teacher": of("teacher"),
+        "Encoder": of("encoder"),
+        "Speaker normalisation": of("speaker_norm"),
+        "Seeds": of("seed", sorted(records, key=lambda record: record["seed"])),
+        "Selection": of("selection", trained),
+        "Steps": of("steps", [record for record in trained if record.get("steps")]),
+        "Weight of the diversity term": of("diversity_weight"),
+        "Temperature of the fusion": of("temperature"),
+        "Adapted on": f"{max(record['n_train'] for record in records)} utterances" if alone else "",
+        "Tested on": f"{of('n_test')} utterances" if alone else "",
+        "Code version": of("code_version"),
+    }

@@ -1,59 +1,66 @@
-"""Sections of the report about one transfer: scores, verdict, confusions, flips, training, weights, calibration, ...
+"""What each section of the page shows: rows of tables and figures. `templates/sections.html` puts them into words.
 
-Each is a function of a `Case` (all runs of one transfer) and gives `None` where the folder has no data for it.
+The sections about one transfer are functions of a `Case` (all runs of it) that give `None` where the folder has no
+data for them.
 """
 
 from __future__ import annotations
 
-import functools
+import itertools
 import math
+import re
 from collections.abc import Callable, Mapping, Sequence
 from typing import NamedTuple
 
 import numpy as np
 import torch
 
-from speechbrain_mifuse.evaluation.aggregate import LOWER, unweighted_accuracy
+from speechbrain_mifuse.evaluation.aggregate import (
+    LOWER,
+    Comparison,
+    Table,
+    difference_table,
+    interval_table,
+    many,
+    seed_table,
+    transfer_table,
+    unweighted_accuracy,
+)
+from speechbrain_mifuse.evaluation.metrics import Reliability, reliability
 from speechbrain_mifuse.nnet.calibration import tempered
 from speechbrain_mifuse.report.cases import TEACHER, Case, Outcome, Run
-from speechbrain_mifuse.report.parts import (
-    Html,
-    Line,
-    Shaded,
-    bar,
-    curves,
-    ends,
-    figure,
-    grid,
-    heat,
-    histogram,
-    joined,
-    legend,
-    reliability_figure,
-    scatter,
-    table,
-    tag,
-    two_bars,
-)
-from speechbrain_mifuse.report.teacher_report import Reliability, reliability
+from speechbrain_mifuse.report.figures import Line, curves, histogram, limits, reliability_figure, scatter
 
-# More columns than these are no longer a table to read; quantiles over the speakers stand in their place.
-MOST_SPEAKERS = 24
+BASELINES = (LOWER, TEACHER, "lalm_sfuda")
+# With more speakers than these, quantiles over the speakers replace the columns.
+MAX_SPEAKERS = 24
 QUANTILES = {"lowest": 0, "lower quarter": 25, "middle": 50, "upper quarter": 75, "highest": 100}
-WEIGHT_BINS = 20
+MEASURES = {"mi": "mutual information", "entropy": "entropy of the mean"}
 
 
 class Section(NamedTuple):
     """One part of the page."""
 
     title: str
-    sentence: str
-    content: Html
+    data: Mapping
 
 
-def many(number: int, noun: str) -> str:
-    """Count things."""
-    return f"{number} {noun}" + "s" * (number != 1)
+class Cell(NamedTuple):
+    """A cell of a table that is more than its text."""
+
+    text: str = ""
+    share: float | None = None
+    note: str = ""
+    side: str = ""
+    bar: Sequence[tuple] = ()
+
+
+class Drawn(NamedTuple):
+    """SVG figures of one method, each with a sentence or none."""
+
+    caption: str
+    parts: Sequence[tuple[str, str]]
+    legend: Sequence[str] = ()
 
 
 def percent(value: float | None) -> str:
@@ -63,38 +70,29 @@ def percent(value: float | None) -> str:
 
 def sections_of(case: Case, intervals: Mapping[str, Sequence[float]] | None = None) -> list[Section]:
     """Make the sections about one transfer; those without data are left out."""
-    made = [functools.partial(methods_section, intervals=intervals or {}), *SECTIONS[1:]]
-    return [section for make in made if (section := make(case)) is not None]
+    first = _methods(case, intervals or {}) if case.scored else _predictions(case)
+    return [first, *(section for make in SECTIONS if (section := make(case)) is not None)]
 
 
-def methods_section(case: Case, intervals: Mapping[str, Sequence[float]]) -> Section:
-    """Show the scores of each method."""
-    if not case.scored:
-        return _predicted_section(case)
+def _methods(case: Case, intervals: Mapping[str, Sequence[float]]) -> Section:
     if len(case.runs) == 1:
         intervals = {r["method"]: [100 * bound for bound in r["ci95"]] for r in case.records if r.get("ci95")}
     bounds = [bound for interval in intervals.values() for bound in interval]
     scale = (min(bounds), max(bounds)) if bounds else (0.0, 100.0)
-    drawn = joined([f"{scale[0]:.0f} to {scale[1]:.0f}"])
-    rows = []
+    seeds, rows = ["seeds"] if len(case.runs) > 1 else [], []
     for name in case.methods:
         ua, wa, f1 = (_mean_and_spread(case.scores(name, score)) for score in ("UA", "WA", "macro_F1"))
-        interval = intervals.get(name)
-        told = "" if interval is None else f"{interval[0]:.1f} to {interval[1]:.1f}"
-        mean = 100 * float(np.mean(case.scores(name, "UA")))
+        told, drawn = "", ""
+        if name in intervals:
+            low, high = intervals[name]
+            told, drawn = f"{low:.1f} to {high:.1f}", _interval_bar(case.mean(name), low, high, scale)
         found = calibration(case, name)
         unanswered = sum(outcome.record.get("unanswered", 0) for outcome in case.outcomes(name))
-        cells = [ua, told, "" if interval is None else bar(mean, interval, scale), wa, f1]
-        rows.append([name, *cells, "" if found is None else percent(found.error), str(unanswered)])
-    if len(case.runs) > 1:
-        rows = [[row[0], str(len(case.seeds(row[0]))), *row[1:]] for row in rows]
-    head = ["UA %", "95 % interval", drawn, "WA %", "macro-F1 %", "calibration error %", "unanswered"]
-    head = ["method", *(["seeds"] if len(case.runs) > 1 else []), *head]
-    told = (
-        "Unweighted accuracy (UA, mean recall of the classes) with its 95 % interval over test speakers, weighted "
-        "accuracy (WA), macro-F1 and calibration error of each method, from the worst to the best between the bounds."
-    )
-    return Section("Methods", told, table(f"Scores on {case.record['n_test']} test utterances", head, rows))
+        count = [str(len(case.outcomes(name)))] if seeds else []
+        error = "" if found is None else percent(found.error)
+        rows.append([name, *count, ua, told, drawn, wa, f1, error, str(unanswered)])
+    told = f"{scale[0]:.0f} to {scale[1]:.0f}"
+    return Section("Methods", {"n_test": case.record["n_test"], "seeds": seeds, "scale": told, "rows": rows})
 
 
 def _mean_and_spread(values: Sequence[float]) -> str:
@@ -102,216 +100,128 @@ def _mean_and_spread(values: Sequence[float]) -> str:
     return f"{100 * np.mean(values):.1f}{spread}"
 
 
-def _predicted_section(case: Case) -> Section:
+def _interval_bar(mean: float, low: float, high: float, scale: tuple[float, float]) -> Cell:
+    x, a, b = (round(4 + 112 * (v - scale[0]) / max(scale[1] - scale[0], 1e-9), 1) for v in (mean, low, high))
+    return Cell(bar=[(a, 7, round(b - a, 1), 2, "c0"), (round(x - 3, 1), 5, 6, 6, "c0")])
+
+
+def _predictions(case: Case) -> Section:
     rows = []
     for name in case.methods:
         chosen = np.concatenate([run.chosen(name) for run in case.runs_of(name)])
-        shares = [np.mean(chosen == place) for place in (*range(len(case.labels)), -1)]
+        shares = [np.mean(chosen == index) for index in (*range(len(case.labels)), -1)]
         rows.append([name, *(percent(float(share)) for share in shares)])
-    told = "How often each method predicted each class; the test set has no labels, so nothing is scored."
-    found = table("Share of the predictions in percent", ["method", *case.labels, "no answer"], rows)
-    return Section("Predictions", told, found)
+    return Section("Predictions", {"labels": case.labels, "rows": rows})
 
 
-def verdict_section(case: Case) -> Section | None:
-    """Say what the verdict without labels was."""
-    judged = [run for run in case.runs if run.verdict is not None]
+def _verdict(case: Case) -> Section | None:
+    judged = [(run.record["seed"], run.verdict) for run in case.runs if run.verdict is not None]
     if not judged:
         return None
-    return Section("Signs without labels", judged[0].verdict["caveat"], joined(map(_verdict, judged)))
+    verdicts = [(seed, verdict["figures"], verdict["warnings"]) for seed, verdict in judged]
+    return Section("Signs without labels", {"caveat": judged[0][1]["caveat"], "verdicts": verdicts})
 
 
-def _verdict(run: Run) -> Html:
-    figures, found = run.verdict["figures"], run.verdict["warnings"]
-    answered, changed = (f"{100 * figures[name]:.0f} %" for name in ("answered_by_teacher", "changed"))
-    told = (
-        f"Seed {run.record['seed']}: {figures['recordings']} recordings; the teacher answered {answered}; {changed} of "
-        "the source's answers changed."
-    )
-    if not found:
-        return joined([tag("p", told), tag("p", "No warning sign. That is no proof that it helped.")])
-    signs = tag("ul", *(tag("li", line) for line in found))
-    return joined([tag("p", told), tag("p", "Signs that something went wrong:"), tag("div", signs, class_="note")])
-
-
-def by_speaker(case: Case, method: str) -> np.ndarray:
-    """Confusion counts of each test speaker, summed over the runs."""
-    return np.sum([list(outcome.record["by_speaker"].values()) for outcome in case.outcomes(method)], axis=0)
-
-
-def confusion_section(case: Case) -> Section | None:
-    """Show the confusion matrix of each method."""
+def _confusion(case: Case) -> Section | None:
     if not case.scored:
         return None
-    made = []
+    matrices = []
     for name in case.figured:
-        counts = by_speaker(case, name).sum(0)
-        caption = f"{name}, UA {percent(float(np.mean(case.scores(name, 'UA'))))} %"
-        made.append(confusion_table(counts, case.labels, caption))
+        counts = case.by_speaker(name).sum(0)
+        columns = [*case.labels, "no answer"][: len(case.labels) + int(counts[:, -1].sum() > 0)]
+        shares = counts / np.maximum(counts.sum(1, keepdims=True), 1)
+        rows = [
+            [label, *(Cell(str(n), s, f"{100 * s:.0f} %") for n, s in zip(*row, strict=True))]
+            for label, *row in zip(
+                case.labels, counts[:, : len(columns)].tolist(), shares[:, : len(columns)].tolist(), strict=True
+            )
+        ]
+        matrices.append((f"{name}, UA {case.mean(name):.1f} %", columns, rows))
     seeds = ", summed over the seeds" if len(case.runs) > 1 else ""
-    told = (
-        f"Each row is a true class, each column what was predicted: utterances{seeds}, and their share of the row, "
-        "which also shades the cell."
-    )
-    return Section("Confusion matrices", told, grid(made))
+    return Section("Confusion matrices", {"seeds": seeds, "matrices": matrices})
 
 
-def confusion_table(counts: np.ndarray, labels: Sequence[str], caption: str) -> Html:
-    """Show one confusion matrix."""
-    columns = [*labels, "no answer"][: len(labels) + int(counts[:, -1].sum() > 0)]
-    shares = counts / np.maximum(counts.sum(1, keepdims=True), 1)
-    rows = []
-    for place, label in enumerate(labels):
-        cells = [
-            Shaded(joined([count, tag("small", f"{100 * share:.0f} %")]), f"--share:{share:.2f}")
-            for count, share in zip(counts[place, : len(columns)], shares[place], strict=False)
-        ]
-        rows.append([label, *cells])
-    return table(caption, ["true", *columns], rows, "confusion", sort=False)
+def _shaded(names: Sequence[str], values: Sequence[np.ndarray], digits: int) -> list[list]:
+    """Rows of numbers, shaded from the lowest to the highest of all."""
+    low, high = min(map(np.min, values)), max(map(np.max, values))
+    span = max(high - low, 1e-9)
+    return [
+        [name, *(Cell(f"{value:.{digits}f}", (value - low) / span) for value in row.tolist())]
+        for name, row in zip(names, values, strict=True)
+    ]
 
 
-def speakers_section(case: Case) -> Section | None:
-    """Show UA of each test speaker."""
+def _speakers(case: Case) -> Section | None:
     if not case.scored:
         return None
-    accuracy = {}
-    for name in case.methods:
-        accuracy[name] = 100 * unweighted_accuracy(by_speaker(case, name))
-    speakers = list(case.record["by_speaker"])
-    if len(speakers) <= MOST_SPEAKERS:
-        head, values = speakers, accuracy
-        told = "UA in percent of each test speaker by colour: whether a method is good for all or for some."
-    else:
-        head = list(QUANTILES)
-        values = {name: np.percentile(found, list(QUANTILES.values())) for name, found in accuracy.items()}
-        told = f"How UA in percent is spread over the {len(speakers)} test speakers."
-    scale = min(map(np.min, values.values())), max(map(np.max, values.values()))
-    rows = [
-        [name, *(Shaded(f"{value:.0f}", heat(value, *scale)) for value in found.tolist())]
-        for name, found in values.items()
-    ]
-    return Section("Speakers", told, table("UA % by test speaker", ["method", *head], rows))
+    values = [100 * unweighted_accuracy(case.by_speaker(name)) for name in case.methods]
+    head = list(case.record["by_speaker"])
+    data = {"speakers": len(head), "quantiles": len(head) > MAX_SPEAKERS}
+    if data["quantiles"]:
+        head, values = list(QUANTILES), [np.percentile(found, list(QUANTILES.values())) for found in values]
+    return Section("Speakers", {**data, "head": head, "rows": _shaded(case.methods, values, 0)})
 
 
-def training_section(case: Case) -> Section | None:
-    """Draw what happened during the training of each method."""
-    accuracy = {name: [_accuracy_line(outcome) for outcome in case.outcomes(name)] for name in case.methods}
-    loss = {name: [_column_line(outcome, "loss") for outcome in case.outcomes(name)] for name in case.methods}
-    lines = [line for found in accuracy.values() for line in found if line is not None]
-    box = ends(value for line in lines for value in line.y)
-    made = []
+def _training(case: Case) -> Section | None:
+    accuracy = {name: [line for o in case.outcomes(name) if (line := _accuracy(o))] for name in case.methods}
+    loss = {name: _column(case, name, "loss") for name in case.methods}
+    ylim = limits(value for lines in accuracy.values() for line in lines for value in line.y)
+    figures = []
     for name in case.figured:
-        parts = [
-            _chart(accuracy[name], f"UA of {name} over the steps", "step", "UA %", box),
-            _chart(loss[name], f"Training loss of {name} over the epochs", "epoch", "loss"),
-        ]
-        if any(parts):
-            made.append(figure(name, *(part for part in parts if part)))
-    if not made:
+        parts = _chart(f"UA of {name} over the steps", accuracy[name], "step", "UA %", ylim)
+        parts += _chart(f"Training loss of {name} over the epochs", loss[name], "epoch", "loss")
+        figures += [Drawn(name, parts)] if parts else []
+    if not figures:
         return None
-    told = "Training loss of each method" + (
-        ", and UA on the test set at the moments of the log, scored afterwards and seen by no method." if lines else "."
-    )
-    if len(case.runs) > 1:
-        told += " Thin lines are single seeds, the thick one their mean."
-    return Section("Training", told, grid(made))
+    return Section("Training", {"figures": figures, "scored": any(accuracy.values()), "several": len(case.runs) > 1})
 
 
-def _accuracy_line(outcome: Outcome) -> Line | None:
+def _accuracy(outcome: Outcome) -> Line | None:
     found = [s for s in outcome.record.get("snapshots", ()) if s.get("UA") is not None]
     return Line([s["step"] for s in found], [100 * s["UA"] for s in found]) if found else None
 
 
-def _column_line(outcome: Outcome, column: str) -> Line | None:
-    log = outcome.log
-    known = column in log and any(map(math.isfinite, log[column]))
-    return Line(log["epoch"], log[column]) if known else None
+def _column(case: Case, method: str, name: str) -> list[Line]:
+    """Give a column of the training log of each seed that has numbers in it."""
+    logs = [outcome.log for outcome in case.outcomes(method)]
+    return [Line(log["epoch"], log[name]) for log in logs if any(map(math.isfinite, log.get(name, ())))]
 
 
-def _chart(
-    found: Sequence[Line | None], told: str, x: str, y: str, box: tuple[float, float] | None = None
-) -> Html | None:
-    lines = [line for line in found if line is not None]
+def _chart(told: str, lines: Sequence[Line], x: str, y: str, ylim=None) -> list[tuple[str, str]]:
     if not lines:
-        return None
+        return []
     if len(lines) > 1:
-        lines = [line._replace(thin=True) for line in lines]
-        same = [line for line in lines if list(line.x) == list(lines[0].x)]
-        lines.append(Line(lines[0].x, np.mean([line.y for line in same], axis=0).tolist()))
-    return curves(told, lines, x, y, box)
+        same = [line.y for line in lines if list(line.x) == list(lines[0].x)]
+        lines = [*(line._replace(thin=True) for line in lines), Line(lines[0].x, np.mean(same, axis=0).tolist())]
+    return [("", curves(told, lines, x, y, ylim))]
 
 
-def weighing_section(case: Case) -> Section | None:
-    """Show what the methods that weigh two teachers give to each."""
-    rows, made = [], []
-    lines = {name: [_column_line(outcome, "lalm_weight") for outcome in case.outcomes(name)] for name in case.methods}
-    box = ends((value for found in lines.values() for line in found if line for value in line.y), least=0.1)
+def _weights(case: Case) -> Section | None:
+    lines = {name: _column(case, name, "lalm_weight") for name in case.methods}
+    ylim = limits((value for found in lines.values() for line in found for value in line.y), least=0.1)
+    rows, figures = [], []
     for name in case.figured:
         known = [outcome.weighing for outcome in case.outcomes(name) if outcome.weighing]
-        over_time = _chart(lines[name], f"Mean weight of the API teacher in {name}", "epoch", "mean weight", box)
-        parts = [over_time] if over_time else []
+        parts = _chart(f"Mean weight of the API teacher in {name}", lines[name], "epoch", "mean weight", ylim)
         if known:
-            rows.append([name, *_weighing_cells(known)])
-            parts = [*_weighing_figures(name, known), *parts]
+            weights, classifier, lalm = (
+                [value for found in known for value in found[key]] for key in ("lalm_weight", "classifier", "lalm")
+            )
+            unsure = [value for value in lalm if value is not None]
+            more = percent(float(np.mean(np.array(weights) > 0.5)))
+            mean = f"{np.mean(unsure):.3f}" if unsure else ""
+            silent = str(len(lalm) - len(unsure))
+            rows.append([name, f"{np.mean(weights):.3f}", more, mean, f"{np.mean(classifier):.3f}", silent])
+            measure = MEASURES.get(known[0]["measure"], known[0]["measure"])
+            told, most = f"Uncertainty of both teachers of {name}", max(0.01, *unsure, *classifier)
+            of_teacher = histogram(f"Weight of the API teacher in {name}", [weights], 1, "weight of the API teacher")
+            parts = [("", of_teacher), ("", histogram(told, [unsure, classifier], most, measure)), *parts]
         if parts:
-            made.append(figure(name, *parts))
-    if not made:
-        return None
-    told = (
-        "What the fused labels owe to the API teacher and what to the classifier: a histogram of the API teacher's "
-        "weight over the utterances to adapt on and of how unsure either teacher is (0 is sure), at the end of the "
-        "run, and the mean weight during training."
-        if rows
-        else "Mean weight of the API teacher in the fused labels during training; the rest is the classifier's."
-    )
-    head = ["method", "mean weight of the API teacher", "utterances in which it weighs more, %",
-            "its mean uncertainty", "the classifier's mean uncertainty", "utterances without its answer"]  # fmt: skip
-    found = [table("Weights at the end of the run", head, rows)] if rows else []
-    return Section("Weights of the teachers", told, joined([*found, grid(made)]))
+            figures.append(Drawn(name, parts, ["API teacher", "classifier"] if known else ()))
+    return Section("Weights of the teachers", {"rows": rows, "figures": figures}) if figures else None
 
 
-def _weighing_cells(known: Sequence[Mapping]) -> list[str]:
-    weights = np.concatenate([found["lalm_weight"] for found in known])
-    silent = [value is None for found in known for value in found["lalm"]]
-    unsure = [value for found in known for value in found["lalm"] if value is not None]
-    classifier = np.concatenate([found["classifier"] for found in known])
-    return [
-        f"{weights.mean():.3f}",
-        percent(float((weights > 0.5).mean())),
-        f"{np.mean(unsure):.3f}" if unsure else "",
-        f"{classifier.mean():.3f}",
-        str(sum(silent)),
-    ]
-
-
-MEASURES = {"mi": "mutual information", "entropy": "entropy of the mean"}
-
-
-def _weighing_figures(name: str, known: Sequence[Mapping]) -> list[Html]:
-    weights = [value for found in known for value in found["lalm_weight"]]
-    groups = [[v for found in known for v in found[who] if v is not None] for who in ("lalm", "classifier")]
-    most = max((value for group in groups for value in group), default=1.0)
-    measure = MEASURES.get(known[0]["measure"], known[0]["measure"])
-    return [
-        histogram(f"Weight of the API teacher in {name}", [weights], (0, 1), "weight of the API teacher", WEIGHT_BINS),
-        histogram(f"Uncertainty of both teachers of {name}", groups, (0, max(most, 0.01)), measure, WEIGHT_BINS),
-        legend(["API teacher", "classifier"]),
-    ]
-
-
-def agreement_section(case: Case) -> Section | None:
-    """Compare each method's answers with those of the source and of the API teacher."""
-    tables = [found for make in (_flips, _sides) if (found := make(case)) is not None]
-    if not tables:
-        return None
-    told = (
-        "What adaptation changed: how often a method answers as the source classifier and as the API teacher do, which "
-        "of the source's answers it corrected or spoiled, and whom it follows where the two differ."
-    )
-    return Section("Agreement and flips", told, joined(tables))
-
-
-def answers(case: Case, *methods: str) -> tuple[list[np.ndarray], np.ndarray | None]:
+def _answers(case: Case, *methods: str) -> tuple[list[np.ndarray], np.ndarray | None]:
     """Put the answers of some methods beside each other, over all runs that hold them all."""
     runs = [run for run in case.runs_of(*methods) if all(run.outcomes[method].predictions for method in methods)]
     if not runs:
@@ -325,58 +235,51 @@ def _share(which: np.ndarray) -> str:
     return percent(float(which.mean())) if len(which) else ""
 
 
-def _flips(case: Case) -> Html | None:
+def _agreement(case: Case) -> Section | None:
     bases = [name for name in (LOWER, TEACHER) if name in case.methods]
-    rows, gains = [], {}
+    agreement, changes = [], {}
     for name in case.methods:
-        same = []
+        row = [name]
         for base in bases:
-            (own, other), _ = answers(case, name, base)
-            same.append(_share((own == other) & (own >= 0)) if name != base else "")
-        cells = []
-        if LOWER in bases:
-            (own, before), reference = answers(case, name, LOWER)
-            if reference is not None and name != LOWER:
+            (own, other), _ = _answers(case, name, base)
+            row.append(_share((own == other) & (own >= 0)) if name != base else "")
+        agreement.append(row)
+        if LOWER in bases and name != LOWER:
+            (own, before), reference = _answers(case, name, LOWER)
+            if reference is not None:
                 right, was = own == reference, before == reference
-                gains[name] = float((was & ~right).mean()), float((right & ~was).mean())
-                astray = (own != before) & ~right & ~was
-                cells = [_share(right & ~was), _share(was & ~right), _share(astray)]
-        rows.append([name, *same, *(cells or [""] * 3)])
-    if not rows or not bases or not any(any(row[1:]) for row in rows):
-        return None
-    head = ["method", *(f"as {base} %" for base in bases)]
-    if not gains:
-        return table("Agreement, share of the test utterances", head, [row[: len(head)] for row in rows])
-    most = max(max(pair) for pair in gains.values())
-    drawn = [[*row, two_bars(*gains[row[0]], most) if row[0] in gains else ""] for row in rows]
-    head += ["corrected %", "spoiled %", "other mistake %", joined(["spoiled | corrected"])]
-    return table("Agreement, and changes of the source's answers, share of the test utterances", head, drawn)
+                changes[name] = right & ~was, was & ~right, (own != before) & ~right & ~was
+    differing, sides = _sides(case)
+    data = {"bases": [f"as {base} %" for base in bases], "differing": differing, "sides": sides}
+    if any(any(row[1:]) for row in agreement):
+        data["agreement"] = agreement
+        most = max((float(which.mean()) for found in changes.values() for which in found[:2]), default=0)
+        flips = {name: [*map(_share, found), _flip_bar(*found[:2], most)] for name, found in changes.items()}
+        data["flips"] = [[*row, *flips.get(row[0], [""] * 4)] for row in agreement] if flips else []
+    return Section("Agreement and flips", data) if sides or data.get("agreement") else None
 
 
-def _sides(case: Case) -> Html | None:
-    if not {LOWER, TEACHER} <= set(case.methods):
-        return None
+def _flip_bar(corrected: np.ndarray, spoiled: np.ndarray, most: float) -> Cell:
+    """Draw the loss to the left and the gain to the right of a line."""
+    left, right = (round(58 * float(which.mean()) / max(most, 1e-9), 1) for which in (spoiled, corrected))
+    return Cell(bar=[(60 - left, 2, left, 12, "c1"), (60, 2, right, 12, "c0")])
+
+
+def _sides(case: Case) -> tuple[str, list[list[str]]]:
     rows, differing = [], ""
-    for name in case.methods:
-        if name in (LOWER, TEACHER):
+    for name in case.methods if {LOWER, TEACHER} <= set(case.methods) else ():
+        (own, source, teacher), reference = _answers(case, name, LOWER, TEACHER)
+        if name in (LOWER, TEACHER) or not len(own):
             continue
-        (own, source, teacher), reference = answers(case, name, LOWER, TEACHER)
         both = (source >= 0) & (teacher >= 0)
         apart, together = both & (source != teacher), both & (source == teacher)
-        if not len(own):
-            continue
         differing = _share(apart)
-        chosen = [_share((own == source)[together]), *(_share((own == who)[apart]) for who in (source, teacher))]
-        chosen.append(_share(((own != source) & (own != teacher))[apart]))
+        row = [name, _share((own == source)[together]), *(_share((own == who)[apart]) for who in (source, teacher))]
+        row.append(_share(((own != source) & (own != teacher))[apart]))
         if reference is not None:
-            chosen += [_share((who == reference)[apart]) for who in (source, teacher, own)]
-        rows.append([name, *chosen])
-    if not rows:
-        return None
-    head = ["method", "both agree: follows %", "they differ: with the source %", "with the API teacher %",
-            "with neither %", "right there: source %", "API teacher %", "method %"]  # fmt: skip
-    caption = f"Source and API teacher differ in {differing} % of the test utterances"
-    return table(caption, head[: len(rows[0])], rows)
+            row += [_share((who == reference)[apart]) for who in (source, teacher, own)]
+        rows.append(row)
+    return differing, rows
 
 
 def calibration(case: Case, method: str) -> Reliability | None:
@@ -394,65 +297,47 @@ def calibration(case: Case, method: str) -> Reliability | None:
     return reliability(torch.cat(stated), torch.cat(right))
 
 
-def _temperature_told(case: Case, method: str) -> str:
-    found = sorted({f"{outcome.temperature:g}" for outcome in case.outcomes(method)}, key=float)
-    return "" if found == ["1"] else f", temperature {' to '.join(dict.fromkeys([found[0], found[-1]]))}"
-
-
-def calibration_section(case: Case) -> Section | None:
-    """Draw a reliability diagram of each method."""
-    made = []
+def _calibration(case: Case) -> Section | None:
+    figures = []
     for name in case.figured:
         found = calibration(case, name)
         if found is not None and found.count:
-            caption = f"{name}, error {percent(found.error)} %{_temperature_told(case, name)}"
-            told = f"Reliability of {caption}"
-            made.append(figure(caption, reliability_figure(told, found.stated, found.frequency, found.count)))
-    if not made:
-        return None
-    told = (
-        "How often an answer is right against how sure it was, in ten bins; on the dashed line both are equal, below "
-        "it the method is too sure. The calibration error is their mean distance. A student is as sure as the "
-        "recogniser that was exported, at its temperature; source and API teacher are as sure as adaptation had them. "
-        "Hollow: fewer than ten answers."
-    )
-    return Section("Calibration", told, grid(made))
+            used = sorted({outcome.temperature for outcome in case.outcomes(name)})
+            told = " to ".join(dict.fromkeys(f"{value:g}" for value in (used[0], used[-1])))
+            caption = f"{name}, error {percent(found.error)} %" + f", temperature {told}" * (told != "1")
+            drawn = reliability_figure(f"Reliability of {caption}", found.stated, found.frequency, found.count)
+            figures.append(Drawn(caption, [("", drawn)]))
+    return Section("Calibration", {"figures": figures}) if figures else None
 
 
-def embedding_section(case: Case) -> Section | None:
-    """Draw where the test utterances lie in the classifier before and after adaptation."""
+def _embeddings(case: Case) -> Section | None:
     run = case.runs[0]
-    made = []
-    for name in case.figured:
-        found = run.outcomes[name].embeddings if name in run.outcomes else None
-        if found:
-            made.append(_embedding_figure(name, found, run))
-    if not made:
+    figures = [
+        Drawn(name, _moments(name, found, run))
+        for name in case.figured
+        if name in run.outcomes and (found := run.outcomes[name].embeddings)
+    ]
+    if not figures:
         return None
-    shown_class = "predicted" if run.reference is None else "true"
-    told = (
-        "Hidden units of the classifier for each test utterance, in the source and in the adapted student, on the two "
-        f"directions in which both together vary most; colour and mark are the {shown_class} class (seed "
-        f"{run.record['seed']}). The share of the variance that lies between the classes grows as they come apart."
-    )
-    return Section("Before and after", told, joined([legend(case.labels, marks=True), grid(made)]))
+    data = {"shown": "predicted" if run.reference is None else "true", "seed": run.record["seed"]}
+    return Section("Before and after", {**data, "labels": case.labels, "figures": figures})
 
 
-def _embedding_figure(name: str, found: Mapping, run: Run) -> Html:
-    known = run.reference if run.reference is not None else run.chosen(name)
-    places = {key: place for place, key in enumerate(run.ids)}
-    kept = [place for place, key in enumerate(found["ids"]) if key in places]
-    classes = np.array([known[places[found["ids"][place]]] for place in kept])
-    moments = [np.array(found[moment])[kept] for moment in ("before", "after")]
-    box = tuple(ends(np.concatenate(moments)[:, axis].tolist()) for axis in (0, 1))
-    drawn = []
-    for when, points in zip(("before", "after"), moments, strict=True):
-        told = f"{when}: {percent(between_classes(points, classes))} % between the classes"
-        drawn += [tag("p", told), scatter(f"{name} {told}", points, classes, box)]
-    return figure(name, *drawn)
+def _moments(name: str, found: Mapping, run: Run) -> list[tuple[str, str]]:
+    known = run.chosen(name) if run.reference is None else run.reference
+    classes_by_id = dict(zip(run.ids, known.tolist(), strict=True))
+    kept = [index for index, key in enumerate(found["ids"]) if key in classes_by_id]
+    classes = np.array([classes_by_id[found["ids"][index]] for index in kept])
+    moments = {when: np.array(found[when])[kept] for when in ("before", "after")}
+    box = [limits(axis.tolist()) for axis in np.concatenate(list(moments.values())).T]
+    parts = []
+    for when, points in moments.items():
+        told = f"{when}: {percent(_between_classes(points, classes))} % between the classes"
+        parts.append((told, scatter(f"{name} {told}", points, classes, *box)))
+    return parts
 
 
-def between_classes(points: np.ndarray, classes: np.ndarray) -> float:
+def _between_classes(points: np.ndarray, classes: np.ndarray) -> float:
     """Share of the variance of points that the means of their classes explain."""
     points = points - points.mean(0)
     own = [points[classes == label] for label in set(classes.tolist())]
@@ -460,14 +345,46 @@ def between_classes(points: np.ndarray, classes: np.ndarray) -> float:
     return sum(len(part) * float((part.mean(0) ** 2).sum()) for part in own) / total if total else math.nan
 
 
-SECTIONS: tuple[Callable, ...] = (
-    methods_section,
-    verdict_section,
-    confusion_section,
-    agreement_section,
-    training_section,
-    weighing_section,
-    calibration_section,
-    speakers_section,
-    embedding_section,
+SECTIONS: tuple[Callable[[Case], Section | None], ...] = (
+    _verdict,
+    _confusion,
+    _agreement,
+    _training,
+    _weights,
+    _calibration,
+    _speakers,
+    _embeddings,
 )
+
+
+# All transfers.
+
+
+def comparison_sections(comparison: Comparison) -> list[Section]:
+    """Make the sections about all transfers."""
+    seeds = {"seeds": many(len(comparison.seeds), "seed")}
+    rows = _shaded(comparison.methods, list(comparison.grid), 1)
+    differences = difference_table(comparison, [name for name in BASELINES if name in comparison.methods])
+    sections = [
+        Section("Transfers", {**seeds, **_rows(transfer_table(comparison))}),
+        Section("Heat map", {**seeds, "head": ["method", *comparison.transfers, "mean"], "rows": rows}),
+        Section("Paired differences", _differences(differences)) if differences is not None else None,
+        Section("Intervals", _rows(interval_table(comparison))),
+        Section("Seeds", _rows(seed_table(comparison))),
+    ]
+    return list(itertools.filterfalse(lambda section: section is None, sections))
+
+
+def _rows(found: Table) -> dict:
+    return {"head": ["method", *found.head[1:]], "rows": found.rows}
+
+
+def _differences(found: Table) -> dict:
+    rows = [[*cells[:2], *(Cell(cell, side=_side(cell)) for cell in cells[2:])] for cells in found.rows]
+    return {"head": ["method", "mean UA %", *found.head[2:]], "rows": rows}
+
+
+def _side(cell: str) -> str:
+    bounds = re.search(r"\(([+-][\d.]+) to ([+-][\d.]+)\)", cell)
+    low, high = map(float, bounds.groups()) if bounds else (0, 0)
+    return "up" if low > 0 else "down" if high < 0 else ""

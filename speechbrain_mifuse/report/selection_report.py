@@ -5,25 +5,18 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 
 import numpy as np
+from scipy.stats import spearmanr
 
 from speechbrain_mifuse.evaluation.aggregate import UPPER, Table
 
 
-def ranks(values: Sequence[float]) -> np.ndarray:
-    """Rank values from 1; equal ones share the average of their ranks."""
-    _, group, size = np.unique(values, return_inverse=True, return_counts=True)
-    return (np.cumsum(size) - (size - 1) / 2)[group]
-
-
 def spearman(first: Sequence[float], second: Sequence[float]) -> float:
-    """Spearman's rank correlation, with average ranks for ties."""
-    first, second = np.asarray(first, float), np.asarray(second, float)
-    whole = np.isfinite(first) & np.isfinite(second)
-    if len(set(first[whole])) < 2 or len(set(second[whole])) < 2:
+    """Spearman's rank correlation of the pairs that are finite; NaN where either side does not vary."""
+    pairs = np.array([first, second], float)
+    first, second = pairs[:, np.isfinite(pairs).all(0)]
+    if len(set(first)) < 2 or len(set(second)) < 2:
         return float("nan")
-    a, b = (ranks(values[whole]) for values in (first, second))
-    a, b = a - a.mean(), b - b.mean()
-    return float((a * b).sum() / np.sqrt((a * a).sum() * (b * b).sum()))
+    return float(spearmanr(first, second).statistic)
 
 
 def selected(values: Sequence[float]) -> int:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import functools
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -18,7 +18,7 @@ from speechbrain_mifuse import __version__
 from speechbrain_mifuse.adaptation.uncertainty import masked_mean, mutual_information
 from speechbrain_mifuse.corpora.manifest import read_manifest
 from speechbrain_mifuse.evaluation.aggregate import Table
-from speechbrain_mifuse.evaluation.metrics import scores
+from speechbrain_mifuse.evaluation.metrics import kappa, reliability, scores
 from speechbrain_mifuse.evaluation.results import labelled
 from speechbrain_mifuse.features.dataset import label_index
 from speechbrain_mifuse.inference.recognizer import EmotionRecognizer
@@ -28,18 +28,12 @@ from speechbrain_mifuse.lalm.hashes import HashCache
 from speechbrain_mifuse.lalm.plan import read_known
 from speechbrain_mifuse.lalm.profile import Price, Tokens
 from speechbrain_mifuse.lalm.store import LabelStore, Query, QuerySummary, Samples
-from speechbrain_mifuse.nnet.classifier import EmotionClassifier
-from speechbrain_mifuse.report.teacher_plots import plot_answers, plot_calibration, plot_uncertainty
+from speechbrain_mifuse.report.figures import plot_answers, plot_calibration, plot_uncertainty
+from speechbrain_mifuse.report.templating import environment
 from speechbrain_mifuse.utils.audio import load_audio
 from speechbrain_mifuse.utils.errors import UserError
 from speechbrain_mifuse.utils.files import atomic_write
 from speechbrain_mifuse.utils.progress import progress
-from speechbrain_mifuse.utils.texts import markdown
-
-BINS = 10
-
-# A bin of fewer utterances says little about how often the teacher is right; the figure shows it hollow.
-FEW = 10
 
 # A sample this sure of one label counts as a single label.
 ONE_HOT = 0.999
@@ -63,27 +57,6 @@ class Bill(NamedTuple):
     def cost(self) -> float | None:
         """Price of all tokens, in the currency of the price; `None` if there is none."""
         return self.price and self.price.cost(self.tokens, self.batch_tokens)
-
-
-class Reliability(NamedTuple):
-    """Stated probability against frequency, in bins of equal width."""
-
-    stated: list[float]
-    frequency: list[float]
-    count: list[int]
-    error: float
-
-
-def reliability(stated: torch.Tensor, happened: torch.Tensor, bins: int = BINS) -> Reliability:
-    """Compare stated probabilities with how often what they state is so."""
-    stated, happened = stated.double(), happened.double()
-    place = (stated * bins).long().clamp(0, bins - 1)
-    count = torch.bincount(place, minlength=bins)
-    used = count > 0
-    means = [torch.bincount(place, value, bins)[used] / count[used] for value in (stated, happened)]
-    error = (count[used] * (means[1] - means[0]).abs()).sum() / max(len(stated), 1)
-    said, so = ([round(value, 6) for value in mean.tolist()] for mean in means)
-    return Reliability(said, so, count[used].tolist(), round(float(error), 6))
 
 
 def teacher_figures(
@@ -158,8 +131,12 @@ def write_teacher_report(
     plot_uncertainty(folder / figures[1], uncertain)
     if reference is not None:
         figures.append("teacher_calibration.png")
-        plot_calibration(folder / figures[2], {name: row["calibration"] for name, row in found["classes"].items()}, FEW)
-    text = _markdown(about, found, figures)
+        plot_calibration(folder / figures[2], {name: row["calibration"] for name, row in found["classes"].items()})
+    text = (
+        environment()
+        .get_template("teacher.md")
+        .render(about=about, figures=figures, tables=_tables(found), percent=_percent, median=_median, **found)
+    )
     atomic_write(folder / "teacher.json", json.dumps({"about": about, **found, "code_version": __version__}, indent=1))
     atomic_write(folder / "teacher.md", text)
     return text
@@ -212,18 +189,6 @@ def _classified(
     return torch.stack([recogniser.predict_proba(wave, passes, stochastic=True, seed=0) for wave in waves])
 
 
-@torch.no_grad()
-def classified_frames(
-    classifier: EmotionClassifier, read: Callable[[str], torch.Tensor], keys: Sequence[str], passes: int = 16
-) -> torch.Tensor:
-    """Let the source classifier predict from stored frames, with dropout on."""
-    classifier.eval()
-    with torch.random.fork_rng():
-        torch.manual_seed(0)
-        logits = [classifier.stochastic_logits(read(key).float()[None], None, passes)[0] for key in keys]
-    return torch.stack(logits).softmax(-1)
-
-
 def reference_of(rows: Mapping[str, Mapping], labels: Sequence[str]) -> torch.Tensor | None:
     """Class indices of a manifest's utterances, if they have labels."""
     if not labelled(rows):
@@ -274,14 +239,10 @@ def _against_source(
 ) -> dict:
     other = source.mean(1).argmax(1)
     agree = (predicted == other)[answered]
-    both = [
-        torch.bincount(side[answered], minlength=classes).double() / max(len(agree), 1) for side in (predicted, other)
-    ]
-    chance = float((both[0] * both[1]).sum())
-    observed = _share(agree)
+    beyond_chance = kappa(predicted[answered], other[answered], classes) if len(agree) else None
     found = {
-        "agreement": observed,
-        "kappa": None if observed is None or chance == 1 else round((observed - chance) / (1 - chance), 6),
+        "agreement": _share(agree),
+        "kappa": beyond_chance and round(beyond_chance, 6),
         "passes": source.shape[1],
         "mutual_information": _middle(mutual_information(source)) if source.shape[1] > 1 else None,
     }
@@ -304,103 +265,76 @@ def _cost(bill: Bill) -> dict:
     return told | {"cost_per_1000_samples": round(1000 * bill.cost / bill.samples, 6) if bill.samples else None}
 
 
-def _percent(share: float | None) -> str:
-    return "" if share is None else f"{100 * share:.1f}"
+# The tables of teacher.md; `templates/teacher.md` holds its text.
+
+
+def _percent(*shares: float | None) -> str:
+    """Write fractions in percent."""
+    return " / ".join("" if share is None else f"{100 * share:.1f}" for share in shares)
 
 
 def _median(found: Mapping | None) -> str:
     return "" if found is None else f"{found['median']:.3f}"
 
 
-def _markdown(about: str, found: Mapping, figures: Sequence[str]) -> str:
-    parts = [_answers_text(found), _classes_text(found)]
-    parts += [write(found) for name, write in _OPTIONAL.items() if name in found]
-    shown = "\n".join(f"![{name.removesuffix('.png').replace('_', ' ')}]({name})" for name in figures)
-    return "\n".join([f"# Teacher: {markdown(about)}\n", *parts, shown, ""])
+def _tables(found: Mapping) -> dict[str, str]:
+    made = {"answers": _answers_table(found), "classes": _classes_table(found)}
+    made |= {name: make(found) for name, make in _OPTIONAL.items() if name in found}
+    return {name: table.markdown() for name, table in made.items()}
 
 
-def _answers_text(found: Mapping) -> str:
+def _answers_table(found: Mapping) -> Table:
+    kinds = {kind: count for kind, count in found["kinds"].items() if count} | {"never asked": found["never_asked"]}
     wanted = found["utterances"] * found["k"]
-    rows = [[kind, str(count), _percent(count / wanted)] for kind, count in found["kinds"].items() if count]
-    rows.append(["never asked", str(found["never_asked"]), _percent(found["never_asked"] / wanted)])
-    text = (
-        f"{found['utterances']} utterances, {found['k']} samples wanted of each; {found['answered']} utterances have "
-        f"any. {_percent(found['one_hot']) or '0.0'} % of the samples are single labels. Mutual information (median): "
-        f"{_median(found['mutual_information']) or 'unknown, it takes two samples'}.\n"
-    )
-    return "\n".join(["## Answers\n", text, Table(["kind of answer", "answers", "%"], rows).markdown()])
+    rows = [[kind, str(count), _percent(count / wanted)] for kind, count in kinds.items()]
+    return Table(["kind of answer", "answers", "%"], rows)
 
 
-def _classes_text(found: Mapping) -> str:
+def _rejected_cells(found: Mapping) -> list[str]:
+    return [_percent(found["refusal"]), _percent(found["invalid"])]
+
+
+def _classes_table(found: Mapping) -> Table:
     head = ["teacher's class", "utterances", "mean probability %", "mutual information", "refused %", "invalid %"]
-    rows = [
-        [
-            *(label, str(row["predicted"]), _percent(row["mean_probability"]), _median(row["mutual_information"])),
-            *(_percent(row["refusal"]), _percent(row["invalid"])),
-        ]
-        for label, row in found["classes"].items()
-    ]
+    rows = []
+    for label, row in found["classes"].items():
+        cells = [str(row["predicted"]), _percent(row["mean_probability"]), _median(row["mutual_information"])]
+        rows.append([label, *cells, *_rejected_cells(row)])
     none = found["no_prediction"]
-    rows.append(["none", str(none["utterances"]), "", "", _percent(none["refusal"]), _percent(none["invalid"])])
-    return "\n".join(["## What it says\n", Table(head, rows).markdown()])
+    return Table(head, [*rows, ["none", str(none["utterances"]), "", "", *_rejected_cells(none)]])
 
 
-def _scores_text(found: Mapping) -> str:
+def _scores_table(found: Mapping) -> Table:
     head = ["class", "utterances", "recall %", "precision %", "calibration error %", "refused %", "invalid %"]
-    rows = [
-        [
-            *(label, str(row["reference"]), _percent(row["recall"]), _percent(row["precision"])),
-            *(_percent(row["calibration"]["error"]), _percent(row["of_reference"]["refusal"])),
-            _percent(row["of_reference"]["invalid"]),
-        ]
-        for label, row in found["classes"].items()
-    ]
-    told = found["scores"]
-    text = (
-        f"UA {_percent(told['UA'])} %, WA {_percent(told['WA'])} %, macro-F1 {_percent(told['macro_F1'])} %; an "
-        f"utterance without a sample counts as wrong. Expected calibration error of the class it chooses: "
-        f"{_percent(told['calibration']['error'])} %. Labels are opened here, after adaptation, and nowhere before.\n"
-    )
-    return "\n".join(["## Against the labels\n", text, Table(head, rows).markdown()])
+    rows = []
+    for label, row in found["classes"].items():
+        shares = (row["recall"], row["precision"], row["calibration"]["error"])
+        rows.append([label, str(row["reference"]), *map(_percent, shares), *_rejected_cells(row["of_reference"])])
+    return Table(head, rows)
 
 
-def _source_text(found: Mapping) -> str:
+def _source_table(found: Mapping) -> Table:
     told = found["source"]
-    kappa = "undefined" if told["kappa"] is None else f"{told['kappa']:.2f}"
-    rows = [["same class %", _percent(told["agreement"])], ["Cohen's kappa", kappa]]
+    beyond_chance = "undefined" if told["kappa"] is None else f"{told['kappa']:.2f}"
+    rows = [["same class %", _percent(told["agreement"])], ["Cohen's kappa", beyond_chance]]
     if told["mutual_information"] is not None:
         teacher, source = _median(found["mutual_information"]), _median(told["mutual_information"])
         passes = f"{found['k']} samples / {told['passes']} passes"
         rows.append([f"mutual information, {passes}", f"{teacher or 'unknown'} / {source}"])
     if "scores" in told:
+        where_they_differ = told["teacher_right_where_they_differ"], told["source_right_where_they_differ"]
         rows += [
-            ["UA %, teacher / source", f"{_percent(found['scores']['UA'])} / {_percent(told['scores']['UA'])}"],
+            ["UA %, teacher / source", _percent(found["scores"]["UA"], told["scores"]["UA"])],
             ["both right where they agree %", _percent(told["right_where_they_agree"])],
-            [
-                "right where they differ %, teacher / source",
-                f"{_percent(told['teacher_right_where_they_differ'])} / "
-                f"{_percent(told['source_right_where_they_differ'])}",
-            ],
+            ["right where they differ %, teacher / source", _percent(*where_they_differ)],
         ]
-    return "\n".join(["## Beside the source classifier\n", Table(["measure", "value"], rows).markdown()])
+    return Table(["measure", "value"], rows)
 
 
-def _cost_text(found: Mapping) -> str:
-    told = found["cost"]
-    rows = [
-        [name, *(f"{told[key][kind]:,}" for kind in ("text", "audio", "output"))]
-        for name, key in (("live", "tokens"), ("Batch API", "batch_tokens"))
-    ]
-    if "cost" not in told:
-        text = "Without prices: name them in the provider's profile (`price`).\n"
-    else:
-        each = told["cost_per_1000_samples"]
-        price = f"{told['cost']:.4f} {markdown(told['currency'])}"
-        text = f"{price} for the {told['samples']} samples of this query in the store"
-        text += "" if each is None else f", {each:.4f} per 1000"
-        text += f". Prices: {markdown(told['prices'] or 'as configured')}; the Batch API at half of them.\n"
-    head = ["tokens", "input text", "input audio", "output"]
-    return "\n".join(["## Cost\n", text, Table(head, rows).markdown()])
+def _cost_table(found: Mapping) -> Table:
+    used = {"live": found["cost"]["tokens"], "Batch API": found["cost"]["batch_tokens"]}
+    rows = [[name, *(f"{of[kind]:,}" for kind in ("text", "audio", "output"))] for name, of in used.items()]
+    return Table(["tokens", "input text", "input audio", "output"], rows)
 
 
-_OPTIONAL = {"scores": _scores_text, "source": _source_text, "cost": _cost_text}
+_OPTIONAL = {"scores": _scores_table, "source": _source_table, "cost": _cost_table}

@@ -6,32 +6,23 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 
-from speechbrain_mifuse.evaluation.aggregate import Table, bootstrap, signed, unweighted_accuracy
+from speechbrain_mifuse.evaluation.aggregate import Table, bootstrap, many, signed, unweighted_accuracy
 from speechbrain_mifuse.utils.errors import UserError
 
 COLUMNS = ("corpus", "fold", "seed", "labels_per_class", "arm", "UA", "WA", "macro_F1")
 # What all records of a table must agree in.
-SHARED = (
-    "corpus",
-    "encoder",
-    "speaker_norm",
-    "protocol",
-    "pretraining_audio",
-    "scores_from",
-    "labels",
-    "finetuning_steps",
-)
+SHARED = ("corpus", "encoder", "speaker_norm", "protocol", "pretraining_audio", "scores_from", "labels")
+SHARED += ("finetuning_steps",)
 # What is said of a record that has it.
 SENTENCES = {
     "pretraining_audio": "Adapters pretrained, without labels, on {}.",
     "scores_from": "Scores: {}.",
 }
-Condition = tuple[str, str]
 
 
-def conditions(records: Sequence[Mapping]) -> dict[Condition, list[Mapping]]:
+def _conditions(records: Sequence[Mapping]) -> dict[tuple[str, str], list[Mapping]]:
     """Group records by corpus and amount of labels."""
-    found: dict[Condition, list[Mapping]] = {}
+    found: dict[tuple[str, str], list[Mapping]] = {}
     for record in records:
         found.setdefault((record["corpus"], str(record["labels_per_class"])), []).append(record)
     return found
@@ -62,7 +53,7 @@ def arm_table(records: Sequence[Mapping], arms: Sequence[str], baselines: Sequen
     others = [name for name in baselines if name in arms]
     head = ["corpus", "labels per class", "arm", "UA %", "95 % interval", "mean of folds", "WA %", "macro-F1 %"]
     rows = []
-    for (corpus, labels), found in conditions(records).items():
+    for (corpus, labels), found in _conditions(records).items():
         counts = pooled_counts(found, arms)
         accuracy = 100 * unweighted_accuracy(counts.sum(2))  # [arms, seeds]
         drawn = 100 * bootstrap(counts, np.random.default_rng(0))  # [draws, arms]
@@ -74,12 +65,12 @@ def arm_table(records: Sequence[Mapping], arms: Sequence[str], baselines: Sequen
             cells = [f"{accuracy[place].mean():.1f} ± {spread:.1f}", f"{low:.1f} to {high:.1f}", *means]
             for other in others:
                 against = arms.index(other)
-                cells.append("" if place == against else paired(accuracy, drawn, place, against))
+                cells.append("" if place == against else _paired(accuracy, drawn, place, against))
             rows.append([corpus, labels, name, *cells])
     return Table([*head, *(f"above {name}" for name in others)], rows)
 
 
-def paired(accuracy: np.ndarray, drawn: np.ndarray, place: int, against: int) -> str:
+def _paired(accuracy: np.ndarray, drawn: np.ndarray, place: int, against: int) -> str:
     """Difference of two arms with its paired 95 % interval."""
     low, high = np.percentile(drawn[:, place] - drawn[:, against], [2.5, 97.5])
     return signed(accuracy[place].mean() - accuracy[against].mean(), low, high)
@@ -93,25 +84,21 @@ def arm_protocol(records: Sequence[Mapping]) -> str:
     norm = first["speaker_norm"]
     unknown = [label for label in first.get("labels", ()) if label not in first.get("score_labels", first["labels"])]
     parts = [
-        f"UA over the test speakers of all folds ({_many(len(tests), 'fold')}, "
-        f"{_many(sum(tests.values()), 'speaker')}), mean ± standard deviation over {_many(seeds, 'seed')}.",
+        f"UA over the test speakers of all folds ({many(len(tests), 'fold')}, "
+        f"{many(sum(tests.values()), 'speaker')}), mean ± standard deviation over {many(seeds, 'seed')}.",
         f"Protocol: {first['protocol']}.",
         f"Encoder: {first['encoder']}.",
         *(text.format(first[key]) for key, text in SENTENCES.items() if first.get(key)),
         f"No score for {', '.join(unknown)}: what gives them does not know these classes." if unknown else "",
         f"Speaker normalisation: {norm}." if norm != "none" else "",
-        f"Fine-tuning: {told_steps(records)} steps; {first['selection']}.",
+        f"Fine-tuning: {_steps(records)} steps; {first['selection']}.",
         "Intervals and paired differences: bootstrap over test speakers and seeds.",
         f"Code {first['code_version']}.",
     ]
     return " ".join(part for part in parts if part)
 
 
-def _many(number: int, noun: str) -> str:
-    return f"{number} {noun}" + "s" * (number != 1)
-
-
-def told_steps(records: Sequence[Mapping]) -> str:
+def _steps(records: Sequence[Mapping]) -> str:
     """Say how many optimiser steps were made: an epoch that was begun is finished, so folds may differ by some."""
     made = sorted({record["steps"] for record in records})
     return f"{made[0]}" if len(made) == 1 else f"{made[0]} to {made[-1]}"

@@ -46,7 +46,7 @@ from speechbrain_mifuse.lalm.store import StoreError as LabelStoreError
 from speechbrain_mifuse.nnet.adapter_files import AdapterError, export_adapter, load_adapter
 from speechbrain_mifuse.nnet.classifier import EmotionClassifier
 from speechbrain_mifuse.nnet.wap_transformer import WAPTransformer
-from speechbrain_mifuse.report.plots import plot_confusion
+from speechbrain_mifuse.report.figures import plot_confusion
 from speechbrain_mifuse.utils.errors import WriteError, one_clear_error
 from speechbrain_mifuse.utils.files import atomic_write
 

@@ -3,8 +3,7 @@
 import pytest
 import torch
 
-from speechbrain_mifuse.evaluation.intervals import speaker_bootstrap, speaker_counts
-from speechbrain_mifuse.evaluation.metrics import confusion, scores, scores_of
+from speechbrain_mifuse.evaluation.metrics import confusion, scores, scores_of, speaker_bootstrap, speaker_counts
 
 C = 4
 

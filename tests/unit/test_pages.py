@@ -12,6 +12,7 @@ import pytest
 import torch
 import yaml
 from markdown_it import MarkdownIt
+from report_support import toy_run
 from toy_corpora import utterance, write_wav
 
 from speechbrain_mifuse.cli.recognizer import as_csv
@@ -21,8 +22,8 @@ from speechbrain_mifuse.evaluation.results import side_by_side
 from speechbrain_mifuse.evaluation.verdict import told
 from speechbrain_mifuse.lalm.store import Samples
 from speechbrain_mifuse.nnet.model_card import adapted_card, adapter_card, dual_encoder_card, trained_card
-from speechbrain_mifuse.report.parts import tag
-from speechbrain_mifuse.report.plots import plot_confusion
+from speechbrain_mifuse.report.figures import plot_confusion
+from speechbrain_mifuse.report.page import write_report
 from speechbrain_mifuse.report.teacher_report import write_teacher_report
 from speechbrain_mifuse.utils.command_line import file_arguments
 from speechbrain_mifuse.utils.errors import UserError, one_clear_error
@@ -112,9 +113,11 @@ def test_names_of_our_own_are_not_changed():
         assert markdown(name) == name
 
 
-def test_a_page_of_html_holds_no_markup_and_no_control_sequence_of_a_name():
-    page = tag("td", "<script>\x1b[2J\u202e", title='"><b>\x07')
-    assert page == '<td title="&quot;&gt;&lt;b&gt;\\x07">&lt;script&gt;\\x1b[2J\\u202e</td>'
+def test_a_page_of_html_holds_no_markup_and_no_control_sequence_of_a_name(tmp_path):
+    folder = toy_run(tmp_path, labels=('"><b>\x07', "happy", "sad"), encoder="<i>\x1b[2J\u202e")
+    page = write_report(folder).read_text()
+    assert "<dd>&lt;i&gt;\\x1b[2J\\u202e</dd>" in page and "&#34;&gt;&lt;b&gt;\\x07" in page
+    assert not set("\x07\x1b\u202e") & set(page) and "<b>" not in page and "<i>" not in page
 
 
 def test_a_table_in_latex_holds_no_command_of_a_name():

@@ -21,7 +21,7 @@ from speechbrain_mifuse.evaluation.aggregate import (
 )
 from speechbrain_mifuse.evaluation.metrics import scores, scores_of
 from speechbrain_mifuse.evaluation.results import evaluate, side_by_side
-from speechbrain_mifuse.report.plots import plot_confusion, plot_heatmap, plot_transfers
+from speechbrain_mifuse.report.figures import plot_confusion, plot_heatmap, plot_transfers
 from speechbrain_mifuse.report.results import FIELDS, write_results
 from speechbrain_mifuse.report.selection_report import selection_table, spearman
 from speechbrain_mifuse.utils.errors import UserError
@@ -129,6 +129,11 @@ def test_the_confusion_figure_is_a_png_with_a_column_more_for_missing_answers(tm
         assert content.startswith(b"\x89PNG")
         sizes.append(int.from_bytes(content[16:20], "big"))
     assert sizes[0] < sizes[1]
+    first = (tmp_path / "a.png").read_bytes()
+    plot_confusion(tmp_path / "a.png", torch.tensor([[1, 3, 0], [2, 0, 0]]), ["angry", "sad"], "another")
+    assert (tmp_path / "a.png").read_bytes() != first
+    plot_confusion(tmp_path / "a.png", torch.tensor([[3, 1, 0], [0, 2, 0]]), ["angry", "sad"], "toy")
+    assert (tmp_path / "a.png").read_bytes() == first, "nothing is left of the matrix before"
 
 
 def test_the_table_shows_every_method_that_has_results_in_the_order_asked(manifest, tmp_path):

@@ -12,15 +12,13 @@ import torch
 
 from speechbrain_mifuse.adaptation.uncertainty import mutual_information
 from speechbrain_mifuse.cli.main import main
+from speechbrain_mifuse.evaluation.metrics import reliability
 from speechbrain_mifuse.lalm.answer import KINDS, Answer, Response
 from speechbrain_mifuse.lalm.profile import Price, Tokens
 from speechbrain_mifuse.lalm.store import LabelStore, Query, Record, Samples
-from speechbrain_mifuse.nnet.classifier import EmotionClassifier
 from speechbrain_mifuse.report.teacher_report import (
     Bill,
-    classified_frames,
     reference_of,
-    reliability,
     report_store,
     teacher_figures,
     write_teacher_report,
@@ -165,14 +163,6 @@ def test_reference_is_read_from_labelled_rows_alone():
     assert reference_of({"a": {}, "b": {}}, LABELS) is None
     with pytest.raises(UserError):
         reference_of({"a": {"emo": "sad"}, "b": {}}, LABELS)
-
-
-def test_the_source_classifier_is_heard_from_stored_frames_the_same_way_every_time():
-    classifier = EmotionClassifier(3, 2, 8)
-    frames = {key: torch.randn(4, 3, generator=torch.Generator().manual_seed(i)).half() for i, key in enumerate("abc")}
-    first, second = (classified_frames(classifier, frames.get, list(frames), passes=8) for _ in range(2))
-    assert torch.equal(first, second) and first.shape == (3, 8, 2)
-    assert torch.allclose(first.sum(-1), torch.ones(3, 8)) and mutual_information(first).min() > 0
 
 
 def digest(name):
