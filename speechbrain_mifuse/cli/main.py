@@ -252,18 +252,24 @@ def run_collect(options: argparse.Namespace) -> None:
     if not options.yaml.is_file():
         raise UserError(f"{options.yaml}: no such file. The recipe's YAML file comes first, as hparams/nemo2rav.yaml")
     from speechbrain_mifuse.experiments.choices import chosen_methods
-    from speechbrain_mifuse.experiments.features import CorpusSettings, EncoderSettings
+    from speechbrain_mifuse.experiments.features import CorpusSettings, EncoderSettings, open_reader
     from speechbrain_mifuse.experiments.settings import load_hparams
+    from speechbrain_mifuse.experiments.source import prepare_labelled, trained_recogniser
     from speechbrain_mifuse.experiments.teacher import TeacherSettings, collect_answers
 
     given = {"lalm_budget": options.budget, "lalm_deadline": options.deadline}
     flags = [f"--{key}={value}" for key, value in given.items() if value is not None]
     hparams, run_opts = load_hparams(options.yaml, [*options.flags, *flags])
+
+    def train() -> Path:
+        corpus = CorpusSettings.teacher_of(hparams)
+        prepare_labelled(corpus)
+        return trained_recogniser(corpus, open_reader(EncoderSettings.of(hparams), run_opts), run_opts)
+
     with stopped_by_ctrl_c():
         methods, target = hparams["adaptation"]["methods"], CorpusSettings.target_of(hparams)
         chosen = {name: methods[name] for name in chosen_methods(hparams["method"], methods)}
-        teacher, encoder = TeacherSettings.of(hparams), EncoderSettings.of(hparams)
-        collect_answers(teacher, chosen, target, encoder, run_opts, options.dry_run)
+        collect_answers(TeacherSettings.of(hparams), chosen, target, train, options.dry_run)
 
 
 def run_probe(options: argparse.Namespace) -> None:

@@ -241,7 +241,7 @@ def require_data(hparams: Mapping, names: Sequence[str], reader: FrameReader, te
         prepare_labelled(CorpusSettings.source_of(hparams))
     asked = any(method.answers_for for method in methods.values())
     if asked and teacher.is_local and teacher.recogniser is None:
-        prepare_labelled(teacher.corpus)
+        prepare_labelled(CorpusSettings.teacher_of(hparams))
 
 
 def require_recordings_to_adapt_to(hparams: Mapping, names: Sequence[str], store: FeatureStore) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import logging
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -17,10 +17,8 @@ from speechbrain_mifuse.adaptation.method import AdaptationMethod
 from speechbrain_mifuse.adaptation.uncertainty import single_label_share
 from speechbrain_mifuse.brains.training import one_at_a_time
 from speechbrain_mifuse.corpora.manifest import unlabelled
-from speechbrain_mifuse.experiments.features import CorpusSettings, EncoderSettings, device_of, open_reader
-from speechbrain_mifuse.experiments.source import prepare_labelled, trained_recogniser
+from speechbrain_mifuse.experiments.features import CorpusSettings, device_of
 from speechbrain_mifuse.features.dataset import encoded_rows
-from speechbrain_mifuse.features.extract import FrameReader
 from speechbrain_mifuse.features.store import FeatureStore
 from speechbrain_mifuse.inference.recognizer import EmotionRecognizer
 from speechbrain_mifuse.inference.recognizer_folder import recogniser_digest
@@ -58,12 +56,12 @@ EVERY_REQUEST = ("openai", "httpx", "httpx2", "httpcore", "httpcore2", "speechbr
 class TeacherSettings:
     """Who answers about the target's recordings, what is asked, and what may be spent.
 
-    `corpus` is what the teacher's classifier is trained on where neither an API, nor `recogniser`, nor `alm` is named.
+    `folder` is where the teacher's classifier is trained where neither an API, nor `recogniser`, nor `alm` is named.
     `temperature` and `samples` are of the answers; `budget` is in the currency of the prices, `deadline` in seconds.
     """
 
     name: str
-    corpus: CorpusSettings
+    folder: Path
     profile: Profile
     prompt: Prompt
     label_store: Path
@@ -89,7 +87,7 @@ class TeacherSettings:
         )
         return cls(
             name=hparams["teacher"],
-            corpus=CorpusSettings.teacher_of(hparams),
+            folder=Path(hparams["teacher_folder"]),
             profile=profile,
             prompt=prompt_of(profile, hparams["labels"], hparams["lalm_prompts"], hparams["lalm_shuffle_labels"]),
             label_store=Path(hparams["label_store"]),
@@ -185,7 +183,7 @@ def ask_teacher(
     methods: Iterable[AdaptationMethod],
     target: CorpusSettings,
     store: FeatureStore,
-    reader: FrameReader,
+    train: Callable[[], Path],
     run_opts: Mapping | None = None,
 ) -> Answers:
     """Collect what methods need of the teacher's answers; only what the label store lacks is asked.
@@ -200,8 +198,8 @@ def ask_teacher(
         Whose recordings are asked about.
     store : FeatureStore
         Frames of the target; knows the content hash that is the answers' key.
-    reader : FrameReader
-        Makes frames, should a teacher have to be trained first.
+    train : callable
+        Trains the classifier that is served in the place of an API, or finds it trained; gives its folder.
     run_opts : mapping, optional
         SpeechBrain's run options.
 
@@ -224,7 +222,7 @@ def ask_teacher(
         samples = zero_shot_samples(teacher, model, target, list(wavs))
         return Answers(samples, list(wavs), k, n_classes, model.fingerprint())
     hashes = {key: store.rows[key].audio for key in wavs}
-    with teacher_api(teacher, reader, run_opts) as (serve, endpoint):
+    with teacher_api(teacher, train) as (serve, endpoint):
         samples = run_on_main(collected, args=[teacher, wavs, hashes, serve, endpoint])
     return Answers(samples, list(wavs), k, n_classes)
 
@@ -295,8 +293,7 @@ def collect_answers(
     teacher: TeacherSettings,
     methods: Mapping[str, AdaptationMethod],
     target: CorpusSettings,
-    encoder: EncoderSettings,
-    run_opts: Mapping | None = None,
+    train: Callable[[], Path],
     dry_run=False,
 ) -> None:
     """Print the plan and collect the answers that a recipe needs, without training or encoding the target."""
@@ -314,11 +311,7 @@ def collect_answers(
     teacher.require_capabilities(max((recording.seconds for recording in known.values()), default=None))
     if dry_run:
         return
-    reader = None
-    if teacher.is_local:
-        prepare_labelled(teacher.corpus)
-        reader = open_reader(encoder, run_opts)
-    with LabelStore(store) as answers, teacher_api(teacher, reader, run_opts) as (serve, endpoint):
+    with LabelStore(store) as answers, teacher_api(teacher, train) as (serve, endpoint):
         hashes = {key: recording.audio for key, recording in known.items()}
         query, told = fill_label_store(teacher, wavs, hashes, answers, serve, endpoint)
         kinds = ", ".join(f"{count} {kind}" for kind, count in answers.counts(query).items() if count)
@@ -330,7 +323,7 @@ def planned(teacher: TeacherSettings, known: Mapping[str, Known]) -> Plan:
     endpoint, store = None, teacher.label_store
     if teacher.is_local:
         try:
-            endpoint = f"local:{recogniser_digest(teacher.corpus.classifier['output_folder'])}"
+            endpoint = f"local:{recogniser_digest(teacher.folder / 'recogniser')}"
         except UserError:
             endpoint = "local:not trained yet"
     query = teacher.query(teacher.base_url, endpoint)
@@ -346,12 +339,12 @@ def missing_answers(answers: LabelStore, query: Query, hashes: Mapping[str, str]
 
 
 @contextlib.contextmanager
-def teacher_api(teacher: TeacherSettings, reader: FrameReader, run_opts: Mapping | None = None):
+def teacher_api(teacher: TeacherSettings, train: Callable[[], Path]):
     """Say who answers, and how to reach it: the API that the user names, or a classifier served here."""
     if not teacher.is_local:
         yield (lambda: contextlib.nullcontext(teacher.profile.base_url)), None
         return
-    folder = teacher.recogniser or trained_recogniser(teacher.corpus, reader, run_opts)
+    folder = teacher.recogniser or train()
     yield functools.partial(served, folder, teacher.profile.model), f"local:{recogniser_digest(folder)}"
 
 

@@ -29,7 +29,7 @@ PROMPTS = PromptSet("toy", ("I am {e}.", "{e}!", "Such a {e} voice."), {"angry":
 
 def settings(**changes):
     """A teacher of which nothing but the given is known."""
-    given = {"name": "dual_encoder", "corpus": None, "profile": SimpleNamespace(base_url=None), "label_store": Path()}
+    given = {"name": "dual_encoder", "folder": Path(), "profile": SimpleNamespace(base_url=None), "label_store": Path()}
     given |= {"prompt": SimpleNamespace(labels=LABELS), "samples": 3, "temperature": 1.0}
     return TeacherSettings(**{**given, **changes})
 

@@ -9,6 +9,7 @@ It prepares manifests, stores frozen encoder frames, trains the source classifie
 target speech, adapts a student, and scores it on other speakers. What is done already is skipped; a killed run goes on.
 """
 
+import functools
 import math
 import sys
 from pathlib import Path
@@ -128,7 +129,8 @@ def run(hparams, names, run_opts=None, teacher_recogniser=None):
     front = open_front(target, hparams["layer"], reader)
     require_recordings_to_adapt_to(hparams, names, front.store)
     source = hparams["source_recogniser"] or trained_recogniser(CorpusSettings.source_of(hparams), reader, run_opts)
-    answers = ask_teacher(teacher, methods.values(), target, front.store, reader, run_opts)
+    train_teacher = functools.partial(trained_recogniser, CorpusSettings.teacher_of(hparams), reader, run_opts)
+    answers = ask_teacher(teacher, methods.values(), target, front.store, train_teacher, run_opts)
     report_answers(answers, hparams["temperature"])
     for name, method in methods.items():
         datasets = dataio_prepare(hparams, method, front, answers)
