@@ -20,6 +20,7 @@ from safetensors.torch import load_file
 from toy_corpora import LABELS
 
 from speechbrain_mifuse import __version__
+from speechbrain_mifuse.cli.main import main
 from speechbrain_mifuse.inference import EmotionRecognizer
 from speechbrain_mifuse.inference.server import EmotionServer
 
@@ -325,6 +326,11 @@ def test_the_teacher_may_be_any_server_and_then_no_corpus_but_the_target_is_need
     assert results(tmp_path / "out", "lalm_zero_shot")["UA"] == results(finished, "lalm_zero_shot")["UA"]
     assert results(tmp_path / "out", "mi_fuse")["teacher"] == "some-model"
     assert not (tmp_path / "out" / "teacher").exists()
+
+
+def test_a_plan_after_the_run_finds_the_answers_of_the_local_teacher_stored(finished, recipe, capfd):
+    main(["collect", str(ROOT / HPARAMS), *recipe.flags(finished, "mi_fuse"), "--dry_run"])
+    assert "0 to ask for" in capfd.readouterr().out
 
 
 def test_two_runs_side_by_side_do_not_pay_for_the_same_answers_twice(finished, recipe, tmp_path, toy_folder):
