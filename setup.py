@@ -1,4 +1,4 @@
-"""Builds the package with the settings and the steps that `speechbrain_mifuse.adapt` runs, which lie beside it here."""
+"""Builds the package with the settings and recipes that it runs, which lie beside it here."""
 
 import shutil
 from pathlib import Path
@@ -6,7 +6,7 @@ from pathlib import Path
 from setuptools import setup
 from setuptools.command.build_py import build_py
 
-SHIPPED = [*Path("hparams").rglob("*.yaml"), Path("recipes/RAVDESS/mifuse/train.py")]
+SHIPPED = [*Path("hparams").rglob("*.yaml"), *Path("recipes/RAVDESS").glob("*/*.py")]
 
 
 class BuildWithRecipe(build_py):

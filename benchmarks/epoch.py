@@ -38,10 +38,11 @@ from speechbrain.utils.data_utils import batch_pad_right
 from speechbrain.utils.epoch_loop import EpochCounter
 from speechbrain.utils.train_logger import FileTrainLogger
 
-from speechbrain_mifuse.brains.classifier import labelled_dataset, make_brain
+from speechbrain_mifuse.brains.classifier import labelled_dataset
 from speechbrain_mifuse.brains.training import EVERY_EPOCH
 from speechbrain_mifuse.corpora.manifest import read_manifest
 from speechbrain_mifuse.experiments.features import EncoderSettings, open_reader
+from speechbrain_mifuse.experiments.recipes import load_recipe
 from speechbrain_mifuse.features.dataset import frame_batches, pad_frames
 from speechbrain_mifuse.features.encoder import load_wrapper
 from speechbrain_mifuse.features.extract import average_frames, extract, open_store
@@ -144,7 +145,8 @@ class Training:
             "log_interval": checkpoint_every,
             "train_logger": FileTrainLogger(folder / "train_log.txt"),
         }
-        self.brain = make_brain(hparams, front, EmotionClassifier(front.dim, len(LABELS)), self.dataset, None)
+        recipe = load_recipe("recipes/RAVDESS/classifier/train.py")
+        self.brain = recipe.make_brain(hparams, front, EmotionClassifier(front.dim, len(LABELS)), self.dataset)
         self.loader = frame_batches(batch_size=batch, shuffle=True, drop_last=True)
         self.clips = len(self.dataset) // batch * batch
 
@@ -166,6 +168,7 @@ class EveryEpoch(torch.nn.Module):
     """In place of `StoredFrames`: clips are read in the loader's pipeline and encoded in every step."""
 
     n_layers = 1
+    store = None
 
     def __init__(self, encoder):
         super().__init__()

@@ -12,7 +12,6 @@ Both sides are a Brain's `fit_batch` on one batch of 64 utterances with about 25
 from __future__ import annotations
 
 import functools
-import runpy
 import tempfile
 import time
 from collections.abc import Callable
@@ -28,13 +27,12 @@ from speechbrain.utils.train_logger import FileTrainLogger
 
 from speechbrain_mifuse.adaptation.fusion import exponential_weight
 from speechbrain_mifuse.adaptation.mi_fuse import MIFuse
-from speechbrain_mifuse.brains import classifier
+from speechbrain_mifuse.experiments.recipes import load_recipe
 from speechbrain_mifuse.features.dataset import frame_batches
 from speechbrain_mifuse.features.front import StoredFrames
 from speechbrain_mifuse.features.store import FeatureStore
 from speechbrain_mifuse.nnet.classifier import EmotionClassifier
 
-RECIPE = Path(__file__).parents[1] / "recipes" / "RAVDESS" / "mifuse" / "train.py"
 LABELS = ("angry", "happy", "neutral", "sad")
 UTTERANCES, LEAST_FRAMES, MOST_FRAMES, DIM = 64, 15, 35, 384
 PASSES, ANSWERS = 16, 5
@@ -113,13 +111,14 @@ def adaptation_brain(folder: Path) -> sb.Brain:
     """Set MI-Fuse up as the recipes do."""
     method = MIFuse(weight=functools.partial(exponential_weight, temperature=0.2))
     own = folder / "mifuse"
-    recipe = runpy.run_path(str(RECIPE))
-    return recipe["make_brain"](settings(own), method, model(), UTTERANCES, own)
+    recipe = load_recipe("recipes/RAVDESS/mifuse/train.py")
+    return recipe.make_brain(settings(own), method, model(), UTTERANCES, own)
 
 
 def classifier_brain(folder: Path, front: StoredFrames, dataset: DynamicItemDataset) -> sb.Brain:
     """Set the source classifier's training up as the recipes do."""
-    return classifier.make_brain(settings(folder / "supervised"), front, model(), dataset, None)
+    recipe = load_recipe("recipes/RAVDESS/classifier/train.py")
+    return recipe.make_brain(settings(folder / "supervised"), front, model(), dataset)
 
 
 def fitting(brain: sb.Brain, batch, steps: int) -> Callable[[], float]:

@@ -245,11 +245,11 @@ def named(probs, labels: Sequence[str]) -> dict[str, float]:
 def run_adapt(options: argparse.Namespace) -> None:
     """Adapt a recogniser and print what came of it."""
     from speechbrain_mifuse.evaluation.verdict import told
-    from speechbrain_mifuse.experiments.adapt import RECIPE, run
+    from speechbrain_mifuse.experiments.adapt import SETTINGS, run
     from speechbrain_mifuse.experiments.settings import parse_arguments
 
     require_recogniser(options.source)
-    _, run_opts, overrides = parse_arguments([str(RECIPE), *options.flags])
+    _, run_opts, overrides = parse_arguments([str(SETTINGS), *options.flags])
     with stopped_by_ctrl_c():
         found = run(options.source, options.wav_folder, options.teacher, options.output_folder, overrides, run_opts)
     print(f"\n{(found.recogniser.parent.parent / 'results.md').read_text(encoding='utf-8')}\n{told(found.verdict)}")

@@ -6,22 +6,15 @@ Importing this module loads no torch; the call does.
 from __future__ import annotations
 
 import json
-import runpy
 import sys
 from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import NamedTuple
 
+from speechbrain_mifuse.experiments.recipes import load_recipe, shipped
 from speechbrain_mifuse.utils.errors import UserError, require_device, writing
 
-
-def _shipped(name: str) -> Path:
-    """Find a file of the repository: beside the package in a checkout, inside it once installed."""
-    package = Path(__file__).parents[1]
-    return next((path for path in (package / name, package.parent / name) if path.exists()), package / name)
-
-
-SETTINGS, RECIPE = _shipped("hparams/rav2folder.yaml"), _shipped("recipes/RAVDESS/mifuse/train.py")
+SETTINGS = shipped("hparams/rav2folder.yaml")
 
 # The best on the open transfers, with and without class skew (docs/results); the recipe's own default is the paper's.
 # Skew is not warned of: of even recordings, too, a source and a teacher from other corpora hardly say some classes.
@@ -132,7 +125,7 @@ def run(
     with writing(hparams["output_folder"]):
         sb.create_experiment_directory(hparams["output_folder"], SETTINGS, overrides, save_env_desc=False)
     sys.excepthook = hook
-    runpy.run_path(str(RECIPE))["run"](hparams, names, run_opts, served)
+    load_recipe("recipes/RAVDESS/mifuse/train.py").run(hparams, names, run_opts, served)
     folder = Path(hparams["output_folder"])
     summary(folder, names, list(hparams["adaptation"]["methods"]))
     results = json.loads((folder / method / "results.json").read_text())

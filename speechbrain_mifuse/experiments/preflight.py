@@ -18,15 +18,17 @@ from ruamel.yaml import YAML
 from ruamel.yaml.error import YAMLError
 
 from speechbrain_mifuse.adaptation.selection import known_rule
-from speechbrain_mifuse.brains import adapter, classifier, dual_encoder
+from speechbrain_mifuse.brains import adapter
 from speechbrain_mifuse.brains.training import require_trainable, require_unchanged
 from speechbrain_mifuse.corpora.folds import fold_folder
 from speechbrain_mifuse.corpora.manifest import read_manifest, unlabelled
+from speechbrain_mifuse.experiments import dual_encoder
 from speechbrain_mifuse.experiments import variants as arms
 from speechbrain_mifuse.experiments.adaptation import chosen_settings as chosen_adaptation
 from speechbrain_mifuse.experiments.choices import known_ones, require_labels
 from speechbrain_mifuse.experiments.features import CorpusSettings, norm_of
 from speechbrain_mifuse.experiments.settings import require_layer
+from speechbrain_mifuse.experiments.source import chosen_settings as chosen_classifier
 from speechbrain_mifuse.experiments.source import prepare_labelled
 from speechbrain_mifuse.experiments.teacher import TeacherSettings, zero_shot_teacher
 from speechbrain_mifuse.features.dataset import encoded_rows
@@ -186,7 +188,7 @@ def _require_same_settings(hparams: Mapping, names: Sequence[str]) -> None:
     source = hparams.get("source_classifier") if hparams.get("source_recogniser") is None else None
     for options in (source, hparams.get("teacher_classifier")):
         if options is not None:
-            require_unchanged(Path(options["output_folder"]) / "settings.json", classifier.chosen_settings(options))
+            require_unchanged(Path(options["output_folder"]) / "settings.json", chosen_classifier(options))
     for kind in ("adapter", "zsfuse"):
         if isinstance(hparams.get(kind), Mapping):
             _require_same_arms(folder, hparams[kind], names)

@@ -11,17 +11,13 @@ from pathlib import Path
 import numpy as np
 from speechbrain.utils.distributed import run_on_main
 
-from speechbrain_mifuse.brains.dual_encoder import (
-    Source,
-    classifier_scores,
-    train_dual_encoder,
-    train_source_classifier,
-)
+from speechbrain_mifuse.brains.dual_encoder import Source
 from speechbrain_mifuse.corpora.folds import fold_folder
 from speechbrain_mifuse.corpora.manifest import read_manifest, unlabelled
 from speechbrain_mifuse.evaluation.aggregate import bootstrap, signed, unweighted_accuracy
 from speechbrain_mifuse.evaluation.results import counts_by_speaker
 from speechbrain_mifuse.experiments.choices import known_ones
+from speechbrain_mifuse.experiments.dual_encoder import classifier_scores, source_fronts, train_source_classifier
 from speechbrain_mifuse.experiments.features import (
     CorpusSettings,
     EncoderSettings,
@@ -31,6 +27,7 @@ from speechbrain_mifuse.experiments.features import (
 )
 from speechbrain_mifuse.experiments.folds import adapter_run, fold_front
 from speechbrain_mifuse.experiments.fusion_variants import Amplification, ScoreTable, Specialist
+from speechbrain_mifuse.experiments.recipes import load_recipe
 from speechbrain_mifuse.experiments.settings import overrides_of, read_hparams
 from speechbrain_mifuse.experiments.variants import Run
 from speechbrain_mifuse.features.extract import FrameReader
@@ -50,16 +47,6 @@ OWN = "dual_encoder"
 # What each number of repeats makes the model hear.
 HEARD = "heard.md"
 ALM = ("alm", "alm_window", "alm_trust_remote_code")
-
-
-def source_fronts(hparams: Mapping, reader: FrameReader) -> dict[str, StoredFrames]:
-    """Prepare the corpora that a dual encoder is trained on and store their frames."""
-    fronts = {}
-    for name, source in hparams["sources"].items():
-        run_on_main(source.prepare)
-        corpus = CorpusSettings(name, Path(source.manifests), source.prepare, hparams["feature_folder"])
-        fronts[name] = StoredFrames(store_frames(corpus, reader), hparams["layer"])
-    return fronts
 
 
 class Trained:
@@ -82,11 +69,13 @@ class Trained:
         self.folder, self.run_opts = folder, run_opts
         self.reader = open_reader(EncoderSettings.of(self.hparams), run_opts)
         self.sources: Mapping[str, Source] = self.hparams["sources"]
-        self.fronts = source_fronts(self.hparams, self.reader)
+        given = (self.hparams["layer"], self.hparams["feature_folder"])
+        self.fronts = source_fronts(self.sources, self.reader, *given)
 
     def dual_encoder(self) -> AudioTextModel:
         """Train or find the dual encoder."""
-        folder = train_dual_encoder(self.hparams["dual_encoder"], self.sources, self.fronts, self.run_opts)
+        recipe = load_recipe("recipes/RAVDESS/dual_encoder/train.py")
+        folder = recipe.train_dual_encoder(self.hparams["dual_encoder"], self.sources, self.fronts, self.run_opts)
         return load_dual_encoder(folder).to(device_of(self.run_opts))
 
     def classifier_table(self, hparams: Mapping) -> ScoreTable:

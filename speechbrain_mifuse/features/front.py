@@ -128,6 +128,7 @@ class FinetunedEncoder(nn.Module):
     """
 
     sample_rate = 16000
+    store = None
 
     def __init__(self, source: str, trim_db: float | None = 40.0):
         super().__init__()

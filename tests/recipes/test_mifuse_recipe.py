@@ -390,7 +390,7 @@ KILLS = [
     ("speechbrain_mifuse.features.extract", "FrameReader.encode", 20),
     ("speechbrain_mifuse.features.store", "StoreWriter.flush", 2),
     ("speechbrain_mifuse.brains.classifier", "ClassifierBrain.compute_objectives", 45),
-    ("speechbrain_mifuse.brains.classifier", "export_recogniser", 1),
+    ("speechbrain_mifuse.experiments.source", "export_recogniser", 1),
     ("speechbrain_mifuse.lalm.store", "LabelStore.put_many", 2),
     ("speechbrain_mifuse.brains.adaptation", "AdaptationBrain.on_fit_batch_end", 35),
     ("speechbrain_mifuse.brains.snapshots", "save", 1),

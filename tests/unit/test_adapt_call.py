@@ -16,12 +16,12 @@ from safetensors.torch import load_file
 from toy_corpora import utterance, write_wav
 
 from speechbrain_mifuse.brains import adaptation as brains
-from speechbrain_mifuse.brains.classifier import train_classifier
 from speechbrain_mifuse.cli.main import main
 from speechbrain_mifuse.evaluation.verdict import judge
 from speechbrain_mifuse.experiments import adapt as adapt_module
 from speechbrain_mifuse.experiments import adaptation as ends
 from speechbrain_mifuse.experiments.adapt import adapt, judged
+from speechbrain_mifuse.experiments.recipes import load_recipe
 from speechbrain_mifuse.features.encoder import FrozenEncoder
 from speechbrain_mifuse.features.extract import FrameReader, extract
 from speechbrain_mifuse.features.front import StoredFrames
@@ -34,6 +34,7 @@ from speechbrain_mifuse.utils.errors import UserError
 from speechbrain_mifuse.utils.files import atomic_write
 
 ROOT = Path(__file__).parents[2]
+CLASSIFIER = load_recipe("recipes/RAVDESS/classifier/train.py")
 QUICK = {"number_of_steps": 20, "batch_size": 12, "learning_rate": 0.003, "lalm_samples": 3}
 
 
@@ -53,7 +54,7 @@ def trained(root, encoder, layer, shift):
     filled |= {f"{split}_manifest": str(root / f"{split}.json") for split in ("train", "valid")}
     filled |= {"encoder": str(encoder), "layer": layer, "trim_db": 40.0, "number_of_epochs": 30, "batch_size": 8}
     with (ROOT / "hparams" / "base" / "classifier.yaml").open() as file:
-        return train_classifier(load_hyperpyyaml(file, filled), StoredFrames(store, layer))
+        return CLASSIFIER.train_classifier(load_hyperpyyaml(file, filled), StoredFrames(store, layer))
 
 
 @pytest.fixture(scope="module")
@@ -339,7 +340,8 @@ def test_the_source_itself_or_other_classes_make_no_teacher(source, teacher, rec
 
 def test_settings_and_steps_are_those_of_the_repository():
     assert adapt_module.SETTINGS == ROOT / "hparams" / "rav2folder.yaml"
-    assert adapt_module.RECIPE == ROOT / "recipes" / "RAVDESS" / "mifuse" / "train.py"
+    recipe = load_recipe("recipes/RAVDESS/mifuse/train.py")
+    assert Path(recipe.__file__) == ROOT / "recipes" / "RAVDESS" / "mifuse" / "train.py"
 
 
 def test_importing_the_module_loads_no_torch():

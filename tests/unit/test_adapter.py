@@ -12,11 +12,11 @@ from hyperpyyaml import load_hyperpyyaml
 
 from speechbrain_mifuse.adaptation.method import described
 from speechbrain_mifuse.brains import adapter as brains
-from speechbrain_mifuse.brains.classifier import starting_classifier, train_classifier
 from speechbrain_mifuse.brains.training import SettingsError
 from speechbrain_mifuse.corpora.folds import fold_splits, prepare_folds
 from speechbrain_mifuse.corpora.manifest import LABELS, CorpusError
 from speechbrain_mifuse.corpora.ravdess import prepare_ravdess_8
+from speechbrain_mifuse.experiments.recipes import load_recipe
 from speechbrain_mifuse.experiments.variants import few_labels
 from speechbrain_mifuse.features.front import StoredFrames
 from speechbrain_mifuse.features.prosody import ProsodyReader
@@ -35,6 +35,7 @@ from speechbrain_mifuse.utils.files import atomic_write
 
 D = 6
 HPARAMS = Path(__file__).parents[2] / "hparams"
+CLASSIFIER = load_recipe("recipes/RAVDESS/classifier/train.py")
 
 
 @pytest.fixture(autouse=True)
@@ -449,10 +450,10 @@ def test_a_pretrained_adapter_is_the_front_of_a_classifier_and_of_the_student_th
     speech, pretrained, tmp_path
 ):
     front = speech[1]
-    start = starting_classifier(classifier_options(tmp_path, adapter=str(pretrained)), front)
+    start = CLASSIFIER.make_classifier(classifier_options(tmp_path, adapter=str(pretrained)), front)
     expected = load_adapter(pretrained).state_dict()
     assert all(torch.equal(value, expected[name]) for name, value in start.adapter.state_dict().items())
-    recogniser = train_classifier(classifier_options(tmp_path, adapter=str(pretrained)), front)
+    recogniser = CLASSIFIER.train_classifier(classifier_options(tmp_path, adapter=str(pretrained)), front)
     student = load_classifier(recogniser, LABELS, front.fingerprint)
     moved = [name for name, value in student.adapter.state_dict().items() if not torch.equal(value, expected[name])]
     assert "layers.0.linear1.weight" in moved and "centre" not in moved
@@ -461,11 +462,11 @@ def test_a_pretrained_adapter_is_the_front_of_a_classifier_and_of_the_student_th
 
 
 def test_a_classifier_trained_without_an_adapter_is_not_taken_for_one_with_it(speech, pretrained, tmp_path):
-    train_classifier(classifier_options(tmp_path), speech[1])
+    CLASSIFIER.train_classifier(classifier_options(tmp_path), speech[1])
     with pytest.raises(SettingsError, match="the adapter changed"):
-        train_classifier(classifier_options(tmp_path, adapter=str(pretrained)), speech[1])
+        CLASSIFIER.train_classifier(classifier_options(tmp_path, adapter=str(pretrained)), speech[1])
     with pytest.raises(AdapterError, match="layer: found 2, wanted 1"):
-        starting_classifier(classifier_options(tmp_path, adapter=str(pretrained), layer=1), speech[1])
+        CLASSIFIER.make_classifier(classifier_options(tmp_path, adapter=str(pretrained), layer=1), speech[1])
 
 
 def test_an_adapter_of_other_frames_and_one_that_is_not_whole_are_clear_errors(tmp_path):

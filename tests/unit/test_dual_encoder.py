@@ -13,11 +13,12 @@ from tiny_text_encoder import write_text_encoder
 from torch.nn import functional as F
 
 from speechbrain_mifuse.brains import dual_encoder as brains
-from speechbrain_mifuse.brains.dual_encoder import Source, train_dual_encoder
+from speechbrain_mifuse.brains.dual_encoder import Source
 from speechbrain_mifuse.brains.training import SettingsError
 from speechbrain_mifuse.corpora import emodb, iemocap, msp_improv, msp_podcast, nemo, ravdess
 from speechbrain_mifuse.corpora.manifest import CorpusError, read_manifest
 from speechbrain_mifuse.experiments import zero_shot_steps as zero_shot_pipeline
+from speechbrain_mifuse.experiments.recipes import load_recipe
 from speechbrain_mifuse.features import text_encoder as texts
 from speechbrain_mifuse.features.encoder import FrozenEncoder
 from speechbrain_mifuse.features.extract import FrameReader
@@ -42,6 +43,8 @@ ROOT = Path(__file__).resolve().parents[2]
 PROMPTS = ROOT / "hparams" / "prompts" / "english.yaml"
 CAPTIONS = ROOT / "hparams" / "captions" / "english.yaml"
 LABELS = ("angry", "happy", "sad")
+RECIPE = load_recipe("recipes/RAVDESS/dual_encoder/train.py")
+train_dual_encoder = RECIPE.train_dual_encoder
 
 
 @pytest.fixture(scope="module")
@@ -387,7 +390,7 @@ def test_what_is_trained_already_is_not_trained_again_and_other_settings_are_ref
     folder = train_dual_encoder(hparams(tmp_path / "out"), *sources)
     with pytest.raises(SettingsError, match="learning_rate"):
         train_dual_encoder(hparams(tmp_path / "out", learning_rate=0.1), *sources)
-    monkeypatch.setattr(brains, "fit", None)
+    monkeypatch.setattr(RECIPE, "fit", None)
     assert train_dual_encoder(hparams(tmp_path / "out"), *sources) == folder
 
 
@@ -540,7 +543,7 @@ def test_encoders_that_load_later_go_to_the_dual_encoders_device(text_folder, te
 
 def test_a_dual_encoder_that_the_recipe_trains_scores_on_its_device(tmp_path, monkeypatch):
     export_dual_encoder(tmp_path, DualEncoder(8, 6), toy_about())
-    monkeypatch.setattr(zero_shot_pipeline, "train_dual_encoder", lambda *given: tmp_path)
+    monkeypatch.setattr(RECIPE, "train_dual_encoder", lambda *given: tmp_path)
     hparams = {"dual_encoder": {}}
     trained = SimpleNamespace(hparams=hparams, sources={}, fronts={}, run_opts={"device": "meta"})
     assert zero_shot_pipeline.Trained.dual_encoder(trained).device.type == "meta"

@@ -20,6 +20,7 @@ from speechbrain_mifuse.brains import classifier as brains
 from speechbrain_mifuse.brains.training import SettingsError
 from speechbrain_mifuse.cli.main import main
 from speechbrain_mifuse.corpora.manifest import CorpusError
+from speechbrain_mifuse.experiments.recipes import load_recipe
 from speechbrain_mifuse.features.encoder import FrozenEncoder
 from speechbrain_mifuse.features.extract import FrameReader, extract
 from speechbrain_mifuse.features.front import StoredFrames
@@ -34,6 +35,7 @@ from speechbrain_mifuse.utils.audio import BadAudio, load_audio
 from speechbrain_mifuse.utils.errors import UserError
 from speechbrain_mifuse.utils.files import atomic_write
 
+RECIPE = load_recipe("recipes/RAVDESS/classifier/train.py")
 YAML = Path(__file__).parents[2] / "hparams" / "base" / "classifier.yaml"
 QUICK = {"number_of_epochs": 30, "batch_size": 8, "learning_rate": 0.001}
 # How far probabilities may lie apart because stored frames are fp16 and live ones float32.
@@ -74,7 +76,7 @@ class Corpus:
 
     def train(self, output_folder, **changes):
         hparams = self.hparams(output_folder, **changes)
-        return brains.train_classifier(hparams, StoredFrames(self.store, hparams["layer"]))
+        return RECIPE.train_classifier(hparams, StoredFrames(self.store, hparams["layer"]))
 
 
 @pytest.fixture(scope="module")
@@ -115,7 +117,7 @@ def test_training_learns_the_toy_classes_and_keeps_the_result_of_held_out_speake
 def test_a_trained_classifier_is_not_trained_again(corpus, tmp_path, monkeypatch, caplog):
     first = corpus.train(tmp_path)
     before = recogniser_digest(first)
-    monkeypatch.setattr(brains, "make_brain", lambda *_: pytest.fail("trained again"))
+    monkeypatch.setattr(RECIPE, "make_brain", lambda *_: pytest.fail("trained again"))
     with caplog.at_level("INFO"):
         assert corpus.train(tmp_path) == first
     assert recogniser_digest(first) == before and "training skipped" in caplog.text

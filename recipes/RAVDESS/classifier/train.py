@@ -1,21 +1,32 @@
 #!/usr/bin/env python3
-"""Recipe: train an emotion classifier with labels and export it as a recogniser.
+"""Recipe: train an emotion classifier with labels and export it as a recognizer.
 
 Run from the repository's root, or from this folder:
 
     python recipes/RAVDESS/classifier/train.py hparams/classifier_ravdess.yaml --data_folder /path/to/corpora
 
-The recogniser in `<output_folder>/classifier/recogniser` is what `speechbrain-mifuse predict` and `serve` load, and
-what `--source_recogniser` of the adaptation recipes takes.
+The recognizer in `<output_folder>/classifier/recogniser` is what `speechbrain-mifuse predict` and `serve` load, and
+what `--source_recogniser` of the adaptation recipes takes. Those recipes call `train_classifier` for a source or a
+teacher of their own.
 """
 
 import sys
+from pathlib import Path
 
 import speechbrain as sb
-from speechbrain.utils.distributed import if_main_process
+import torch
+from speechbrain.dataio.dataset import DynamicItemDataset
+from speechbrain.utils.distributed import if_main_process, run_on_main
+from speechbrain.utils.seed import seed_everything
 
-from speechbrain_mifuse.brains.classifier import train_classifier
-from speechbrain_mifuse.brains.training import join_processes, require_one_process
+from speechbrain_mifuse.brains.classifier import ClassifierBrain, class_weights
+from speechbrain_mifuse.brains.training import (
+    WholeCheckpointer,
+    fit,
+    join_processes,
+    require_one_process,
+    require_trainable,
+)
 from speechbrain_mifuse.experiments.choices import known_ones
 from speechbrain_mifuse.experiments.features import (
     CorpusSettings,
@@ -26,8 +37,101 @@ from speechbrain_mifuse.experiments.features import (
 )
 from speechbrain_mifuse.experiments.preflight import require_ready
 from speechbrain_mifuse.experiments.settings import parse_arguments, read_hparams
-from speechbrain_mifuse.experiments.source import prepare_labelled
+from speechbrain_mifuse.experiments.source import (
+    classifier_settings,
+    export_classifier,
+    finished,
+    prepare_labelled,
+    validate,
+)
+from speechbrain_mifuse.features.dataset import encoded_rows, label_index
+from speechbrain_mifuse.nnet.adapter_files import load_adapter
 from speechbrain_mifuse.utils.errors import one_clear_error, writing
+
+
+def dataio_prepare(settings, front):
+    """Build the training and the validation set: frames (or waveforms to be encoded) and class indices."""
+
+    @sb.utils.data_pipeline.takes("id", "wav")
+    @sb.utils.data_pipeline.provides("feats")
+    def frames_pipeline(utt_id, wav):
+        return front.read(utt_id, wav)
+
+    datasets = {}
+    for split, manifest in (("train", settings["train_manifest"]), ("valid", settings["valid_manifest"])):
+        rows = encoded_rows(manifest, front.store)
+        data = {key: {**row, "label": label_index(settings["labels"], row, key)} for key, row in rows.items()}
+        datasets[split] = DynamicItemDataset(data, [frames_pipeline], ["id", "feats", "label"])
+    return datasets
+
+
+def make_classifier(settings, front):
+    """Build the classifier with random weights; its adapter, if one is named, is a pretrained one."""
+    sizes = {"input_size": front.dim, "n_classes": len(settings["labels"]), "n_layers": front.n_layers}
+    if settings["adapter"] is None:
+        return settings["classifier"](**sizes)
+    fingerprint = {} if front.store is None else front.fingerprint
+    adapter = load_adapter(settings["adapter"], {**fingerprint, "layer": settings["layer"]})
+    classifier = settings["classifier"](**sizes, adapter=adapter.sizes)
+    classifier.adapter.load_state_dict(adapter.state_dict())
+    return classifier
+
+
+def make_brain(settings, front, classifier, train, run_opts=None):
+    """Wire the Brain: the classifier (and the encoder, if it is trained too), optimizer, log and checkpoints."""
+    labels = torch.tensor([row["label"] for row in train.data.values()])
+    weight = class_weights(labels, len(settings["labels"])) if settings["class_balanced"] else None
+    recoverables = {"classifier": classifier, "counter": settings["epoch_counter"]}
+    if list(front.parameters()):  # stored frames have none, and SpeechBrain warns of empty files
+        recoverables["front"] = front
+    return ClassifierBrain(
+        modules={"front": front, "classifier": classifier},
+        opt_class=settings["opt_class"],
+        hparams={
+            "seed": settings["seed"],
+            "class_weight": weight,
+            "epoch_counter": settings["epoch_counter"],
+            "log_interval": settings["log_interval"],
+            "train_logger": settings["train_logger"],
+        },
+        run_opts=run_opts,
+        checkpointer=WholeCheckpointer(Path(settings["output_folder"]) / "save", recoverables),
+    )
+
+
+def evaluate_and_export(brain, front, datasets, settings, trained_with):
+    """Score held-out speakers and write the recognizer."""
+    validation = validate(brain, datasets["valid"], settings)
+    export_classifier(brain, front, datasets["train"], settings, trained_with, validation)
+
+
+def train_classifier(settings, front, run_opts=None):
+    """Train a classifier, or find it trained, and give the folder of its recognizer.
+
+    `settings` is what `hparams/base/classifier.yaml` defines; `front` gives frames. The number of epochs is fixed and
+    the last one counts. An interrupted training resumes.
+    """
+    folder, trained_with = Path(settings["output_folder"]), classifier_settings(settings, front)
+    if finished(folder, trained_with):
+        return folder / "recogniser"
+    seed_everything(settings["seed"])
+    datasets = dataio_prepare(settings, front)
+    emotions = [row["emo"] for row in datasets["train"].data.values()]
+    require_trainable(emotions, f"{settings['name']} ({settings['train_manifest']})", settings["labels"])
+    classifier = make_classifier(settings, front)
+    brain = make_brain(settings, front, classifier, datasets["train"], run_opts)
+    fit(brain, datasets["train"], f"classifier {settings['name']}", settings["batch_size"])
+    run_on_main(evaluate_and_export, args=[brain, front, datasets, settings, trained_with])
+    return folder / "recogniser"
+
+
+def make_front(hparams, corpus, run_opts):
+    """Say what the classifier reads: stored frames of a frozen encoder, or an encoder that is trained with it."""
+    known_ones(hparams["features"], ("stored", "finetune"), "--features")
+    if hparams["features"] == "finetune":
+        return finetuned_front(hparams["encoder"], hparams["trim_db"], corpus.norm)
+    return open_front(corpus, hparams["layer"], open_reader(EncoderSettings.of(hparams), run_opts))
+
 
 if __name__ == "__main__":
     with one_clear_error():
@@ -42,11 +146,7 @@ if __name__ == "__main__":
             sb.create_experiment_directory(hparams["output_folder"], hparams_file, overrides)
         corpus = CorpusSettings.source_of(hparams)
         prepare_labelled(corpus)
-        known_ones(hparams["features"], ("stored", "finetune"), "--features")
-        if hparams["features"] == "finetune":
-            front = finetuned_front(hparams["encoder"], hparams["trim_db"], corpus.norm)
-        else:
-            front = open_front(corpus, hparams["layer"], open_reader(EncoderSettings.of(hparams), run_opts))
+        front = make_front(hparams, corpus, run_opts)
         recogniser = train_classifier(hparams["source_classifier"], front, run_opts)
         if if_main_process():
             print(recogniser)
