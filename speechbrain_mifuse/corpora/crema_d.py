@@ -3,6 +3,7 @@
 Tree: `AudioWAV/1001_DFA_ANG_XX.wav`: actor, sentence, intended emotion, level.
 Four classes, by the intended emotion: ANG, HAP, NEU, SAD; DIS and FEA take no part.
 Split policy: speaker-independent. Actors are dealt to the splits in numerical order.
+Licence: Open Database License (ODbL).
 """
 
 from __future__ import annotations

@@ -5,6 +5,8 @@ Four classes: W anger 127, F happiness 71, N neutral 79, T sadness 62; boredom, 
 `prepare_emodb_7` takes all seven: L boredom 81, E disgust 46, A fear 69 beside them.
 Split policy: speaker-independent. Speakers are dealt to the splits in the order of `SPEAKERS`, which alternates the
 sexes (men 03 10 11 12 15, women 08 09 13 14 16).
+The openly mirrored copy, in a folder called `emodb_2s`, has every clip cut or padded to exactly 2.000 s, and no licence
+is stated with it: figures on it are "EmoDB, 2 s" and are not comparable with published EmoDB figures.
 """
 
 from __future__ import annotations

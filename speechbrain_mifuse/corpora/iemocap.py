@@ -8,6 +8,8 @@ log and in `corpus.json` under `release_check`; so are labels whose recording ca
 fear, disgust, other and xxx (no agreement) take no part.
 Speaker: session and the F or M of the turn, as Ses01F; the F or M after the session in a dialogue's name is not it.
 Split policy: whole sessions, in numerical order, because the two speakers of one talk to each other.
+Licence: free for research on a signed form, from the Signal Analysis and Interpretation Laboratory (SAIL) of the
+University of Southern California, page "IEMOCAP release".
 """
 
 from __future__ import annotations

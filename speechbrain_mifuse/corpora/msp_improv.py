@@ -9,6 +9,8 @@ Four classes: A angry, H happy, N neutral, S sad; O (other) and X (no agreement)
 the commonly cited counts is reported, in the log and in `corpus.json` under `release_check`; so are labels whose
 recording cannot be used.
 Split policy: whole sessions, in numerical order, because the two speakers of one talk to each other.
+Licence: academic licence signed by the institution, from the Multimodal Signal Processing (MSP) laboratory of the
+University of Texas at Dallas, page "MSP-IMPROV".
 """
 
 from __future__ import annotations

@@ -9,6 +9,8 @@ known to be gender-biased, and Test3 carries no labels and is left out. Recordin
 later split (`test`, `valid`) are left out of the earlier one (`adapt`, `train`), and counted in `corpus.json`. Each
 recording of an unknown speaker counts as a speaker of its own, so intervals by speaker are somewhat too narrow; results
 say how many there are.
+Licence: academic licence signed by the institution, from the Multimodal Signal Processing (MSP) laboratory of the
+University of Texas at Dallas, page "MSP-Podcast".
 """
 
 from __future__ import annotations

@@ -6,6 +6,7 @@ Four classes: anger, happiness, neutral, sadness; fear and surprise take no part
 those that a copy holds.
 Split policy: speaker-independent. Speakers are dealt to the splits in the order of `SPEAKERS`, so that a man and a
 woman stand at each end; it names the five speakers of the openly mirrored part (SM0, TP0 men; IC0, KD0, MK0 women).
+Licence: CC BY-NC-SA 4.0.
 """
 
 from __future__ import annotations

@@ -6,6 +6,7 @@ Four classes: neutral 96, happy 192, sad 192, angry 192 = 672 clips; calm, fearf
 Two clips of actor 07 (happy, normal intensity, second sentence, both repetitions) are one recording; preparation keeps
 the first, so 671 take part. `prepare_ravdess_8` takes all eight classes, of which each has 192 clips but neutral.
 Split policy: speaker-independent. Actors (odd numbers male, even female) are dealt to the splits in numerical order.
+Licence: CC BY-NC-SA 4.0.
 """
 
 from __future__ import annotations

@@ -93,11 +93,9 @@ def test_every_relative_link_leads_to_something_in_the_repository(path):
 
 
 def test_links_of_the_repository_become_links_of_the_site():
-    text = (
-        "[a](../speechbrain_mifuse/corpora/folder.py) [b](notebooks/equations.ipynb) [c](method.md#x) [d](https://h/e)"
-    )
+    text = "[a](../speechbrain_mifuse/corpora/manifest.py) [b](notebooks/equations.ipynb) [c](method.md#x) [d](https://h/e)"
     assert hooks().linked(text, "adding_a_corpus.md") == (
-        "[a](api/corpora.md#speechbrain_mifuse.corpora.folder) [b](notebooks/equations.md) [c](method.md#x) [d](https://h/e)"
+        "[a](api/corpora.md#speechbrain_mifuse.corpora.manifest) [b](notebooks/equations.md) [c](method.md#x) [d](https://h/e)"
     )
     assert hooks().linked("[a](../../speechbrain_mifuse/utils/audio.py)", "tutorials/x.md") == (
         "[a](../api/use.md#speechbrain_mifuse.utils.audio)"

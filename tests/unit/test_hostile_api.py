@@ -152,9 +152,13 @@ def test_a_text_without_end_is_kept_in_part():
 @pytest.mark.parametrize("pause", [0.0, 0.02])
 def test_a_reply_that_nobody_asked_for_is_never_the_answer_about_the_next_recording(pause):
     def script(*_):
-        yield reply(json.dumps(completion(LABELS[len(asked)])).encode())
-        time.sleep(pause)
-        yield reply(json.dumps(completion("angry")).encode())
+        answer, stray = (reply(json.dumps(completion(said)).encode()) for said in (LABELS[len(asked)], "angry"))
+        if pause:
+            yield answer
+            time.sleep(pause)
+            yield stray
+        else:
+            yield answer + stray
 
     async def main(url):
         async with LalmClient(url, "m", timeout=5.0, max_retries=0) as client:

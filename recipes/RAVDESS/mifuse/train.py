@@ -104,6 +104,7 @@ def adapt(name, settings, datasets, front, source, run_opts=None):
     classifier lies in `<output_folder>/<name>/recogniser` for `EmotionRecognizer.from_hparams`.
     """
     method, folder = settings["methods"][name], Path(settings["output_folder"]) / name
+    snapshots = Snapshots(folder, settings["selection"])
     predictions = finished(folder, method, adaptation_settings(settings, method, front, source, datasets))
     if predictions is not None:
         return predictions
@@ -112,7 +113,7 @@ def adapt(name, settings, datasets, front, source, run_opts=None):
     brain = make_brain(settings, method, student, len(datasets["adapt"]), folder, run_opts)
     frames = {key: row.frames for key, row in front.store.rows.items()}
     sets = {split: WholeSet(dataset, frames, settings["batch_size"]) for split, dataset in datasets.items()}
-    brain.look_at(sets["adapt"], sets["test"], Snapshots(folder, settings["selection"]))
+    brain.look_at(sets["adapt"], sets["test"], snapshots)
     brain.begin()
     if method.trains:
         fit(brain, datasets["adapt"], name, settings["batch_size"])
