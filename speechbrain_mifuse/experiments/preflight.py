@@ -19,13 +19,14 @@ from ruamel.yaml.error import YAMLError
 
 from speechbrain_mifuse.adaptation.selection import known_rule
 from speechbrain_mifuse.brains import adapter
+from speechbrain_mifuse.brains.dual_encoder import POSITIVES
 from speechbrain_mifuse.brains.training import require_trainable, require_unchanged
 from speechbrain_mifuse.corpora.folds import fold_folder
 from speechbrain_mifuse.corpora.manifest import read_manifest, unlabelled
-from speechbrain_mifuse.experiments import dual_encoder
 from speechbrain_mifuse.experiments import variants as arms
 from speechbrain_mifuse.experiments.adaptation import chosen_settings as chosen_adaptation
 from speechbrain_mifuse.experiments.choices import known_ones, require_labels
+from speechbrain_mifuse.experiments.dual_encoder import DECISIVE as DUAL_ENCODER_DECISIVE
 from speechbrain_mifuse.experiments.features import CorpusSettings, norm_of
 from speechbrain_mifuse.experiments.settings import require_layer
 from speechbrain_mifuse.experiments.source import chosen_settings as chosen_classifier
@@ -93,7 +94,7 @@ def _require_files(hparams: Mapping) -> None:
     if "captions" in hparams:
         read_captions(hparams["captions"], prompts)
         FrozenTextEncoder(hparams["text_encoder"])
-        known_ones(hparams["dual_encoder"]["positives"], dual_encoder.POSITIVES, "--dual_encoder positives")
+        known_ones(hparams["dual_encoder"]["positives"], POSITIVES, "--dual_encoder positives")
 
 
 def require_source(hparams: Mapping, reader: FrameReader | None = None) -> None:
@@ -194,7 +195,7 @@ def _require_same_settings(hparams: Mapping, names: Sequence[str]) -> None:
             _require_same_arms(folder, hparams[kind], names)
     if "sources" in hparams:
         options = hparams["dual_encoder"]
-        settings = {key: options[key] for key in dual_encoder.DECISIVE}
+        settings = {key: options[key] for key in DUAL_ENCODER_DECISIVE}
         require_unchanged(Path(options["output_folder"]) / "settings.json", settings)
 
 

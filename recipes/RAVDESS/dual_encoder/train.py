@@ -21,6 +21,7 @@ from speechbrain.utils.seed import seed_everything
 from speechbrain_mifuse.brains.classifier import class_weights
 from speechbrain_mifuse.brains.dual_encoder import POSITIVES, Captioner, DualEncoderBrain
 from speechbrain_mifuse.brains.training import WholeCheckpointer, fit, require_one_process
+from speechbrain_mifuse.experiments.choices import known_ones
 from speechbrain_mifuse.experiments.dual_encoder import (
     check_sources,
     dual_encoder_settings,
@@ -35,7 +36,7 @@ from speechbrain_mifuse.experiments.settings import parse_arguments, read_hparam
 from speechbrain_mifuse.features.dataset import encoded_rows, label_index
 from speechbrain_mifuse.features.text_encoder import FrozenTextEncoder
 from speechbrain_mifuse.nnet.dual_encoder import frame_statistics
-from speechbrain_mifuse.utils.errors import UserError, one_clear_error, writing
+from speechbrain_mifuse.utils.errors import one_clear_error, writing
 from speechbrain_mifuse.utils.progress import progress
 from speechbrain_mifuse.zero_shot.captions import read_captions
 from speechbrain_mifuse.zero_shot.own_dual_encoder import DualEncoderModel, export_dual_encoder
@@ -61,8 +62,7 @@ def dataio_prepare(settings, sources, fronts, captions):
 
 def make_brain(settings, train, captioner, run_opts=None):
     """Wire the Brain: the projections of both sides, optimizer, log and checkpoints."""
-    if settings["positives"] not in POSITIVES:
-        raise UserError(f"--positives: '{settings['positives']}' is none of {', '.join(POSITIVES)}.")
+    (positives,) = known_ones(settings["positives"], POSITIVES, "--dual_encoder positives")
     pooled = torch.stack([row["pooled"] for row in train.data.values()])
     labels = torch.tensor([row["label"] for row in train.data.values()])
     network = settings["network"](audio_size=pooled.shape[1] // 2, text_size=captioner.vectors.shape[1])
@@ -75,7 +75,7 @@ def make_brain(settings, train, captioner, run_opts=None):
             "seed": settings["seed"],
             "captioner": captioner,
             "class_weight": weight if settings["class_balanced"] else torch.ones_like(weight),
-            "groups": POSITIVES[settings["positives"]],
+            "groups": POSITIVES[positives],
             "epoch_counter": settings["epoch_counter"],
             "log_interval": settings["log_interval"],
             "train_logger": settings["train_logger"],
