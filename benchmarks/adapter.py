@@ -18,6 +18,7 @@ from __future__ import annotations
 import functools
 import itertools
 import json
+import runpy
 import tempfile
 import time
 from collections.abc import Iterator
@@ -32,7 +33,6 @@ from measure import Figure, ratio, take_turns
 from speechbrain.core import Stage
 from speechbrain.utils.epoch_loop import EpochCounter
 
-from speechbrain_mifuse.brains.adapter import make_brain
 from speechbrain_mifuse.brains.training import EVERY_EPOCH
 from speechbrain_mifuse.corpora.manifest import read_manifest
 from speechbrain_mifuse.experiments.features import EncoderSettings, open_reader
@@ -43,7 +43,9 @@ from speechbrain_mifuse.utils.audio import load_audio, trim_silence
 from speechbrain_mifuse.utils.files import atomic_write
 from speechbrain_mifuse.utils.progress import quiet
 
-HPARAMS = Path(__file__).resolve().parents[1] / "hparams" / "base" / "adapter.yaml"
+ROOT = Path(__file__).resolve().parents[1]
+HPARAMS = ROOT / "hparams" / "base" / "adapter.yaml"
+RECIPE = runpy.run_path(str(ROOT / "recipes" / "RAVDESS" / "adapter" / "pretrain.py"))
 LAYER, TRIM_DB = 2, 40.0
 # Encoder frames averaged to one, and what the recipes set with it.
 FINE, COARSE = 4, 16
@@ -117,7 +119,10 @@ class Training:
             hparams = load_hyperpyyaml(file, filled)
         torch.manual_seed(0)
         self.epochs, self.audio, self.seconds = setting.epochs if reader is None else 1, audio, 0.0
-        self.brain, dataset = make_brain("paper", hparams, [manifest], front, folder, 1, dict, run_opts)
+        student, targets = RECIPE["make_student"]("paper", hparams, [manifest], front, dict)
+        dataset = RECIPE["dataio_prepare"]([manifest], front, targets, [])
+        lengths = [front.store.rows[key].frames for key in dataset.data_ids]
+        self.brain = RECIPE["make_brain"](hparams, student, targets, lengths, folder, 1, run_opts)
         self.brain.hparams.log_interval = NEVER  # no checkpoint: a run writes ten in all
         if reader is not None:
             wavs = {key: row["wav"] for key, row in dataset.data.items()}

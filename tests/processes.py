@@ -23,7 +23,7 @@ PRELOADED = [
 # What recipes import when they need it, and nearly all do.
 PRELOADED += [
     "speechbrain_mifuse.experiments.preflight",
-    "speechbrain_mifuse.experiments.variants",
+    "speechbrain_mifuse.experiments.comparison",
     "matplotlib.backends.backend_agg",
 ]
 PRELOADED += ["transformers.models.whisper.modeling_whisper", "torch.utils.tensorboard"]
@@ -59,7 +59,9 @@ def run_script(script: str, arguments: list[str], cwd: str, environment: dict, l
     importlib.import_module("speechbrain.utils.logger").get_environment_description = str
     if killed_at is not None:
         kill_at(*killed_at)
-    runpy.run_path(str(Path(cwd) / script), run_name="__main__")
+    path = Path(cwd) / script
+    sys.path.insert(0, str(path.resolve().parent))
+    runpy.run_path(str(path), run_name="__main__")
 
 
 def kill_at(module: str, name: str, call: int):

@@ -2,7 +2,19 @@
 
 from __future__ import annotations
 
-from speechbrain_mifuse.brains.classifier import ClassifierBrain
+import math
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+from speechbrain.dataio.dataset import DynamicItemDataset
+from speechbrain.utils.epoch_loop import EpochCounter
+
+from speechbrain_mifuse.brains.classifier import ClassifierBrain, class_weights
+from speechbrain_mifuse.brains.train_log import TrainLog
+
+# Lines of the log and checkpoints of a run, at most.
+LOG_POINTS = 3
 
 
 class FinetuningBrain(ClassifierBrain):
@@ -30,3 +42,19 @@ class FusionBrain(FinetuningBrain):
         """Logits `[batch, C]` of one batch."""
         batch = batch.to(self.device)
         return self.modules.classifier(*self.modules.front(*batch.feats), batch.scores)
+
+
+def finetuning_hparams(settings: Mapping, train: DynamicItemDataset, seed: int, folder: Path) -> dict:
+    """Derive the `hparams` of a `FinetuningBrain`: as many epochs as make the steps asked for, and class weights."""
+    steps_per_epoch = max(len(train) // min(settings["finetuning_batch_size"], len(train)), 1)
+    epoch_counter = EpochCounter(math.ceil(settings["finetuning_steps"] / steps_per_epoch))
+    labels = torch.tensor([row["label"] for row in train.data.values()])
+    folder.mkdir(parents=True, exist_ok=True)
+    return {
+        "seed": seed,
+        "class_weight": class_weights(labels, len(settings["labels"])) if settings["class_balanced"] else None,
+        "adapter_learning_rate": settings["adapter_learning_rate"],
+        "epoch_counter": epoch_counter,
+        "log_interval": math.ceil(epoch_counter.limit / LOG_POINTS),
+        "train_logger": TrainLog(folder / "train_log.txt"),
+    }

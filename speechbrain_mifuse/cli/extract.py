@@ -34,7 +34,6 @@ def add_extract(commands) -> None:
 def wanted_corpora(hparams: Mapping) -> Iterator[CorpusSettings]:
     """List the corpora whose frames a recipe stores: not where something trained takes the place of a corpus."""
     from speechbrain_mifuse.experiments.features import CorpusSettings
-    from speechbrain_mifuse.experiments.folds import fold_corpus
     from speechbrain_mifuse.experiments.teacher import TeacherSettings
 
     if "prepare_target" in hparams:
@@ -46,7 +45,7 @@ def wanted_corpora(hparams: Mapping) -> Iterator[CorpusSettings]:
     for name, source in hparams.get("sources", {}).items():
         yield CorpusSettings(name, Path(source.manifests), source.prepare, hparams["feature_folder"])
     if "prepare" in hparams:  # every fold has all utterances, and all folds share a store
-        yield fold_corpus(hparams, 1)
+        yield CorpusSettings.fold_of(hparams, 1)
 
 
 def run_extract(options: argparse.Namespace) -> None:

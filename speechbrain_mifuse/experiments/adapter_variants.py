@@ -1,23 +1,34 @@
-"""What adapter training is worth: classifiers with and without it, trained alike on the same folds."""
+"""What adapter training is worth: pretrainings without labels, and classifiers with and without them."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+import shutil
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from speechbrain.utils.distributed import run_on_main
-from speechbrain.utils.seed import seed_everything
 
 from speechbrain_mifuse.adaptation.method import described
-from speechbrain_mifuse.brains.adapter import survey_utterances
+from speechbrain_mifuse.brains.adapter import AdapterBrain
 from speechbrain_mifuse.corpora.manifest import read_manifest, unlabelled
-from speechbrain_mifuse.experiments.variants import Run, fit_and_predict, found_done, shared_settings, write_record
+from speechbrain_mifuse.experiments.choices import chosen_among
+from speechbrain_mifuse.experiments.comparison import Run, shared_settings
+from speechbrain_mifuse.features.dataset import encoded_rows
+from speechbrain_mifuse.features.extract import fill_store
+from speechbrain_mifuse.features.prosody import ProsodyReader
 from speechbrain_mifuse.nnet.adapter_classifier import AdapterClassifier
-from speechbrain_mifuse.nnet.adapter_files import adapter_digest, load_adapter
-from speechbrain_mifuse.report.figures import plot_attention
+from speechbrain_mifuse.nnet.adapter_files import adapter_digest, export_adapter, load_adapter
+from speechbrain_mifuse.nnet.adapter_objectives import UtteranceSurvey
+from speechbrain_mifuse.report.figures import plot_attention, plot_codebook, plot_layer_weights
 from speechbrain_mifuse.utils.audio import load_audio, trim_silence
+from speechbrain_mifuse.utils.files import file_digest
+
+# What decides the pretrained weights, beside network, objectives and data.
+DECISIVE = (
+    *("number_of_steps", "frames_per_batch", "learning_rate", "warmup", "mask_share", "mask_width"),
+    *("ema_start", "ema_end", "pretraining_dropout"),
+)
 
 
 @dataclass(frozen=True)
@@ -30,90 +41,119 @@ class Arm:
     learning_rate: float | None = None
 
 
-def train_arm(
-    name: str, hparams: Mapping, run: Run, front, adapters: Mapping[str, Path], run_opts: Mapping | None = None
-) -> dict:
-    """Train one arm on a fold's training set, score it on the test set; what is done already is read.
-
-    Parameters
-    ----------
-    name : str
-        A key of `hparams["arms"]`.
-    hparams : mapping
-        As `hparams/base/adapter.yaml` defines.
-    run : Run
-        Fold, seed, labels.
-    front : StoredFrames
-        Reads the frames.
-    adapters : mapping of str to pathlib.Path
-        Folder of each pretrained adapter, by its pretraining.
-    run_opts : mapping, optional
-        SpeechBrain's run options.
-
-    Returns
-    -------
-    dict
-        The record, as written to `results.json`.
-
-    Raises
-    ------
-    SettingsError
-        If the folder holds a result got otherwise.
-    """
-    arm, folder = hparams["arms"][name], run.arm_folder(name)
-    if arm.learning_rate is not None:
-        hparams = {**hparams, "adapter_learning_rate": arm.learning_rate}
-    settings = arm_settings(arm, hparams, run, front, adapters)
-    if record := found_done(folder, settings):
-        return record
-    seed_everything(run.seed)
-    adapter = starting_adapter(arm, hparams, run, front, adapters)
-    classifier = arm.classifier(front.dim, len(hparams["labels"]), adapter)
-    brain, predictions, n_train = fit_and_predict(name, hparams, run, front, classifier, run_opts)
-    run_on_main(look_inside, args=[folder, classifier.eval(), front, run, name, brain.device])
-    told = {"pretraining": arm.pretraining, "adapter_learning_rate": hparams["adapter_learning_rate"]}
-    return write_record(folder, name, hparams, run, predictions, n_train, brain.optimizer_step, **told)
+def pretraining_settings(name: str, settings: Mapping, manifests: Sequence[str | Path], front, seed: int) -> dict:
+    """Everything that decides the pretrained weights."""
+    objectives = {}
+    for key, objective in settings["pretrainings"][name].items():
+        objectives |= described(key, objective)
+    return {
+        "pretraining": name,
+        "seed": seed,
+        "manifests": [file_digest(path) for path in manifests],
+        "features": {**front.fingerprint, "layer": front.layer},
+        "network": described("network", settings["network"]),
+        "objectives": objectives,
+        **{key: settings[key] for key in DECISIVE},
+    }
 
 
-def arm_settings(arm: Arm, hparams: Mapping, run: Run, front, adapters: Mapping[str, Path]) -> dict:
+def pretraining_splits(pretrain_on: str | Sequence[str]) -> list[str]:
+    """Read the flag that names the parts of a fold whose audio adapters are pretrained on."""
+    return chosen_among(pretrain_on, ["train", "test"], "--pretrain_on")
+
+
+def pretraining_audio(pretrain_on: str | Sequence[str]) -> str:
+    """Say in the records whose audio the adapters were pretrained on."""
+    if "test" in pretraining_splits(pretrain_on):
+        return "LEAK: the audio of all folds, the test fold's included"
+    return "the training folds' audio"
+
+
+def survey_utterances(
+    manifests: Sequence[str | Path], front, prosody: Callable[[], Mapping[str, torch.Tensor]]
+) -> tuple[UtteranceSurvey, torch.Tensor, torch.Tensor]:
+    """Go through a pretraining set once: statistics of each utterance, mean and deviation of all frames."""
+    rows = {key: row for path in manifests for key, row in encoded_rows(path, front.store).items()}
+    means, squares, counts = [], [], []
+    for key, row in rows.items():
+        frames = front.read(key, row["wav"]).float()
+        means.append(frames.mean(0))
+        squares.append(frames.square().mean(0))
+        counts.append(len(frames))
+    means, squares = torch.stack(means).double(), torch.stack(squares).double()
+    share = (torch.tensor(counts).double() / sum(counts)).unsqueeze(1)
+    mean = (share * means).sum(0)
+    deviation = ((share * squares).sum(0) - mean.square()).clamp(min=0).sqrt()
+    spread = (squares - means.square()).clamp(min=0).sqrt()
+    statistics = torch.cat([means, spread], dim=1).float()
+    speakers = [row["speaker"] for row in rows.values()]
+
+    def functionals() -> torch.Tensor:
+        found = prosody()
+        return torch.stack([found[key] for key in rows])
+
+    return UtteranceSurvey(list(rows), statistics, speakers, functionals), mean.float(), deviation.float()
+
+
+def stored_prosody(
+    corpus: str, manifests: Sequence[Path], trim_db: float | None, feature_folder: str | None
+) -> dict[str, torch.Tensor]:
+    """Prosodic functionals of every utterance of some manifests, from a store that is filled where it lacks any."""
+    store = fill_store(f"{corpus}-prosody", manifests, ProsodyReader(trim_db), feature_folder)
+    rows = {key for path in manifests for key in encoded_rows(path, store)}
+    return {key: torch.from_numpy(store.frames(key)).float().flatten() for key in rows}
+
+
+def finish_pretraining(brain: AdapterBrain, folder: Path, settings: Mapping) -> Path:
+    """Write the figures of a pretraining and the adapter, and remove the checkpoints, which are ten times its size."""
+    rows = brain.hparams.history.rows
+    plot_codebook(folder / "codebook.png", rows)
+    plot_layer_weights(folder / "layer_weights.png", rows)
+    told = {**settings, "epochs": len(rows), "steps": brain.optimizer_step, "last_epoch": rows[-1]}
+    export_adapter(folder / "adapter", brain.modules.student.adapter, settings["features"], told)
+    shutil.rmtree(folder / "save")
+    return folder / "adapter"
+
+
+def arm_settings(arm: Arm, settings: Mapping, run: Run, front, adapters: Mapping[str, Path]) -> dict:
     """Everything that decides an arm's result."""
-    found = {**shared_settings(hparams, run, front), **described("classifier", arm.classifier)}
-    return {**found, **adapter_settings(arm, hparams, adapters)}
+    found = {**shared_settings(settings, run, front), **described("classifier", arm.classifier)}
+    return {**found, **adapter_settings(arm, settings, adapters)}
 
 
-def adapter_settings(arm: Arm, hparams: Mapping, adapters: Mapping[str, Path]) -> dict:
+def adapter_settings(arm: Arm, settings: Mapping, adapters: Mapping[str, Path]) -> dict:
     """Everything that decides an arm's adapter as it starts."""
     if not arm.adapter:
         return {}
     digest = None if arm.pretraining is None else adapter_digest(adapters[arm.pretraining])
-    return {**described("network", hparams["network"]), "adapter": digest}
+    return {**described("network", settings["network"]), "adapter": digest}
 
 
-def starting_adapter(arm: Arm, hparams: Mapping, run: Run, front, adapters: Mapping[str, Path]):
+def starting_adapter(arm: Arm, settings: Mapping, run: Run, front, adapters: Mapping[str, Path]):
     """Give an arm's adapter as it starts: none, random, or pretrained."""
     if not arm.adapter:
         return None
-    adapter = hparams["network"](input_size=front.dim)
+    adapter = settings["network"](input_size=front.dim)
     if arm.pretraining is not None:
         pretrained = load_adapter(adapters[arm.pretraining], {**front.fingerprint, "layer": front.layer})
         adapter.load_state_dict(pretrained.state_dict())
         return adapter
-    _, mean, deviation = survey_utterances([unlabelled(run.manifests / "train.json")], front, prosody=dict)
+    _, mean, deviation = survey_utterances([unlabelled(run.splits[0])], front, prosody=dict)
     adapter.standardise_by(mean, deviation)
     return adapter
 
 
 @torch.inference_mode()
-def look_inside(folder: Path, classifier: AdapterClassifier, front, run: Run, name: str, device) -> None:
+def show_attention(name: str, classifier: AdapterClassifier, front, run: Run) -> None:
     """Draw the pooling's attention over one test utterance, where the pooling has any."""
     if not hasattr(classifier.pooling, "attention"):
         return
-    rows = read_manifest(run.manifests / "test.json")
+    rows, device = read_manifest(run.splits[1]), next(classifier.parameters()).device
     # The longest recording shows most, and which one it is does not depend on the arm.
     key = max((key for key in rows if key in front.store), key=lambda key: (front.store.rows[key].frames, key))
-    frames = front.read(key, rows[key]["wav"]).float().unsqueeze(0).to(device)
-    lengths = torch.ones(1, device=device)
+    frames, lengths = front.read(key, rows[key]["wav"]).float().unsqueeze(0).to(device), torch.ones(1, device=device)
     attention = classifier.pooling.attention(classifier.adapted(frames, lengths), lengths)[0].cpu()
     rate = front.store.fingerprint["sample_rate"]
     wave = trim_silence(load_audio(rows[key]["wav"], rate), front.store.fingerprint["trim_db"])
-    plot_attention(folder / "attention.png", wave, attention, rate, f"{name}: {key}, {rows[key]['emo']}")
+    path = run.arm_folder(name) / "attention.png"
+    plot_attention(path, wave, attention, rate, f"{name}: {key}, {rows[key]['emo']}")

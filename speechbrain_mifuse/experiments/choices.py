@@ -25,6 +25,11 @@ def known_ones(value, known: Collection, flag: str) -> list:
     return chosen
 
 
+def chosen_among(value, known: Collection, flag: str) -> list:
+    """Read a flag as `known_ones` does, or as `all` of them."""
+    return list(known) if isinstance(value, str) and value == "all" else known_ones(value, known, flag)
+
+
 def require_labels(methods: Mapping[str, AdaptationMethod], target: CorpusSettings) -> None:
     """Refuse a method that uses the target's labels where there are none, before anything long is begun."""
     wanting = [name for name, method in methods.items() if method.uses_labels]

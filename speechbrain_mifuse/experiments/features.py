@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from speechbrain_mifuse.corpora.folds import fold_folder
 from speechbrain_mifuse.features.encoder import FrozenEncoder
 from speechbrain_mifuse.features.extract import FrameReader, fill_store
 from speechbrain_mifuse.features.front import FinetunedEncoder, StoredFrames
@@ -69,6 +70,17 @@ class CorpusSettings:
             prepare=hparams["prepare_source"],
             feature_folder=hparams["feature_folder"],
             classifier=hparams["source_classifier"],
+            norm=norm_of(hparams),
+        )
+
+    @classmethod
+    def fold_of(cls, hparams: Mapping, fold: int) -> CorpusSettings:
+        """Read which corpus is cut into folds, with the manifests of one of them."""
+        return cls(
+            name=hparams["source"],
+            manifests=fold_folder(hparams["manifests"], fold),
+            prepare=hparams["prepare"],
+            feature_folder=hparams["feature_folder"],
             norm=norm_of(hparams),
         )
 

@@ -6,26 +6,18 @@ import hashlib
 import json
 import random
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import torch
-from speechbrain.utils.seed import seed_everything
 
 from speechbrain_mifuse.adaptation.method import described
-from speechbrain_mifuse.brains.finetuning import FusionBrain
 from speechbrain_mifuse.corpora.manifest import read_manifest, unlabelled
 from speechbrain_mifuse.evaluation.metrics import scores_of
 from speechbrain_mifuse.evaluation.results import counts_by_speaker
-from speechbrain_mifuse.experiments.adapter_variants import Arm, adapter_settings, starting_adapter
-from speechbrain_mifuse.experiments.variants import (
-    Run,
-    few_labels,
-    fit_and_predict,
-    found_done,
-    shared_settings,
-    write_record,
-)
+from speechbrain_mifuse.experiments.adapter_variants import Arm, adapter_settings
+from speechbrain_mifuse.experiments.choices import known_ones
+from speechbrain_mifuse.experiments.comparison import Run, few_labels, shared_settings
 from speechbrain_mifuse.features.dataset import label_index
 from speechbrain_mifuse.nnet.late_fusion import LateFusion
 from speechbrain_mifuse.utils.errors import UserError
@@ -84,6 +76,16 @@ class FusionArm:
     standardised: bool = False
 
 
+def chosen_specialist(
+    name: str, specialists: Mapping[str, Specialist], adapter_folder: str | None
+) -> tuple[Specialist, dict[str, Path]]:
+    """Give the specialist by its name, with the folder of its adapter."""
+    specialist = specialists[known_ones(name, specialists, "--specialist")[0]]
+    if adapter_folder is None:
+        return replace(specialist, pretraining=None), {}
+    return specialist, {specialist.pretraining: Path(adapter_folder)}
+
+
 def chosen_amplification(grid: Mapping[Amplification, ScoreTable], run: Run, labels: Sequence[str]) -> Amplification:
     """Choose the numbers of repeats whose zero-shot scores are best on the run's own labelled utterances."""
     if len(grid) == 1:
@@ -121,69 +123,18 @@ def prepared(arm: FusionArm, table: ScoreTable, run: Run) -> ScoreTable:
     return dealt(table, splits, run.seed) if arm.permuted else table
 
 
-def train_fusion_arm(
-    name: str,
-    hparams: Mapping,
+def fusion_settings(
+    arm: FusionArm,
+    specialist: Specialist,
+    settings: Mapping,
     run: Run,
     front,
-    tables: Mapping[str, Mapping[Amplification, ScoreTable]],
+    table: ScoreTable,
     adapters: Mapping[str, Path],
-    run_opts: Mapping | None = None,
-) -> dict:
-    """Train one arm on a fold's training set, score it on the test set; what is done already is read.
-
-    Parameters
-    ----------
-    name : str
-        A key of `hparams["arms"]`.
-    hparams : mapping
-        As `hparams/base/zsfuse.yaml` defines.
-    run : Run
-        Fold, seed, labels.
-    front : StoredFrames
-        Reads the specialist's frames.
-    tables : mapping of str to mapping
-        Scores of every utterance by their name, then by the repeats of audio and text.
-    adapters : mapping of str to pathlib.Path
-        Folder of the specialist's pretrained adapter, by its pretraining, if it has one.
-    run_opts : mapping, optional
-        SpeechBrain's run options.
-
-    Returns
-    -------
-    dict
-        The record, as written to `results.json`.
-
-    Raises
-    ------
-    SettingsError
-        If the folder holds a result got otherwise.
-    """
-    arm, specialist, folder = hparams["arms"][name], hparams["specialist"], run.arm_folder(name)
-    pair = chosen_amplification(tables[arm.scores], run, hparams["labels"])
-    table = prepared(arm, tables[arm.scores][pair], run)
-    if record := found_done(folder, fusion_settings(arm, hparams, run, front, table, adapters)):
-        return record
-    seed_everything(run.seed)
-    adapter = starting_adapter(specialist, hparams, run, front, adapters)
-    n_classes = len(hparams["labels"])
-    score_classes = table.classes_among(hparams["labels"])
-    classifier = arm.classifier(specialist.classifier(front.dim, n_classes, adapter), score_classes, n_classes)
-    columns = {"scores": table.values}
-    brain, predictions, n_train = fit_and_predict(
-        name, hparams, run, front, classifier, run_opts, columns, kind=FusionBrain
-    )
-    told = {"audio_repeats": pair[0], "text_repeats": pair[1], "score_labels": list(table.labels)}
-    return write_record(folder, name, hparams, run, predictions, n_train, brain.optimizer_step, **told)
-
-
-def fusion_settings(
-    arm: FusionArm, hparams: Mapping, run: Run, front, table: ScoreTable, adapters: Mapping[str, Path]
 ) -> dict:
     """Everything that decides an arm's result."""
-    found = {**shared_settings(hparams, run, front), **described("classifier", arm.classifier)}
-    specialist: Specialist = hparams["specialist"]
+    found = {**shared_settings(settings, run, front), **described("classifier", arm.classifier)}
     found |= described("specialist", specialist.classifier)
-    found |= adapter_settings(specialist, hparams, adapters)
+    found |= adapter_settings(specialist, settings, adapters)
     digest = hashlib.sha256(json.dumps([table.about, list(table.labels)], sort_keys=True).encode()).hexdigest()[:16]
     return {**found, "scores": digest}

@@ -18,12 +18,11 @@ from ruamel.yaml import YAML
 from ruamel.yaml.error import YAMLError
 
 from speechbrain_mifuse.adaptation.selection import known_rule
-from speechbrain_mifuse.brains import adapter
 from speechbrain_mifuse.brains.dual_encoder import POSITIVES
 from speechbrain_mifuse.brains.training import require_trainable, require_unchanged
 from speechbrain_mifuse.corpora.folds import fold_folder
 from speechbrain_mifuse.corpora.manifest import read_manifest, unlabelled
-from speechbrain_mifuse.experiments import variants as arms
+from speechbrain_mifuse.experiments import adapter_variants, comparison
 from speechbrain_mifuse.experiments.adaptation import chosen_settings as chosen_adaptation
 from speechbrain_mifuse.experiments.choices import known_ones, require_labels
 from speechbrain_mifuse.experiments.dual_encoder import DECISIVE as DUAL_ENCODER_DECISIVE
@@ -88,8 +87,8 @@ def _require_files(hparams: Mapping) -> None:
     pretrained = [hparams.get("adapter_folder"), *(options["adapter"] for options in trained if options)]
     for folder in filter(None, pretrained):
         adapter_digest(folder)
-    if hparams.get("pretrain_on", "all") != "all":
-        known_ones(hparams["pretrain_on"], ["train", "test"], "--pretrain_on")
+    if "pretrain_on" in hparams:
+        adapter_variants.pretraining_splits(hparams["pretrain_on"])
     prompts = read_prompts(hparams["prompts"]) if "prompts" in hparams else None
     if "captions" in hparams:
         read_captions(hparams["captions"], prompts)
@@ -212,10 +211,10 @@ def _require_same_arms(folder: Path, options: Mapping, names: Sequence[str]) -> 
         rate = getattr(options["arms"].get(name), "learning_rate", None)
         own = {} if rate is None else {"adapter_learning_rate": rate}
         for path in sorted(folder.glob(f"fold_*/seed_*/labels_*/{name}/settings.json")):
-            require_unchanged(path, arms.chosen_settings({**options, **own}))
+            require_unchanged(path, comparison.chosen_settings({**options, **own}))
     for path in sorted(folder.glob("fold_*/seed_*/pretraining_*/settings.json")):
         if "pretrainings" in options:
-            require_unchanged(path, {key: options[key] for key in adapter.DECISIVE})
+            require_unchanged(path, {key: options[key] for key in adapter_variants.DECISIVE})
 
 
 def _require_same_data(hparams: Mapping, keys: Sequence[str]) -> None:
@@ -267,13 +266,8 @@ def _require_enough_to_adapt(hparams: Mapping, names: Sequence[str], store: Feat
             )
 
 
-def require_folds(hparams: Mapping, folds: Sequence[int]) -> None:
+def require_folds(manifests: str | Path, folds: Sequence[int]) -> None:
     """Make sure that every fold has enough to train on."""
     for fold in folds:
-        path = fold_folder(hparams["manifests"], fold) / "train.json"
+        path = fold_folder(manifests, fold) / "train.json"
         require_trainable([row.get("emo") for row in read_manifest(path).values()], str(path), ())
-
-
-def require_comparison(hparams: Mapping, arms: Mapping) -> None:
-    """Refuse names in `compare_to` that are not arms; they are needed only in the last table."""
-    known_ones(hparams["compare_to"], arms, "--compare_to")

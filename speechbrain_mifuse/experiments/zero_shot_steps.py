@@ -2,21 +2,17 @@
 
 from __future__ import annotations
 
-import functools
 import json
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
-from speechbrain.utils.distributed import run_on_main
 
 from speechbrain_mifuse.brains.dual_encoder import Source
-from speechbrain_mifuse.corpora.folds import fold_folder
 from speechbrain_mifuse.corpora.manifest import read_manifest, unlabelled
 from speechbrain_mifuse.evaluation.aggregate import bootstrap, signed, unweighted_accuracy
 from speechbrain_mifuse.evaluation.results import counts_by_speaker
-from speechbrain_mifuse.experiments.choices import known_ones
 from speechbrain_mifuse.experiments.dual_encoder import classifier_scores, source_fronts, train_source_classifier
 from speechbrain_mifuse.experiments.features import (
     CorpusSettings,
@@ -25,12 +21,9 @@ from speechbrain_mifuse.experiments.features import (
     open_reader,
     store_frames,
 )
-from speechbrain_mifuse.experiments.folds import adapter_run, fold_front
-from speechbrain_mifuse.experiments.fusion_variants import Amplification, ScoreTable, Specialist
+from speechbrain_mifuse.experiments.fusion_variants import Amplification, ScoreTable
 from speechbrain_mifuse.experiments.recipes import load_recipe
 from speechbrain_mifuse.experiments.settings import overrides_of, read_hparams
-from speechbrain_mifuse.experiments.variants import Run
-from speechbrain_mifuse.features.extract import FrameReader
 from speechbrain_mifuse.features.front import StoredFrames
 from speechbrain_mifuse.report.figures import plot_grid
 from speechbrain_mifuse.utils.errors import UserError
@@ -46,26 +39,66 @@ from speechbrain_mifuse.zero_shot.window import audit_table, audit_windows, summ
 OWN = "dual_encoder"
 # What each number of repeats makes the model hear.
 HEARD = "heard.md"
-ALM = ("alm", "alm_window", "alm_trust_remote_code")
+
+
+@dataclass(frozen=True)
+class ScoringSettings:
+    """Which recordings are scored, by which audio-text model, with which prompts and numbers of repeats."""
+
+    target: CorpusSettings
+    labels: Sequence[str]
+    alm: str
+    alm_window: str
+    alm_trust_remote_code: bool
+    prompts: str
+    audio_repeats: Sequence[int]
+    text_repeats: Sequence[int]
+    output_folder: Path
+    # Where --alm is `OWN`: the recipe of the dual encoder, with its flags.
+    dual_encoder_recipe: str
+    dual_encoder_flags: Mapping
+
+    @classmethod
+    def of(cls, hparams: Mapping) -> ScoringSettings:
+        """Read them from a recipe's hparams."""
+        flags = {key: hparams[key] for key in ("data_folder", "feature_folder") if hparams[key] is not None}
+        # Its captions must not be the prompts that it is scored with.
+        flags |= {"prompts": hparams["prompts"], **dict(hparams["dual_encoder_flags"])}
+        return cls(
+            target=CorpusSettings.fold_of(hparams, 1),  # every fold has all utterances
+            labels=hparams["labels"],
+            alm=hparams["alm"],
+            alm_window=hparams["alm_window"],
+            alm_trust_remote_code=hparams["alm_trust_remote_code"],
+            prompts=hparams["prompts"],
+            audio_repeats=hparams["audio_repeats"],
+            text_repeats=hparams["text_repeats"],
+            output_folder=Path(hparams["output_folder"]),
+            dual_encoder_recipe=hparams["dual_encoder_recipe"],
+            dual_encoder_flags=flags,
+        )
+
+    @property
+    def manifests(self) -> list[Path]:
+        """Labelled manifests that hold every utterance of the target once."""
+        return [self.target.manifests / "train.json", self.target.manifests / "test.json"]
+
+    def told(self) -> str:
+        """Say where scores come from."""
+        own = "our dual encoder, trained on other corpora with the run's seed"
+        return f"{own if self.alm == OWN else self.alm}; (N, M) chosen on the training folds' labels"
 
 
 class Trained:
     """What is trained on the dual encoder's corpora with one seed: the dual encoder, and the plain classifier."""
 
-    def __init__(self, hparams: Mapping, seed: int, run_opts: Mapping | None = None):
-        folder = Path(hparams["output_folder"]) / f"dual_encoder_{seed}"
-        flags = {key: hparams[key] for key in ("data_folder", "feature_folder") if hparams[key] is not None}
+    def __init__(self, settings: ScoringSettings, seed: int, run_opts: Mapping | None = None):
+        folder = settings.output_folder / f"dual_encoder_{seed}"
         # The splits do not depend on the seed.
-        flags["manifests"] = Path(hparams["output_folder"]) / "dual_encoder_manifests"
-        # Its captions must not be the prompts that it is scored with.
-        flags |= {
-            "prompts": hparams["prompts"],
-            "seed": seed,
-            "output_folder": folder,
-            **dict(hparams["dual_encoder_flags"]),
-        }
-        self.hparams = read_hparams(hparams["dual_encoder_recipe"], overrides_of(flags))
-        refuse_known_corpus(self.hparams["sources"], hparams["source"], "--dual_encoder_recipe")
+        manifests = settings.output_folder / "dual_encoder_manifests"
+        flags = {"manifests": manifests, "seed": seed, "output_folder": folder, **settings.dual_encoder_flags}
+        self.hparams = read_hparams(settings.dual_encoder_recipe, overrides_of(flags))
+        refuse_known_corpus(self.hparams["sources"], settings.target.name, "--dual_encoder_recipe")
         self.folder, self.run_opts = folder, run_opts
         self.reader = open_reader(EncoderSettings.of(self.hparams), run_opts)
         self.sources: Mapping[str, Source] = self.hparams["sources"]
@@ -78,110 +111,83 @@ class Trained:
         folder = recipe.train_dual_encoder(self.hparams["dual_encoder"], self.sources, self.fronts, self.run_opts)
         return load_dual_encoder(folder).to(device_of(self.run_opts))
 
-    def classifier_table(self, hparams: Mapping) -> ScoreTable:
+    def classifier_table(self, settings: ScoringSettings) -> ScoreTable:
         """Log-probabilities of the plain classifier for every utterance of the target."""
         given = (self.hparams["dual_encoder"], self.sources, self.fronts, self.folder / "source_classifier")
         brain = train_source_classifier(*given, self.run_opts)
-        manifests = [unlabelled(path) for path in target_manifests(hparams)]
-        folder = self.hparams["feature_folder"]
-        corpus = CorpusSettings(hparams["source"], manifests[0].parent, hparams["prepare"], folder)
-        front = StoredFrames(store_frames(corpus, self.reader), self.hparams["layer"])
-        values = {key: value for path in manifests for key, value in classifier_scores(brain, front, path).items()}
+        target = replace(settings.target, feature_folder=self.hparams["feature_folder"])
+        front = StoredFrames(store_frames(target, self.reader), self.hparams["layer"])
+        tables = [classifier_scores(brain, front, unlabelled(path)) for path in settings.manifests]
+        values = {key: value for table in tables for key, value in table.items()}
         weights = json.loads((self.folder / "source_classifier" / "settings.json").read_text())
         return ScoreTable(self.hparams["labels"], values, {"source_classifier": weights})
 
 
-def target_manifests(hparams: Mapping) -> list[Path]:
-    """Give labelled manifests that hold every utterance of the target once."""
-    return [fold_folder(hparams["manifests"], 1) / f"{name}.json" for name in ("train", "test")]
-
-
 def score_tables(
-    hparams: Mapping, wanted: Sequence[str], seed: int, run_opts: Mapping | None = None
+    settings: ScoringSettings, wanted: Collection[str], seed: int, run_opts: Mapping | None = None
 ) -> dict[str, dict[Amplification, ScoreTable]]:
-    """Score every utterance of the target for the chosen arms."""
-    zero_shot = functools.partial(zero_shot_tables, run_opts=run_opts)
-    makers: dict[str, Callable] = {"zero_shot": zero_shot, "source_classifier": classifier_tables}
-    if "source_classifier" in wanted and hparams["alm"] != OWN:
+    """Score every utterance of the target for the chosen arms: `zero_shot`, and `source_classifier` if wanted."""
+    if "source_classifier" in wanted and settings.alm != OWN:
         raise UserError(
             "--arm: source_classifier_fused needs the corpora that --alm was trained on, and those of "
-            f"'{hparams['alm']}' are not here. Leave the arm out, or pass --alm {OWN}."
+            f"'{settings.alm}' are not here. Leave the arm out, or pass --alm {OWN}."
         )
-    trained = Trained(hparams, seed, run_opts) if wanted and hparams["alm"] == OWN else None
-    return {name: makers[name](hparams, trained) for name in wanted}
+    trained = Trained(settings, seed, run_opts) if settings.alm == OWN else None
+    tables = {"zero_shot": zero_shot_tables(settings, trained, run_opts)}
+    if trained and "source_classifier" in wanted:
+        tables["source_classifier"] = {(1, 1): trained.classifier_table(settings)}
+    return tables
 
 
 def zero_shot_tables(
-    hparams: Mapping, trained: Trained | None, run_opts: Mapping | None = None
+    settings: ScoringSettings, trained: Trained | None, run_opts: Mapping | None = None
 ) -> dict[Amplification, ScoreTable]:
     """Cosines of every utterance and class, at each number of repeats."""
-    given = [hparams[key] for key in ALM]
-    prompts = read_prompts(hparams["prompts"])  # before anything is trained
-    model = trained.dual_encoder() if trained else open_alm(*given, device=device_of(run_opts))
-    refuse_known_corpus(model.trained_on, hparams["source"], "--alm")
-    labels = list(model.classes_known or hparams["labels"])
-    manifests = [unlabelled(path) for path in target_manifests(hparams)]
-    run_on_main(write_hearing, args=[hparams, model, prompts, labels])
-    given = (model, prompts, labels, manifests, hparams["audio_repeats"], hparams["text_repeats"])
+    prompts = read_prompts(settings.prompts)  # before anything is trained
+    if trained:
+        model = trained.dual_encoder()
+    else:
+        given = (settings.alm, settings.alm_window, settings.alm_trust_remote_code)
+        model = open_alm(*given, device=device_of(run_opts))
+    target = settings.target
+    refuse_known_corpus(model.trained_on, target.name, "--alm")
+    labels = list(model.classes_known or settings.labels)
+    manifests = [unlabelled(path) for path in settings.manifests]
+    write_hearing(settings, manifests, model, prompts, labels)
+    repeats = (settings.audio_repeats, settings.text_repeats)
     tables = {}
-    for part in amplification_grid(*given, hparams["feature_folder"], hparams["source"]):
+    for part in amplification_grid(model, prompts, labels, manifests, *repeats, target.feature_folder, target.name):
         pair = (part.audio_repeats, part.text_repeats)
         about = {"model": model.fingerprint(), "prompts": [list(prompts.forms), dict(prompts.words)], "repeats": pair}
         tables[pair] = ScoreTable(labels, dict(zip(part.keys, part.scores, strict=True)), about)
     return tables
 
 
-def write_hearing(hparams: Mapping, model: AudioTextModel, prompts: PromptSet, labels: Sequence[str]) -> None:
+def write_hearing(
+    settings: ScoringSettings,
+    manifests: Sequence[Path],
+    model: AudioTextModel,
+    prompts: PromptSet,
+    labels: Sequence[str],
+) -> None:
     """Write what each number of repeats makes a model hear and read, to `heard.md` of the output folder."""
-    lengths = [row["length"] for path in target_manifests(hparams) for row in read_manifest(unlabelled(path)).values()]
+    lengths = [row["length"] for path in manifests for row in read_manifest(path).values()]
     rate, size = model.sample_rate, model.size
     given = (None if size is None else size / rate, rate, model.policy)
-    windows = audit_table(summarise_windows(audit_windows(lengths, hparams["audio_repeats"], *given)))
-    texts = audit_table(audit_texts(model, prompts, labels, hparams["text_repeats"]))
+    windows = audit_table(summarise_windows(audit_windows(lengths, settings.audio_repeats, *given)))
+    texts = audit_table(audit_texts(model, prompts, labels, settings.text_repeats))
     told = "no window: all of every copy is heard" if size is None else f"a window of {given[0]:g} s, {model.policy}"
     text = f"What {markdown(model.name)} hears of {len(lengths)} recordings ({told}), before silence is cut: "
     text += "means and shares."
     text += f"\n\n```\n{windows}\n```\n\nTokens of the prompts:\n\n```\n{texts}\n```\n"
-    atomic_write(Path(hparams["output_folder"]) / HEARD, text)
+    atomic_write(settings.output_folder / HEARD, text)
 
 
-def classifier_tables(hparams: Mapping, trained: Trained) -> dict[Amplification, ScoreTable]:
-    """Log-probabilities of the plain classifier; see `Trained.classifier_table`."""
-    return {(1, 1): trained.classifier_table(hparams)}
-
-
-def chosen_specialist(hparams: Mapping) -> tuple[Specialist, dict[str, Path]]:
-    """Give the specialist by its name, with the folder of its adapter."""
-    specialists = hparams["zsfuse"]["specialists"]
-    specialist = specialists[known_ones(hparams["specialist"], specialists, "--specialist")[0]]
-    if hparams["adapter_folder"] is None:
-        return replace(specialist, pretraining=None), {}
-    return specialist, {specialist.pretraining: Path(hparams["adapter_folder"])}
-
-
-def specialist_front(hparams: Mapping, specialist: Specialist, fold: int, reader: FrameReader):
-    """Give what the specialist's classifier reads of a fold."""
-    front = fold_front(hparams, fold, reader)
-    return front if specialist.front is None else specialist.front(front)
-
-
-def fusion_run(hparams: Mapping, fold: int, seed: int, labels_per_class: int | str) -> Run:
-    """Describe one run of a ZS-Fuse comparison."""
-    run = adapter_run({**hparams, "pretrain_on": []}, fold, seed, labels_per_class)
-    about = {key: value for key, value in run.about.items() if key != "pretraining_audio"}
-    model = (
-        "our dual encoder, trained on other corpora with the run's seed" if hparams["alm"] == OWN else hparams["alm"]
-    )
-    about["scores_from"] = f"{model}; (N, M) chosen on the training folds' labels"
-    about["specialist"] = hparams["specialist"]
-    return replace(run, about=about)
-
-
-def amplification_report(hparams: Mapping, tables: Mapping[int, Mapping[Amplification, ScoreTable]]) -> str:
+def amplification_report(settings: ScoringSettings, tables: Mapping[int, Mapping[Amplification, ScoreTable]]) -> str:
     """Write the whole grid of repeats: zero-shot UA with its difference to (1, 1), as Markdown, JSON and a heat map."""
-    folder = Path(hparams["output_folder"])
-    rows = {key: row for path in target_manifests(hparams) for key, row in read_manifest(path).items()}
-    classes = [label for label in hparams["labels"] if any(row["emo"] == label for row in rows.values())]
+    folder = settings.output_folder
+    rows = {key: row for path in settings.manifests for key, row in read_manifest(path).items()}
+    classes = [label for label in settings.labels if any(row["emo"] == label for row in rows.values())]
     pairs = list(next(iter(tables.values())))
     even = {seed: {pair: standardised(table) for pair, table in found.items()} for seed, found in tables.items()}
     # The same draws of speakers for all: differences are paired.
@@ -199,7 +205,7 @@ def amplification_report(hparams: Mapping, tables: Mapping[int, Mapping[Amplific
     known = next(iter(next(iter(tables.values())).values())).labels
     if missed := [label for label in classes if label not in known]:
         told += f" The model does not know {', '.join(map(markdown, missed))}: all of these count as missed."
-    text = "\n".join([*lines, "", f"{len(rows)} utterances, {len(hparams['labels'])} classes. {told}", ""])
+    text = "\n".join([*lines, "", f"{len(rows)} utterances, {len(settings.labels)} classes. {told}", ""])
     if (folder / HEARD).is_file():
         text += f"\n{(folder / HEARD).read_text()}"
     atomic_write(folder / "amplification.md", text)
@@ -211,7 +217,7 @@ def amplification_report(hparams: Mapping, tables: Mapping[int, Mapping[Amplific
     audio, texts = (sorted({pair[place] for pair in pairs}) for place in (0, 1))
     grid = np.array([[found[n, m][0][0] for m in texts] for n in audio])
     names = [f"N = {n}" for n in audio], [f"M = {m}" for m in texts]
-    plot_grid(folder / "amplification.png", grid, *names, f"{hparams['source']}: zero-shot UA %")
+    plot_grid(folder / "amplification.png", grid, *names, f"{settings.target.name}: zero-shot UA %")
     return text
 
 

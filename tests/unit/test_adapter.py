@@ -16,8 +16,9 @@ from speechbrain_mifuse.brains.training import SettingsError
 from speechbrain_mifuse.corpora.folds import fold_splits, prepare_folds
 from speechbrain_mifuse.corpora.manifest import LABELS, CorpusError
 from speechbrain_mifuse.corpora.ravdess import prepare_ravdess_8
+from speechbrain_mifuse.experiments.adapter_variants import pretraining_audio
+from speechbrain_mifuse.experiments.comparison import few_labels
 from speechbrain_mifuse.experiments.recipes import load_recipe
-from speechbrain_mifuse.experiments.variants import few_labels
 from speechbrain_mifuse.features.front import StoredFrames
 from speechbrain_mifuse.features.prosody import ProsodyReader
 from speechbrain_mifuse.inference.recognizer_folder import load_classifier
@@ -36,6 +37,7 @@ from speechbrain_mifuse.utils.files import atomic_write
 D = 6
 HPARAMS = Path(__file__).parents[2] / "hparams"
 CLASSIFIER = load_recipe("recipes/RAVDESS/classifier/train.py")
+RECIPE = load_recipe("recipes/RAVDESS/adapter/pretrain.py")
 
 
 @pytest.fixture(autouse=True)
@@ -312,7 +314,7 @@ def speech(filled_store, tmp_path):
 
 
 def pretrain(speech, folder, name="paper", prosody=dict, **changes):
-    return brains.pretrain(name, options(**changes), *speech, folder, 1, prosody)
+    return RECIPE.pretrain(name, options(**changes), *speech, folder, 1, prosody)
 
 
 def weights(folder):
@@ -362,13 +364,13 @@ def test_pretraining_reads_no_label_and_refuses_a_manifest_that_has_some(speech,
     manifests, front = speech
     # The folder holds nothing but the manifest without labels: there is none to be read.
     assert [path.name for path in tmp_path.glob("t*.json")] == ["train_unlabelled.json"]
-    dataset = brains.unlabelled_dataset(manifests, front)
+    dataset = RECIPE.dataio_prepare(manifests, front, {}, [])
     assert sorted(dataset[0]) == ["feats", "id"]
     assert {key for row in dataset.data.values() for key in row} == {"wav"}
     rows = json.loads(manifests[0].read_text())
     atomic_write(tmp_path / "train.json", json.dumps({key: {**row, "emo": "sad"} for key, row in rows.items()}))
     with pytest.raises(UserError, match="comes with a label"):
-        brains.unlabelled_dataset([tmp_path / "train.json"], front)
+        RECIPE.dataio_prepare([tmp_path / "train.json"], front, {}, [])
 
 
 def test_the_adapter_standardises_by_the_frames_it_is_trained_on(speech, tmp_path):
@@ -494,6 +496,12 @@ def test_folds_name_speakers_and_each_is_tested_once(toy_folder, tmp_path, no_co
         prepare_folds(prepare_ravdess_8, toy_folder, tmp_path, [["01"], ["17"]])
     with pytest.raises(CorpusError, match="no group in two"):
         fold_splits([["01"], ["01"]], 1)
+
+
+@pytest.mark.parametrize("chosen", [["train", "test"], "test", "all"])
+def test_records_call_it_a_leak_however_the_test_fold_is_asked_for(chosen):
+    assert pretraining_audio(chosen).startswith("LEAK")
+    assert pretraining_audio(["train"]) == "the training folds' audio"
 
 
 def test_few_labels_are_as_many_of_each_class_and_follow_from_the_seed_alone():

@@ -316,9 +316,9 @@ def test_the_recipe_opens_a_given_model_on_its_device(monkeypatch):
 
     monkeypatch.setattr(zero_shot_pipeline, "open_alm", opened)
     prompts = repository_root() / "hparams" / "prompts" / "english.yaml"
-    hparams = {"alm": "clap", "alm_window": "pad", "alm_trust_remote_code": False, "prompts": prompts}
+    settings = SimpleNamespace(alm="clap", alm_window="pad", alm_trust_remote_code=False, prompts=prompts)
     with pytest.raises(UserError, match=r"^\('clap', 'pad', False\) {'device': 'cuda:1'}$"):
-        zero_shot_pipeline.score_tables(hparams, ["zero_shot"], 1, {"device": "cuda:1"})
+        zero_shot_pipeline.score_tables(settings, ["zero_shot"], 1, {"device": "cuda:1"})
 
 
 def test_a_model_is_named_after_its_folder_before_it_is_loaded(folders, clap, monkeypatch):

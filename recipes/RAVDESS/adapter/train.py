@@ -5,22 +5,87 @@ Run from the repository's root, or from this folder:
 
     python recipes/RAVDESS/adapter/train.py hparams/adapter_ravdess.yaml --data_folder /path/to/corpora
 
-For each fold and seed it pretrains the adapters that the arms need, without labels and without the test fold, trains
-each arm with labels on the other folds, and scores it on the test fold. What is done already is skipped; a killed run
-goes on.
+For each fold and seed it pretrains the adapters that the arms need, without labels and without the test fold
+(`pretrain.py`), trains each arm with labels on the other folds, and scores it on the test fold. Completed steps are
+skipped; an interrupted run resumes.
 """
 
 import sys
 
 import speechbrain as sb
+from pretrain import pretrain_on_fold
+from speechbrain.dataio.dataset import DynamicItemDataset
+from speechbrain.utils.seed import seed_everything
 
-from speechbrain_mifuse.brains.training import require_one_process
-from speechbrain_mifuse.experiments.adapter_variants import train_arm
-from speechbrain_mifuse.experiments.features import EncoderSettings, open_reader
-from speechbrain_mifuse.experiments.folds import adapter_run, arm_summary, chosen_parts, fold_front, pretrained_adapter
-from speechbrain_mifuse.experiments.preflight import require_comparison, require_folds, require_ready
+from speechbrain_mifuse.brains.finetuning import FinetuningBrain, finetuning_hparams
+from speechbrain_mifuse.brains.training import WholeCheckpointer, fit, require_one_process
+from speechbrain_mifuse.experiments.adapter_variants import (
+    arm_settings,
+    pretraining_audio,
+    show_attention,
+    starting_adapter,
+)
+from speechbrain_mifuse.experiments.comparison import Comparison, few_labels, finish, finished
+from speechbrain_mifuse.experiments.features import CorpusSettings, EncoderSettings, open_front, open_reader
+from speechbrain_mifuse.experiments.preflight import require_folds, require_ready
 from speechbrain_mifuse.experiments.settings import parse_arguments, read_hparams
+from speechbrain_mifuse.features.dataset import encoded_rows, frame_batches, label_index
 from speechbrain_mifuse.utils.errors import one_clear_error, writing
+
+
+def dataio_prepare(labels, run, front):
+    """Build the training set, with as many labels of each class as the run has, and the test set of a fold."""
+
+    @sb.utils.data_pipeline.takes("id", "wav")
+    @sb.utils.data_pipeline.provides("feats")
+    def frames_pipeline(utt_id, wav):
+        return front.read(utt_id, wav)
+
+    train, test = (
+        {key: {"wav": row["wav"], "label": label_index(labels, row, key)} for key, row in rows.items()}
+        for rows in (encoded_rows(path, front.store) for path in run.splits)
+    )
+    train = {key: train[key] for key in few_labels(train, run.labels_per_class, run.seed)}
+    keys = ["id", "feats", "label"]
+    return [DynamicItemDataset(data, [frames_pipeline], keys) for data in (train, test)]
+
+
+def make_brain(settings, run, folder, front, classifier, train, run_opts=None):
+    """Wire the Brain of an arm: adapter and classifier with a learning rate each, epochs, log and checkpoints."""
+    hparams = finetuning_hparams(settings, train, run.seed, folder)
+    return FinetuningBrain(
+        modules={"front": front, "classifier": classifier},
+        opt_class=settings["finetuning_opt_class"],
+        hparams=hparams,
+        run_opts=run_opts,
+        checkpointer=WholeCheckpointer(
+            folder / "save", {"classifier": classifier, "counter": hparams["epoch_counter"]}
+        ),
+    )
+
+
+def train_arm(name, settings, run, front, adapters, run_opts=None):
+    """Train one arm on a fold's training set and score it on the test set, unless it is done; give its record.
+
+    `settings` is what `hparams/base/adapter.yaml` defines, `adapters` the folder of each pretrained adapter.
+    """
+    arm, folder = settings["arms"][name], run.arm_folder(name)
+    if arm.learning_rate is not None:
+        settings = {**settings, "adapter_learning_rate": arm.learning_rate}
+    record = finished(folder, arm_settings(arm, settings, run, front, adapters))
+    if record is not None:
+        return record
+    seed_everything(run.seed)
+    adapter = starting_adapter(arm, settings, run, front, adapters)
+    classifier = arm.classifier(front.dim, len(settings["labels"]), adapter)
+    train, test = dataio_prepare(settings["labels"], run, front)
+    brain = make_brain(settings, run, folder, front, classifier, train, run_opts)
+    fit(brain, train, run.told(name), settings["finetuning_batch_size"])
+    predictions = brain.predict(test, **frame_batches(batch_size=settings["finetuning_batch_size"]))
+    show_attention(name, classifier.eval(), front, run)
+    about = {"pretraining": arm.pretraining, "adapter_learning_rate": settings["adapter_learning_rate"]}
+    return finish(name, brain, settings, run, predictions, len(train), **about)
+
 
 if __name__ == "__main__":
     with one_clear_error():
@@ -28,22 +93,22 @@ if __name__ == "__main__":
         require_one_process()
         hparams = read_hparams(hparams_file, overrides)
         arms = hparams["adapter"]["arms"]
-        names, folds, amounts = chosen_parts(hparams, arms)
-        require_comparison(hparams, arms)
-        require_ready(hparams, names)
+        comparison = Comparison.of(hparams, arms, pretraining_audio=pretraining_audio(hparams["pretrain_on"]))
+        require_ready(hparams, comparison.arms)
         with writing(hparams["output_folder"]):
             sb.create_experiment_directory(hparams["output_folder"], hparams_file, overrides)
         hparams["prepare"]()
-        require_folds(hparams, folds)
+        require_folds(hparams["manifests"], comparison.folds)
         reader = open_reader(EncoderSettings.of(hparams), run_opts)
+        needed = dict.fromkeys(arms[name].pretraining for name in comparison.arms if arms[name].pretraining)
         records = []
-        for fold in folds:
-            front = fold_front(hparams, fold, reader)
-            for seed in hparams["seeds"]:
-                needed = dict.fromkeys(arms[name].pretraining for name in names if arms[name].pretraining)
-                start = adapter_run(hparams, fold, seed, "all")
-                adapters = {one: pretrained_adapter(hparams, start, one, front, run_opts) for one in needed}
-                for amount in amounts:
-                    run = adapter_run(hparams, fold, seed, amount)
-                    records += [train_arm(name, hparams["adapter"], run, front, adapters, run_opts) for name in names]
-        print(arm_summary(hparams, records, names, "adapter"))
+        for fold in comparison.folds:
+            front = open_front(CorpusSettings.fold_of(hparams, fold), hparams["layer"], reader)
+            for seed in comparison.seeds:
+                run = comparison.run(fold, seed)
+                adapters = {name: pretrain_on_fold(name, hparams, run, front, run_opts) for name in needed}
+                for amount in comparison.amounts:
+                    run = comparison.run(fold, seed, amount)
+                    given = (hparams["adapter"], run, front, adapters, run_opts)
+                    records += [train_arm(name, *given) for name in comparison.arms]
+        print(comparison.summary(records, "adapter"))

@@ -6,53 +6,122 @@ Run from the repository's root, or from this folder:
     python recipes/RAVDESS/zsfuse/train.py hparams/zsfuse_ravdess.yaml --data_folder /path/to/corpora
 
 It trains the dual encoder on other corpora (or loads the audio-text model that `--alm` names), scores every recording
-at every number of repeats, and trains each arm on the labels of each fold. What is done is skipped.
+at every number of repeats, and trains each arm on the labels of each fold. Completed steps are skipped; an interrupted
+run resumes.
 """
 
 import sys
 
 import speechbrain as sb
+from speechbrain.dataio.dataset import DynamicItemDataset
+from speechbrain.utils.seed import seed_everything
 
-from speechbrain_mifuse.brains.training import require_one_process
-from speechbrain_mifuse.experiments.features import EncoderSettings, open_reader
-from speechbrain_mifuse.experiments.folds import arm_summary, chosen_parts
-from speechbrain_mifuse.experiments.fusion_variants import train_fusion_arm
-from speechbrain_mifuse.experiments.preflight import require_comparison, require_folds, require_ready
-from speechbrain_mifuse.experiments.settings import parse_arguments, read_hparams
-from speechbrain_mifuse.experiments.zero_shot_steps import (
-    amplification_report,
+from speechbrain_mifuse.brains.finetuning import FusionBrain, finetuning_hparams
+from speechbrain_mifuse.brains.training import WholeCheckpointer, fit, require_one_process
+from speechbrain_mifuse.experiments.adapter_variants import starting_adapter
+from speechbrain_mifuse.experiments.comparison import Comparison, few_labels, finish, finished
+from speechbrain_mifuse.experiments.features import CorpusSettings, EncoderSettings, open_front, open_reader
+from speechbrain_mifuse.experiments.fusion_variants import (
+    chosen_amplification,
     chosen_specialist,
-    fusion_run,
-    score_tables,
-    specialist_front,
+    fusion_settings,
+    prepared,
 )
+from speechbrain_mifuse.experiments.preflight import require_folds, require_ready
+from speechbrain_mifuse.experiments.settings import parse_arguments, read_hparams
+from speechbrain_mifuse.experiments.zero_shot_steps import ScoringSettings, amplification_report, score_tables
+from speechbrain_mifuse.features.dataset import encoded_rows, frame_batches, label_index
 from speechbrain_mifuse.utils.errors import one_clear_error, writing
+
+
+def dataio_prepare(labels, run, front, table):
+    """Build the training set, with as many labels of each class as the run has, and the test set of a fold."""
+
+    @sb.utils.data_pipeline.takes("id", "wav")
+    @sb.utils.data_pipeline.provides("feats")
+    def frames_pipeline(utt_id, wav):
+        return front.read(utt_id, wav)
+
+    @sb.utils.data_pipeline.takes("id")
+    @sb.utils.data_pipeline.provides("scores")
+    def scores_pipeline(utt_id):
+        return table.of([utt_id])[0]
+
+    train, test = (
+        {key: {"wav": row["wav"], "label": label_index(labels, row, key)} for key, row in rows.items()}
+        for rows in (encoded_rows(path, front.store) for path in run.splits)
+    )
+    train = {key: train[key] for key in few_labels(train, run.labels_per_class, run.seed)}
+    items, keys = [frames_pipeline, scores_pipeline], ["id", "feats", "label", "scores"]
+    return [DynamicItemDataset(data, items, keys) for data in (train, test)]
+
+
+def make_brain(settings, run, folder, front, classifier, train, run_opts=None):
+    """Wire the Brain of an arm: specialist and fusion, epochs, log and checkpoints."""
+    hparams = finetuning_hparams(settings, train, run.seed, folder)
+    return FusionBrain(
+        modules={"front": front, "classifier": classifier},
+        opt_class=settings["finetuning_opt_class"],
+        hparams=hparams,
+        run_opts=run_opts,
+        checkpointer=WholeCheckpointer(
+            folder / "save", {"classifier": classifier, "counter": hparams["epoch_counter"]}
+        ),
+    )
+
+
+def train_arm(name, settings, specialist, run, front, tables, adapters, run_opts=None):
+    """Train one arm on a fold's training set and score it on the test set, unless it is done; give its record.
+
+    `settings` is what `hparams/base/zsfuse.yaml` defines; `tables` holds the scores of every utterance by their name,
+    then by the repeats of audio and text; `adapters` the folder of the specialist's adapter, if one was pretrained.
+    """
+    arm, folder, labels = settings["arms"][name], run.arm_folder(name), settings["labels"]
+    repeats = chosen_amplification(tables[arm.scores], run, labels)
+    table = prepared(arm, tables[arm.scores][repeats], run)
+    record = finished(folder, fusion_settings(arm, specialist, settings, run, front, table, adapters))
+    if record is not None:
+        return record
+    seed_everything(run.seed)
+    adapter = starting_adapter(specialist, settings, run, front, adapters)
+    pooled = specialist.classifier(front.dim, len(labels), adapter)
+    classifier = arm.classifier(pooled, table.classes_among(labels), len(labels))
+    train, test = dataio_prepare(labels, run, front, table)
+    brain = make_brain(settings, run, folder, front, classifier, train, run_opts)
+    fit(brain, train, run.told(name), settings["finetuning_batch_size"])
+    predictions = brain.predict(test, **frame_batches(batch_size=settings["finetuning_batch_size"]))
+    about = {"audio_repeats": repeats[0], "text_repeats": repeats[1], "score_labels": list(table.labels)}
+    return finish(name, brain, settings, run, predictions, len(train), **about)
+
 
 if __name__ == "__main__":
     with one_clear_error():
         hparams_file, run_opts, overrides = parse_arguments(sys.argv[1:])
         require_one_process()
         hparams = read_hparams(hparams_file, overrides)
-        arms = hparams["zsfuse"]["arms"]
-        names, folds, amounts = chosen_parts(hparams, arms)
-        specialist, adapters = chosen_specialist(hparams)
-        require_comparison(hparams, arms)
-        require_ready(hparams, names)
+        settings, scoring = hparams["zsfuse"], ScoringSettings.of(hparams)
+        about = {"scores_from": scoring.told(), "specialist": hparams["specialist"]}
+        comparison = Comparison.of(hparams, settings["arms"], **about)
+        specialist, adapters = chosen_specialist(
+            hparams["specialist"], settings["specialists"], hparams["adapter_folder"]
+        )
+        require_ready(hparams, comparison.arms)
         with writing(hparams["output_folder"]):
             sb.create_experiment_directory(hparams["output_folder"], hparams_file, overrides)
         hparams["prepare"]()
-        require_folds(hparams, folds)
-        wanted = list(dict.fromkeys(["zero_shot", *(arms[name].scores for name in names)]))
-        tables = {seed: score_tables(hparams, wanted, seed, run_opts) for seed in hparams["seeds"]}
+        require_folds(hparams["manifests"], comparison.folds)
+        scores = dict.fromkeys(["zero_shot", *(settings["arms"][name].scores for name in comparison.arms)])
+        tables = {seed: score_tables(scoring, scores, seed, run_opts) for seed in comparison.seeds}
         reader = open_reader(EncoderSettings.of(hparams), run_opts)
-        options = {**hparams["zsfuse"], "specialist": specialist}
         records = []
-        for fold in folds:
-            front = specialist_front(hparams, specialist, fold, reader)
-            for seed in hparams["seeds"]:
-                for amount in amounts:
-                    run = fusion_run(hparams, fold, seed, amount)
-                    given = (options, run, front, tables[seed], adapters, run_opts)
-                    records += [train_fusion_arm(name, *given) for name in names]
-        print(amplification_report(hparams, {seed: found["zero_shot"] for seed, found in tables.items()}))
-        print(arm_summary(hparams, records, names, "zsfuse"))
+        for fold in comparison.folds:
+            front = open_front(CorpusSettings.fold_of(hparams, fold), hparams["layer"], reader)
+            if specialist.front is not None:
+                front = specialist.front(front)
+            for seed in comparison.seeds:
+                for amount in comparison.amounts:
+                    run = comparison.run(fold, seed, amount)
+                    given = (settings, specialist, run, front, tables[seed], adapters, run_opts)
+                    records += [train_arm(name, *given) for name in comparison.arms]
+        print(amplification_report(scoring, {seed: by_name["zero_shot"] for seed, by_name in tables.items()}))
+        print(comparison.summary(records, "zsfuse"))
