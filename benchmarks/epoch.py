@@ -38,7 +38,6 @@ from speechbrain.utils.data_utils import batch_pad_right
 from speechbrain.utils.epoch_loop import EpochCounter
 from speechbrain.utils.train_logger import FileTrainLogger
 
-from speechbrain_mifuse.brains.classifier import labelled_dataset
 from speechbrain_mifuse.brains.training import EVERY_EPOCH
 from speechbrain_mifuse.corpora.manifest import read_manifest
 from speechbrain_mifuse.experiments.features import EncoderSettings, open_reader
@@ -133,11 +132,12 @@ class Training:
     def __init__(self, folder: Path, front, manifest: Path, batch: int, epochs: int, checkpoint_every: int):
         torch.manual_seed(0)
         folder.mkdir()
-        self.dataset, self.epochs = labelled_dataset(manifest, front, LABELS), epochs
-        self.counter, self.seconds = EpochCounter(NEVER), 0.0
+        self.epochs, self.counter, self.seconds = epochs, EpochCounter(NEVER), 0.0
         hparams = {
             "seed": 0,
             "labels": LABELS,
+            "train_manifest": manifest,
+            "valid_manifest": manifest,
             "output_folder": folder,
             "class_balanced": True,
             "opt_class": functools.partial(torch.optim.AdamW, lr=0.0005, weight_decay=0.01),
@@ -146,6 +146,7 @@ class Training:
             "train_logger": FileTrainLogger(folder / "train_log.txt"),
         }
         recipe = load_recipe("recipes/RAVDESS/classifier/train.py")
+        self.dataset = recipe.dataio_prepare(hparams, front)["train"]
         self.brain = recipe.make_brain(hparams, front, EmotionClassifier(front.dim, len(LABELS)), self.dataset)
         self.loader = frame_batches(batch_size=batch, shuffle=True, drop_last=True)
         self.clips = len(self.dataset) // batch * batch

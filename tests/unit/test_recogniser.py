@@ -154,7 +154,7 @@ def test_class_weights_let_every_class_count_the_same():
 
 
 def test_labels_follow_the_fixed_order_not_their_appearance(corpus):
-    dataset = brains.labelled_dataset(corpus.folder / "train.json", StoredFrames(corpus.store, 0), LABELS)
+    dataset = RECIPE.dataio_prepare(corpus.hparams("unused"), StoredFrames(corpus.store, 0))["train"]
     assert all(dataset.data[key]["label"] == LABELS.index(key[2:-2]) for key in dataset.data_ids)
 
 
