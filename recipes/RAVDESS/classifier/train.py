@@ -16,7 +16,6 @@ from speechbrain.utils.distributed import if_main_process
 
 from speechbrain_mifuse.brains.classifier import train_classifier
 from speechbrain_mifuse.brains.training import join_processes, require_one_process
-from speechbrain_mifuse.experiments.choices import known_ones
 from speechbrain_mifuse.experiments.features import (
     CorpusSettings,
     EncoderSettings,
@@ -25,7 +24,7 @@ from speechbrain_mifuse.experiments.features import (
     open_reader,
 )
 from speechbrain_mifuse.experiments.preflight import require_ready
-from speechbrain_mifuse.experiments.settings import parse_arguments, read_hparams
+from speechbrain_mifuse.experiments.settings import known_ones, parse_arguments, read_hparams
 from speechbrain_mifuse.experiments.source import prepare_labelled
 from speechbrain_mifuse.utils.errors import one_clear_error, writing
 
