@@ -2,15 +2,11 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import speechbrain as sb
 import torch
-from speechbrain.dataio.dataset import DynamicItemDataset
 from torch.nn import functional as F
 
 from speechbrain_mifuse.brains.training import ResumableBrain
-from speechbrain_mifuse.features.dataset import encoded_rows, label_index
 
 
 def class_weights(labels: torch.Tensor, n_classes: int) -> torch.Tensor:
@@ -44,13 +40,3 @@ class ClassifierBrain(ResumableBrain):
             probs = self.compute_forward(batch, sb.Stage.TEST).softmax(-1).cpu()
             found.update(zip(batch.id, probs.tolist(), strict=True))
         return found
-
-
-def labelled_dataset(manifest: str | Path, front, labels) -> DynamicItemDataset:
-    """Frames and class index of each utterance of a manifest."""
-    rows = encoded_rows(manifest, front.store)
-    data = {key: {"wav": row["wav"], "label": label_index(labels, row, key)} for key, row in rows.items()}
-    dataset = DynamicItemDataset(data)
-    dataset.add_dynamic_item(front.read, takes=["id", "wav"], provides="feats")
-    dataset.set_output_keys(["id", "feats", "label"])
-    return dataset

@@ -200,9 +200,9 @@ def require_model(base_url: str | None, given: Collection[str]) -> None:
 
 def trained_method(hparams: Mapping) -> str:
     """Name of the one method that is asked for, if it trains a student."""
-    from speechbrain_mifuse.experiments.choices import chosen_methods
+    from speechbrain_mifuse.experiments.settings import known_ones
 
-    names = chosen_methods(hparams["method"], hparams["adaptation"]["methods"])
+    names = known_ones(hparams["method"], hparams["adaptation"]["methods"], "--method")
     if len(names) != 1 or not hparams["adaptation"]["methods"][names[0]].trains:
         raise UserError(f"--method: name one method that trains a student, not {', '.join(names)}.")
     return names[0]

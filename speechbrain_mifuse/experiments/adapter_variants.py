@@ -12,8 +12,8 @@ import torch
 from speechbrain_mifuse.adaptation.method import described
 from speechbrain_mifuse.brains.adapter import AdapterBrain
 from speechbrain_mifuse.corpora.manifest import read_manifest, unlabelled
-from speechbrain_mifuse.experiments.choices import chosen_among
 from speechbrain_mifuse.experiments.comparison import Run, shared_settings
+from speechbrain_mifuse.experiments.settings import chosen_among
 from speechbrain_mifuse.features.dataset import encoded_rows
 from speechbrain_mifuse.features.extract import fill_store
 from speechbrain_mifuse.features.prosody import ProsodyReader

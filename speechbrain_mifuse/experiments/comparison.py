@@ -14,8 +14,8 @@ from speechbrain_mifuse.brains.training import same_settings
 from speechbrain_mifuse.corpora.folds import fold_folder
 from speechbrain_mifuse.evaluation.aggregate import write_csv
 from speechbrain_mifuse.evaluation.results import evaluate
-from speechbrain_mifuse.experiments.choices import chosen_among, known_ones
 from speechbrain_mifuse.experiments.features import norm_of
+from speechbrain_mifuse.experiments.settings import chosen_among, known_ones
 from speechbrain_mifuse.nnet.model_card import encoder_told
 from speechbrain_mifuse.report.figures import plot_confusion
 from speechbrain_mifuse.report.variant_report import COLUMNS, arm_protocol, arm_table

@@ -16,8 +16,8 @@ from speechbrain_mifuse.corpora.manifest import read_manifest, unlabelled
 from speechbrain_mifuse.evaluation.metrics import scores_of
 from speechbrain_mifuse.evaluation.results import counts_by_speaker
 from speechbrain_mifuse.experiments.adapter_variants import Arm, adapter_settings
-from speechbrain_mifuse.experiments.choices import known_ones
 from speechbrain_mifuse.experiments.comparison import Run, few_labels, shared_settings
+from speechbrain_mifuse.experiments.settings import known_ones
 from speechbrain_mifuse.features.dataset import label_index
 from speechbrain_mifuse.nnet.late_fusion import LateFusion
 from speechbrain_mifuse.utils.errors import UserError

@@ -1,7 +1,7 @@
 """Checks before a run: whatever would stop it late, after hours of computing or a paid question, stops it here.
 
 `require_ready` looks at what is outside the settings, before the first file is written; `require_data` and
-`require_recordings_to_adapt_to` at the corpora, before anything is encoded, trained, or asked.
+`require_recordings` at the corpora, before anything is encoded, trained, or asked.
 """
 
 from __future__ import annotations
@@ -17,17 +17,18 @@ from pathlib import Path
 from ruamel.yaml import YAML
 from ruamel.yaml.error import YAMLError
 
+from speechbrain_mifuse.adaptation.method import AdaptationMethod
 from speechbrain_mifuse.adaptation.selection import known_rule
 from speechbrain_mifuse.brains.dual_encoder import POSITIVES
 from speechbrain_mifuse.brains.training import require_trainable, require_unchanged
 from speechbrain_mifuse.corpora.folds import fold_folder
 from speechbrain_mifuse.corpora.manifest import read_manifest, unlabelled
+from speechbrain_mifuse.evaluation.results import labelled
 from speechbrain_mifuse.experiments import adapter_variants, comparison
 from speechbrain_mifuse.experiments.adaptation import chosen_settings as chosen_adaptation
-from speechbrain_mifuse.experiments.choices import known_ones, require_labels
 from speechbrain_mifuse.experiments.dual_encoder import DECISIVE as DUAL_ENCODER_DECISIVE
 from speechbrain_mifuse.experiments.features import CorpusSettings, norm_of
-from speechbrain_mifuse.experiments.settings import require_layer
+from speechbrain_mifuse.experiments.settings import known_ones, require_layer
 from speechbrain_mifuse.experiments.source import chosen_settings as chosen_classifier
 from speechbrain_mifuse.experiments.source import prepare_labelled
 from speechbrain_mifuse.experiments.teacher import TeacherSettings, zero_shot_teacher
@@ -236,9 +237,10 @@ def _require_same_data(hparams: Mapping, keys: Sequence[str]) -> None:
 def require_data(hparams: Mapping, names: Sequence[str], reader: FrameReader, teacher: TeacherSettings) -> None:
     """Prepare the corpora that an adaptation recipe trains on, and make sure that all of its data suffice."""
     methods = {name: hparams["adaptation"]["methods"][name] for name in names}
-    require_labels(methods, CorpusSettings.target_of(hparams))
+    target = CorpusSettings.target_of(hparams)
+    require_labels(methods, target)
     require_source(hparams, reader)
-    _require_enough_to_adapt(hparams, names)
+    require_recordings(target, methods, hparams["output_folder"])
     if hparams["source_recogniser"] is None:
         prepare_labelled(CorpusSettings.source_of(hparams))
     asked = any(method.answers_for for method in methods.values())
@@ -246,24 +248,38 @@ def require_data(hparams: Mapping, names: Sequence[str], reader: FrameReader, te
         prepare_labelled(CorpusSettings.teacher_of(hparams))
 
 
-def require_recordings_to_adapt_to(hparams: Mapping, names: Sequence[str], store: FeatureStore) -> None:
-    """Make sure that enough of the target could be encoded, before a teacher is asked about it."""
-    _require_enough_to_adapt(hparams, names, store)
-
-
-def _require_enough_to_adapt(hparams: Mapping, names: Sequence[str], store: FeatureStore | None = None) -> None:
-    paths = [unlabelled(f"{hparams['target_manifests']}/{split}.json") for split in ("adapt", "test")]
+def require_recordings(
+    target: CorpusSettings,
+    methods: Mapping[str, AdaptationMethod],
+    output_folder: str | Path,
+    store: FeatureStore | None = None,
+) -> None:
+    """Make sure that there is enough to adapt to: of what could be encoded, once `store` is filled."""
+    paths = [unlabelled(target.manifests / f"{split}.json") for split in ("adapt", "test")]
     adapted, tested = (encoded_rows(path, store) for path in paths)
-    if any(hparams["adaptation"]["methods"][name].trains for name in names):
-        require_trainable([None] * len(adapted), f"{hparams['target']} ({paths[0]})")
-    for name in names:
-        path = Path(hparams["output_folder"]) / name / "predictions.json"
+    if any(method.trains for method in methods.values()):
+        require_trainable([None] * len(adapted), f"{target.name} ({paths[0]})")
+    for name in methods:
+        path = Path(output_folder) / name / "predictions.json"
         gone = set(json.loads(path.read_text())) - set(tested) if path.is_file() else set()
         if gone:
             raise UserError(
                 f"{path}: holds predictions about {len(gone)} recordings that are not in --data_folder now, such as "
                 f"{min(gone)}. Pass another --output_folder, or the recordings of before."
             )
+
+
+def require_labels(methods: Mapping[str, AdaptationMethod], target: CorpusSettings) -> None:
+    """Refuse a method that uses the target's labels where there are none, before anything long is begun."""
+    wanting = [name for name, method in methods.items() if method.uses_labels]
+    if not wanting:
+        return
+    manifest = target.manifests / "adapt.json"
+    if not labelled(read_manifest(manifest)):
+        raise UserError(
+            f"--method: {', '.join(wanting)} is trained on the target's labels, and '{target.name}' has none "
+            f"({manifest}). Leave it out of --method, or give the recordings labels."
+        )
 
 
 def require_folds(manifests: str | Path, folds: Sequence[int]) -> None:

@@ -18,8 +18,7 @@ from speechbrain_mifuse.corpora.manifest import (
     unlabelled,
 )
 from speechbrain_mifuse.evaluation.results import evaluate, score_snapshots, side_by_side
-from speechbrain_mifuse.experiments.features import norm_of
-from speechbrain_mifuse.experiments.teacher import TeacherSettings
+from speechbrain_mifuse.experiments.features import CorpusSettings
 from speechbrain_mifuse.inference.recognizer_folder import read_about as read_recogniser
 from speechbrain_mifuse.inference.recognizer_folder import write_card
 from speechbrain_mifuse.nnet.model_card import encoder_told
@@ -31,43 +30,44 @@ logger = logging.getLogger(__name__)
 
 
 def report(
-    hparams: Mapping,
     name: str,
+    settings: Mapping,
+    target: CorpusSettings,
     predictions: Mapping,
     n_train: int,
-    teacher: TeacherSettings,
-    teacher_model: Mapping | None = None,
+    *,
+    source: str,
+    teacher: str,
+    teacher_model: Mapping | None,
+    encoder: str,
 ) -> None:
     """Score one method's predictions and write its results; here the target's labels are opened, if there are any."""
-    method, target = hparams["adaptation"]["methods"][name], Path(hparams["target_manifests"])
-    folder, rule = Path(hparams["output_folder"]) / name, hparams["adaptation"]["selection"]
-    norm = norm_of(hparams)
-    scored = evaluate(predictions, target / "test.json", hparams["labels"])
+    method, rule, labels = settings["methods"][name], settings["selection"], settings["labels"]
+    folder, test = Path(settings["output_folder"]) / name, target.manifests / "test.json"
+    scored = evaluate(predictions, test, labels)
     if scored["UA"] is None:
-        logger.warning(
-            "%s has no labels, nothing is scored: see %s.", target / "test.json", folder / "predictions.json"
-        )
+        logger.warning("%s has no labels, nothing is scored: see %s.", test, folder / "predictions.json")
     snapshots = Snapshots(folder, rule).saved()
     record = write_results(
         folder,
         scored,
-        hparams["labels"],
+        labels,
         method=name,
-        source=source_name(hparams["source"], hparams["source_recogniser"]),
-        target=hparams["target"],
-        teacher=teacher.told(),
+        source=source,
+        target=target.name,
+        teacher=teacher,
         teacher_model=teacher_model,
-        seed=hparams["seed"],
-        encoder=f"{encoder_told(hparams['encoder'])}, layer {hparams['layer']}, frozen",
-        protocol=protocol(hparams["labels"], target, norm),
-        target_copy=copy_told(read_about(target / ABOUT)) or None,
-        speaker_norm="none" if norm is None else norm.told(),
+        seed=settings["seed"],
+        encoder=f"{encoder_told(encoder)}, layer {settings['layer']}, frozen",
+        protocol=protocol(labels, target.manifests, target.norm),
+        target_copy=copy_told(read_about(target.manifests / ABOUT)) or None,
+        speaker_norm="none" if target.norm is None else target.norm.told(),
         selection=known_rule(rule)[1],
         n_train=n_train if method.trains or "adapt" in method.answers_for else 0,
-        diversity_weight=hparams["diversity_weight"],
-        temperature=hparams["temperature"],
+        diversity_weight=settings["diversity_weight"],
+        temperature=settings["temperature"],
         steps=chosen_snapshot(snapshots, rule)["step"] if snapshots else 0,
-        snapshots=score_snapshots(snapshots, target / "test.json", hparams["labels"]),
+        snapshots=score_snapshots(snapshots, test, labels),
     )
     if method.trains:
         write_card(folder / "recogniser", record)

@@ -10,7 +10,7 @@ import copy
 import difflib
 import math
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -398,3 +398,17 @@ def require_layer(values: Mapping, key: str) -> None:
     # Only the encoder can tell what is meant by a negative number.
     if stored and _is(used, int) and min(used, *stored) >= 0 and used not in stored:
         raise UserError(f"--{key} {used}: is not stored. Add it to --encoder_layers, which is {list(stored)}.")
+
+
+def known_ones(value, known: Collection, flag: str) -> list:
+    """Read a flag that takes one of several things, or a list of them."""
+    chosen = list(value) if isinstance(value, Sequence) and not isinstance(value, str) else [value]
+    unknown = [one for one in chosen if one not in known]
+    if unknown:
+        raise UserError(f"{flag}: {', '.join(map(str, unknown))} is none of {', '.join(map(str, known))}.")
+    return chosen
+
+
+def chosen_among(value, known: Collection, flag: str) -> list:
+    """Read a flag as `known_ones` does, or as `all` of them."""
+    return list(known) if isinstance(value, str) and value == "all" else known_ones(value, known, flag)

@@ -13,7 +13,7 @@ from toy_corpora import LABELS, utterance, write_wav
 from speechbrain_mifuse.corpora.folder import prepare_folder
 from speechbrain_mifuse.evaluation.aggregate import Comparison, protocol
 from speechbrain_mifuse.evaluation.results import evaluate, side_by_side
-from speechbrain_mifuse.experiments import choices, features, results
+from speechbrain_mifuse.experiments import features, preflight, results
 from speechbrain_mifuse.experiments.registry import repository_root
 from speechbrain_mifuse.experiments.settings import load_hparams
 from speechbrain_mifuse.features.front import StoredFrames
@@ -444,6 +444,6 @@ def test_the_upper_bound_on_a_target_without_labels_is_one_error_that_says_what_
     prepare_folder(tmp_path / "mine", tmp_path / "manifests", {"adapt": 0.6, "test": 0.4})
     methods = {name: type("Method", (), {"uses_labels": name == "oracle"}) for name in ("mi_fuse", "oracle")}
     target = features.CorpusSettings("folder", tmp_path / "manifests", None, None)
-    choices.require_labels({"mi_fuse": methods["mi_fuse"]}, target)
+    preflight.require_labels({"mi_fuse": methods["mi_fuse"]}, target)
     with pytest.raises(UserError, match=r"--method: oracle .*'folder' has none .*adapt.json.*Leave it out"):
-        choices.require_labels(methods, target)
+        preflight.require_labels(methods, target)

@@ -32,11 +32,10 @@ from speechbrain_mifuse.experiments.adapter_variants import (
     stored_prosody,
     survey_utterances,
 )
-from speechbrain_mifuse.experiments.choices import chosen_among
 from speechbrain_mifuse.experiments.comparison import Comparison
 from speechbrain_mifuse.experiments.features import CorpusSettings, EncoderSettings, open_front, open_reader
 from speechbrain_mifuse.experiments.preflight import require_ready
-from speechbrain_mifuse.experiments.settings import parse_arguments, read_hparams
+from speechbrain_mifuse.experiments.settings import chosen_among, parse_arguments, read_hparams
 from speechbrain_mifuse.features.dataset import encoded_rows, frame_batches
 from speechbrain_mifuse.nnet.adapter_objectives import AdapterPretraining
 from speechbrain_mifuse.nnet.ema import ema_copy, linear_decay

@@ -27,7 +27,6 @@ from speechbrain_mifuse.brains.training import (
     require_one_process,
     require_trainable,
 )
-from speechbrain_mifuse.experiments.choices import known_ones
 from speechbrain_mifuse.experiments.features import (
     CorpusSettings,
     EncoderSettings,
@@ -36,7 +35,7 @@ from speechbrain_mifuse.experiments.features import (
     open_reader,
 )
 from speechbrain_mifuse.experiments.preflight import require_ready
-from speechbrain_mifuse.experiments.settings import parse_arguments, read_hparams
+from speechbrain_mifuse.experiments.settings import known_ones, parse_arguments, read_hparams
 from speechbrain_mifuse.experiments.source import (
     classifier_settings,
     export_classifier,

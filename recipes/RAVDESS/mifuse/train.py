@@ -27,11 +27,10 @@ from speechbrain_mifuse.brains.training import WholeCheckpointer, fit, require_o
 from speechbrain_mifuse.brains.whole_set import WholeSet
 from speechbrain_mifuse.corpora.manifest import unlabelled
 from speechbrain_mifuse.experiments.adaptation import adaptation_settings, finish, finished
-from speechbrain_mifuse.experiments.choices import chosen_methods
 from speechbrain_mifuse.experiments.features import CorpusSettings, EncoderSettings, device_of, open_front, open_reader
-from speechbrain_mifuse.experiments.preflight import require_data, require_ready, require_recordings_to_adapt_to
-from speechbrain_mifuse.experiments.results import report, summary
-from speechbrain_mifuse.experiments.settings import parse_arguments, read_hparams
+from speechbrain_mifuse.experiments.preflight import require_data, require_ready, require_recordings
+from speechbrain_mifuse.experiments.results import report, source_name, summary
+from speechbrain_mifuse.experiments.settings import known_ones, parse_arguments, read_hparams
 from speechbrain_mifuse.experiments.source import trained_recogniser
 from speechbrain_mifuse.experiments.teacher import TeacherSettings, ask_teacher, report_answers
 from speechbrain_mifuse.features.dataset import encoded_rows, label_index
@@ -128,16 +127,18 @@ def run(hparams, names, run_opts=None, teacher_recogniser=None):
     reader = open_reader(EncoderSettings.of(hparams), run_opts)
     require_data(hparams, names, reader, teacher)
     front = open_front(target, hparams["layer"], reader)
-    require_recordings_to_adapt_to(hparams, names, front.store)
+    require_recordings(target, methods, hparams["output_folder"], front.store)
     source = hparams["source_recogniser"] or trained_recogniser(CorpusSettings.source_of(hparams), reader, run_opts)
     train_teacher = functools.partial(trained_recogniser, CorpusSettings.teacher_of(hparams), reader, run_opts)
     answers = ask_teacher(teacher, methods.values(), target, front.store, train_teacher, run_opts)
-    report_answers(answers, hparams["temperature"])
+    report_answers(answers, hparams["adaptation"]["temperature"])
     for name, method in methods.items():
         datasets = dataio_prepare(hparams, method, front, answers)
         predictions = adapt(name, hparams["adaptation"], datasets, front, source, run_opts)
         # The target's labels, if there are any, are opened here and nowhere before.
-        report(hparams, name, predictions, len(datasets["adapt"]), teacher, answers.teacher)
+        told = {"teacher": teacher.told(), "teacher_model": answers.teacher, "encoder": hparams["encoder"]}
+        told["source"] = source_name(hparams["source"], hparams["source_recogniser"])
+        report(name, hparams["adaptation"], target, predictions, len(datasets["adapt"]), **told)
 
 
 if __name__ == "__main__":
@@ -145,7 +146,7 @@ if __name__ == "__main__":
         hparams_file, run_opts, overrides = parse_arguments(sys.argv[1:])
         require_one_process()
         hparams = read_hparams(hparams_file, overrides)
-        names = chosen_methods(hparams["method"], hparams["adaptation"]["methods"])
+        names = known_ones(hparams["method"], hparams["adaptation"]["methods"], "--method")
         require_ready(hparams, names, run_opts)
         with writing(hparams["output_folder"]):
             sb.create_experiment_directory(hparams["output_folder"], hparams_file, overrides)
