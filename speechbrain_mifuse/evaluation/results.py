@@ -1,4 +1,4 @@
-"""From predictions to `results.json`, `confusion.png`, `results.md`: the one place that opens the target's labels."""
+"""From predictions to scores: the one place that opens the target's labels."""
 
 from __future__ import annotations
 

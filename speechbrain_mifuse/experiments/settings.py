@@ -107,7 +107,7 @@ BELOW_ONE = _number("a number from 0 up to, but not including, 1", lambda value:
 LAYER = Rule("a layer of the encoder: a whole number", lambda value: _is(value, int), optional=True)
 PAIR = _whole(2, reason="batch normalization and the diversity term need two recordings in a batch")
 AMOUNT = Rule("'all' or a whole number of at least 1", lambda value: value == "all" or COUNT.fits(value))
-BUDGET = _number("a finite number of at least 0", lambda value: value >= 0, optional=True)
+BUDGET = _number("a finite number above 0", lambda value: value > 0, optional=True)
 DEADLINE = _number("a finite number of seconds above 0", lambda value: value > 0, optional=True)
 LOUDNESS = _number("a finite number of decibels above 0", lambda value: value > 0, optional=True)
 

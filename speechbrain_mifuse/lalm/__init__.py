@@ -1,1 +1,1 @@
-"""Audio language models behind an OpenAI-compatible API: prompts, answers, client, store, collection, server."""
+"""Audio language models behind an OpenAI-compatible API: prompts, answers, client, store, collection."""

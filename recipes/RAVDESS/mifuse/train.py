@@ -113,8 +113,10 @@ def adapt(name, settings, datasets, front, source, run_opts=None):
     frames = {key: row.frames for key, row in front.store.rows.items()}
     sets = {split: WholeSet(dataset, frames, settings["batch_size"]) for split, dataset in datasets.items()}
     brain.look_at(sets["adapt"], sets["test"], snapshots)
+    # Before a checkpoint is restored: the method looks at what the source classifier says.
     brain.begin()
     if method.trains:
+        # No validation set: without labels nothing could be validated. The last step counts, or a label-free rule.
         fit(brain, datasets["adapt"], name, settings["batch_size"])
     return finish(name, brain, folder, source)
 
@@ -126,6 +128,7 @@ def run(hparams, names, run_opts=None, teacher_recogniser=None):
     target.prepare()
     reader = open_reader(EncoderSettings.of(hparams), run_opts)
     require_data(hparams, names, reader, teacher)
+    # Reads stored frames by utterance id, and says by its fingerprint what they are.
     front = open_front(target, hparams["layer"], reader)
     require_recordings(target, methods, hparams["output_folder"], front.store)
     source = hparams["source_recogniser"] or trained_recogniser(CorpusSettings.source_of(hparams), reader, run_opts)
