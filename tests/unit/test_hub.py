@@ -149,6 +149,7 @@ def test_a_recogniser_of_a_hub_repository_is_loaded_and_one_with_code_is_refused
     assert not (tmp_path / "mark").exists()
 
 
+@pytest.mark.long
 def test_an_encoder_of_a_hub_repository_is_loaded_also_offline_and_one_with_an_adapter_is_refused(
     hub, toy_encoder, tmp_path
 ):

@@ -36,14 +36,14 @@ def declared(*extras: str) -> list[Requirement]:
 
 def imported(folder: str) -> set[str]:
     """Top-level names that the Python files below a folder import, without those of Python and of the project."""
-    names = set()
-    for path in (ROOT / folder).rglob("*.py"):
+    names, files = set(), list((ROOT / folder).rglob("*.py"))
+    for path in files:
         for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
             if isinstance(node, ast.Import):
                 names.update(alias.name.split(".")[0] for alias in node.names)
             elif isinstance(node, ast.ImportFrom) and node.module and not node.level:
                 names.add(node.module.split(".")[0])
-    return names - set(sys.stdlib_module_names) - OWN
+    return names - set(sys.stdlib_module_names) - OWN - {path.stem for path in files}
 
 
 @pytest.mark.parametrize(
