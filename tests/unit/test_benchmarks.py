@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 BENCHMARKS = Path(__file__).resolve().parents[2] / "benchmarks"
+LONG = ("million", "collect_faults")
 RATIOS = {
     "adapter": {"encoder_inside_ratio"},
     "collect": {"ideal_ratio", "cpu_ms_per_call", "resident_growth_mb"},
@@ -48,7 +49,7 @@ def test_list_names_every_benchmark_without_loading_torch():
 
 
 @pytest.mark.parametrize(
-    "name", [pytest.param(name, marks=pytest.mark.long if name == "million" else []) for name in RATIOS]
+    "name", [pytest.param(name, marks=pytest.mark.long if name in LONG else []) for name in RATIOS]
 )
 def test_json_holds_machine_and_figures_and_the_table_shows_them(name, main, tmp_path, capsys):
     path = tmp_path / "figures.json"
