@@ -12,7 +12,6 @@ from collections.abc import Mapping
 import speechbrain as sb
 import torch
 from speechbrain.utils.checkpoints import mark_as_loader, mark_as_saver, register_checkpoint_hooks
-from speechbrain.utils.distributed import main_process_only
 
 from speechbrain_mifuse.adaptation.method import AdaptationMethod, Outputs, Survey, Teachers
 from speechbrain_mifuse.adaptation.selection import criteria
@@ -152,7 +151,6 @@ class AdaptationBrain(ResumableBrain):
         if should_step:
             self.hparams.ema.update_parameters(self.modules.student)
 
-    @main_process_only
     def on_log_point(self, epoch: int) -> None:
         """Keep a snapshot, if the sets are known to the Brain; see `ResumableBrain.on_log_point`."""
         if self.snapshots is None:

@@ -16,6 +16,7 @@ from speechbrain_mifuse.evaluation.aggregate import write_csv
 from speechbrain_mifuse.evaluation.results import evaluate
 from speechbrain_mifuse.experiments.features import norm_of
 from speechbrain_mifuse.experiments.settings import chosen_among, known_ones
+from speechbrain_mifuse.features.dataset import encoded_rows, label_index
 from speechbrain_mifuse.nnet.model_card import encoder_told
 from speechbrain_mifuse.report.figures import plot_confusion
 from speechbrain_mifuse.report.variant_report import COLUMNS, arm_protocol, arm_table
@@ -116,6 +117,15 @@ def few_labels(rows: Mapping[str, Mapping], per_class: int | str, seed: int) -> 
     dice = random.Random(seed)
     drawn = [dice.sample(by_label[label], min(per_class, len(by_label[label]))) for label in sorted(by_label)]
     return sorted(key for keys in drawn for key in keys)
+
+
+def rows_of_fold(run: Run, labels: Sequence[str], store) -> tuple[dict[str, dict], dict[str, dict]]:
+    """Give the rows to train on, as many of each class as the run has labels, and those to test on."""
+    train, test = (
+        {key: {"wav": row["wav"], "label": label_index(labels, row, key)} for key, row in rows.items()}
+        for rows in (encoded_rows(path, store) for path in run.splits)
+    )
+    return {key: train[key] for key in few_labels(train, run.labels_per_class, run.seed)}, test
 
 
 def shared_settings(settings: Mapping, run: Run, front) -> dict:

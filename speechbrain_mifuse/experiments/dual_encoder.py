@@ -14,7 +14,6 @@ from pathlib import Path
 import torch
 from safetensors.torch import save
 from speechbrain.dataio.dataset import DynamicItemDataset
-from speechbrain.utils.distributed import run_on_main
 from speechbrain.utils.epoch_loop import EpochCounter
 from speechbrain.utils.seed import seed_everything
 
@@ -51,7 +50,7 @@ def source_fronts(
     """Prepare the corpora that a dual encoder is trained on and store their frames."""
     fronts = {}
     for name, source in sources.items():
-        run_on_main(source.prepare)
+        source.prepare()
         corpus = CorpusSettings(name, Path(source.manifests), source.prepare, feature_folder)
         fronts[name] = StoredFrames(store_frames(corpus, reader), layer)
     return fronts

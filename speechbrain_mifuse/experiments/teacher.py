@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
-from speechbrain.utils.distributed import run_on_main
 
 from speechbrain_mifuse.adaptation.method import AdaptationMethod
 from speechbrain_mifuse.adaptation.uncertainty import single_label_share
@@ -223,7 +222,7 @@ def ask_teacher(
         return Answers(samples, list(wavs), k, n_classes, model.fingerprint())
     hashes = {key: store.rows[key].audio for key in wavs}
     with teacher_api(teacher, train) as (serve, endpoint):
-        samples = run_on_main(collected, args=[teacher, wavs, hashes, serve, endpoint])
+        samples = collected(teacher, wavs, hashes, serve, endpoint)
     return Answers(samples, list(wavs), k, n_classes)
 
 
@@ -299,7 +298,7 @@ def collect_answers(
     """Print the plan and collect the answers that a recipe needs, without training or encoding the target."""
     if teacher.name == ZERO_SHOT:
         raise UserError(f"--teacher {ZERO_SHOT}: it answers within the recipe itself, and nothing is to be collected.")
-    run_on_main(target.prepare)
+    target.prepare()
     wavs = wanted_recordings(target.manifests, methods.values())
     if not wavs:
         raise UserError(f"--method: {', '.join(methods)} needs no answers of a language model.")

@@ -25,11 +25,11 @@ from speechbrain_mifuse.experiments.adapter_variants import (
     show_attention,
     starting_adapter,
 )
-from speechbrain_mifuse.experiments.comparison import Comparison, few_labels, finish, finished
+from speechbrain_mifuse.experiments.comparison import Comparison, finish, finished, rows_of_fold
 from speechbrain_mifuse.experiments.features import CorpusSettings, EncoderSettings, open_front, open_reader
 from speechbrain_mifuse.experiments.preflight import require_folds, require_ready
 from speechbrain_mifuse.experiments.settings import parse_arguments, read_hparams
-from speechbrain_mifuse.features.dataset import encoded_rows, frame_batches, label_index
+from speechbrain_mifuse.features.dataset import frame_batches
 from speechbrain_mifuse.utils.errors import one_clear_error, writing
 
 
@@ -41,13 +41,8 @@ def dataio_prepare(labels, run, front):
     def frames_pipeline(utt_id, wav):
         return front.read(utt_id, wav)
 
-    train, test = (
-        {key: {"wav": row["wav"], "label": label_index(labels, row, key)} for key, row in rows.items()}
-        for rows in (encoded_rows(path, front.store) for path in run.splits)
-    )
-    train = {key: train[key] for key in few_labels(train, run.labels_per_class, run.seed)}
     keys = ["id", "feats", "label"]
-    return [DynamicItemDataset(data, [frames_pipeline], keys) for data in (train, test)]
+    return [DynamicItemDataset(data, [frames_pipeline], keys) for data in rows_of_fold(run, labels, front.store)]
 
 
 def make_brain(settings, run, folder, front, classifier, train, run_opts=None):

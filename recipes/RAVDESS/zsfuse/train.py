@@ -19,7 +19,7 @@ from speechbrain.utils.seed import seed_everything
 from speechbrain_mifuse.brains.finetuning import FusionBrain, finetuning_hparams
 from speechbrain_mifuse.brains.training import WholeCheckpointer, fit, require_one_process
 from speechbrain_mifuse.experiments.adapter_variants import starting_adapter
-from speechbrain_mifuse.experiments.comparison import Comparison, few_labels, finish, finished
+from speechbrain_mifuse.experiments.comparison import Comparison, finish, finished, rows_of_fold
 from speechbrain_mifuse.experiments.features import CorpusSettings, EncoderSettings, open_front, open_reader
 from speechbrain_mifuse.experiments.fusion_variants import (
     chosen_amplification,
@@ -30,7 +30,7 @@ from speechbrain_mifuse.experiments.fusion_variants import (
 from speechbrain_mifuse.experiments.preflight import require_folds, require_ready
 from speechbrain_mifuse.experiments.settings import parse_arguments, read_hparams
 from speechbrain_mifuse.experiments.zero_shot_steps import ScoringSettings, amplification_report, score_tables
-from speechbrain_mifuse.features.dataset import encoded_rows, frame_batches, label_index
+from speechbrain_mifuse.features.dataset import frame_batches
 from speechbrain_mifuse.utils.errors import one_clear_error, writing
 
 
@@ -47,13 +47,8 @@ def dataio_prepare(labels, run, front, table):
     def scores_pipeline(utt_id):
         return table.of([utt_id])[0]
 
-    train, test = (
-        {key: {"wav": row["wav"], "label": label_index(labels, row, key)} for key, row in rows.items()}
-        for rows in (encoded_rows(path, front.store) for path in run.splits)
-    )
-    train = {key: train[key] for key in few_labels(train, run.labels_per_class, run.seed)}
     items, keys = [frames_pipeline, scores_pipeline], ["id", "feats", "label", "scores"]
-    return [DynamicItemDataset(data, items, keys) for data in (train, test)]
+    return [DynamicItemDataset(data, items, keys) for data in rows_of_fold(run, labels, front.store)]
 
 
 def make_brain(settings, run, folder, front, classifier, train, run_opts=None):
