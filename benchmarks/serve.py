@@ -1,7 +1,7 @@
 """The server under load: clips answered side by side, against the same server with one clip at a time.
 
-Both sides are an `EmotionServer` in this process and answer the same distinct clips, each once, with one stochastic
-answer: callers on as many connections send their next clip when the last one is answered.
+Both sides are an `EmotionServer` in this process and answer distinct clips, each once, with one stochastic answer. The
+callers are a process of their own (`callers.py`); each sends its next clip when the last one is answered.
 
 - Side by side: the recognizer as it is; clips that come together are encoded on one core each.
 - One at a time: the same recognizer without `predict_each`; every clip is encoded on all cores, one after the other.
@@ -16,14 +16,13 @@ from __future__ import annotations
 
 import base64
 import contextlib
-import http.client
 import io
 import json
 import os
+import subprocess
+import sys
 import tempfile
-import time
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -90,21 +89,8 @@ def body(rng: np.random.Generator, seconds: tuple[float, float]) -> bytes:
 
 def rate(address: str, callers: int, bodies: Sequence[bytes]) -> float:
     """Clips per second."""
-    begin = time.perf_counter()
-    with ThreadPoolExecutor(callers) as pool:
-        list(pool.map(lambda first: ask(address, bodies[first::callers]), range(callers)))
-    return len(bodies) / (time.perf_counter() - begin)
-
-
-def ask(address: str, bodies: Sequence[bytes]) -> None:
-    """Send requests one after the other on one connection."""
-    with contextlib.closing(http.client.HTTPConnection(address.split("/")[2])) as connection:
-        for each in bodies:
-            connection.request("POST", "/v1/chat/completions", each, {"Content-Type": "application/json"})
-            response = connection.getresponse()
-            if response.status != 200:
-                raise RuntimeError(f"status {response.status}: {response.read()!r}")
-            response.read()
+    command = [sys.executable, str(Path(__file__).with_name("callers.py")), address, str(callers)]
+    return float(subprocess.run(command, input=b"\n".join(bodies), stdout=subprocess.PIPE, check=True).stdout)
 
 
 def grown(address: str, rng: np.random.Generator, seconds: tuple[float, float], count: int) -> tuple[float, float]:

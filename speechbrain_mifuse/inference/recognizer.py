@@ -352,9 +352,12 @@ class EmotionRecognizer(Pretrained):
         return torch.cat([self._drawn(vector, seed is not None, seed) for seed in seeds])
 
     def _drawn(self, vectors: torch.Tensor, stochastic: bool, seed: int | None) -> torch.Tensor:
-        with _drawing, torch.random.fork_rng(devices=[] if self.device_type == "cpu" else None):
+        on_cpu = self.device_type == "cpu"
+        # For each accelerator that was never used, torch.manual_seed would keep a formatted stack trace, every time.
+        seed_all = torch.default_generator.manual_seed if on_cpu else torch.manual_seed
+        with _drawing, torch.random.fork_rng(devices=[] if on_cpu else None):
             if seed is not None:
-                torch.manual_seed(seed)
+                seed_all(seed)
             return self._probs(self.mods.classifier.head(vectors, stochastic))
 
     def label_of(self, probs: torch.Tensor) -> str | None:

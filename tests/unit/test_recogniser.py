@@ -5,6 +5,7 @@ import re
 import shutil
 import sys
 import threading
+import tracemalloc
 from pathlib import Path
 
 import numpy as np
@@ -242,6 +243,18 @@ def test_memory_of_recordings_is_bounded(folder, monkeypatch):
     for seed in range(6):
         recogniser.predict_proba(sound(seed=seed))
     assert len(recogniser._vectors) == 3
+
+
+def test_seeds_leave_nothing_behind_in_memory(recogniser):
+    wave = sound()
+    recogniser.predict_proba(wave, stochastic=True, seed=0)
+    tracemalloc.start()
+    before, _ = tracemalloc.get_traced_memory()
+    for seed in range(50):
+        recogniser.predict_proba(wave, stochastic=True, seed=seed)
+    after, _ = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert after - before < 20_000
 
 
 def test_a_file_of_any_rate_and_channel_count_is_recognised_alike(recogniser, corpus, tmp_path):
