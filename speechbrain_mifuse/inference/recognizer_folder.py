@@ -13,11 +13,11 @@ from speechbrain.utils.parameter_transfer import Pretrainer
 from speechbrain_mifuse import __version__
 from speechbrain_mifuse.features.encoder import FrozenEncoder
 from speechbrain_mifuse.features.store import difference
+from speechbrain_mifuse.inference.model_card import adapted_card, trained_card
 from speechbrain_mifuse.nnet.classifier import EmotionClassifier
-from speechbrain_mifuse.nnet.model_card import adapted_card, trained_card
-from speechbrain_mifuse.nnet.model_folder import ABOUT, CARD, SETTINGS, ModelFolder, object_yaml, pretrainer_yaml
 from speechbrain_mifuse.utils.errors import UserError
 from speechbrain_mifuse.utils.files import atomic_write
+from speechbrain_mifuse.utils.model_folder import ABOUT, CARD, SETTINGS, ModelFolder, object_yaml, pretrainer_yaml
 from speechbrain_mifuse.utils.schemas import (
     TAGS,
     ClassifierSizes,

@@ -7,10 +7,9 @@ from pathlib import Path
 
 from speechbrain_mifuse import __version__
 from speechbrain_mifuse.features.store import difference
-from speechbrain_mifuse.nnet.model_card import adapter_card
-from speechbrain_mifuse.nnet.model_folder import ModelFolder, object_yaml, pretrainer_yaml
 from speechbrain_mifuse.nnet.wap_transformer import WAPTransformer
 from speechbrain_mifuse.utils.errors import UserError
+from speechbrain_mifuse.utils.model_folder import ModelFolder, bullets, card_text, object_yaml, pretrainer_yaml
 from speechbrain_mifuse.utils.schemas import AdapterAbout
 
 # What the frames an adapter was trained on and those it is to read must share.
@@ -21,6 +20,13 @@ HEAD = """# A pretrained adapter. In a recipe of your own, include this file or 
 # and hparams["adapter"](frames, lengths) adapts frames [batch, frames, {input_size}] of layer {layer} of its encoder.
 adapter_folder: .
 """
+USE = """Transformer layers between a frozen speech encoder and a classifier of emotions.
+
+```python
+from speechbrain_mifuse.nnet.adapter_files import load_adapter
+
+adapter = load_adapter("path/to/this/folder")
+```"""
 
 
 class AdapterError(UserError):
@@ -70,6 +76,16 @@ def export_adapter(folder: str | Path, adapter: WAPTransformer, features: Mappin
     text += pretrainer_yaml("adapter", "<adapter_folder>/adapter.safetensors", hook)
     about = {"adapter": adapter.sizes, "features": dict(features), **about, "code_version": __version__}
     ADAPTER.write(folder, weights, text, about, adapter_card(about))
+
+
+def adapter_card(about: Mapping) -> str:
+    """Write the card of a pretrained adapter."""
+    count = about.get("utterances")
+    sections = {
+        "Training": "Pretrained without labels" + (f" on {count} recordings." if count else "."),
+        "Limits": bullets(["It fits only the encoder, the layer and the preprocessing that `about.json` names."]),
+    }
+    return card_text("feature-extraction", "Speech emotion adapter", USE, sections, about)
 
 
 def load_adapter(folder: str | Path, features: Mapping | None = None) -> WAPTransformer:

@@ -19,11 +19,11 @@ from speechbrain_mifuse.features.encoder import FrozenEncoder
 from speechbrain_mifuse.features.extract import FrameReader
 from speechbrain_mifuse.features.store import difference
 from speechbrain_mifuse.features.text_encoder import FrozenTextEncoder
+from speechbrain_mifuse.inference.model_card import dual_encoder_card
 from speechbrain_mifuse.nnet.adapter_files import DECISIVE
 from speechbrain_mifuse.nnet.dual_encoder import DualEncoder
-from speechbrain_mifuse.nnet.model_card import dual_encoder_card
-from speechbrain_mifuse.nnet.model_folder import ABOUT, ModelFolder, object_yaml, pretrainer_yaml
 from speechbrain_mifuse.utils.errors import UserError
+from speechbrain_mifuse.utils.model_folder import ABOUT, ModelFolder, object_yaml, pretrainer_yaml
 from speechbrain_mifuse.utils.schemas import DualEncoderAbout
 from speechbrain_mifuse.zero_shot.audio_text import AudioTextModel, name_of, open_audio_text_model
 from speechbrain_mifuse.zero_shot.window import known_repeats
