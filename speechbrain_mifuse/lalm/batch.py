@@ -30,7 +30,7 @@ import openai
 from filelock import FileLock, Timeout
 
 from speechbrain_mifuse.lalm.answer import Response
-from speechbrain_mifuse.lalm.client import BLOCKED, FAULTS, LalmClient
+from speechbrain_mifuse.lalm.client import FAULTS, LalmClient
 from speechbrain_mifuse.lalm.collect import (
     AnswerCounts,
     Ask,
@@ -41,6 +41,7 @@ from speechbrain_mifuse.lalm.collect import (
     run_to_end,
     warn_of_cut,
 )
+from speechbrain_mifuse.lalm.completion import BLOCKED
 from speechbrain_mifuse.lalm.hashes import HashCache
 from speechbrain_mifuse.lalm.limits import LalmError, estimated_tokens
 from speechbrain_mifuse.lalm.prompt import Clip, Prompt

@@ -10,13 +10,13 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from speechbrain_mifuse.lalm.collect import SAMPLE_RATE, Wanted
+from speechbrain_mifuse.lalm.collect import Wanted, read_known
 from speechbrain_mifuse.lalm.hashes import HashCache, Known
 from speechbrain_mifuse.lalm.limits import estimated_tokens
 from speechbrain_mifuse.lalm.profile import NO_TOKENS, Price, Profile, Tokens
 from speechbrain_mifuse.lalm.prompt import Prompt
 from speechbrain_mifuse.lalm.store import LabelStore, Query
-from speechbrain_mifuse.utils.audio import BadAudio, content_hash, load_audio
+from speechbrain_mifuse.utils.audio import BadAudio
 from speechbrain_mifuse.utils.audio_warnings import summarized
 from speechbrain_mifuse.utils.errors import WriteError
 from speechbrain_mifuse.utils.progress import progress
@@ -153,7 +153,7 @@ def known_recordings(wavs: Mapping[str, str | Path], hashes: HashCache, show_pro
     def find(item: tuple[str, str | Path]) -> tuple[str, Known | None]:
         utt_id, wav = item
         try:
-            return utt_id, hashes.of(wav, lambda: read_known(wav))
+            return utt_id, hashes.get(wav) or read_known(wav, hashes)[0]
         except WriteError:
             raise
         except (BadAudio, OSError) as error:
@@ -164,12 +164,6 @@ def known_recordings(wavs: Mapping[str, str | Path], hashes: HashCache, show_pro
         found = readers.map(find, wavs.items())
         bar = progress(found, total=len(wavs), unit="utt", desc="reading recordings", disable=not show_progress)
         return {utt_id: known for utt_id, known in bar if known is not None}
-
-
-def read_known(wav: str | Path) -> Known:
-    """Read a recording for its content hash and length."""
-    waveform = load_audio(wav, SAMPLE_RATE)
-    return Known(content_hash(waveform), len(waveform) / SAMPLE_RATE)
 
 
 def _duration(seconds: float) -> str:

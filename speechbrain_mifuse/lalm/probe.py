@@ -19,9 +19,10 @@ import torch
 
 from speechbrain_mifuse.lalm.answer import Reply, parse_distribution, parse_label, parse_logprobs
 from speechbrain_mifuse.lalm.card import NO, REJECTED, UNKNOWN, YES, Card, Finding
-from speechbrain_mifuse.lalm.client import LalmClient, LalmError, reply_of
+from speechbrain_mifuse.lalm.client import LalmClient
 from speechbrain_mifuse.lalm.collect import SAMPLE_RATE, encode_wav, run_to_end
-from speechbrain_mifuse.lalm.limits import known_usage
+from speechbrain_mifuse.lalm.completion import reply_of
+from speechbrain_mifuse.lalm.limits import LalmError, known_usage
 from speechbrain_mifuse.lalm.profile import AUDIO_PARTS, CONSTRAINTS, Profile
 from speechbrain_mifuse.lalm.prompt import ANSWER_FORMS, Prompt
 from speechbrain_mifuse.lalm.redaction import redacted, short

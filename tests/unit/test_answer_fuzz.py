@@ -12,7 +12,8 @@ import pytest
 
 from speechbrain_mifuse.lalm import answer
 from speechbrain_mifuse.lalm.answer import MAX_CHARACTERS, Reply, parse_label
-from speechbrain_mifuse.lalm.client import LalmClient, reply_of
+from speechbrain_mifuse.lalm.client import LalmClient
+from speechbrain_mifuse.lalm.completion import reply_of
 from speechbrain_mifuse.lalm.prompt import ANSWER_FORMS, Prompt
 
 LABELS = ("angry", "happy", "neutral", "sad")
