@@ -128,7 +128,32 @@ class _Request(NamedTuple):
 
 
 class BatchJob(contextlib.AbstractContextManager):
-    """Collection of one query's answers by the Batch API; the same four objects must be given every time."""
+    """Collection of one query's answers by the Batch API.
+
+    Close it, or use it as a context manager: one process works on a job at a time.
+
+    Parameters
+    ----------
+    prompt, client, store, query : Prompt, LalmClient, LabelStore, Query
+        As for `lalm.collect.collect`; the same must be given every time.
+    folder : str or pathlib.Path, optional
+        State and files of the job; beside the store by default.
+
+    Raises
+    ------
+    UserError
+        If another process works on the job, or the folder holds that of another query.
+
+    Example
+    -------
+    >>> import tempfile, torch
+    >>> prompt, client = Prompt(("angry", "sad")), LalmClient("http://127.0.0.1:8000/v1", "m")
+    >>> query = Query.of(prompt, client.model, client.base_url, {"temperature": 1.0, "seed": 0})
+    >>> recordings = [("u1", lambda: torch.rand(16_000)), ("u2", lambda: torch.rand(16_000))]
+    >>> with LabelStore(tempfile.mkdtemp() + "/labels.sqlite") as store, BatchJob(prompt, client, store, query) as job:
+    ...     job.make(recordings, k=5, show_progress=False), job.status()
+    (2, 'part 0001: 2 requests, made')
+    """
 
     # OpenAI's limits of one input file: requests, and bytes (200 MB, less some room).
     max_requests, max_bytes = 50_000, 190_000_000
@@ -162,7 +187,22 @@ class BatchJob(contextlib.AbstractContextManager):
 
     @summarized()
     def make(self, utterances: Sequence[Utterance], k: int, show_progress: bool = True) -> int:
-        """Write request files for all samples that neither the store nor an open batch has."""
+        """Write request files for all samples that neither the store nor an open batch has.
+
+        Parameters
+        ----------
+        utterances : sequence of (str, path or callable)
+            As for `lalm.collect.collect`.
+        k : int
+            Samples per recording.
+        show_progress : bool
+            On standard error.
+
+        Returns
+        -------
+        int
+            Number of requests made.
+        """
         wanted = Wanted(self.prompt, self.client.profile.honours_n, self.store, self.query, k)
         for part in self._with("made", "uploaded", "starting", "started", "ended"):
             wanted.have.update((r.audio, r.k + i) for r in self._index(part).values() for i in range(r.n))
@@ -190,7 +230,7 @@ class BatchJob(contextlib.AbstractContextManager):
         self._online(self._submit)
 
     def poll(self) -> bool:
-        """Ask how far the batches are."""
+        """Ask how far the batches are; true if none is on its way any more."""
         self._online(self._poll)
         return not self._with("started")
 
@@ -209,7 +249,25 @@ class BatchJob(contextlib.AbstractContextManager):
         return found
 
     def run(self, utterances: Sequence[Utterance], k: int, every=60.0, show_progress=True) -> Ingested:
-        """Go on from wherever the job stands until every recording has `k` samples or is out of attempts."""
+        """Go on from wherever the job stands until every recording has `k` samples or is out of attempts.
+
+        Parameters
+        ----------
+        utterances, k, show_progress
+            As for `make`.
+        every : float
+            Seconds between two looks at the batches.
+
+        Returns
+        -------
+        Ingested
+            Numbers of answers.
+
+        Raises
+        ------
+        LalmError
+            If the server rejects a file, or a round of batches brings no answer.
+        """
         found = Ingested()
         while True:
             nothing_open = not any(part.open for part in self.parts)

@@ -113,7 +113,30 @@ class Plan:
 def make_plan(
     known: Mapping[str, Known], prompt: Prompt, client: LalmClient, store: LabelStore, query: Query, k: int
 ) -> Plan:
-    """Plan what `collect` would do, asking nothing."""
+    """Plan what `collect` would do, asking nothing.
+
+    Parameters
+    ----------
+    known : mapping of str to Known
+        Content hash and length of each utterance's recording, as `known_recordings` gives.
+    prompt, client, store, query, k
+        As for `lalm.collect.collect`.
+
+    Returns
+    -------
+    Plan
+        Calls, tokens, cost and time; `told` describes it.
+
+    Example
+    -------
+    >>> from speechbrain_mifuse.lalm.client import LalmClient
+    >>> prompt, client = Prompt(("angry", "sad")), LalmClient("http://127.0.0.1:8000/v1", "m")
+    >>> query = Query.of(prompt, client.model, client.base_url, {"temperature": 1.0, "seed": 0})
+    >>> with LabelStore(":memory:") as store:
+    ...     plan = make_plan({"u1": Known("ab" * 32, 2.0)}, prompt, client, store, query, k=5)
+    >>> plan.calls, plan.wanted, plan.expected.audio, plan.expected.output
+    (1, 5, 50, 100)
+    """
     profile, seed = client.profile, query.sampling.get("seed")
     wanted = Wanted(prompt, profile.honours_n, store, query, k)
     lengths = {recording.audio: recording.seconds for recording in known.values()}

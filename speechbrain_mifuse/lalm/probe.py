@@ -98,7 +98,45 @@ class Question(NamedTuple):
 def probe(
     client: LalmClient, profile: Profile, speech: torch.Tensor, temperature=1.0, lengths=LENGTHS, show_progress=True
 ) -> Card:
-    """Ask a server about itself: whether it takes audio, honours n, temperature, seed and constraints, and so on."""
+    """Ask a server about itself: whether it takes audio, honors n, temperature, seed and constraints, and so on.
+
+    Parameters
+    ----------
+    client : LalmClient
+        Access to the server.
+    profile : Profile
+        What is asked of it: form of the audio, sampling fields, form of answers.
+    speech : torch.Tensor
+        `[samples]` at 16 kHz, one second or more; `speech_like` where no recording is at hand.
+    temperature : float
+        At which samples are to be drawn.
+    lengths : sequence of float
+        Seconds of the longer recordings, ascending.
+    show_progress : bool
+        On standard error.
+
+    Returns
+    -------
+    Card
+        The findings, each with its evidence.
+
+    Raises
+    ------
+    LalmError
+        If no call is answered.
+    UserError
+        If the recording is too short or the lengths do not fit.
+
+    Example
+    -------
+    >>> class Deaf(LalmClient):
+    ...     async def check(self): ...
+    ...     async def complete(self, messages, **fields):
+    ...         return {"choices": [{"message": {"content": "sad"}}], "usage": {"prompt_tokens": 9}}
+    >>> card = probe(Deaf("http://127.0.0.1:8000/v1", "m"), Profile(), speech_like(), show_progress=False)
+    >>> card["hears_input_audio"].verdict, card["honours_n"].verdict
+    ('no', 'no')
+    """
     asked = questions(profile, temperature, lengths)
     wavs = {name: base64.b64encode(wav).decode() for name, wav in clips(speech, lengths).items()}
     with progress(total=len(asked), unit="call", desc=f"probing {client.model}", disable=not show_progress) as bar:

@@ -84,7 +84,7 @@ BATCH_SHARE = 0.5
 
 
 class Tokens(NamedTuple):
-    """Numbers of tokens by what they cost."""
+    """Numbers of tokens by what they cost: input text, input audio, output."""
 
     text: float = 0
     audio: float = 0
@@ -105,7 +105,13 @@ NO_TOKENS = Tokens()
 
 @dataclasses.dataclass(frozen=True)
 class Price:
-    """What a provider asks for a million tokens. Prices change: they are the user's to check."""
+    """What a provider asks for a million tokens. Prices change: they are the user's to check.
+
+    Example
+    -------
+    >>> Price(2.0, 40.0, 10.0).cost(Tokens(text=1000, audio=500_000, output=100))
+    20.003
+    """
 
     per_million_input_text: float
     per_million_input_audio: float
@@ -211,7 +217,34 @@ def _of(cls, values: Mapping, where: str):
 
 
 def read_profile(path: str | Path | None, **given) -> Profile:
-    """Read a provider's profile."""
+    r"""Read a provider's profile.
+
+    Parameters
+    ----------
+    path : str or pathlib.Path, optional
+        A YAML file with fields of `Profile`, such as ``hparams/lalm/openai.yaml``; none for the defaults.
+    **given
+        Fields that count instead of the file's.
+
+    Returns
+    -------
+    Profile
+        The profile.
+
+    Raises
+    ------
+    UserError
+        If the file cannot be read, or a field is unknown or of no use.
+
+    Example
+    -------
+    >>> import tempfile
+    >>> path = Path(tempfile.mkdtemp()) / "mine.yaml"
+    >>> _ = path.write_text("base_url: http://127.0.0.1:8000/v1\nmodel: m\nsampling: {max_tokens: 40}\n")
+    >>> profile = read_profile(path, concurrency=2)
+    >>> profile.model, profile.concurrency, profile.output_limit(profile.sampling)
+    ('m', 2, 40)
+    """
     try:
         values = {} if path is None else plain_yaml(path)
     except ValueError as error:
