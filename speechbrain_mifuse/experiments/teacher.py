@@ -138,7 +138,7 @@ class TeacherSettings:
         if self.card is None:
             return
         sent = None if self.profile.longest_audio else longest
-        needs = Needs(self.profile, self.samples, self.temperature, sent, self.prompt.varies)
+        needs = Needs(self.profile, self.samples, sent, self.prompt.varies)
         for line in check(read_card(self.card), needs):
             logger.warning("%s cannot tell: %s", self.card, line)
 

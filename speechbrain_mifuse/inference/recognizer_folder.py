@@ -214,7 +214,23 @@ class FolderPretrainer(Pretrainer):
 def export_recogniser(
     folder: str | Path, classifier, front, hparams: Mapping, about: Mapping, temperature: float = 1.0
 ) -> None:
-    """Write a recogniser: weights, the YAML that builds it, what it was trained on, a model card."""
+    """Write a recognizer: weights, the YAML that builds it, what it was trained on, a model card.
+
+    Parameters
+    ----------
+    folder : str or pathlib.Path
+        Made if missing.
+    classifier : EmotionClassifier
+        Trained.
+    front : StoredFrames or FinetunedEncoder
+        Where its frames came from, see `features.front`; an encoder that was trained along is exported too.
+    hparams : mapping
+        With `encoder`, `labels` and `trim_db`.
+    about : mapping
+        Provenance, of JSON's types, with `labels` and `features`.
+    temperature : float
+        Of the probabilities, see `nnet.calibration.fit_temperature`.
+    """
     folder = Path(folder)
     # Absolute, because a recogniser is loaded from other folders than it was trained in.
     source = str(Path(hparams["encoder"]).resolve()) if Path(hparams["encoder"]).is_dir() else hparams["encoder"]
@@ -282,12 +298,32 @@ def write_card(folder: str | Path, record: Mapping) -> None:
 
 
 def read_about(folder: str | Path) -> dict:
-    """Read what a recogniser's folder says of itself."""
+    """Read what a recognizer's folder says of itself: the checked content of `about.json`."""
     return RECOGNIZER.about(folder).model_dump(exclude_unset=True)
 
 
 def load_classifier(folder: str | Path, labels: Sequence[str], features: Mapping) -> EmotionClassifier:
-    """Build the classifier of a recogniser without its encoder, for frames that are stored already."""
+    """Build the classifier of a recognizer without its encoder, for frames that are stored already.
+
+    Parameters
+    ----------
+    folder : str or pathlib.Path
+        A folder that `export_recogniser` wrote.
+    labels : sequence of str
+        Classes that it must have, in this order.
+    features : mapping
+        Fingerprint of the frames that it is to read.
+
+    Returns
+    -------
+    EmotionClassifier
+        With its weights.
+
+    Raises
+    ------
+    RecogniserError
+        If the folder is not complete, or the classifier was trained on other labels or frames.
+    """
     about = RECOGNIZER.about(folder)
     found = {"labels": about.labels, **{key: about.features.get(key) for key in DECISIVE}}
     wanted = {"labels": list(labels), **{key: features.get(key) for key in DECISIVE}}

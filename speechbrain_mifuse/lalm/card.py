@@ -98,8 +98,6 @@ class Needs:
         How it is asked.
     samples : int
         Answers about one recording.
-    temperature : float
-        Of the samples.
     longest : float, optional
         Seconds of the longest recording, where known.
     varied : bool
@@ -108,7 +106,6 @@ class Needs:
 
     profile: Profile
     samples: int = 1
-    temperature: float = 1.0
     longest: float | None = None
     varied: bool = False
 

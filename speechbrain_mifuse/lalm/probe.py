@@ -228,9 +228,9 @@ def _tagged(wav: bytes) -> bytes:
     return wav[:4] + (len(wav) + len(chunk) - 8).to_bytes(4, "little") + wav[8:] + chunk
 
 
-def speech_like(seconds: float = CLIP_SECONDS) -> torch.Tensor:
+def speech_like() -> torch.Tensor:
     """Render vowels with a moving pitch: a stand-in for speech where no recording is at hand."""
-    time = torch.arange(int(seconds * SAMPLE_RATE)) / SAMPLE_RATE
+    time = torch.arange(int(CLIP_SECONDS * SAMPLE_RATE)) / SAMPLE_RATE
     pitch = 140 + 40 * torch.sin(2 * torch.pi * 0.7 * time) + 5 * torch.sin(2 * torch.pi * 5 * time)
     phase = 2 * torch.pi * torch.cumsum(pitch, 0) / SAMPLE_RATE
     vowels = torch.tensor([[730, 1090, 2440], [270, 2290, 3010], [300, 870, 2240], [530, 1840, 2480]])  # a i u e

@@ -127,7 +127,18 @@ class DualEncoderModel(AudioTextModel):
 
 
 def export_dual_encoder(folder: str | Path, network: DualEncoder, about: Mapping) -> None:
-    """Write a dual encoder: weights, the YAML that builds it, and what it was trained on."""
+    """Write a dual encoder: weights, the YAML that builds it, what it was trained on, a model card.
+
+    Parameters
+    ----------
+    folder : str or pathlib.Path
+        Made if missing.
+    network : DualEncoder
+        Trained.
+    about : mapping
+        `classes_known`, `encoder`, `features` (the frames' fingerprint with their `layer`) and `text_encoder`, as
+        `utils.schemas.DualEncoderAbout` checks them; `toy_about` is an example, `load_dual_encoder` shows it at work.
+    """
     text = HEAD.format(classes=", ".join(about["classes_known"]))
     text += object_yaml("dual_encoder", "speechbrain_mifuse.nnet.dual_encoder.DualEncoder", network.sizes)
     hook = "speechbrain_mifuse.zero_shot.own_dual_encoder.load_dual_encoder_weights"
@@ -214,7 +225,22 @@ def open_alm(
     device: str | torch.device = "cpu",
     flag: str = "--alm",
 ) -> AudioTextModel:
-    """Load an audio-text model: our own dual encoder from its folder, or one of transformers."""
+    """Load an audio-text model: our own dual encoder from its folder, or one of transformers.
+
+    Parameters
+    ----------
+    source : str
+        Folder, or a hub id.
+    window, trust_remote_code, flag
+        As for `GenericAudioTextModel`; our own model needs none of them.
+    device : str or torch.device
+        Where it computes.
+
+    Returns
+    -------
+    AudioTextModel
+        The model.
+    """
     if is_own(source):
         return load_dual_encoder(source).to(device)
     return open_audio_text_model(source, trust_remote_code, flag, window=window).to(device)
