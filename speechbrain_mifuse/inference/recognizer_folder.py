@@ -17,7 +17,15 @@ from speechbrain_mifuse.inference.model_card import adapted_card, trained_card
 from speechbrain_mifuse.nnet.classifier import EmotionClassifier
 from speechbrain_mifuse.utils.errors import UserError
 from speechbrain_mifuse.utils.files import atomic_write
-from speechbrain_mifuse.utils.model_folder import ABOUT, CARD, SETTINGS, ModelFolder, object_yaml, pretrainer_yaml
+from speechbrain_mifuse.utils.model_folder import (
+    ABOUT,
+    CARD,
+    SAME_FRAMES,
+    SETTINGS,
+    ModelFolder,
+    object_yaml,
+    pretrainer_yaml,
+)
 from speechbrain_mifuse.utils.schemas import (
     TAGS,
     ClassifierSizes,
@@ -26,9 +34,6 @@ from speechbrain_mifuse.utils.schemas import (
     checked,
     plain_yaml,
 )
-
-# What two stores must share for a classifier of the one to read the other.
-DECISIVE = ("encoder", "dim", "trim_db", "frame_average", "preprocessing_version", "speaker_norm")
 
 HEAD = """# An emotion recogniser; load it with speechbrain_mifuse.inference.EmotionRecognizer.from_hparams.
 pretrained_path: .
@@ -325,8 +330,8 @@ def load_classifier(folder: str | Path, labels: Sequence[str], features: Mapping
         If the folder is not complete, or the classifier was trained on other labels or frames.
     """
     about = RECOGNIZER.about(folder)
-    found = {"labels": about.labels, **{key: about.features.get(key) for key in DECISIVE}}
-    wanted = {"labels": list(labels), **{key: features.get(key) for key in DECISIVE}}
+    found = {"labels": about.labels, **{key: about.features.get(key) for key in SAME_FRAMES}}
+    wanted = {"labels": list(labels), **{key: features.get(key) for key in SAME_FRAMES}}
     differs = difference(found, wanted)
     if differs:
         raise RecogniserError(

@@ -41,7 +41,7 @@ from speechbrain_mifuse.lalm.collect import (
     run_to_end,
     warn_of_cut,
 )
-from speechbrain_mifuse.lalm.completion import BLOCKED
+from speechbrain_mifuse.lalm.completion import BLOCKED, blocked, error_in, field, responses
 from speechbrain_mifuse.lalm.hashes import HashCache
 from speechbrain_mifuse.lalm.limits import LalmError, estimated_tokens
 from speechbrain_mifuse.lalm.prompt import Clip, Prompt
@@ -106,8 +106,8 @@ class Ingested(AnswerCounts):
     unknown: list[str] = dataclasses.field(default_factory=list)
 
     def __iadd__(self, other: Ingested) -> Ingested:
-        for field in dataclasses.fields(self):
-            setattr(self, field.name, getattr(self, field.name) + getattr(other, field.name))
+        for name in vars(other):
+            setattr(self, name, getattr(self, name) + getattr(other, name))
         return self
 
     def summary(self) -> str:
@@ -441,12 +441,12 @@ class BatchJob(contextlib.AbstractContextManager):
                 found.unknown.append(f"{place}: answers nothing that was asked, or a second time ({custom_id!r})")
                 continue
             request = index[custom_id]
-            responses, reason = self._responses(request, line, part.batch_id)
-            if responses:
+            answers, reason = self._responses(request, line, part.batch_id)
+            if answers:
                 answered.add(custom_id)
-            missing = request.n - len(responses)
+            missing = request.n - len(answers)
             left[custom_id] = reason or ("fewer choices than asked for" if missing else "")
-            records += [Record(request.audio, request.k + i, request.utt_id, r) for i, r in enumerate(responses)]
+            records += [Record(request.audio, request.k + i, request.utt_id, r) for i, r in enumerate(answers)]
         self.store.put_many(self.query, self._not_stored_before(records))
         found.count(records)
         found.unanswered.update(reason for reason in left.values() if reason)
@@ -470,18 +470,19 @@ class BatchJob(contextlib.AbstractContextManager):
 
     def _responses(self, request: _Request, line: Mapping, batch_id: str | None) -> tuple[list[Response], str]:
         """Answers in one line, or why there are none."""
-        response = line.get("response") or {}
-        body = response.get("body") or {}
-        if response.get("status_code") == 200 and isinstance(body, dict) and body.get("choices"):
+        response = line.get("response")
+        status, body = field(response, "status_code"), field(response, "body")
+        if status == 200 and isinstance(body, dict):
             prompt = self.prompt.at(request.k, self.query.sampling.get("seed"))
-            responses = self.client.responses(prompt, body, request.n, request.seed)
-            usage = {**(responses[0].usage or {}), "batch": batch_id}
-            return [dataclasses.replace(responses[0], usage=usage), *responses[1:]], ""
-        code, message = self.client.error_in(line.get("error") or body)
+            answers = responses(prompt, body, request.n, request.seed)
+            if answers:
+                usage = {**(answers[0].usage or {}), "batch": batch_id}
+                return [dataclasses.replace(answers[0], usage=usage), *answers[1:]], ""
+        code, message = error_in(line.get("error") or body or {})
         if code in BLOCKED:
             seeds = (None if request.seed is None else request.seed + i for i in range(request.n))
-            return [self.client.blocked(message, seed) for seed in seeds], ""
-        reason = code or f"status {response.get('status_code')}"
+            return [blocked(message, seed) for seed in seeds], ""
+        reason = code or f"status {short(status) or None}"
         if reason not in self._explained:
             self._explained.add(reason)
             logger.warning("batch %s: %s, for instance: %s", batch_id, reason, message)

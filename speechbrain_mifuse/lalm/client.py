@@ -20,18 +20,19 @@ import aiohttp
 import openai
 from aiohttp.http_exceptions import HttpProcessingError
 
-from speechbrain_mifuse.lalm.answer import Answer, Reply, Response
+from speechbrain_mifuse.lalm.answer import Response
 from speechbrain_mifuse.lalm.completion import (
     BLOCKED,
     LONGEST_MESSAGE,
     UNREADABLE,
     Unusable,
     beginning,
+    blocked,
     completion_of,
     field,
     items,
     message_in,
-    reply_of,
+    responses,
 )
 from speechbrain_mifuse.lalm.limits import (
     LONGEST_PAUSE,
@@ -39,13 +40,12 @@ from speechbrain_mifuse.lalm.limits import (
     LalmError,
     Pace,
     estimated_tokens,
-    known_usage,
     retry_after,
     used_tokens,
 )
 from speechbrain_mifuse.lalm.profile import NO_TOKENS, Profile, Tokens
 from speechbrain_mifuse.lalm.prompt import Clip, Prompt
-from speechbrain_mifuse.lalm.redaction import keep_requests_out_of_logs, redacted, redactor, short
+from speechbrain_mifuse.lalm.redaction import keep_requests_out_of_logs, redacted, short
 from speechbrain_mifuse.lalm.store import clean_base_url, is_loopback
 from speechbrain_mifuse.utils.errors import UserError
 
@@ -251,11 +251,11 @@ class LalmClient:
             Exactly `n`; refused and unusable replies are among them, marked by their kind.
         """
         clip = wav if isinstance(wav, Clip) else Clip.of(wav)
-        responses: list[Response] = []
-        while len(responses) < n:
-            next_seed = None if seed is None else seed + len(responses)
-            responses += await self.ask_once(prompt, clip, n - len(responses), temperature, next_seed, **sampling)
-        return responses
+        found: list[Response] = []
+        while len(found) < n:
+            next_seed = None if seed is None else seed + len(found)
+            found += await self.ask_once(prompt, clip, n - len(found), temperature, next_seed, **sampling)
+        return found
 
     async def ask_once(
         self, prompt: Prompt, clip: Clip, n: int = 1, temperature=1.0, seed: int | None = None, **sampling
@@ -270,9 +270,9 @@ class LalmClient:
             completion = await self._attempts(_Call(f"{before}{clip.data}{after}".encode(), *tokens))
         except (openai.OpenAIError, Unusable) as error:
             if getattr(error, "code", None) in BLOCKED:
-                return [self.blocked(_message_of(error), seed)]
+                return [blocked(_message_of(error), seed)]
             raise await self.explain(error) from None
-        return self.responses(prompt, completion, n, seed)
+        return responses(prompt, completion, n, seed)
 
     async def complete(self, messages: Sequence[Mapping], **fields) -> dict:
         """Send any chat messages, within the limits but outside the budget, for instance to find out what works."""
@@ -305,30 +305,6 @@ class LalmClient:
             optional["seed"] = seed
         fields = {"temperature": temperature, **sampling, **prompt.request_options()}
         return {"model": self.model, **optional, **fields, "messages": prompt.messages(wav_base64)}
-
-    def responses(self, prompt: Prompt, completion: Mapping, n: int = 1, seed: int | None = None) -> list[Response]:
-        """Read a chat completion."""
-        # Of a reply, only known fields of known types are kept, without secrets that the server may have echoed.
-        usage, clean = known_usage(completion.get("usage")), redactor()
-        model, fingerprint = (short(completion.get(name), clean) for name in ("model", "system_fingerprint"))
-        replies = [reply_of(choice, clean) for choice in items(completion.get("choices"))[:n]]
-        seeds = (None if seed is None else seed + i for i in range(n))
-        usages = (usage if i == 0 else None for i in range(n))
-        return [
-            Response(prompt.parse(reply), reply.to_json(), seed, usage, model, fingerprint)
-            for reply, seed, usage in zip(replies, seeds, usages, strict=False)
-        ]
-
-    def blocked(self, message: str, seed: int | None = None) -> Response:
-        """Make the refusal that stands for a request which the server's content filter rejected with an error."""
-        raw = Reply("", "content_filter", redacted(message)).to_json()
-        return Response(Answer("refusal", reason="the server's content filter rejected the request"), raw, seed)
-
-    def error_in(self, body: object) -> tuple[str, str]:
-        """Read the body of an error."""
-        inner = body["error"] if isinstance(body, dict) and isinstance(body.get("error"), dict) else body
-        code = inner.get("code") if isinstance(inner, dict) else None
-        return short(code), redacted(" ".join(message_in(body).split()))[:LONGEST_MESSAGE]
 
     async def _attempts(self, call: _Call) -> dict:
         """Send a request until it is answered, its faults do not pass, or attempts or time are used up."""

@@ -6,8 +6,10 @@ import json
 import re
 from collections.abc import Callable, Mapping, Sequence
 
-from speechbrain_mifuse.lalm.answer import Reply
-from speechbrain_mifuse.lalm.redaction import redactor, short
+from speechbrain_mifuse.lalm.answer import Answer, Reply, Response
+from speechbrain_mifuse.lalm.limits import known_usage
+from speechbrain_mifuse.lalm.prompt import Prompt
+from speechbrain_mifuse.lalm.redaction import redacted, redactor, short
 
 # Some servers report a blocked question as an error and not as a choice.
 BLOCKED = {"content_filter", "content_policy_violation"}
@@ -70,6 +72,32 @@ def _meant_status(error: Mapping) -> int | None:
     numbers = [int(name) for name in map(str, names) if re.fullmatch(r"[45]\d\d", name)]
     text = " ".join(name for name in names if isinstance(name, str)).casefold()
     return next(iter(numbers), None) or next((status for known, status in _MEANT if known.search(text)), None)
+
+
+def responses(prompt: Prompt, completion: Mapping, n: int = 1, seed: int | None = None) -> list[Response]:
+    """Read up to `n` choices of a completion; the first one has its tokens."""
+    # Only known fields of known types are kept, without secrets that the server may have echoed.
+    usage, clean = known_usage(completion.get("usage")), redactor()
+    model, fingerprint = (short(completion.get(name), clean) for name in ("model", "system_fingerprint"))
+    replies = [reply_of(choice, clean) for choice in items(completion.get("choices"))[:n]]
+    seeds = (None if seed is None else seed + i for i in range(n))
+    usages = (usage if i == 0 else None for i in range(n))
+    return [
+        Response(prompt.parse(reply), reply.to_json(), seed, usage, model, fingerprint)
+        for reply, seed, usage in zip(replies, seeds, usages, strict=False)
+    ]
+
+
+def blocked(message: str, seed: int | None = None) -> Response:
+    """Make the refusal that stands for a request which the server's content filter rejected with an error."""
+    raw = Reply("", "content_filter", redacted(message)).to_json()
+    return Response(Answer("refusal", reason="the server's content filter rejected the request"), raw, seed)
+
+
+def error_in(body: object) -> tuple[str, str]:
+    """Give code and message of the body of an error."""
+    inner = body["error"] if isinstance(body, dict) and isinstance(body.get("error"), dict) else body
+    return short(field(inner, "code")), redacted(" ".join(message_in(body).split()))[:LONGEST_MESSAGE]
 
 
 def message_in(body: object, depth: int = 5) -> str:

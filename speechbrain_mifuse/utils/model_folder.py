@@ -25,6 +25,8 @@ from speechbrain_mifuse.utils.schemas import MAX_YAML_BYTES, ModelAbout, checked
 from speechbrain_mifuse.utils.texts import markdown
 
 SETTINGS, ABOUT, CARD = "hyperparams.yaml", "about.json", "README.md"
+# What the frames that a model was trained on and those that it is to read must share.
+SAME_FRAMES = ("encoder", "dim", "trim_db", "frame_average", "preprocessing_version", "speaker_norm")
 # The largest absolute value of a weight. Beyond it products leave float32, and the answers are not numbers.
 MAX_WEIGHT = 1e6
 # Bytes of a safetensors header; a classifier's has a few thousand.

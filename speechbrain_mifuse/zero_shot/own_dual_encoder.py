@@ -20,7 +20,7 @@ from speechbrain_mifuse.features.extract import FrameReader
 from speechbrain_mifuse.features.store import difference
 from speechbrain_mifuse.features.text_encoder import FrozenTextEncoder
 from speechbrain_mifuse.inference.model_card import dual_encoder_card
-from speechbrain_mifuse.nnet.adapter_files import DECISIVE
+from speechbrain_mifuse.nnet.adapter_files import SAME_LAYER
 from speechbrain_mifuse.nnet.dual_encoder import DualEncoder
 from speechbrain_mifuse.utils.errors import UserError
 from speechbrain_mifuse.utils.model_folder import ABOUT, ModelFolder, object_yaml, pretrainer_yaml
@@ -92,7 +92,7 @@ class DualEncoderModel(AudioTextModel):
 
     def fingerprint(self) -> dict:
         """Describe what decides the vectors: projections, frames, text encoder."""
-        frames = {key: self.about["features"].get(key) for key in DECISIVE}
+        frames = {key: self.about["features"].get(key) for key in SAME_LAYER}
         about = {"audio_text_model": self.name, "weights": _weights_digest(self.network), "frames": frames}
         return {**about, "text_encoder": self.about["text_encoder"]["text_encoder"]}
 
@@ -154,7 +154,7 @@ def _weights_digest(network: torch.nn.Module) -> str:
 
 def refuse_other_frames(place: str | Path, found: Mapping, wanted: Mapping) -> None:
     """Make sure that a dual encoder reads frames of the kind that it was trained on."""
-    differs = difference(*({key: part.get(key) for key in DECISIVE} for part in (found, wanted)))
+    differs = difference(*({key: part.get(key) for key in SAME_LAYER} for part in (found, wanted)))
     if differs:
         raise DualEncoderError(
             f"{place}: was trained on other frames ({differs}). Pass the same --encoder and --layer."
