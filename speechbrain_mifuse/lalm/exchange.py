@@ -26,9 +26,9 @@ from speechbrain_mifuse.lalm.answer import KINDS, SAMPLE_KINDS
 from speechbrain_mifuse.lalm.integrity import SUM_TOLERANCE
 from speechbrain_mifuse.lalm.profile import is_number
 from speechbrain_mifuse.lalm.redaction import redactor
-from speechbrain_mifuse.lalm.store import Entry, LabelStore, Query, StoreError
+from speechbrain_mifuse.lalm.store import Entry, LabelStore, Query, StoreError, is_text
 from speechbrain_mifuse.utils.errors import UserError
-from speechbrain_mifuse.utils.files import encodable, replacing, strict_object
+from speechbrain_mifuse.utils.files import replacing, strict_object
 from speechbrain_mifuse.utils.progress import progress
 from speechbrain_mifuse.utils.texts import first_of
 
@@ -314,10 +314,6 @@ def _count(least: int, below: int) -> Callable[[object], bool]:
     return lambda value: isinstance(value, int) and not isinstance(value, bool) and least <= value < below
 
 
-def _text(value: object) -> bool:
-    return isinstance(value, str) and encodable(value)
-
-
 def _reply(value: object) -> bool:
     try:
         found = json.loads(value if isinstance(value, str) else "")
@@ -330,25 +326,25 @@ def _usage(value: object) -> bool:
     """Whether it is the usage of an answer, with those of answers that it replaced inside it."""
     while isinstance(value, dict) and "replaced" in value:
         value = value["replaced"]
-    return isinstance(value, dict) and _text(json.dumps(value, ensure_ascii=False))
+    return isinstance(value, dict) and is_text(json.dumps(value, ensure_ascii=False))
 
 
 # What a field must be, and what stands for one that is left out (nothing does where there is none).
 _FIELDS: dict[str, tuple[Callable[[object], bool], str]] = {
-    "audio": (lambda v: _text(v) and re.fullmatch("[0-9a-f]{64}", v) is not None, "64 hexadecimal digits"),
+    "audio": (lambda v: is_text(v) and re.fullmatch("[0-9a-f]{64}", v) is not None, "64 hexadecimal digits"),
     "k": (_count(0, MAX_COUNT), f"a whole number from 0 to {MAX_COUNT - 1}"),
-    "utt_id": (_text, "text"),
+    "utt_id": (is_text, "text"),
     "kind": (lambda v: v in KINDS, f"one of {', '.join(KINDS)}"),
     "probs": (lambda v: isinstance(v, (list, tuple)) and all(map(is_number, v)), "a list of numbers"),
     "label_mass": (lambda v: is_number(v) and 0 <= v <= 1, "a number from 0 to 1"),
     "attempts": (_count(1, MAX_COUNT), f"a whole number from 1 to {MAX_COUNT - 1}"),
-    "reason": (_text, "text"),
+    "reason": (is_text, "text"),
     "seed": (_count(-(2**63), 2**63), "a whole number of 64 bits"),
     "created": (lambda v: is_number(v) and 0 <= v < MAX_TIME, "seconds since 1970, before the year 9999"),
-    "served_model": (_text, "text"),
-    "system_fingerprint": (_text, "text"),
+    "served_model": (is_text, "text"),
+    "system_fingerprint": (is_text, "text"),
     "usage": (_usage, "an object"),
-    "raw": (lambda v: _text(v) and _reply(v), "an object in JSON as text"),
+    "raw": (lambda v: is_text(v) and _reply(v), "an object in JSON as text"),
 }
 _LEFT_OUT = {name: None for name in ("probs", "label_mass", "seed", "served_model", "system_fingerprint", "usage")}
 _LEFT_OUT |= {"utt_id": "", "reason": ""}

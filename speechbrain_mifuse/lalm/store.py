@@ -189,13 +189,13 @@ class Query:
 
     def __post_init__(self):
         fit = {
-            "prompt_hash": _is_text(self.prompt_hash),
-            "model": _is_text(self.model),
-            "base_url": _is_text(self.base_url),
-            "endpoint": self.endpoint is None or _is_text(self.endpoint),
-            "prompt": _is_text(self.prompt),
+            "prompt_hash": is_text(self.prompt_hash),
+            "model": is_text(self.model),
+            "base_url": is_text(self.base_url),
+            "endpoint": self.endpoint is None or is_text(self.endpoint),
+            "prompt": is_text(self.prompt),
             "sampling": isinstance(self.sampling, Mapping),
-            "labels": isinstance(self.labels, (list, tuple)) and self.labels and all(map(_is_text, self.labels)),
+            "labels": isinstance(self.labels, (list, tuple)) and self.labels and all(map(is_text, self.labels)),
         }
         for name in fit:
             if not fit[name]:
@@ -691,7 +691,8 @@ class LabelStore(contextlib.AbstractContextManager):
         return StoreError(f"label store {self.path}: {error}. {remedy}")
 
 
-def _is_text(value: object) -> bool:
+def is_text(value: object) -> bool:
+    """Whether a value is text that can be stored."""
     return isinstance(value, str) and encodable(value)
 
 
