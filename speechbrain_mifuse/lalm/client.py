@@ -249,6 +249,11 @@ class LalmClient:
         -------
         list of Response
             Exactly `n`; refused and unusable replies are among them, marked by their kind.
+
+        Raises
+        ------
+        LalmError
+            If the server does not answer or rejects the request, or the budget is used up (`BudgetReached`).
         """
         clip = wav if isinstance(wav, Clip) else Clip.of(wav)
         found: list[Response] = []
@@ -275,7 +280,25 @@ class LalmClient:
         return responses(prompt, completion, n, seed)
 
     async def complete(self, messages: Sequence[Mapping], **fields) -> dict:
-        """Send any chat messages, within the limits but outside the budget, for instance to find out what works."""
+        """Send any chat messages, within the limits but outside the budget, for instance to find out what works.
+
+        Parameters
+        ----------
+        messages : sequence of mapping
+            In the API's form.
+        **fields
+            Further fields of the request, such as `temperature`.
+
+        Returns
+        -------
+        dict
+            The chat completion, which has at least one choice.
+
+        Raises
+        ------
+        LalmError
+            If the server does not answer, rejects the request, or answers with something else.
+        """
         body = json.dumps({"model": self.model, "messages": messages, **fields}).encode()
         try:
             return await self._attempts(_Call(body))
@@ -283,7 +306,7 @@ class LalmClient:
             raise await self.explain(error) from None
 
     async def check(self):
-        """Find out before any audio is sent whether a server is there and accepts the key."""
+        """Find out before any audio is sent whether a server is there and accepts the key; `LalmError` if not."""
         api = self._pool().with_options(timeout=min(self.timeout, _QUICKLY))
         try:
             await _list_of_models(api)
