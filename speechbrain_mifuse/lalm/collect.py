@@ -325,6 +325,11 @@ def read_known(source, hashes: HashCache | None = None) -> tuple[Known, torch.Te
     return known, waveform
 
 
+def known_recording(source, hashes: HashCache) -> Known:
+    """Look a recording up, or read it."""
+    return hashes.get(source) or read_known(source, hashes)[0]
+
+
 def read_recording(source, longest_audio: float | None = None, hashes: HashCache | None = None) -> Recording:
     """Read a recording and make it ready to be sent."""
     known, waveform = read_known(source, hashes)

@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from speechbrain_mifuse.lalm.collect import Wanted, read_known
+from speechbrain_mifuse.lalm.collect import Wanted, known_recording
 from speechbrain_mifuse.lalm.hashes import HashCache, Known
 from speechbrain_mifuse.lalm.limits import estimated_tokens
 from speechbrain_mifuse.lalm.profile import NO_TOKENS, Price, Profile, Tokens
@@ -176,7 +176,7 @@ def known_recordings(wavs: Mapping[str, str | Path], hashes: HashCache, show_pro
     def find(item: tuple[str, str | Path]) -> tuple[str, Known | None]:
         utt_id, wav = item
         try:
-            return utt_id, hashes.get(wav) or read_known(wav, hashes)[0]
+            return utt_id, known_recording(wav, hashes)
         except WriteError:
             raise
         except (BadAudio, OSError) as error:
