@@ -187,10 +187,9 @@ def run_batch(options: argparse.Namespace) -> None:
             f"{options.yaml}: no such file. The recipe's YAML file comes after the step, as hparams/nemo2rav.yaml"
         )
     from speechbrain_mifuse.experiments.settings import known_ones, load_hparams
-    from speechbrain_mifuse.experiments.teacher import EVERY_REQUEST, TeacherSettings, wanted_recordings
+    from speechbrain_mifuse.experiments.teacher import TeacherSettings, wanted_recordings
     from speechbrain_mifuse.lalm.batch import BatchJob
     from speechbrain_mifuse.lalm.store import LabelStore
-    from speechbrain_mifuse.utils.progress import quiet
 
     hparams, _ = load_hparams(options.yaml, options.flags)
     teacher, known = TeacherSettings.of(hparams), hparams["adaptation"]["methods"]
@@ -205,7 +204,7 @@ def run_batch(options: argparse.Namespace) -> None:
     path = teacher.label_store
     path.parent.mkdir(parents=True, exist_ok=True)
     query = teacher.query(teacher.base_url)
-    with LabelStore(path) as store, quiet(*EVERY_REQUEST):
+    with LabelStore(path) as store:
         client = teacher.client(teacher.base_url, store, query)
         with BatchJob(teacher.prompt, client, store, query) as job:
             try:

@@ -295,7 +295,7 @@ def run_probe(options: argparse.Namespace) -> None:
     if options.json is not None:
         atomic_write(options.json, card.to_json() + "\n")
     longest = None if profile.longest_audio else options.longest
-    untold = check(card, Needs(profile, options.samples, options.temperature, longest))
+    untold = check(card, Needs(profile, options.samples, longest))
     print(
         "\nNothing that a collection with this profile needs is missing. Not known:", *(untold or ["nothing"]), sep="\n"
     )

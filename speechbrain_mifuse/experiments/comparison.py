@@ -17,7 +17,7 @@ from speechbrain_mifuse.evaluation.results import evaluate
 from speechbrain_mifuse.experiments.features import norm_of
 from speechbrain_mifuse.experiments.settings import chosen_among, known_ones
 from speechbrain_mifuse.features.dataset import encoded_rows, label_index
-from speechbrain_mifuse.nnet.model_card import encoder_told
+from speechbrain_mifuse.inference.model_card import encoder_told
 from speechbrain_mifuse.report.figures import plot_confusion
 from speechbrain_mifuse.report.variant_report import COLUMNS, arm_protocol, arm_table
 from speechbrain_mifuse.utils.errors import UserError

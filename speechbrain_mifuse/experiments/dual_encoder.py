@@ -29,9 +29,9 @@ from speechbrain_mifuse.features.dataset import encoded_rows, frame_batches, lab
 from speechbrain_mifuse.features.extract import FrameReader
 from speechbrain_mifuse.features.front import StoredFrames
 from speechbrain_mifuse.nnet.classifier import EmotionClassifier
-from speechbrain_mifuse.nnet.model_folder import ABOUT, load_all_weights
 from speechbrain_mifuse.utils.errors import UserError
 from speechbrain_mifuse.utils.files import atomic_write, file_digest
+from speechbrain_mifuse.utils.model_folder import ABOUT, load_all_weights
 from speechbrain_mifuse.zero_shot.captions import CaptionSet
 from speechbrain_mifuse.zero_shot.own_dual_encoder import DualEncoderModel, refuse_other_frames
 from speechbrain_mifuse.zero_shot.prompts import PromptSet

@@ -42,7 +42,7 @@ from speechbrain_mifuse.nnet.adapter_files import adapter_digest
 from speechbrain_mifuse.report.cases import cases_of
 from speechbrain_mifuse.utils.errors import UserError, require_writable
 from speechbrain_mifuse.utils.files import cache_folder
-from speechbrain_mifuse.zero_shot import ZERO_SHOT
+from speechbrain_mifuse.zero_shot import AUDIO_TEXT_TEACHER
 from speechbrain_mifuse.zero_shot.captions import read_captions
 from speechbrain_mifuse.zero_shot.prompts import read_prompts
 
@@ -138,7 +138,7 @@ def require_teacher(
     """Make sure that the teacher can be asked, if a chosen method needs its answers."""
     if not any(hparams["adaptation"]["methods"][name].answers_for for name in names):
         return
-    if teacher.name == ZERO_SHOT:
+    if teacher.name == AUDIO_TEXT_TEACHER:
         read_prompts(teacher.alm_prompts)
         zero_shot_teacher(teacher, hparams["target"], run_opts)
         return

@@ -22,10 +22,10 @@ from speechbrain_mifuse.experiments.features import CorpusSettings, open_front
 from speechbrain_mifuse.experiments.recipes import load_recipe
 from speechbrain_mifuse.features.dataset import frame_batches
 from speechbrain_mifuse.features.extract import FrameReader
+from speechbrain_mifuse.inference.model_card import encoder_told
 from speechbrain_mifuse.inference.recognizer_folder import export_recogniser
 from speechbrain_mifuse.nnet.adapter_files import adapter_digest
 from speechbrain_mifuse.nnet.calibration import fit_temperature, mean_nll
-from speechbrain_mifuse.nnet.model_card import encoder_told
 from speechbrain_mifuse.utils.files import atomic_write, file_digest
 
 logger = logging.getLogger(__name__)

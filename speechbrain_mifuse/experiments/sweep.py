@@ -43,7 +43,7 @@ from speechbrain_mifuse.utils.errors import UserError
 from speechbrain_mifuse.utils.files import atomic_write
 from speechbrain_mifuse.utils.progress import progress
 from speechbrain_mifuse.utils.texts import markdown
-from speechbrain_mifuse.zero_shot import ZERO_SHOT
+from speechbrain_mifuse.zero_shot import AUDIO_TEXT_TEACHER
 
 MARKER = "sweep.json"
 THREADS = ("OMP_NUM_THREADS", "MKL_NUM_THREADS")
@@ -149,7 +149,7 @@ class Plan:
             form = values.get("lalm_answer_form")
             if values.get("lalm_base_url") not in (None, "null"):
                 who = f"{values.get('lalm_model')} behind an API"
-            if values.get("teacher") == ZERO_SHOT:
+            if values.get("teacher") == AUDIO_TEXT_TEACHER:
                 who = f"an audio-text model on this machine{f' (weights {weights})' if weights else ''}"
                 form = "prompts drawn at random"
             told[f"{who}, {values.get('lalm_samples')} stochastic answers each ({form})"] = 1

@@ -31,7 +31,7 @@ from speechbrain_mifuse.lalm.prompt import DEFAULT_TEMPLATE, Prompt
 from speechbrain_mifuse.lalm.store import KINDS, LabelStore, Query, Samples
 from speechbrain_mifuse.utils.errors import UserError
 from speechbrain_mifuse.utils.progress import quiet
-from speechbrain_mifuse.zero_shot import ZERO_SHOT
+from speechbrain_mifuse.zero_shot import AUDIO_TEXT_TEACHER
 from speechbrain_mifuse.zero_shot.audio_text import AudioTextModel, refuse_known_corpus
 from speechbrain_mifuse.zero_shot.own_dual_encoder import alm_name, open_alm
 from speechbrain_mifuse.zero_shot.prompts import read_prompts
@@ -47,8 +47,6 @@ logger = logging.getLogger(__name__)
 LOOPBACK = "http://127.0.0.1/v1"
 # Draws the prompts of an audio-text teacher, whatever the run's seed: an API's answers are one for all seeds, too.
 TEACHER_SEED = 0
-# Loggers that tell of each request, some with its whole audio.
-EVERY_REQUEST = ("openai", "httpx", "httpx2", "httpcore", "httpcore2", "speechbrain_mifuse.inference.server")
 
 
 @dataclass(frozen=True)
@@ -104,7 +102,7 @@ class TeacherSettings:
     @property
     def is_local(self) -> bool:
         """Whether a classifier is served on this machine in the place of an API."""
-        return self.profile.base_url is None and self.name != ZERO_SHOT
+        return self.profile.base_url is None and self.name != AUDIO_TEXT_TEACHER
 
     @property
     def base_url(self) -> str:
@@ -113,9 +111,9 @@ class TeacherSettings:
 
     def told(self) -> str:
         """Say who the teacher is, for results."""
-        if self.name == ZERO_SHOT:
+        if self.name == AUDIO_TEXT_TEACHER:
             # A run of which no method asks the teacher need not say which model it would be.
-            return ZERO_SHOT if self.alm is None else alm_name(self.alm)
+            return AUDIO_TEXT_TEACHER if self.alm is None else alm_name(self.alm)
         return self.name if self.profile.base_url is None else self.profile.model
 
     def query(self, base_url: str, endpoint: str | None = None) -> Query:
@@ -140,7 +138,7 @@ class TeacherSettings:
         if self.card is None:
             return
         sent = None if self.profile.longest_audio else longest
-        needs = Needs(self.profile, self.samples, self.temperature, sent, self.prompt.varies)
+        needs = Needs(self.profile, self.samples, sent, self.prompt.varies)
         for line in check(read_card(self.card), needs):
             logger.warning("%s cannot tell: %s", self.card, line)
 
@@ -216,7 +214,7 @@ def ask_teacher(
     k, n_classes = teacher.samples, len(teacher.prompt.labels)
     if not wavs:
         return Answers(None, [], k, n_classes)
-    if teacher.name == ZERO_SHOT:
+    if teacher.name == AUDIO_TEXT_TEACHER:
         model = zero_shot_teacher(teacher, target.name, run_opts)
         samples = zero_shot_samples(teacher, model, target, list(wavs))
         return Answers(samples, list(wavs), k, n_classes, model.fingerprint())
@@ -240,8 +238,8 @@ def zero_shot_teacher(teacher: TeacherSettings, target: str, run_opts: Mapping |
     """Load the audio-text model that is the teacher on this machine, in the place of an API."""
     if teacher.alm is None:
         raise UserError(
-            f"--teacher {ZERO_SHOT}: which one? Pass --teacher_alm FOLDER, as recipes/*/dual_encoder/train.py writes "
-            "it, or the folder or hub id of a CLAP-like model."
+            f"--teacher {AUDIO_TEXT_TEACHER}: which one? Pass --teacher_alm FOLDER, as "
+            "recipes/*/dual_encoder/train.py writes it, or the folder or hub id of a CLAP-like model."
         )
     options = {"device": device_of(run_opts), "flag": "--teacher_alm"}
     model = open_alm(teacher.alm, trust_remote_code=teacher.alm_trust_remote_code, **options)
@@ -280,7 +278,7 @@ def fill_label_store(
         return query, f"{teacher.label_store}: all answers are stored, nothing is asked."
     teacher.require_capabilities()
     # Runs side by side may share a store: the first asks, the others wait and find its answers.
-    with one_at_a_time(f"{teacher.label_store}.lock"), serve() as base_url, quiet(*EVERY_REQUEST):
+    with one_at_a_time(f"{teacher.label_store}.lock"), serve() as base_url:
         query = teacher.query(base_url, endpoint)
         asked = [(key, wavs[key]) for key in missing_answers(answers, query, hashes, k)]
         client, concurrency = teacher.client(base_url, answers, query), teacher.profile.concurrency
@@ -296,8 +294,10 @@ def collect_answers(
     dry_run=False,
 ) -> None:
     """Print the plan and collect the answers that a recipe needs, without training or encoding the target."""
-    if teacher.name == ZERO_SHOT:
-        raise UserError(f"--teacher {ZERO_SHOT}: it answers within the recipe itself, and nothing is to be collected.")
+    if teacher.name == AUDIO_TEXT_TEACHER:
+        raise UserError(
+            f"--teacher {AUDIO_TEXT_TEACHER}: it answers within the recipe itself, and nothing is to be collected."
+        )
     target.prepare()
     wavs = wanted_recordings(target.manifests, methods.values())
     if not wavs:
@@ -352,7 +352,9 @@ def served(folder: Path, model_name: str):
     """Serve a recogniser on a free port of the loopback interface."""
     from speechbrain_mifuse.inference.server import EmotionServer  # imports aiohttp
 
-    with EmotionServer(EmotionRecognizer.from_hparams(folder), model_name) as server:
+    recogniser = EmotionRecognizer.from_hparams(folder)
+    # The server logs each request.
+    with quiet("speechbrain_mifuse.inference.server"), EmotionServer(recogniser, model_name) as server:
         logger.info("serving %s at %s", folder, server.base_url)
         yield server.base_url
 

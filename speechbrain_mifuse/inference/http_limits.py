@@ -16,7 +16,31 @@ SPARE_DESCRIPTORS = 96
 
 @dataclasses.dataclass(frozen=True)
 class Limits:
-    """What clients may take up."""
+    """What clients may take up.
+
+    Parameters
+    ----------
+    max_concurrent, max_connections : int
+        Requests that are answered at a time, and connections.
+    max_body_bytes : int
+        Of a request.
+    read_timeout, idle_timeout : float
+        Seconds in which a request must arrive, and that a connection may wait for its next one.
+    max_seconds : float
+        Of a recording.
+
+    Raises
+    ------
+    UserError
+        If a number is of no use, or connections leave no room beside the requests.
+
+    Example
+    -------
+    >>> Limits(max_concurrent=8, max_connections=8)
+    Traceback (most recent call last):
+    ...
+    speechbrain_mifuse.utils.errors.UserError: max_connections: 8 leaves no room beside max_concurrent, which is 8; ...
+    """
 
     max_concurrent: int = 32
     max_connections: int = 256

@@ -83,9 +83,22 @@ _drawing = threading.Lock()
 
 
 class Recognition(NamedTuple):
-    """What was recognised in one file: `label` and `probs` `[C]`, or why not (`error`).
+    """What was recognized in one file.
 
-    `label` is `None` for an answer below the threshold too; `timeline` is there when windows were asked for.
+    Parameters
+    ----------
+    path : pathlib.Path
+        The file.
+    label : str or None
+        `None` where nothing is to be heard, the answer is below the threshold, or there is an `error`.
+    probs : torch.Tensor or None
+        `[C]`; `None` with an `error`.
+    seconds : float or None
+        Length of the recording.
+    timeline : Timeline or None
+        Emotions over time, where windows were asked for.
+    error : str or None
+        Why the file cannot be read.
     """
 
     path: Path

@@ -13,11 +13,19 @@ from speechbrain.utils.parameter_transfer import Pretrainer
 from speechbrain_mifuse import __version__
 from speechbrain_mifuse.features.encoder import FrozenEncoder
 from speechbrain_mifuse.features.store import difference
+from speechbrain_mifuse.inference.model_card import adapted_card, trained_card
 from speechbrain_mifuse.nnet.classifier import EmotionClassifier
-from speechbrain_mifuse.nnet.model_card import adapted_card, trained_card
-from speechbrain_mifuse.nnet.model_folder import ABOUT, CARD, SETTINGS, ModelFolder, object_yaml, pretrainer_yaml
 from speechbrain_mifuse.utils.errors import UserError
 from speechbrain_mifuse.utils.files import atomic_write
+from speechbrain_mifuse.utils.model_folder import (
+    ABOUT,
+    CARD,
+    SAME_FRAMES,
+    SETTINGS,
+    ModelFolder,
+    object_yaml,
+    pretrainer_yaml,
+)
 from speechbrain_mifuse.utils.schemas import (
     TAGS,
     ClassifierSizes,
@@ -26,9 +34,6 @@ from speechbrain_mifuse.utils.schemas import (
     checked,
     plain_yaml,
 )
-
-# What two stores must share for a classifier of the one to read the other.
-DECISIVE = ("encoder", "dim", "trim_db", "frame_average", "preprocessing_version", "speaker_norm")
 
 HEAD = """# An emotion recogniser; load it with speechbrain_mifuse.inference.EmotionRecognizer.from_hparams.
 pretrained_path: .
@@ -214,7 +219,23 @@ class FolderPretrainer(Pretrainer):
 def export_recogniser(
     folder: str | Path, classifier, front, hparams: Mapping, about: Mapping, temperature: float = 1.0
 ) -> None:
-    """Write a recogniser: weights, the YAML that builds it, what it was trained on, a model card."""
+    """Write a recognizer: weights, the YAML that builds it, what it was trained on, a model card.
+
+    Parameters
+    ----------
+    folder : str or pathlib.Path
+        Made if missing.
+    classifier : EmotionClassifier
+        Trained.
+    front : StoredFrames or FinetunedEncoder
+        Where its frames came from, see `features.front`; an encoder that was trained along is exported too.
+    hparams : mapping
+        With `encoder`, `labels` and `trim_db`.
+    about : mapping
+        Provenance, of JSON's types, with `labels` and `features`.
+    temperature : float
+        Of the probabilities, see `nnet.calibration.fit_temperature`.
+    """
     folder = Path(folder)
     # Absolute, because a recogniser is loaded from other folders than it was trained in.
     source = str(Path(hparams["encoder"]).resolve()) if Path(hparams["encoder"]).is_dir() else hparams["encoder"]
@@ -282,15 +303,35 @@ def write_card(folder: str | Path, record: Mapping) -> None:
 
 
 def read_about(folder: str | Path) -> dict:
-    """Read what a recogniser's folder says of itself."""
+    """Read what a recognizer's folder says of itself: the checked content of `about.json`."""
     return RECOGNIZER.about(folder).model_dump(exclude_unset=True)
 
 
 def load_classifier(folder: str | Path, labels: Sequence[str], features: Mapping) -> EmotionClassifier:
-    """Build the classifier of a recogniser without its encoder, for frames that are stored already."""
+    """Build the classifier of a recognizer without its encoder, for frames that are stored already.
+
+    Parameters
+    ----------
+    folder : str or pathlib.Path
+        A folder that `export_recogniser` wrote.
+    labels : sequence of str
+        Classes that it must have, in this order.
+    features : mapping
+        Fingerprint of the frames that it is to read.
+
+    Returns
+    -------
+    EmotionClassifier
+        With its weights.
+
+    Raises
+    ------
+    RecogniserError
+        If the folder is not complete, or the classifier was trained on other labels or frames.
+    """
     about = RECOGNIZER.about(folder)
-    found = {"labels": about.labels, **{key: about.features.get(key) for key in DECISIVE}}
-    wanted = {"labels": list(labels), **{key: features.get(key) for key in DECISIVE}}
+    found = {"labels": about.labels, **{key: about.features.get(key) for key in SAME_FRAMES}}
+    wanted = {"labels": list(labels), **{key: features.get(key) for key in SAME_FRAMES}}
     differs = difference(found, wanted)
     if differs:
         raise RecogniserError(

@@ -254,7 +254,15 @@ class EmotionServer:
 
 
 def serve_until_stopped(server: EmotionServer, grace: float = 10.0) -> None:
-    """Serve until SIGTERM or Ctrl-C; for the main thread."""
+    """Serve until SIGTERM or Ctrl-C; for the main thread.
+
+    Parameters
+    ----------
+    server : EmotionServer
+        Not started yet.
+    grace : float
+        Seconds that requests which have begun get to their end.
+    """
     with terminated_like_ctrl_c():
         try:
             print(f"{server.model_name} at {server.base_url}; Ctrl-C stops it", flush=True)

@@ -26,7 +26,14 @@ PIECE = 400
 class Segment(NamedTuple):
     """A stretch of a recording with one answer.
 
-    `label` is `None` where nothing is to be heard (`probs` is all zero) or the answer is unsure.
+    Parameters
+    ----------
+    start, end : float
+        Seconds since the beginning.
+    label : str or None
+        `None` where nothing is to be heard or the answer is unsure.
+    probs : torch.Tensor
+        `[C]`; all zero where nothing is to be heard.
     """
 
     start: float
@@ -36,7 +43,17 @@ class Segment(NamedTuple):
 
 
 class Timeline(NamedTuple):
-    """What was recognised over time: `segments` one after the other; `label` and `probs` of the whole recording."""
+    """What was recognized over time.
+
+    Parameters
+    ----------
+    segments : list of Segment
+        One after the other, without gaps.
+    label : str or None
+        Of the whole recording.
+    probs : torch.Tensor
+        `[C]`, of the whole recording: the mean over its windows, weighted by how much of them is speech.
+    """
 
     segments: list[Segment]
     label: str | None
@@ -44,7 +61,22 @@ class Timeline(NamedTuple):
 
 
 class Windowing(NamedTuple):
-    """How a recording is cut: seconds of a window, between two starts, and of smoothing to each side."""
+    """How a recording is cut into overlapping windows.
+
+    Parameters
+    ----------
+    window_s, hop_s, smooth_s : float
+        Seconds of a window, between the starts of two, and of smoothing to each side.
+
+    Example
+    -------
+    >>> Windowing.of(4.0)
+    Windowing(window_s=4.0, hop_s=2.0, smooth_s=4.0)
+    >>> Windowing.of(4.0, hop_s=5.0)
+    Traceback (most recent call last):
+    ...
+    speechbrain_mifuse.utils.errors.UserError: hop_s: 5.0 must be above 0 and at most window_s (4.0), ...
+    """
 
     window_s: float
     hop_s: float

@@ -142,7 +142,26 @@ _WORD = re.compile(r"[^\W\d_]+(?:['-][^\W\d_]+)*")
 
 @dataclasses.dataclass(frozen=True)
 class Reply:
-    """One choice of a chat completion, free of any client library, and all that is needed to parse it again."""
+    """One choice of a chat completion, free of any client library, and all that is needed to parse it again.
+
+    Parameters
+    ----------
+    text : str
+        What the model wrote.
+    finish_reason : str, optional
+        Why it stopped, in the server's words.
+    refusal : str, optional
+        Text of a refusal that the server marks as one.
+    top_logprobs : tuple of (str, float), optional
+        Alternatives for the first token, with their natural logarithms.
+    reasoning : str, optional
+        Train of thought that the server keeps apart from an empty text.
+
+    Example
+    -------
+    >>> Reply.from_json(Reply("sad", "stop").to_json()) == Reply("sad", "stop")
+    True
+    """
 
     text: str
     finish_reason: str | None = None
@@ -169,7 +188,24 @@ class Reply:
 
 @dataclasses.dataclass(frozen=True)
 class Answer:
-    """A parsed reply; only `SAMPLE_KINDS` carry probabilities, in the order of the label set."""
+    """A parsed reply.
+
+    Parameters
+    ----------
+    kind : str
+        One of `KINDS`.
+    probs : tuple of float, optional
+        `[C]`, in the order of the label set; there for the `SAMPLE_KINDS` alone.
+    label_mass : float, optional
+        Probability of the labels among all first tokens, for "logprobs".
+    reason : str
+        Why a "refusal" or "invalid" reply is no sample.
+
+    Example
+    -------
+    >>> Answer("label", (1.0, 0.0)).is_sample, Answer("refusal", reason="declined").is_sample
+    (True, False)
+    """
 
     kind: str
     probs: tuple[float, ...] | None = None
@@ -184,7 +220,7 @@ class Answer:
 
 @dataclasses.dataclass(frozen=True)
 class Response:
-    """One answer with its provenance."""
+    """One answer with its provenance: the reply as JSON, the seed, the tokens, and what the server calls itself."""
 
     answer: Answer
     raw: str
@@ -199,6 +235,20 @@ Parser = Callable[[Reply, tuple[str, ...]], Answer]
 
 def parse_answer(reply: Reply, labels: Sequence[str], parsers: Sequence[Parser]) -> Answer:
     """Read one reply with the first parser that finds a sample in it; if none does, give the first one's reason.
+
+    Parameters
+    ----------
+    reply : Reply
+        Anything that a server may send.
+    labels : sequence of str
+        The label set, in the order of the probabilities.
+    parsers : sequence of callable
+        In the order tried: `parse_distribution`, `parse_logprobs`, `parse_label`, `parse_exact_label`.
+
+    Returns
+    -------
+    Answer
+        A refusal, a truncated reply and one that does not plainly choose are no samples; nothing is raised.
 
     Example
     -------

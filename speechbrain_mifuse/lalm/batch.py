@@ -30,7 +30,7 @@ import openai
 from filelock import FileLock, Timeout
 
 from speechbrain_mifuse.lalm.answer import Response
-from speechbrain_mifuse.lalm.client import BLOCKED, FAULTS, LalmClient
+from speechbrain_mifuse.lalm.client import FAULTS, LalmClient
 from speechbrain_mifuse.lalm.collect import (
     AnswerCounts,
     Ask,
@@ -41,6 +41,7 @@ from speechbrain_mifuse.lalm.collect import (
     run_to_end,
     warn_of_cut,
 )
+from speechbrain_mifuse.lalm.completion import BLOCKED, blocked, error_in, field, responses
 from speechbrain_mifuse.lalm.hashes import HashCache
 from speechbrain_mifuse.lalm.limits import LalmError, estimated_tokens
 from speechbrain_mifuse.lalm.prompt import Clip, Prompt
@@ -105,8 +106,8 @@ class Ingested(AnswerCounts):
     unknown: list[str] = dataclasses.field(default_factory=list)
 
     def __iadd__(self, other: Ingested) -> Ingested:
-        for field in dataclasses.fields(self):
-            setattr(self, field.name, getattr(self, field.name) + getattr(other, field.name))
+        for name in vars(other):
+            setattr(self, name, getattr(self, name) + getattr(other, name))
         return self
 
     def summary(self) -> str:
@@ -127,7 +128,32 @@ class _Request(NamedTuple):
 
 
 class BatchJob(contextlib.AbstractContextManager):
-    """Collection of one query's answers by the Batch API; the same four objects must be given every time."""
+    """Collection of one query's answers by the Batch API.
+
+    Close it, or use it as a context manager: one process works on a job at a time.
+
+    Parameters
+    ----------
+    prompt, client, store, query : Prompt, LalmClient, LabelStore, Query
+        As for `lalm.collect.collect`; the same must be given every time.
+    folder : str or pathlib.Path, optional
+        State and files of the job; beside the store by default.
+
+    Raises
+    ------
+    UserError
+        If another process works on the job, or the folder holds that of another query.
+
+    Example
+    -------
+    >>> import tempfile, torch
+    >>> prompt, client = Prompt(("angry", "sad")), LalmClient("http://127.0.0.1:8000/v1", "m")
+    >>> query = Query.of(prompt, client.model, client.base_url, {"temperature": 1.0, "seed": 0})
+    >>> recordings = [("u1", lambda: torch.rand(16_000)), ("u2", lambda: torch.rand(16_000))]
+    >>> with LabelStore(tempfile.mkdtemp() + "/labels.sqlite") as store, BatchJob(prompt, client, store, query) as job:
+    ...     job.make(recordings, k=5, show_progress=False), job.status()
+    (2, 'part 0001: 2 requests, made')
+    """
 
     # OpenAI's limits of one input file: requests, and bytes (200 MB, less some room).
     max_requests, max_bytes = 50_000, 190_000_000
@@ -161,7 +187,22 @@ class BatchJob(contextlib.AbstractContextManager):
 
     @summarized()
     def make(self, utterances: Sequence[Utterance], k: int, show_progress: bool = True) -> int:
-        """Write request files for all samples that neither the store nor an open batch has."""
+        """Write request files for all samples that neither the store nor an open batch has.
+
+        Parameters
+        ----------
+        utterances : sequence of (str, path or callable)
+            As for `lalm.collect.collect`.
+        k : int
+            Samples per recording.
+        show_progress : bool
+            On standard error.
+
+        Returns
+        -------
+        int
+            Number of requests made.
+        """
         wanted = Wanted(self.prompt, self.client.profile.honours_n, self.store, self.query, k)
         for part in self._with("made", "uploaded", "starting", "started", "ended"):
             wanted.have.update((r.audio, r.k + i) for r in self._index(part).values() for i in range(r.n))
@@ -189,7 +230,7 @@ class BatchJob(contextlib.AbstractContextManager):
         self._online(self._submit)
 
     def poll(self) -> bool:
-        """Ask how far the batches are."""
+        """Ask how far the batches are; true if none is on its way any more."""
         self._online(self._poll)
         return not self._with("started")
 
@@ -208,7 +249,25 @@ class BatchJob(contextlib.AbstractContextManager):
         return found
 
     def run(self, utterances: Sequence[Utterance], k: int, every=60.0, show_progress=True) -> Ingested:
-        """Go on from wherever the job stands until every recording has `k` samples or is out of attempts."""
+        """Go on from wherever the job stands until every recording has `k` samples or is out of attempts.
+
+        Parameters
+        ----------
+        utterances, k, show_progress
+            As for `make`.
+        every : float
+            Seconds between two looks at the batches.
+
+        Returns
+        -------
+        Ingested
+            Numbers of answers.
+
+        Raises
+        ------
+        LalmError
+            If the server rejects a file, or a round of batches brings no answer.
+        """
         found = Ingested()
         while True:
             nothing_open = not any(part.open for part in self.parts)
@@ -382,12 +441,12 @@ class BatchJob(contextlib.AbstractContextManager):
                 found.unknown.append(f"{place}: answers nothing that was asked, or a second time ({custom_id!r})")
                 continue
             request = index[custom_id]
-            responses, reason = self._responses(request, line, part.batch_id)
-            if responses:
+            answers, reason = self._responses(request, line, part.batch_id)
+            if answers:
                 answered.add(custom_id)
-            missing = request.n - len(responses)
+            missing = request.n - len(answers)
             left[custom_id] = reason or ("fewer choices than asked for" if missing else "")
-            records += [Record(request.audio, request.k + i, request.utt_id, r) for i, r in enumerate(responses)]
+            records += [Record(request.audio, request.k + i, request.utt_id, r) for i, r in enumerate(answers)]
         self.store.put_many(self.query, self._not_stored_before(records))
         found.count(records)
         found.unanswered.update(reason for reason in left.values() if reason)
@@ -411,18 +470,19 @@ class BatchJob(contextlib.AbstractContextManager):
 
     def _responses(self, request: _Request, line: Mapping, batch_id: str | None) -> tuple[list[Response], str]:
         """Answers in one line, or why there are none."""
-        response = line.get("response") or {}
-        body = response.get("body") or {}
-        if response.get("status_code") == 200 and isinstance(body, dict) and body.get("choices"):
+        response = line.get("response")
+        status, body = field(response, "status_code"), field(response, "body")
+        if status == 200 and isinstance(body, dict):
             prompt = self.prompt.at(request.k, self.query.sampling.get("seed"))
-            responses = self.client.responses(prompt, body, request.n, request.seed)
-            usage = {**(responses[0].usage or {}), "batch": batch_id}
-            return [dataclasses.replace(responses[0], usage=usage), *responses[1:]], ""
-        code, message = self.client.error_in(line.get("error") or body)
+            answers = responses(prompt, body, request.n, request.seed)
+            if answers:
+                usage = {**(answers[0].usage or {}), "batch": batch_id}
+                return [dataclasses.replace(answers[0], usage=usage), *answers[1:]], ""
+        code, message = error_in(line.get("error") or body or {})
         if code in BLOCKED:
             seeds = (None if request.seed is None else request.seed + i for i in range(request.n))
-            return [self.client.blocked(message, seed) for seed in seeds], ""
-        reason = code or f"status {response.get('status_code')}"
+            return [blocked(message, seed) for seed in seeds], ""
+        reason = code or f"status {short(status) or None}"
         if reason not in self._explained:
             self._explained.add(reason)
             logger.warning("batch %s: %s, for instance: %s", batch_id, reason, message)

@@ -19,7 +19,7 @@ _NO_AUDIO = "ask a model that takes audio, or a server that passes it on"
 
 @dataclasses.dataclass(frozen=True)
 class Finding:
-    """One capability."""
+    """One capability: "yes", "no" or "cannot tell", what was seen, and a figure where there is one."""
 
     verdict: str
     evidence: str
@@ -28,7 +28,14 @@ class Finding:
 
 @dataclasses.dataclass(frozen=True)
 class Card:
-    """What a server showed of itself."""
+    """What a server showed of itself.
+
+    Example
+    -------
+    >>> card = Card("http://127.0.0.1:8000/v1", "m", findings={"honours_n": Finding(NO, "1 of 3 choices")})
+    >>> card["honours_n"].verdict, card["logprobs"].verdict, Card.from_json(card.to_json()) == card
+    ('no', 'cannot tell', True)
+    """
 
     base_url: str
     model: str
@@ -83,17 +90,55 @@ def read_card(path: str | Path) -> Card:
 
 @dataclasses.dataclass(frozen=True)
 class Needs:
-    """What a collection needs of a server."""
+    """What a collection needs of a server.
+
+    Parameters
+    ----------
+    profile : Profile
+        How it is asked.
+    samples : int
+        Answers about one recording.
+    longest : float, optional
+        Seconds of the longest recording, where known.
+    varied : bool
+        Whether samples are asked for with different questions.
+    """
 
     profile: Profile
     samples: int = 1
-    temperature: float = 1.0
     longest: float | None = None
     varied: bool = False
 
 
 def check(card: Card, needs: Needs) -> list[str]:
-    """Raise a `UserError` that names all that a collection needs and the server lacks; return what is not known."""
+    """Hold a card against what a collection needs.
+
+    Parameters
+    ----------
+    card : Card
+        As `probe` gives it.
+    needs : Needs
+        What the collection needs.
+
+    Returns
+    -------
+    list of str
+        What is needed and not known of the server.
+
+    Raises
+    ------
+    UserError
+        If the server lacks something; the message names all of it, each with what to do.
+
+    Example
+    -------
+    >>> deaf = Card("http://127.0.0.1:8000/v1", "m", findings={"hears_input_audio": Finding(NO, "counts no tokens")})
+    >>> check(deaf, Needs(Profile()))
+    Traceback (most recent call last):
+    ...
+    speechbrain_mifuse.utils.errors.UserError: m at http://127.0.0.1:8000/v1 lacks what the collection needs:
+      hears_input_audio: no (counts no tokens): ask a model that takes audio, or a server that passes it on
+    """
     lacking, unknown = [], []
     for name, remedy in _wanted(card, needs):
         line = f"{name}: {card[name].verdict} ({card[name].evidence})"

@@ -12,29 +12,40 @@ import json
 import logging
 import os
 import random
-import re
 import secrets
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 
 import aiohttp
 import openai
 from aiohttp.http_exceptions import HttpProcessingError
 
-from speechbrain_mifuse.lalm.answer import Answer, Reply, Response
+from speechbrain_mifuse.lalm.answer import Response
+from speechbrain_mifuse.lalm.completion import (
+    BLOCKED,
+    LONGEST_MESSAGE,
+    UNREADABLE,
+    Unusable,
+    beginning,
+    blocked,
+    completion_of,
+    field,
+    items,
+    message_in,
+    responses,
+)
 from speechbrain_mifuse.lalm.limits import (
     LONGEST_PAUSE,
     Budget,
     LalmError,
     Pace,
     estimated_tokens,
-    known_usage,
     retry_after,
     used_tokens,
 )
 from speechbrain_mifuse.lalm.profile import NO_TOKENS, Profile, Tokens
 from speechbrain_mifuse.lalm.prompt import Clip, Prompt
-from speechbrain_mifuse.lalm.redaction import keep_requests_out_of_logs, redacted, redactor, short
+from speechbrain_mifuse.lalm.redaction import keep_requests_out_of_logs, redacted, short
 from speechbrain_mifuse.lalm.store import clean_base_url, is_loopback
 from speechbrain_mifuse.utils.errors import UserError
 
@@ -42,16 +53,14 @@ logger = logging.getLogger(__name__)
 
 DEFAULT_BASE_URL = "https://api.openai.com/v1"
 
-# Some servers report a blocked question as an error and not as a choice.
-BLOCKED = {"content_filter", "content_policy_violation"}
-
 # Faults that pass: time-out, conflict, rate limit; and everything from 500 on.
 _PASSING = {408, 409, 429}
 # Statuses with which a server asks all to wait, where it says how long.
 _BUSY = {429, 503}
 # Failures before anything was sent; all others may have been paid for.
 _NEVER_SENT = (aiohttp.ClientConnectorError, aiohttp.ConnectionTimeoutError)
-_CALLS_PER_LINE = 2
+# Idle connections that are looked at for one to which nothing came unasked.
+_STRAY_CONNECTIONS = 16
 _FIRST_BACKOFF, _LONGEST_BACKOFF = 0.5, 8.0
 
 # Bytes of a reply, after decompression: log-probabilities of a long answer take a few hundred kilobytes.
@@ -61,27 +70,13 @@ _MOST_HEADERS = 250
 _ENCODINGS = {"", "identity", "gzip", "deflate"}
 # Headers that say how a body was sent.
 _OF_THE_TRANSFER = {"content-encoding", "content-length", "content-type", "transfer-encoding"}
-# Characters of a text of a reply that are kept.
-_LONGEST_TEXT = 2**18
-# Alternatives for a token; servers give at most 20.
-_MOST_TOKENS = 100
 # Seconds for finding out whether a server is there, and which models it has.
 _QUICKLY = 10.0
-# What decoding a reply may raise: no JSON, too deep, a number of too many digits, fields of other types.
-_UNREADABLE = (ValueError, TypeError, AttributeError, RecursionError)
 # Stands in the place of the audio while the rest of a body is made ready; no prompt can hold it by chance.
 _AUDIO = secrets.token_hex(16)
 
 
-class _Unusable(Exception):
-    """A reply with status 200 that is no completion: cut off, no JSON, without a choice, or an error all the same."""
-
-    def __init__(self, message: str, status: int | None = None, code: object = None):
-        super().__init__(message)
-        self.message, self.status_code, self.code = message, status, code
-
-
-class _TooSlow(_Unusable):
+class _TooSlow(Unusable):
     """A reply that had not come whole when the time-out was over."""
 
 
@@ -92,7 +87,7 @@ class _Connector(aiohttp.TCPConnector):
         """Give a connection on which nothing has been received since its last reply."""
         for _ in range(2):  # the event loop reads what has arrived on idle connections, then hands it over
             await asyncio.sleep(0)
-        for _ in range(_CALLS_PER_LINE + 2):
+        for _ in range(_STRAY_CONNECTIONS):
             connection = await super().connect(*request, **options)
             if not connection.protocol.should_close:
                 return connection
@@ -129,22 +124,22 @@ class _BoundedHttpClient(openai.DefaultAioHttpClient):
         except asyncio.TimeoutError:
             raise _TooSlow(f"no answer within {seconds:g} s") from None
         # The packages in between translate what they know of; a connection that cannot be made is among it.
-        except (aiohttp.ClientResponseError, HttpProcessingError, *_UNREADABLE) as error:
-            said = _beginning(str(getattr(error, "message", error)))
-            raise _Unusable(f"answered with something that is not HTTP: {said}") from None
+        except (aiohttp.ClientResponseError, HttpProcessingError, *UNREADABLE) as error:
+            said = beginning(str(getattr(error, "message", error)))
+            raise Unusable(f"answered with something that is not HTTP: {said}") from None
 
     async def _whole(self, request, options: Mapping):
         reply = await super().send(request, **options)
         content = bytearray()
         try:
             if len(reply.headers.raw) > _MOST_HEADERS:
-                raise _Unusable(f"answered with more than {_MOST_HEADERS} headers")
+                raise Unusable(f"answered with more than {_MOST_HEADERS} headers")
             if reply.headers.get("content-encoding", "").strip().lower() not in _ENCODINGS:
-                raise _Unusable("answered in a compression that was not asked for")
+                raise Unusable("answered in a compression that was not asked for")
             async for part in reply.aiter_bytes():
                 content += part
                 if len(content) > self.most_bytes:
-                    raise _Unusable(f"answered with more than {self.most_bytes // 2**20} MB")
+                    raise Unusable(f"answered with more than {self.most_bytes // 2**20} MB")
         finally:
             await reply.aclose()
         headers = [pair for pair in reply.headers.multi_items() if pair[0].lower() not in _OF_THE_TRANSFER]
@@ -154,7 +149,7 @@ class _BoundedHttpClient(openai.DefaultAioHttpClient):
 
 
 # What a server can make the openai package raise.
-FAULTS = (openai.OpenAIError, _Unusable, *_UNREADABLE)
+FAULTS = (openai.OpenAIError, Unusable, *UNREADABLE)
 
 
 @dataclasses.dataclass
@@ -165,14 +160,6 @@ class _Call:
     expected: Tokens = NO_TOKENS
     most: Tokens = NO_TOKENS
     used: float = 0.0
-
-
-@dataclasses.dataclass
-class _Line:
-    """An API client with a pool of connections, and how many calls it has open."""
-
-    api: openai.AsyncOpenAI
-    busy: int = 0
 
 
 class LalmClient:
@@ -220,7 +207,7 @@ class LalmClient:
         self.budget = budget or Budget()
         self.pace = Pace(self.profile.requests_per_minute, self.profile.tokens_per_minute)
         keep_requests_out_of_logs()
-        self._lines: list[_Line] = []
+        self._api: openai.AsyncOpenAI | None = None
         self._loop: asyncio.AbstractEventLoop | None = None
 
     @classmethod
@@ -232,14 +219,14 @@ class LalmClient:
         return cls(base_url or profile.base_url, profile.model, *patience, profile=profile, budget=budget)
 
     async def __aenter__(self) -> LalmClient:
-        self._free_line()
+        self._pool()
         return self
 
     async def __aexit__(self, *_):
         # The client can be used again afterwards.
-        lines, self._lines = self._lines, []
-        for line in lines:
-            await line.api.close()
+        api, self._api = self._api, None
+        if api is not None:
+            await api.close()
 
     async def ask(
         self, prompt: Prompt, wav: bytes | Clip, n: int = 1, temperature=1.0, seed: int | None = None, **sampling
@@ -262,13 +249,18 @@ class LalmClient:
         -------
         list of Response
             Exactly `n`; refused and unusable replies are among them, marked by their kind.
+
+        Raises
+        ------
+        LalmError
+            If the server does not answer or rejects the request, or the budget is used up (`BudgetReached`).
         """
         clip = wav if isinstance(wav, Clip) else Clip.of(wav)
-        responses: list[Response] = []
-        while len(responses) < n:
-            next_seed = None if seed is None else seed + len(responses)
-            responses += await self.ask_once(prompt, clip, n - len(responses), temperature, next_seed, **sampling)
-        return responses
+        found: list[Response] = []
+        while len(found) < n:
+            next_seed = None if seed is None else seed + len(found)
+            found += await self.ask_once(prompt, clip, n - len(found), temperature, next_seed, **sampling)
+        return found
 
     async def ask_once(
         self, prompt: Prompt, clip: Clip, n: int = 1, temperature=1.0, seed: int | None = None, **sampling
@@ -281,23 +273,41 @@ class LalmClient:
         tokens = estimated_tokens(prompt, clip.seconds, n, self.profile, sampling)
         try:
             completion = await self._attempts(_Call(f"{before}{clip.data}{after}".encode(), *tokens))
-        except (openai.OpenAIError, _Unusable) as error:
+        except (openai.OpenAIError, Unusable) as error:
             if getattr(error, "code", None) in BLOCKED:
-                return [self.blocked(_message_of(error), seed)]
+                return [blocked(_message_of(error), seed)]
             raise await self.explain(error) from None
-        return self.responses(prompt, completion, n, seed)
+        return responses(prompt, completion, n, seed)
 
     async def complete(self, messages: Sequence[Mapping], **fields) -> dict:
-        """Send any chat messages, within the limits but outside the budget, for instance to find out what works."""
+        """Send any chat messages, within the limits but outside the budget, for instance to find out what works.
+
+        Parameters
+        ----------
+        messages : sequence of mapping
+            In the API's form.
+        **fields
+            Further fields of the request, such as `temperature`.
+
+        Returns
+        -------
+        dict
+            The chat completion, which has at least one choice.
+
+        Raises
+        ------
+        LalmError
+            If the server does not answer, rejects the request, or answers with something else.
+        """
         body = json.dumps({"model": self.model, "messages": messages, **fields}).encode()
         try:
             return await self._attempts(_Call(body))
-        except (openai.OpenAIError, _Unusable) as error:
+        except (openai.OpenAIError, Unusable) as error:
             raise await self.explain(error) from None
 
     async def check(self):
-        """Find out before any audio is sent whether a server is there and accepts the key."""
-        api = self._free_line().api.with_options(timeout=min(self.timeout, _QUICKLY))
+        """Find out before any audio is sent whether a server is there and accepts the key; `LalmError` if not."""
+        api = self._pool().with_options(timeout=min(self.timeout, _QUICKLY))
         try:
             await _list_of_models(api)
         except (openai.APIConnectionError, openai.AuthenticationError) as error:
@@ -319,36 +329,12 @@ class LalmClient:
         fields = {"temperature": temperature, **sampling, **prompt.request_options()}
         return {"model": self.model, **optional, **fields, "messages": prompt.messages(wav_base64)}
 
-    def responses(self, prompt: Prompt, completion: Mapping, n: int = 1, seed: int | None = None) -> list[Response]:
-        """Read a chat completion."""
-        # Of a reply, only known fields of known types are kept, without secrets that the server may have echoed.
-        usage, clean = known_usage(completion.get("usage")), redactor()
-        model, fingerprint = (short(completion.get(name), clean) for name in ("model", "system_fingerprint"))
-        replies = [reply_of(choice, clean) for choice in _items(completion.get("choices"))[:n]]
-        seeds = (None if seed is None else seed + i for i in range(n))
-        usages = (usage if i == 0 else None for i in range(n))
-        return [
-            Response(prompt.parse(reply), reply.to_json(), seed, usage, model, fingerprint)
-            for reply, seed, usage in zip(replies, seeds, usages, strict=False)
-        ]
-
-    def blocked(self, message: str, seed: int | None = None) -> Response:
-        """Make the refusal that stands for a request which the server's content filter rejected with an error."""
-        raw = Reply("", "content_filter", redacted(message)).to_json()
-        return Response(Answer("refusal", reason="the server's content filter rejected the request"), raw, seed)
-
-    def error_in(self, body: object) -> tuple[str, str]:
-        """Read the body of an error."""
-        inner = body["error"] if isinstance(body, dict) and isinstance(body.get("error"), dict) else body
-        code = inner.get("code") if isinstance(inner, dict) else None
-        return short(code), redacted(" ".join(_message_in(body).split()))[:_LONGEST_MESSAGE]
-
     async def _attempts(self, call: _Call) -> dict:
         """Send a request until it is answered, its faults do not pass, or attempts or time are used up."""
         for attempt in range(self.max_retries + 1):
             try:
                 return await self._attempt(call)
-            except (openai.OpenAIError, _Unusable) as error:
+            except (openai.OpenAIError, Unusable) as error:
                 wait = self._wait(error, attempt)
                 # A wait that the deadline cuts off would end in nothing but a less telling error.
                 if attempt == self.max_retries or wait is None or call.used + wait > self.deadline:
@@ -373,7 +359,7 @@ class LalmClient:
             return completion
         except asyncio.TimeoutError:
             raise LalmError(f"{self._name()}: no answer within {self.deadline:g} s") from None
-        except (openai.OpenAIError, _Unusable) as error:
+        except (openai.OpenAIError, Unusable) as error:
             if getattr(error, "status_code", None) is not None or _never_sent(error):
                 paid = NO_TOKENS
             raise
@@ -381,27 +367,18 @@ class LalmClient:
             self.budget.settle(aside, paid if sent else NO_TOKENS)
 
     async def _post(self, body: bytes) -> dict:
-        line = self._free_line()
-        line.busy += 1
-        try:
-            # The package's own method for this route copies and checks messages and reply, which takes twice as long
-            # as all the rest of a call.
-            text = await line.api.post(
-                "/chat/completions",
-                cast_to=str,
-                content=body,
-                options={"headers": {"Content-Type": "application/json"}},
-            )
-        finally:
-            line.busy -= 1
-        return _completion(text)
+        # The package's own method for this route copies and checks messages and reply, which takes twice as long as all
+        # the rest of a call.
+        options = {"headers": {"Content-Type": "application/json"}}
+        text = await self._pool().post("/chat/completions", cast_to=str, content=body, options=options)
+        return completion_of(text)
 
     def _wait(self, error: Exception, attempt: int) -> float | None:
         """Seconds before the next attempt; `None` if none would help. A busy server makes all calls wait."""
         backoff = min(_FIRST_BACKOFF * 2**attempt, _LONGEST_BACKOFF) * random.uniform(0.75, 1.0)
         status, response = getattr(error, "status_code", None), getattr(error, "response", None)
         if status is None:
-            return backoff if isinstance(error, (openai.APIConnectionError, _Unusable)) else None
+            return backoff if isinstance(error, (openai.APIConnectionError, Unusable)) else None
         headers = {} if response is None else response.headers
         if status not in _PASSING and status < 500:
             return None
@@ -417,16 +394,12 @@ class LalmClient:
             return 0.0
         return asked
 
-    def _free_line(self) -> _Line:
-        """Return an API client of the running event loop with room: pooled connections cannot move to another loop."""
+    def _pool(self) -> openai.AsyncOpenAI:
+        """Return the API client of the running event loop: pooled connections cannot move to another loop."""
         loop = asyncio.get_running_loop()
-        if self._loop is not loop:
-            self._loop, self._lines = loop, []
-        free = next((line for line in self._lines if line.busy < _CALLS_PER_LINE), None)
-        if free is None:
-            free = _Line(self.connection())
-            self._lines.append(free)
-        return free
+        if self._api is None or self._loop is not loop:
+            self._loop, self._api = loop, self.connection()
+        return self._api
 
     def connection(self, most_bytes: int = _MOST_BYTES) -> openai.AsyncOpenAI:
         """Make an API client of the openai package with address, key and patience of this one."""
@@ -440,14 +413,14 @@ class LalmClient:
         checked = self.base_url.startswith("https:") or not here
         # aiohttp takes half of the processor time that httpx's own transport takes, with many calls at a time.
         no_cookies = http.cookiejar.CookieJar(http.cookiejar.DefaultCookiePolicy(allowed_domains=[]))
-        line = _BoundedHttpClient(trust_env=not here, verify=checked, follow_redirects=False, cookies=no_cookies)
-        line.most_bytes = most_bytes
+        http_client = _BoundedHttpClient(trust_env=not here, verify=checked, follow_redirects=False, cookies=no_cookies)
+        http_client.most_bytes = most_bytes
         return openai.AsyncOpenAI(
             api_key=self._key(),
             base_url=self.base_url,
             timeout=self.timeout,
             max_retries=0,
-            http_client=line,
+            http_client=http_client,
         )
 
     def _key(self) -> str:
@@ -475,17 +448,17 @@ class LalmClient:
             remedy, hopeless = f"no answer within {self.timeout:g} s; retry later or raise the time-out", False
         elif _unusable(error) is not None and status is None:
             remedy = "check that --lalm_base_url is an OpenAI-compatible API (most end in /v1)"
-        said = redacted(" ".join(_message_of(error).split()))[:_LONGEST_MESSAGE]
+        said = redacted(" ".join(_message_of(error).split()))[:LONGEST_MESSAGE]
         message = f"{self._name()}: {said} -> {remedy or 'see the message of the server'}"
         return LalmError(message, hopeless, status, said)
 
     async def _models(self) -> str:
-        api = self._free_line().api.with_options(timeout=_QUICKLY)
+        api = self._pool().with_options(timeout=_QUICKLY)
         try:
-            models = _items(_get(json.loads(await _list_of_models(api)), "data"))
+            models = items(field(json.loads(await _list_of_models(api)), "data"))
         except FAULTS:
             return ""
-        names = [name for model in models[:20] if (name := short(_get(model, "id")))]
+        names = [name for model in models[:20] if (name := short(field(model, "id")))]
         return f"; it offers {', '.join(names)}" if names else ""
 
 
@@ -515,128 +488,12 @@ def _moved_to(error: openai.APIStatusError) -> str:
     )
 
 
-# Where the body of an error holds its message, in any provider's dialect.
-_MESSAGE_KEYS = ("error", "message", "detail", "msg", "errors", "error_description", "error_msg", "reason", "title")
-_LONGEST_MESSAGE = 300
-
-# HTTP status that is meant by the code, status or type of an error which comes with status 200; the first that fits.
-_MEANT = (
-    (re.compile(r"auth|api.?key|credential"), 401),
-    (re.compile(r"permission|forbidden|access"), 403),
-    (re.compile(r"not.?found|no.?such|unknown.?model"), 404),
-    (re.compile(r"rate.?limit|quota|exhausted|throttl|too.?many"), 429),
-    (re.compile(r"invalid|bad.?request|argument|unsupported|filter|policy|length|exceed"), 400),
-    (re.compile(r"overload|unavailable|internal|server|busy|time.?out|capacity"), 503),
-)
-
-
-def _completion(text: str) -> dict:
-    """Decode the body of a reply with status 200, or say what it is instead."""
-    streamed = re.match(r"\s*(?:(?:event|id|retry)?:[^\n]*\n\s*)*data:([^\n]*)", text)
-    try:
-        body = json.loads(streamed[1] if streamed else text)
-    except (ValueError, RecursionError):
-        body = None
-    error = body[0] if isinstance(body, list) and body else body
-    if isinstance(error, dict) and not _items(error.get("choices")):
-        inner = error["error"] if isinstance(error.get("error"), dict) else error
-        status = _meant_status(inner)
-        if status is not None or error.get("error"):
-            raise _Unusable(f"HTTP 200 with an error: {_message_in(error)}", status, inner.get("code"))
-    if streamed:
-        raise _Unusable("answered with a stream of events, which was not asked for: set sampling: {stream: false}")
-    if body is None and text.strip() != "null":
-        raise _Unusable(f"answered with something that is not JSON: {_beginning(text) or 'nothing'}")
-    if not isinstance(body, dict) or not _items(body.get("choices")):
-        raise _Unusable(f"answered without any choice: {_beginning(text)}")
-    return body
-
-
-def _meant_status(error: Mapping) -> int | None:
-    """HTTP status that an error in a body stands for; `None` if it names none."""
-    names = [error.get(key) for key in ("code", "status", "status_code", "type")]
-    numbers = [int(name) for name in map(str, names) if re.fullmatch(r"[45]\d\d", name)]
-    text = " ".join(name for name in names if isinstance(name, str)).casefold()
-    return next(iter(numbers), None) or next((status for known, status in _MEANT if known.search(text)), None)
-
-
 def _message_of(error: Exception) -> str:
     """Give what a server or the connection to it said."""
     status, body = getattr(error, "status_code", None), getattr(error, "body", None)
     if isinstance(error, openai.APIStatusError):
-        return f"HTTP {status}: {_message_in(body) if body else 'no message'}"
+        return f"HTTP {status}: {message_in(body) if body else 'no message'}"
     return str(_unusable(error) or _transport(error) or getattr(error, "message", error))
-
-
-def _message_in(body: object, depth: int = 5) -> str:
-    """Find the message in the body of an error; the beginning of the body if there is none."""
-    if isinstance(body, str):
-        return _beginning(body)
-    if isinstance(body, list) and body and depth:
-        return "; ".join(_message_in(item, depth - 1) for item in body[:3])
-    found = next((body[key] for key in _MESSAGE_KEYS if body.get(key)), None) if isinstance(body, dict) else None
-    if found is None or not depth:
-        return _beginning(_as_json(body))
-    place = ".".join(map(short, _items(body.get("loc"))))
-    return f"{place}: {_message_in(found, depth - 1)}" if place else _message_in(found, depth - 1)
-
-
-def _beginning(text: str) -> str:
-    """Give the first words of a body in one line, of a page without its tags."""
-    whole = text.lstrip()
-    text = whole[: 10 * _LONGEST_MESSAGE]
-    if len(text) < len(whole):  # half a key would not be known as one
-        text = re.sub(r"\S{0,300}\Z", "", text)
-    if text.startswith("<"):
-        text = re.sub(r"<(style|script)\b[^>]*>[^<]*</\1>|<[^>]*>", " ", text)
-    return " ".join(text.split())
-
-
-def reply_of(choice, clean: Callable[[str], str] | None = None) -> Reply:
-    """Translate a choice of a chat completion, tolerating fields that lesser servers leave out or fill otherwise."""
-    clean = clean or redactor()
-    message = _get(choice, "message")
-    ended, refusal = _get(choice, "finish_reason"), _get(message, "refusal")
-    # An answer may come as the arguments of a function call; beside content, both must agree.
-    text = "\n".join(part for part in (_text(_get(message, "content")), *_arguments(message)) if part.strip())
-    return Reply(
-        text=_kept(text, clean),
-        finish_reason=None if ended is None else short(ended, clean),
-        refusal=_kept(refusal if isinstance(refusal, str) else "refused", clean) if refusal else None,
-        top_logprobs=_first_token(_get(choice, "logprobs"), clean),
-        reasoning=None if text else _reasoning(message, clean),
-    )
-
-
-def _kept(text: str, clean: Callable[[str], str]) -> str:
-    return clean(text)[:_LONGEST_TEXT]
-
-
-def _arguments(message) -> list[str]:
-    calls = [_get(call, "function") for call in _items(_get(message, "tool_calls"))] + [_get(message, "function_call")]
-    found = [_get(call, "arguments") for call in calls]
-    return [item if isinstance(item, str) else _as_json(item) for item in found if isinstance(item, (str, dict))]
-
-
-def _as_json(value: object) -> str:
-    """JSON of what was decoded; nothing of what is nested beyond reason."""
-    try:
-        return json.dumps(value, ensure_ascii=False)
-    except (RecursionError, ValueError):
-        return ""
-
-
-def _reasoning(message, clean) -> str | None:
-    found = (_get(message, name) for name in ("reasoning_content", "reasoning", "thinking"))
-    return next((_kept(text, clean) for text in found if isinstance(text, str) and text.strip()), None)
-
-
-def _get(thing, name: str):
-    return thing.get(name) if isinstance(thing, Mapping) else None
-
-
-def _items(value) -> Sequence:
-    return value if isinstance(value, (list, tuple)) else ()
 
 
 def _transport(error: Exception) -> BaseException | None:
@@ -644,9 +501,9 @@ def _transport(error: Exception) -> BaseException | None:
     return getattr(error.__cause__, "__cause__", None)
 
 
-def _unusable(error: Exception) -> _Unusable | None:
+def _unusable(error: Exception) -> Unusable | None:
     """Give what the bounded client raised, which some versions of the openai package wrap."""
-    return next((each for each in (error, error.__cause__) if isinstance(each, _Unusable)), None)
+    return next((each for each in (error, error.__cause__) if isinstance(each, Unusable)), None)
 
 
 def _never_sent(error: Exception) -> bool:
@@ -656,22 +513,3 @@ def _never_sent(error: Exception) -> bool:
 def _timed_out(error: Exception) -> bool:
     slow = isinstance(_unusable(error), _TooSlow) or isinstance(_transport(error), asyncio.TimeoutError)
     return slow and not _never_sent(error)
-
-
-def _text(content) -> str:
-    if isinstance(content, str):
-        return content
-    parts = [part for part in _items(content) if isinstance(part, dict)]
-    texts = [part.get("text") for part in parts if part.get("type") not in ("thinking", "reasoning")]
-    return "".join(text for text in texts if isinstance(text, str))
-
-
-def _first_token(logprobs, clean) -> tuple[tuple[str, float], ...] | None:
-    """Alternatives for the first token that is not blank or a quotation mark."""
-    for position in _items(_get(logprobs, "content")):
-        if short(_get(position, "token"), clean).strip(" \t\r\n\"'`*Ġ▁"):
-            pairs = [(_get(item, "token"), _get(item, "logprob")) for item in _items(_get(position, "top_logprobs"))]
-            # An alternative without a number says nothing: it must not count as certain.
-            known = [(token, p) for token, p in pairs if isinstance(token, str) and type(p) in (int, float)]
-            return tuple((short(token, clean), float(p)) for token, p in known[:_MOST_TOKENS] if abs(p) < 1e300) or None
-    return None

@@ -315,13 +315,24 @@ class Recording(NamedTuple):
     cut: bool
 
 
-def read_recording(source, longest_audio: float | None = None, hashes: HashCache | None = None) -> Recording:
-    """Read a recording and make it ready to be sent."""
+def read_known(source, hashes: HashCache | None = None) -> tuple[Known, torch.Tensor]:
+    """Read a recording, and remember its content hash and length."""
     before = file_stamp(source)
     waveform = source() if callable(source) else load_audio(source, SAMPLE_RATE)
     known = Known(content_hash(waveform), len(waveform) / SAMPLE_RATE)
     if hashes is not None:
         hashes.put(source, before, known)
+    return known, waveform
+
+
+def known_recording(source, hashes: HashCache) -> Known:
+    """Look a recording up, or read it."""
+    return hashes.get(source) or read_known(source, hashes)[0]
+
+
+def read_recording(source, longest_audio: float | None = None, hashes: HashCache | None = None) -> Recording:
+    """Read a recording and make it ready to be sent."""
+    known, waveform = read_known(source, hashes)
     heard = waveform if longest_audio is None else waveform[: int(longest_audio * SAMPLE_RATE)]
     return Recording(known, Clip.of(encode_wav(heard)), len(heard) < len(waveform))
 

@@ -26,9 +26,9 @@ from speechbrain_mifuse.lalm.answer import KINDS, SAMPLE_KINDS
 from speechbrain_mifuse.lalm.integrity import SUM_TOLERANCE
 from speechbrain_mifuse.lalm.profile import is_number
 from speechbrain_mifuse.lalm.redaction import redactor
-from speechbrain_mifuse.lalm.store import Entry, LabelStore, Query, StoreError
+from speechbrain_mifuse.lalm.store import Entry, LabelStore, Query, StoreError, is_text
 from speechbrain_mifuse.utils.errors import UserError
-from speechbrain_mifuse.utils.files import encodable, replacing, strict_object
+from speechbrain_mifuse.utils.files import replacing, strict_object
 from speechbrain_mifuse.utils.progress import progress
 from speechbrain_mifuse.utils.texts import first_of
 
@@ -45,7 +45,7 @@ ID_DIGITS = 16
 
 @dataclasses.dataclass
 class Taken:
-    """What an import or a merge did."""
+    """What an import or a merge did: answers that are new, that were there, and that another sample stands against."""
 
     new: int = 0
     same: int = 0
@@ -68,7 +68,45 @@ class Taken:
 def export(
     store: LabelStore, path: str | Path, queries: Sequence[Query] | None = None, with_ids=True, show_progress=True
 ) -> int:
-    """Write answers to a file without any audio and without any key."""
+    """Write answers to a file without any audio and without any key.
+
+    Parameters
+    ----------
+    store : LabelStore
+        What is exported.
+    path : str or pathlib.Path
+        File to write; compressed if its name ends in ``.gz``.
+    queries : sequence of Query, optional
+        Which answers; all by default.
+    with_ids : bool
+        Whether identifiers of utterances go with them; training does not need them.
+    show_progress : bool
+        On standard error.
+
+    Returns
+    -------
+    int
+        Number of answers written.
+
+    Raises
+    ------
+    StoreError
+        If the store cannot be read, or a query holds what looks like a key.
+
+    Example
+    -------
+    >>> import tempfile
+    >>> from speechbrain_mifuse.lalm.answer import Answer, Response
+    >>> from speechbrain_mifuse.lalm.store import Record
+    >>> folder = Path(tempfile.mkdtemp())
+    >>> query = Query("0" * 64, ("angry", "sad"), "m", "http://127.0.0.1/v1", {"temperature": 1})
+    >>> with LabelStore(folder / "a.sqlite") as mine, LabelStore(folder / "b.sqlite") as yours:
+    ...     mine.put_many(query, [Record("ab" * 32, 0, "u1", Response(Answer("label", (1.0, 0.0)), "{}"))])
+    ...     written = export(mine, folder / "labels.jsonl", show_progress=False)
+    ...     taken = import_file(folder / "labels.jsonl", yours, show_progress=False)
+    >>> written, taken.new, merge([folder / "a.sqlite"], folder / "b.sqlite", show_progress=False).same
+    (1, 1, 1)
+    """
     known = {summary.query: sum(summary.counts.values()) for summary in store.queries()}
     chosen = list(known if queries is None else queries)
     clean, written = redactor(), 0
@@ -93,7 +131,27 @@ def export(
 
 
 def import_file(path: str | Path, store: LabelStore, show_progress: bool = True) -> Taken:
-    """Take over an export: all of it, or nothing if a line of it is wrong. A second time changes nothing."""
+    """Take over an export: all of it, or nothing if a line of it is wrong. A second time changes nothing.
+
+    Parameters
+    ----------
+    path : str or pathlib.Path
+        A file that `export` wrote; its example shows this function too.
+    store : LabelStore
+        Where the answers go; a stored sample is never replaced.
+    show_progress : bool
+        On standard error.
+
+    Returns
+    -------
+    Taken
+        Numbers of answers, and the conflicts by line.
+
+    Raises
+    ------
+    StoreError
+        If the file is cut off, was changed or is no export; the message names the line.
+    """
     taken = Taken()
     with store.copying() as copy, progress(unit="answer", desc="import", disable=not show_progress) as bar:
         for number, query, entry in _read(Path(path)):
@@ -103,7 +161,27 @@ def import_file(path: str | Path, store: LabelStore, show_progress: bool = True)
 
 
 def merge(shards: Sequence[str | Path], into: str | Path, show_progress: bool = True) -> Taken:
-    """Bring stores together that were collected apart, as on several machines."""
+    """Bring stores together that were collected apart, as on several machines.
+
+    Parameters
+    ----------
+    shards : sequence of str or pathlib.Path
+        Label stores to read; they stay as they are.
+    into : str or pathlib.Path
+        Label store to write, made if missing; it changes as a whole or not at all.
+    show_progress : bool
+        On standard error.
+
+    Returns
+    -------
+    Taken
+        Numbers of answers, and the conflicts; see the example of `export`.
+
+    Raises
+    ------
+    StoreError
+        If a store cannot be read or holds what no answer can be, or `into` is among the shards.
+    """
     into, taken = Path(into), Taken()
     if into.exists() and any(Path(shard).exists() and into.samefile(shard) for shard in shards):
         raise StoreError(f"{into}: cannot be merged into itself. Leave it out of the stores to read.")
@@ -236,10 +314,6 @@ def _count(least: int, below: int) -> Callable[[object], bool]:
     return lambda value: isinstance(value, int) and not isinstance(value, bool) and least <= value < below
 
 
-def _text(value: object) -> bool:
-    return isinstance(value, str) and encodable(value)
-
-
 def _reply(value: object) -> bool:
     try:
         found = json.loads(value if isinstance(value, str) else "")
@@ -252,25 +326,25 @@ def _usage(value: object) -> bool:
     """Whether it is the usage of an answer, with those of answers that it replaced inside it."""
     while isinstance(value, dict) and "replaced" in value:
         value = value["replaced"]
-    return isinstance(value, dict) and _text(json.dumps(value, ensure_ascii=False))
+    return isinstance(value, dict) and is_text(json.dumps(value, ensure_ascii=False))
 
 
 # What a field must be, and what stands for one that is left out (nothing does where there is none).
 _FIELDS: dict[str, tuple[Callable[[object], bool], str]] = {
-    "audio": (lambda v: _text(v) and re.fullmatch("[0-9a-f]{64}", v) is not None, "64 hexadecimal digits"),
+    "audio": (lambda v: is_text(v) and re.fullmatch("[0-9a-f]{64}", v) is not None, "64 hexadecimal digits"),
     "k": (_count(0, MAX_COUNT), f"a whole number from 0 to {MAX_COUNT - 1}"),
-    "utt_id": (_text, "text"),
+    "utt_id": (is_text, "text"),
     "kind": (lambda v: v in KINDS, f"one of {', '.join(KINDS)}"),
     "probs": (lambda v: isinstance(v, (list, tuple)) and all(map(is_number, v)), "a list of numbers"),
     "label_mass": (lambda v: is_number(v) and 0 <= v <= 1, "a number from 0 to 1"),
     "attempts": (_count(1, MAX_COUNT), f"a whole number from 1 to {MAX_COUNT - 1}"),
-    "reason": (_text, "text"),
+    "reason": (is_text, "text"),
     "seed": (_count(-(2**63), 2**63), "a whole number of 64 bits"),
     "created": (lambda v: is_number(v) and 0 <= v < MAX_TIME, "seconds since 1970, before the year 9999"),
-    "served_model": (_text, "text"),
-    "system_fingerprint": (_text, "text"),
+    "served_model": (is_text, "text"),
+    "system_fingerprint": (is_text, "text"),
     "usage": (_usage, "an object"),
-    "raw": (lambda v: _text(v) and _reply(v), "an object in JSON as text"),
+    "raw": (lambda v: is_text(v) and _reply(v), "an object in JSON as text"),
 }
 _LEFT_OUT = {name: None for name in ("probs", "label_mass", "seed", "served_model", "system_fingerprint", "usage")}
 _LEFT_OUT |= {"utt_id": "", "reason": ""}

@@ -8,7 +8,6 @@ import os
 import sqlite3
 import threading
 import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
@@ -62,15 +61,6 @@ class HashCache(contextlib.AbstractContextManager):
             row = self._db.execute(statement, (os.path.abspath(wav), *stamp)).fetchone()
             return Known(*row) if row else None
         return None
-
-    def of(self, wav: str | Path, read: Callable[[], Known]) -> Known:
-        """Look up a recording, or read it and remember what was found."""
-        known = self.get(wav)
-        if known is None:
-            before = file_stamp(wav)
-            known = read()
-            self.put(wav, before, known)
-        return known
 
     def put(self, wav: str | Path, before: tuple[int, int] | None, known: Known):
         """Remember a recording, unless it changed while it was read."""

@@ -44,7 +44,7 @@ _BLOCK = 100000
 
 @dataclasses.dataclass
 class Findings:
-    """What `check` found."""
+    """What `check` found: `problems`, and `notes` on what is unusual and sound."""
 
     problems: list[str] = dataclasses.field(default_factory=list)
     notes: list[str] = dataclasses.field(default_factory=list)
@@ -56,7 +56,25 @@ class Findings:
 
 
 def check(store: LabelStore) -> Findings:
-    """Check a store: SQLite's own check of its pages, then what every row must be."""
+    """Check a store: SQLite's own check of its pages, then what every row must be.
+
+    Parameters
+    ----------
+    store : LabelStore
+        May be open for reading only; nothing is changed.
+
+    Returns
+    -------
+    Findings
+        With one line for each kind of problem; a store that cannot be read is one, too.
+
+    Example
+    -------
+    >>> import tempfile
+    >>> with LabelStore(tempfile.mkdtemp() + "/labels.sqlite") as store:
+    ...     check(store).summary()
+    'sound'
+    """
     try:
         pages = [row[0] for row in store.read("PRAGMA integrity_check") if row[0] != "ok"]
         if pages:  # the rows of a damaged file say nothing

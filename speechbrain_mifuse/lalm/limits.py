@@ -95,6 +95,28 @@ class Budget:
     not fit waits while others are in flight, because they mostly cost less than was set aside. The first call goes
     alone: it shows how the provider counts tokens, and what is set aside is scaled if the estimate was too low. A call
     whose outcome is unknown (a lost connection) counts with all that was set aside.
+
+    Parameters
+    ----------
+    limit : float, optional
+        Most that may be spent, in the currency of the price; no limit by default.
+    price : Price, optional
+        What tokens cost; needed for a limit.
+    spent : float
+        What was spent before, see `lalm.plan.spent_before`.
+
+    Raises
+    ------
+    UserError
+        If the limit is no positive amount, or there is no price for it.
+
+    Example
+    -------
+    >>> budget = Budget(2.0, Price(1.0, 1.0, 10.0))
+    >>> aside = asyncio.run(budget.reserve(Tokens(text=100_000, output=50_000)))
+    >>> budget.settle(aside, used=Tokens(text=100_000, output=20_000))
+    >>> round(aside, 6), round(budget.spent, 6)
+    (0.6, 0.3)
     """
 
     def __init__(self, limit: float | None = None, price: Price | None = None, spent: float = 0.0):

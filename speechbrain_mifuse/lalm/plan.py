@@ -10,13 +10,13 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from speechbrain_mifuse.lalm.collect import SAMPLE_RATE, Wanted
+from speechbrain_mifuse.lalm.collect import Wanted, known_recording
 from speechbrain_mifuse.lalm.hashes import HashCache, Known
 from speechbrain_mifuse.lalm.limits import estimated_tokens
 from speechbrain_mifuse.lalm.profile import NO_TOKENS, Price, Profile, Tokens
 from speechbrain_mifuse.lalm.prompt import Prompt
 from speechbrain_mifuse.lalm.store import LabelStore, Query
-from speechbrain_mifuse.utils.audio import BadAudio, content_hash, load_audio
+from speechbrain_mifuse.utils.audio import BadAudio
 from speechbrain_mifuse.utils.audio_warnings import summarized
 from speechbrain_mifuse.utils.errors import WriteError
 from speechbrain_mifuse.utils.progress import progress
@@ -113,7 +113,30 @@ class Plan:
 def make_plan(
     known: Mapping[str, Known], prompt: Prompt, client: LalmClient, store: LabelStore, query: Query, k: int
 ) -> Plan:
-    """Plan what `collect` would do, asking nothing."""
+    """Plan what `collect` would do, asking nothing.
+
+    Parameters
+    ----------
+    known : mapping of str to Known
+        Content hash and length of each utterance's recording, as `known_recordings` gives.
+    prompt, client, store, query, k
+        As for `lalm.collect.collect`.
+
+    Returns
+    -------
+    Plan
+        Calls, tokens, cost and time; `told` describes it.
+
+    Example
+    -------
+    >>> from speechbrain_mifuse.lalm.client import LalmClient
+    >>> prompt, client = Prompt(("angry", "sad")), LalmClient("http://127.0.0.1:8000/v1", "m")
+    >>> query = Query.of(prompt, client.model, client.base_url, {"temperature": 1.0, "seed": 0})
+    >>> with LabelStore(":memory:") as store:
+    ...     plan = make_plan({"u1": Known("ab" * 32, 2.0)}, prompt, client, store, query, k=5)
+    >>> plan.calls, plan.wanted, plan.expected.audio, plan.expected.output
+    (1, 5, 50, 100)
+    """
     profile, seed = client.profile, query.sampling.get("seed")
     wanted = Wanted(prompt, profile.honours_n, store, query, k)
     lengths = {recording.audio: recording.seconds for recording in known.values()}
@@ -153,7 +176,7 @@ def known_recordings(wavs: Mapping[str, str | Path], hashes: HashCache, show_pro
     def find(item: tuple[str, str | Path]) -> tuple[str, Known | None]:
         utt_id, wav = item
         try:
-            return utt_id, hashes.of(wav, lambda: read_known(wav))
+            return utt_id, known_recording(wav, hashes)
         except WriteError:
             raise
         except (BadAudio, OSError) as error:
@@ -164,12 +187,6 @@ def known_recordings(wavs: Mapping[str, str | Path], hashes: HashCache, show_pro
         found = readers.map(find, wavs.items())
         bar = progress(found, total=len(wavs), unit="utt", desc="reading recordings", disable=not show_progress)
         return {utt_id: known for utt_id, known in bar if known is not None}
-
-
-def read_known(wav: str | Path) -> Known:
-    """Read a recording for its content hash and length."""
-    waveform = load_audio(wav, SAMPLE_RATE)
-    return Known(content_hash(waveform), len(waveform) / SAMPLE_RATE)
 
 
 def _duration(seconds: float) -> str:

@@ -19,9 +19,10 @@ import torch
 
 from speechbrain_mifuse.lalm.answer import Reply, parse_distribution, parse_label, parse_logprobs
 from speechbrain_mifuse.lalm.card import NO, REJECTED, UNKNOWN, YES, Card, Finding
-from speechbrain_mifuse.lalm.client import LalmClient, LalmError, reply_of
+from speechbrain_mifuse.lalm.client import LalmClient
 from speechbrain_mifuse.lalm.collect import SAMPLE_RATE, encode_wav, run_to_end
-from speechbrain_mifuse.lalm.limits import known_usage
+from speechbrain_mifuse.lalm.completion import reply_of
+from speechbrain_mifuse.lalm.limits import LalmError, known_usage
 from speechbrain_mifuse.lalm.profile import AUDIO_PARTS, CONSTRAINTS, Profile
 from speechbrain_mifuse.lalm.prompt import ANSWER_FORMS, Prompt
 from speechbrain_mifuse.lalm.redaction import redacted, short
@@ -97,7 +98,45 @@ class Question(NamedTuple):
 def probe(
     client: LalmClient, profile: Profile, speech: torch.Tensor, temperature=1.0, lengths=LENGTHS, show_progress=True
 ) -> Card:
-    """Ask a server about itself: whether it takes audio, honours n, temperature, seed and constraints, and so on."""
+    """Ask a server about itself: whether it takes audio, honors n, temperature, seed and constraints, and so on.
+
+    Parameters
+    ----------
+    client : LalmClient
+        Access to the server.
+    profile : Profile
+        What is asked of it: form of the audio, sampling fields, form of answers.
+    speech : torch.Tensor
+        `[samples]` at 16 kHz, one second or more; `speech_like` where no recording is at hand.
+    temperature : float
+        At which samples are to be drawn.
+    lengths : sequence of float
+        Seconds of the longer recordings, ascending.
+    show_progress : bool
+        On standard error.
+
+    Returns
+    -------
+    Card
+        The findings, each with its evidence.
+
+    Raises
+    ------
+    LalmError
+        If no call is answered.
+    UserError
+        If the recording is too short or the lengths do not fit.
+
+    Example
+    -------
+    >>> class Deaf(LalmClient):
+    ...     async def check(self): ...
+    ...     async def complete(self, messages, **fields):
+    ...         return {"choices": [{"message": {"content": "sad"}}], "usage": {"prompt_tokens": 9}}
+    >>> card = probe(Deaf("http://127.0.0.1:8000/v1", "m"), Profile(), speech_like(), show_progress=False)
+    >>> card["hears_input_audio"].verdict, card["honours_n"].verdict
+    ('no', 'no')
+    """
     asked = questions(profile, temperature, lengths)
     wavs = {name: base64.b64encode(wav).decode() for name, wav in clips(speech, lengths).items()}
     with progress(total=len(asked), unit="call", desc=f"probing {client.model}", disable=not show_progress) as bar:
@@ -189,9 +228,9 @@ def _tagged(wav: bytes) -> bytes:
     return wav[:4] + (len(wav) + len(chunk) - 8).to_bytes(4, "little") + wav[8:] + chunk
 
 
-def speech_like(seconds: float = CLIP_SECONDS) -> torch.Tensor:
+def speech_like() -> torch.Tensor:
     """Render vowels with a moving pitch: a stand-in for speech where no recording is at hand."""
-    time = torch.arange(int(seconds * SAMPLE_RATE)) / SAMPLE_RATE
+    time = torch.arange(int(CLIP_SECONDS * SAMPLE_RATE)) / SAMPLE_RATE
     pitch = 140 + 40 * torch.sin(2 * torch.pi * 0.7 * time) + 5 * torch.sin(2 * torch.pi * 5 * time)
     phase = 2 * torch.pi * torch.cumsum(pitch, 0) / SAMPLE_RATE
     vowels = torch.tensor([[730, 1090, 2440], [270, 2290, 3010], [300, 870, 2240], [530, 1840, 2480]])  # a i u e

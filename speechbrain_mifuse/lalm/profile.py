@@ -84,7 +84,7 @@ BATCH_SHARE = 0.5
 
 
 class Tokens(NamedTuple):
-    """Numbers of tokens by what they cost."""
+    """Numbers of tokens by what they cost: input text, input audio, output."""
 
     text: float = 0
     audio: float = 0
@@ -105,7 +105,13 @@ NO_TOKENS = Tokens()
 
 @dataclasses.dataclass(frozen=True)
 class Price:
-    """What a provider asks for a million tokens. Prices change: they are the user's to check."""
+    """What a provider asks for a million tokens. Prices change: they are the user's to check.
+
+    Example
+    -------
+    >>> Price(2.0, 40.0, 10.0).cost(Tokens(text=1000, audio=500_000, output=100))
+    20.003
+    """
 
     per_million_input_text: float
     per_million_input_audio: float
@@ -130,6 +136,44 @@ class Price:
 class Profile:
     """One provider: where it is, what its API understands, what it allows and what it costs.
 
+    Parameters
+    ----------
+    name : str
+        For people.
+    base_url, model : str, optional
+        Address of the API and name of the model; without an address the teacher is a classifier served on this machine.
+    audio_part : str
+        Form of the audio in a message: a key of `AUDIO_PARTS`.
+    constraint : str
+        How the server is made to answer in no other form: a key of `CONSTRAINTS`.
+    answer_form : str
+        A key of `lalm.prompt.ANSWER_FORMS`.
+    sampling : mapping
+        Further fields of every request, such as `max_tokens`; they are part of the answers' key.
+    requests_per_minute, tokens_per_minute : float, optional
+        Limits of the provider.
+    concurrency : int
+        Calls at a time.
+    honours_n : bool
+        Whether one call can bring several answers; if not, each answer is a call.
+    honours_seed : bool
+        Whether `seed` is sent.
+    longest_audio : float, optional
+        Seconds that the model reads; of longer recordings the beginning is sent.
+    audio_tokens_per_second, seconds_per_call : float
+        Estimates for plans and budgets; replies say what was used.
+    timeout, deadline : float
+        Seconds for one attempt, and for one call with all its attempts.
+    max_retries : int
+        Further attempts after a passing fault.
+    price : Price, optional
+        What tokens cost.
+
+    Raises
+    ------
+    UserError
+        If a value is of no use; the message names its key.
+
     Example
     -------
     >>> profile = Profile.of({"name": "here", "base_url": "http://127.0.0.1:8000/v1", "audio_part": "audio_url"})
@@ -141,25 +185,24 @@ class Profile:
     speechbrain_mifuse.utils.errors.UserError: lalm_profile: audio_part 'wav' is none of input_audio, audio_url
     """
 
-    name: str = "default"  # for people
-    base_url: str | None = None  # without it the teacher is a classifier served on this machine
+    name: str = "default"
+    base_url: str | None = None
     model: str | None = None
-    audio_part: str = "input_audio"  # key of `AUDIO_PARTS`
-    constraint: str = "none"  # key of `CONSTRAINTS`: how the server is made to answer in no other form
-    answer_form: str = "distribution"  # key of `ANSWER_FORMS`
-    # Further fields of every request, such as `max_tokens`; they are part of the answers' key.
+    audio_part: str = "input_audio"
+    constraint: str = "none"
+    answer_form: str = "distribution"
     sampling: Mapping = dataclasses.field(default_factory=dict, hash=False)
     requests_per_minute: float | None = None
     tokens_per_minute: float | None = None
-    concurrency: int = 8  # calls at a time
-    honours_n: bool = True  # whether one call can bring several answers; if not, each answer is a call
-    honours_seed: bool = True  # whether `seed` is sent
-    longest_audio: float | None = None  # seconds that the model reads; of longer recordings the beginning is sent
-    audio_tokens_per_second: float = 25.0  # estimate for plans and budgets; replies say what was used
-    seconds_per_call: float = 2.0  # estimate for plans
-    timeout: float = 60.0  # seconds for one attempt
-    deadline: float = 300.0  # seconds for one call with all its attempts
-    max_retries: int = 6  # further attempts after a passing fault
+    concurrency: int = 8
+    honours_n: bool = True
+    honours_seed: bool = True
+    longest_audio: float | None = None
+    audio_tokens_per_second: float = 25.0
+    seconds_per_call: float = 2.0
+    timeout: float = 60.0
+    deadline: float = 300.0
+    max_retries: int = 6
     price: Price | None = None
 
     def __post_init__(self):
@@ -211,7 +254,34 @@ def _of(cls, values: Mapping, where: str):
 
 
 def read_profile(path: str | Path | None, **given) -> Profile:
-    """Read a provider's profile."""
+    r"""Read a provider's profile.
+
+    Parameters
+    ----------
+    path : str or pathlib.Path, optional
+        A YAML file with fields of `Profile`, such as ``hparams/lalm/openai.yaml``; none for the defaults.
+    **given
+        Fields that count instead of the file's.
+
+    Returns
+    -------
+    Profile
+        The profile.
+
+    Raises
+    ------
+    UserError
+        If the file cannot be read, or a field is unknown or of no use.
+
+    Example
+    -------
+    >>> import tempfile
+    >>> path = Path(tempfile.mkdtemp()) / "mine.yaml"
+    >>> _ = path.write_text("base_url: http://127.0.0.1:8000/v1\nmodel: m\nsampling: {max_tokens: 40}\n")
+    >>> profile = read_profile(path, concurrency=2)
+    >>> profile.model, profile.concurrency, profile.output_limit(profile.sampling)
+    ('m', 2, 40)
+    """
     try:
         values = {} if path is None else plain_yaml(path)
     except ValueError as error:

@@ -189,13 +189,13 @@ class Query:
 
     def __post_init__(self):
         fit = {
-            "prompt_hash": _is_text(self.prompt_hash),
-            "model": _is_text(self.model),
-            "base_url": _is_text(self.base_url),
-            "endpoint": self.endpoint is None or _is_text(self.endpoint),
-            "prompt": _is_text(self.prompt),
+            "prompt_hash": is_text(self.prompt_hash),
+            "model": is_text(self.model),
+            "base_url": is_text(self.base_url),
+            "endpoint": self.endpoint is None or is_text(self.endpoint),
+            "prompt": is_text(self.prompt),
             "sampling": isinstance(self.sampling, Mapping),
-            "labels": isinstance(self.labels, (list, tuple)) and self.labels and all(map(_is_text, self.labels)),
+            "labels": isinstance(self.labels, (list, tuple)) and self.labels and all(map(is_text, self.labels)),
         }
         for name in fit:
             if not fit[name]:
@@ -235,7 +235,19 @@ class Query:
 
 @dataclasses.dataclass(frozen=True)
 class Record:
-    """One answer on its way into the store."""
+    """One answer on its way into the store.
+
+    Parameters
+    ----------
+    audio : str
+        Content hash of the recording, 64 hexadecimal digits (`utils.audio.content_hash`).
+    k : int
+        Index of the sample, from 0.
+    utt_id : str
+        Identifier of the utterance, for people.
+    response : Response
+        What was answered.
+    """
 
     audio: str
     k: int
@@ -268,7 +280,11 @@ class Entry(NamedTuple):
 
 
 class QuerySummary(NamedTuple):
-    """One query of a store and what is stored of it."""
+    """One query of a store and what is stored of it.
+
+    `counts` of answers by kind, different `recordings`, `k` samples at most, `attempts` paid for, times of the `first`
+    and the `last` answer (seconds since 1970), and the tokens that usual calls and the Batch API took.
+    """
 
     number: int
     query: Query
@@ -352,7 +368,22 @@ class LabelStore(contextlib.AbstractContextManager):
         self._db.close()
 
     def put_many(self, query: Query, records: Iterable[Record]):
-        """Write answers in one transaction; on disk when this returns."""
+        """Write answers in one transaction; on disk when this returns.
+
+        A stored sample is never replaced. A rejected answer is, and counts as one more attempt.
+
+        Parameters
+        ----------
+        query : Query
+            What was asked.
+        records : iterable of Record
+            The answers.
+
+        Raises
+        ------
+        StoreError
+            If the file cannot be written, or a sample has not one probability for each label.
+        """
         records, now = list(records), time.time()
         with self._transaction():
             number = self._query_id(query, create=True)
@@ -379,7 +410,27 @@ class LabelStore(contextlib.AbstractContextManager):
         )
 
     def load(self, query: Query, audio_hashes: Sequence[str], k: int) -> Samples:
-        """Read the first `k` samples of each of N recordings, named by their audio hashes; repeats are allowed."""
+        """Read the first `k` samples of each of N recordings.
+
+        Parameters
+        ----------
+        query : Query
+            What was asked.
+        audio_hashes : sequence of str
+            `[N]`, content hashes; repeats are allowed.
+        k : int
+            K.
+
+        Returns
+        -------
+        Samples
+            `probs` `[N, K, C]`, `mask` `[N, K]` and `kinds` `[N, K]`; what is not stored is masked out.
+
+        Raises
+        ------
+        StoreError
+            If the file cannot be read.
+        """
         shape = (len(audio_hashes), k)
         samples = Samples(
             torch.zeros(*shape, len(query.labels)),
@@ -640,7 +691,8 @@ class LabelStore(contextlib.AbstractContextManager):
         return StoreError(f"label store {self.path}: {error}. {remedy}")
 
 
-def _is_text(value: object) -> bool:
+def is_text(value: object) -> bool:
+    """Whether a value is text that can be stored."""
     return isinstance(value, str) and encodable(value)
 
 

@@ -7,20 +7,33 @@ from pathlib import Path
 
 from speechbrain_mifuse import __version__
 from speechbrain_mifuse.features.store import difference
-from speechbrain_mifuse.nnet.model_card import adapter_card
-from speechbrain_mifuse.nnet.model_folder import ModelFolder, object_yaml, pretrainer_yaml
 from speechbrain_mifuse.nnet.wap_transformer import WAPTransformer
 from speechbrain_mifuse.utils.errors import UserError
+from speechbrain_mifuse.utils.model_folder import (
+    SAME_FRAMES,
+    ModelFolder,
+    bullets,
+    card_text,
+    object_yaml,
+    pretrainer_yaml,
+)
 from speechbrain_mifuse.utils.schemas import AdapterAbout
 
-# What the frames an adapter was trained on and those it is to read must share.
-DECISIVE = ("encoder", "dim", "trim_db", "frame_average", "preprocessing_version", "speaker_norm", "layer")
+# The same of frames of one layer.
+SAME_LAYER = (*SAME_FRAMES, "layer")
 
 HEAD = """# A pretrained adapter. In a recipe of your own, include this file or copy it; then
 #   run_on_main(hparams["pretrainer"].collect_files); hparams["pretrainer"].load_collected()
 # and hparams["adapter"](frames, lengths) adapts frames [batch, frames, {input_size}] of layer {layer} of its encoder.
 adapter_folder: .
 """
+USE = """Transformer layers between a frozen speech encoder and a classifier of emotions.
+
+```python
+from speechbrain_mifuse.nnet.adapter_files import load_adapter
+
+adapter = load_adapter("path/to/this/folder")
+```"""
 
 
 class AdapterError(UserError):
@@ -72,6 +85,16 @@ def export_adapter(folder: str | Path, adapter: WAPTransformer, features: Mappin
     ADAPTER.write(folder, weights, text, about, adapter_card(about))
 
 
+def adapter_card(about: Mapping) -> str:
+    """Write the card of a pretrained adapter."""
+    count = about.get("utterances")
+    sections = {
+        "Training": "Pretrained without labels" + (f" on {count} recordings." if count else "."),
+        "Limits": bullets(["It fits only the encoder, the layer and the preprocessing that `about.json` names."]),
+    }
+    return card_text("feature-extraction", "Speech emotion adapter", USE, sections, about)
+
+
 def load_adapter(folder: str | Path, features: Mapping | None = None) -> WAPTransformer:
     """Build a pretrained adapter with its weights.
 
@@ -106,7 +129,7 @@ def load_adapter(folder: str | Path, features: Mapping | None = None) -> WAPTran
     """
     about = ADAPTER.about(folder)
     if features is not None:
-        differs = difference(*({key: part.get(key) for key in DECISIVE} for part in (about.features, features)))
+        differs = difference(*({key: part.get(key) for key in SAME_LAYER} for part in (about.features, features)))
         if differs:
             raise AdapterError(f"{folder}: was trained on other frames ({differs}). Pass the same --encoder.")
     sizes = about.adapter.model_dump()

@@ -12,12 +12,24 @@ from torch.nn import functional as F
 
 
 def mean_where(values: torch.Tensor, chosen: torch.Tensor) -> torch.Tensor:
-    """Average the chosen values; 0 when nothing is chosen."""
+    """Average the chosen values; 0 when nothing is chosen.
+
+    Example
+    -------
+    >>> mean_where(torch.tensor([1.0, 3.0, 9.0]), torch.tensor([True, True, False]))
+    tensor(2.)
+    """
     return values.masked_fill(~chosen, 0.0).sum() / chosen.sum().clamp(min=1)
 
 
 def unit_frames(frames: torch.Tensor) -> torch.Tensor:
-    """Normalize frames `[..., D]` to mean 0 and variance 1: targets whose scale cannot shrink to nothing."""
+    """Normalize frames `[..., D]` to mean 0 and variance 1: targets whose scale cannot shrink to nothing.
+
+    Example
+    -------
+    >>> unit_frames(torch.tensor([[1.0, 3.0]])).round(decimals=2).tolist()
+    [[-1.0, 1.0]]
+    """
     return F.layer_norm(frames.float(), frames.shape[-1:])
 
 
@@ -74,7 +86,13 @@ def frame_distillation(predicted: torch.Tensor, teacher: torch.Tensor, true: tor
 
 
 def mean_frame(frames: torch.Tensor, true: torch.Tensor) -> torch.Tensor:
-    """Average each utterance's true frames: `[batch, frames, D]` to `[batch, D]`."""
+    """Average each utterance's true frames: `[batch, frames, D]` and a mask `[batch, frames]` to `[batch, D]`.
+
+    Example
+    -------
+    >>> mean_frame(torch.tensor([[[1.0], [3.0], [9.0]]]), torch.tensor([[True, True, False]])).tolist()
+    [[2.0]]
+    """
     weight = true.unsqueeze(-1).float()
     return (frames.float() * weight).sum(1) / weight.sum(1).clamp(min=1)
 

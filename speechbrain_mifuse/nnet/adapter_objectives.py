@@ -25,7 +25,7 @@ from speechbrain_mifuse.nnet.wap_transformer import WAPTransformer
 
 @dataclass(frozen=True)
 class Views:
-    """One batch as the student and the teacher see it."""
+    """One batch as the student and the teacher see it; `toy_views` makes a small one."""
 
     # [batch, frames, D]: the encoder's frames, standardized and not masked.
     inputs: torch.Tensor
@@ -110,7 +110,7 @@ class MaskPrediction(Objective):
         return mask_prediction(self.head(views.student), views.inputs, views.masked)
 
 
-class LayerPrediction(Objective):
+class LayerPrediction(MaskPrediction):
     """`L_mask` with the mean of several encoder layers as target, each normalised by itself (as data2vec averages).
 
     Its control is the same objective with the input's layer alone.
@@ -134,10 +134,6 @@ class LayerPrediction(Objective):
     def __init__(self, layers: Sequence[int], weight: float = 1.0):
         super().__init__(weight)
         self.layers = tuple(layers)
-
-    def build(self, input_size: int, d_model: int) -> None:
-        """Make the head; see `Objective.build`."""
-        self.head = nn.Linear(d_model, input_size)
 
     def forward(self, views: Views, name: str) -> torch.Tensor:
         """Compare head and layers; see `Objective.forward`."""
@@ -243,13 +239,25 @@ class LocalAttributePrediction(Objective):
 
 
 def span_counts(chosen: torch.Tensor, span: int) -> torch.Tensor:
-    """Count the chosen frames of each span, `[batch, ceil(frames / span)]`; the last span may be a short one."""
+    """Count the chosen frames of each span, `[batch, ceil(frames / span)]`; the last span may be a short one.
+
+    Example
+    -------
+    >>> span_counts(torch.tensor([[True, False, True, True, True]]), 2).tolist()
+    [[1, 2, 1]]
+    """
     short = -chosen.shape[1] % span
     return nn.functional.pad(chosen, (0, short)).unflatten(1, (-1, span)).sum(-1)
 
 
 def span_means(frames: torch.Tensor, true: torch.Tensor, span: int) -> torch.Tensor:
-    """Average each span's true frames, `[batch, ceil(frames / span), D]`."""
+    """Average each span's true frames, `[batch, ceil(frames / span), D]`.
+
+    Example
+    -------
+    >>> span_means(torch.tensor([[[1.0], [3.0], [9.0]]]), torch.ones(1, 3).bool(), 2).flatten().tolist()
+    [2.0, 9.0]
+    """
     kept = frames.masked_fill(~true.unsqueeze(-1), 0.0)
     short = -frames.shape[1] % span
     total = nn.functional.pad(kept, (0, 0, 0, short)).unflatten(1, (-1, span)).sum(2)
@@ -319,8 +327,8 @@ def speaker_centred(vectors: torch.Tensor, speakers: Sequence[str]) -> torch.Ten
     return vectors - (total / torch.bincount(whose).unsqueeze(1))[whose]
 
 
-def principal_components(vectors: torch.Tensor, count: int) -> torch.Tensor:
-    """Give leading principal components `[N, count]` of centred vectors, of variance 1 on average."""
+def _component_targets(vectors: torch.Tensor, count: int) -> torch.Tensor:
+    """Give leading principal components `[N, count]` of centred, standardized vectors, of variance 1 on average."""
     standardised = vectors / vectors.std(0, correction=0).clamp(min=1e-6)
     left, values, _ = torch.linalg.svd(standardised, full_matrices=False)
     scores = left[:, :count] * values[:count]
@@ -370,10 +378,10 @@ class UtteranceStatistics(Objective):
         """Compute the targets; see `Objective.prepare`."""
         parts = []
         if self.components:
-            parts.append(principal_components(self.centre(survey.statistics, survey.speakers), self.components))
+            parts.append(_component_targets(self.centre(survey.statistics, survey.speakers), self.components))
         if self.prosody_components:
             prosody = self.centre(survey.prosody(), survey.speakers)
-            parts.append(principal_components(prosody, self.prosody_components))
+            parts.append(_component_targets(prosody, self.prosody_components))
         vectors = self.dealt(torch.cat(parts, dim=1))
         self.size = vectors.shape[1]
         return dict(zip(survey.ids, vectors, strict=True))
@@ -417,7 +425,24 @@ class PermutedUtteranceStatistics(UtteranceStatistics):
 
 
 class AdapterPretraining(nn.Module):
-    """The student: adapter, what stands in the place of a masked frame, and the objectives."""
+    """The student: adapter, what stands in the place of a masked frame, and the objectives.
+
+    Parameters
+    ----------
+    adapter : WAPTransformer
+        What is pretrained.
+    objectives : mapping of str to Objective
+        By the name under which their loss is logged; already built.
+
+    Example
+    -------
+    >>> objective = MaskPrediction()
+    >>> objective.build(4, 4)
+    >>> student = AdapterPretraining(WAPTransformer(4, n_heads=2), {"mask": objective})
+    >>> losses = student(toy_views(), torch.ones(2))
+    >>> sorted(losses), losses["mask"].ndim
+    (['mask'], 0)
+    """
 
     def __init__(self, adapter: WAPTransformer, objectives: Mapping[str, Objective]):
         super().__init__()

@@ -9,7 +9,30 @@ import torch
 
 
 def block_mask(frames: int, share: float, width: int, generator: torch.Generator) -> torch.Tensor:
-    """Cover about a share of an utterance with blocks of neighbouring frames; true where covered."""
+    """Cover about a share of an utterance with blocks of neighboring frames.
+
+    Parameters
+    ----------
+    frames : int
+        T, of the utterance.
+    share : float
+        Of frames to be covered, in [0, 1]; met to within a block.
+    width : int
+        Frames of a block.
+    generator : torch.Generator
+        Draws where blocks begin.
+
+    Returns
+    -------
+    torch.Tensor
+        `[T]`, bool: true where covered. From two frames on something is covered and something is left.
+
+    Example
+    -------
+    >>> mask = block_mask(100, 0.4, width=10, generator=torch.Generator().manual_seed(0))
+    >>> 40 <= int(mask.sum()) < 50
+    True
+    """
     # SpeechBrain's `compute_mask` sets the number of blocks by the shortest utterance of the batch, fails where one is
     # no longer than a block, and draws from global generators. Here a mask depends on its utterance alone, and its
     # share is met to within a block; from two frames on something is covered and something is left.
@@ -33,7 +56,31 @@ def utterance_generator(seed: int, epoch: int, utt_id: str) -> torch.Generator:
 def draw_masks(
     ids: Sequence[str], counts: Sequence[int], share: float, width: int, seed: int, epoch: int
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Draw block masks `[batch, frames]`, and a number in [0, 1) for each frame, -1 behind the end."""
+    """Draw block masks for a batch; what an utterance gets depends neither on the batch nor on the order.
+
+    Parameters
+    ----------
+    ids, counts : sequence of str, sequence of int
+        Identifier and number of frames of each utterance.
+    share, width
+        As for `block_mask`.
+    seed, epoch : int
+        With the identifier, what is drawn from.
+
+    Returns
+    -------
+    masked : torch.Tensor
+        `[batch, frames]`, bool.
+    keys : torch.Tensor
+        `[batch, frames]`, a number in [0, 1) for each true frame, -1 behind the end.
+
+    Example
+    -------
+    >>> alone, _ = draw_masks(["b"], [20], share=0.4, width=5, seed=1, epoch=1)
+    >>> both, _ = draw_masks(["a", "b"], [9, 20], share=0.4, width=5, seed=1, epoch=1)
+    >>> torch.equal(alone[0], both[1]), both[0, 9:].any().item()
+    (True, False)
+    """
     masked = torch.zeros(len(ids), max(counts), dtype=torch.bool)
     keys = torch.full(masked.shape, -1.0)
     for row, (utt_id, count) in enumerate(zip(ids, counts, strict=True)):

@@ -13,7 +13,18 @@ from speechbrain_mifuse.nnet.wap_transformer import WAPTransformer
 
 
 class LayerWeighting(nn.Module):
-    """Learned convex combination of encoder layers."""
+    """Learned convex combination of encoder layers: `sum_l softmax(v)_l x_l` (Peters et al. 2018).
+
+    Parameters
+    ----------
+    layers : int
+        L.
+
+    Example
+    -------
+    >>> LayerWeighting(2)(torch.tensor([[[[1.0], [3.0]]]])).tolist()
+    [[[2.0]]]
+    """
 
     def __init__(self, layers: int):
         super().__init__()

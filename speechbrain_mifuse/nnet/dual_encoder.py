@@ -19,7 +19,25 @@ SCALE_START, SCALE_MIN, SCALE_MAX = 1 / 0.07, 1.0, 100.0
 
 
 def frame_statistics(frames: torch.Tensor, lengths: torch.Tensor | None = None) -> torch.Tensor:
-    """Give mean and standard deviation over each utterance's true frames, `[batch, 2 D]`."""
+    """Give mean and standard deviation over each utterance's true frames.
+
+    Parameters
+    ----------
+    frames : torch.Tensor
+        `[batch, frames, D]`.
+    lengths : torch.Tensor, optional
+        `[batch]`, relative; all full by default.
+
+    Returns
+    -------
+    torch.Tensor
+        `[batch, 2 D]`: means, then standard deviations.
+
+    Example
+    -------
+    >>> frame_statistics(torch.tensor([[[1.0], [3.0], [9.0]]]), torch.tensor([2 / 3])).tolist()
+    [[2.0, 1.0]]
+    """
     lengths = torch.ones(len(frames), device=frames.device) if lengths is None else lengths
     true = frame_mask(lengths, frames.shape[1])
     mean = mean_frame(frames, true)

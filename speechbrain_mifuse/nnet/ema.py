@@ -9,13 +9,50 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 
 def ema_decay(window: float, steps: int) -> float:
-    """Give the decay whose averaging window is a share of the run: `alpha = 1 - 1 / (window * steps)`."""
+    """Give the decay whose averaging window is a share of the run: `alpha = 1 - 1 / (window * steps)`.
+
+    Parameters
+    ----------
+    window : float
+        Share of the run, in (0, 1].
+    steps : int
+        Updates of the run.
+
+    Returns
+    -------
+    float
+        alpha.
+
+    Example
+    -------
+    >>> ema_decay(0.1, 1000)
+    0.99
+    """
     # A fixed decay means another thing for each length of run: at 0.999 and 200 steps the average is still the start.
     return 1 - 1 / max(window * steps, 1.0)
 
 
 def linear_decay(start: float, end: float, steps: int) -> Callable[[int], float]:
-    """Raise the decay from `start` to `end` within `steps` updates (Baevski et al. 2022, data2vec)."""
+    """Raise the decay from `start` to `end` within `steps` updates (Baevski et al. 2022, data2vec).
+
+    Parameters
+    ----------
+    start, end : float
+        First and last alpha.
+    steps : int
+        Updates between them; `end` afterwards.
+
+    Returns
+    -------
+    callable
+        From the number of updates to alpha.
+
+    Example
+    -------
+    >>> decay = linear_decay(0.5, 1.0, 10)
+    >>> decay(0), decay(5), decay(20)
+    (0.5, 0.75, 1.0)
+    """
     return lambda updates: start + (end - start) * min(updates / max(steps, 1), 1.0)
 
 

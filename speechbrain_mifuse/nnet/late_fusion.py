@@ -137,8 +137,10 @@ class LogitAverage(SpecialistOnly):
     Example
     -------
     >>> average = LogitAverage(AdapterClassifier(8, 2), score_classes=[0, 1], n_classes=2).eval()
-    >>> average(torch.randn(1, 5, 8), torch.ones(1), torch.tensor([[900.0, -900.0]])).shape
-    torch.Size([1, 2])
+    >>> _ = torch.nn.init.zeros_(average.output.weight), torch.nn.init.zeros_(average.output.bias)
+    >>> logits = average(torch.randn(1, 5, 8), torch.ones(1), torch.tensor([[900.0, -900.0]]))
+    >>> logits.argmax(-1).tolist()  # what the scores say, where the specialist says nothing
+    [0]
     """
 
     def __init__(

@@ -7,7 +7,25 @@ from torch import nn
 
 
 def frame_mask(lengths: torch.Tensor, frames: int) -> torch.Tensor:
-    """Mark the true frames `[batch, frames]` of a padded batch, at least one of each utterance."""
+    """Mark the true frames of a padded batch.
+
+    Parameters
+    ----------
+    lengths : torch.Tensor
+        `[batch]`, relative to the longest, as SpeechBrain's.
+    frames : int
+        T, of the padded batch.
+
+    Returns
+    -------
+    torch.Tensor
+        `[batch, T]`, bool; at least one of each utterance.
+
+    Example
+    -------
+    >>> frame_mask(torch.tensor([0.5, 1.0]), 4).int().tolist()
+    [[1, 1, 0, 0], [1, 1, 1, 1]]
+    """
     counts = (lengths * frames).round().clamp(min=1)
     return torch.arange(frames, device=lengths.device)[None, :] < counts[:, None]
 
@@ -33,9 +51,9 @@ class StatisticalAttentivePooling(nn.Module):
 
     Example
     -------
-    >>> pool = StatisticalAttentivePooling(8)
-    >>> pool(torch.randn(2, 5, 8), torch.tensor([0.4, 1.0])).shape
-    torch.Size([2, 16])
+    >>> pool = StatisticalAttentivePooling(1)
+    >>> pool(torch.tensor([[[1.0], [3.0], [9.0]]]), torch.tensor([2 / 3])).tolist()
+    [[2.0, 1.0]]
     """
 
     def __init__(self, input_size: int, attention_size: int = 64):

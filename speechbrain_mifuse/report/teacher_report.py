@@ -6,7 +6,6 @@ the evaluator, after adaptation, and nothing of this report goes back into it.
 
 from __future__ import annotations
 
-import functools
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -24,8 +23,8 @@ from speechbrain_mifuse.features.dataset import label_index
 from speechbrain_mifuse.inference.recognizer import EmotionRecognizer
 from speechbrain_mifuse.inference.recognizer_folder import recogniser_digest
 from speechbrain_mifuse.lalm.answer import KINDS, SAMPLE_KINDS
+from speechbrain_mifuse.lalm.collect import known_recording
 from speechbrain_mifuse.lalm.hashes import HashCache
-from speechbrain_mifuse.lalm.plan import read_known
 from speechbrain_mifuse.lalm.profile import Price, Tokens
 from speechbrain_mifuse.lalm.store import LabelStore, Query, QuerySummary, Samples
 from speechbrain_mifuse.report.figures import plot_answers, plot_calibration, plot_uncertainty
@@ -170,7 +169,7 @@ def _hashes(store: LabelStore, query: Query, rows: Mapping[str, Mapping], show_p
     with HashCache.beside(store.path) as cache:
         for key in progress(unknown, desc="looking up recordings", unit="utt", disable=not (show_progress and unknown)):
             wav = rows[key]["wav"]
-            hashes[key] = cache.of(wav, functools.partial(read_known, wav)).audio
+            hashes[key] = known_recording(wav, cache).audio
     return hashes
 
 

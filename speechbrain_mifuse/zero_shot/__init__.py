@@ -1,4 +1,4 @@
 """Zero-shot emotion scores: audio against prompts, in one space."""
 
-# The value of --teacher that takes an audio-text model in the place of an API.
-ZERO_SHOT = "dual_encoder"
+# The value of --teacher with which an audio-text model, the one that --teacher_alm names, answers instead of an API.
+AUDIO_TEXT_TEACHER = "dual_encoder"

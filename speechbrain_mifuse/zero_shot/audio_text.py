@@ -137,7 +137,29 @@ class EmbeddingReader:
 
 
 class GenericAudioTextModel(AudioTextModel):
-    """Any model of Hugging Face's form that has `get_audio_features` and `get_text_features`."""
+    """Any model of Hugging Face's form that has `get_audio_features` and `get_text_features`.
+
+    It is tried out when it is loaded: its vectors must be finite, of one dimension for audio and text, and the same for
+    the same clip.
+
+    Parameters
+    ----------
+    source : str or pathlib.Path
+        A folder (weights, feature extractor, tokenizer), or a hub id.
+    window : str
+        How repeats fill its input window, see `zero_shot.window`.
+    trim_db : float, optional
+        Cut silence this far below the loudest frame off both ends; nothing is cut by default.
+    trust_remote_code : bool
+        Whether Python that comes with the model may run.
+    flag : str
+        Named in messages.
+
+    Raises
+    ------
+    UserError
+        If it cannot be loaded or does not pass.
+    """
 
     layer = 0
 
@@ -298,7 +320,32 @@ def name_of(source: str | Path) -> str:
 def open_audio_text_model(
     source: str | Path, trust_remote_code: bool = False, flag: str = "--alm", **options
 ) -> GenericAudioTextModel:
-    """Load an audio-text model as what its configuration says it is; options are those of `GenericAudioTextModel`."""
+    """Load an audio-text model as what its configuration says it is.
+
+    Parameters
+    ----------
+    source, trust_remote_code, flag
+        As for `GenericAudioTextModel`.
+    **options
+        `window` and `trim_db` of `GenericAudioTextModel`.
+
+    Returns
+    -------
+    GenericAudioTextModel
+        `ClapModel` for CLAP.
+
+    Raises
+    ------
+    UserError
+        If it cannot be loaded; the message names the flag and what to pass.
+
+    Example
+    -------
+    >>> open_audio_text_model("/no/such/folder")
+    Traceback (most recent call last):
+    ...
+    speechbrain_mifuse.utils.errors.UserError: --alm: '/no/such/folder' could not be loaded: ...
+    """
     with alm_errors(source, flag):
         where = _checked_source(source, trust_remote_code)
         kind = AutoConfig.from_pretrained(where, trust_remote_code=trust_remote_code).model_type

@@ -19,11 +19,11 @@ from speechbrain_mifuse.features.encoder import FrozenEncoder
 from speechbrain_mifuse.features.extract import FrameReader
 from speechbrain_mifuse.features.store import difference
 from speechbrain_mifuse.features.text_encoder import FrozenTextEncoder
-from speechbrain_mifuse.nnet.adapter_files import DECISIVE
+from speechbrain_mifuse.inference.model_card import dual_encoder_card
+from speechbrain_mifuse.nnet.adapter_files import SAME_LAYER
 from speechbrain_mifuse.nnet.dual_encoder import DualEncoder
-from speechbrain_mifuse.nnet.model_card import dual_encoder_card
-from speechbrain_mifuse.nnet.model_folder import ABOUT, ModelFolder, object_yaml, pretrainer_yaml
 from speechbrain_mifuse.utils.errors import UserError
+from speechbrain_mifuse.utils.model_folder import ABOUT, ModelFolder, object_yaml, pretrainer_yaml
 from speechbrain_mifuse.utils.schemas import DualEncoderAbout
 from speechbrain_mifuse.zero_shot.audio_text import AudioTextModel, name_of, open_audio_text_model
 from speechbrain_mifuse.zero_shot.window import known_repeats
@@ -92,7 +92,7 @@ class DualEncoderModel(AudioTextModel):
 
     def fingerprint(self) -> dict:
         """Describe what decides the vectors: projections, frames, text encoder."""
-        frames = {key: self.about["features"].get(key) for key in DECISIVE}
+        frames = {key: self.about["features"].get(key) for key in SAME_LAYER}
         about = {"audio_text_model": self.name, "weights": _weights_digest(self.network), "frames": frames}
         return {**about, "text_encoder": self.about["text_encoder"]["text_encoder"]}
 
@@ -127,7 +127,18 @@ class DualEncoderModel(AudioTextModel):
 
 
 def export_dual_encoder(folder: str | Path, network: DualEncoder, about: Mapping) -> None:
-    """Write a dual encoder: weights, the YAML that builds it, and what it was trained on."""
+    """Write a dual encoder: weights, the YAML that builds it, what it was trained on, a model card.
+
+    Parameters
+    ----------
+    folder : str or pathlib.Path
+        Made if missing.
+    network : DualEncoder
+        Trained.
+    about : mapping
+        `classes_known`, `encoder`, `features` (the frames' fingerprint with their `layer`) and `text_encoder`, as
+        `utils.schemas.DualEncoderAbout` checks them; `toy_about` is an example, `load_dual_encoder` shows it at work.
+    """
     text = HEAD.format(classes=", ".join(about["classes_known"]))
     text += object_yaml("dual_encoder", "speechbrain_mifuse.nnet.dual_encoder.DualEncoder", network.sizes)
     hook = "speechbrain_mifuse.zero_shot.own_dual_encoder.load_dual_encoder_weights"
@@ -143,7 +154,7 @@ def _weights_digest(network: torch.nn.Module) -> str:
 
 def refuse_other_frames(place: str | Path, found: Mapping, wanted: Mapping) -> None:
     """Make sure that a dual encoder reads frames of the kind that it was trained on."""
-    differs = difference(*({key: part.get(key) for key in DECISIVE} for part in (found, wanted)))
+    differs = difference(*({key: part.get(key) for key in SAME_LAYER} for part in (found, wanted)))
     if differs:
         raise DualEncoderError(
             f"{place}: was trained on other frames ({differs}). Pass the same --encoder and --layer."
@@ -214,7 +225,22 @@ def open_alm(
     device: str | torch.device = "cpu",
     flag: str = "--alm",
 ) -> AudioTextModel:
-    """Load an audio-text model: our own dual encoder from its folder, or one of transformers."""
+    """Load an audio-text model: our own dual encoder from its folder, or one of transformers.
+
+    Parameters
+    ----------
+    source : str
+        Folder, or a hub id.
+    window, trust_remote_code, flag
+        As for `GenericAudioTextModel`; our own model needs none of them.
+    device : str or torch.device
+        Where it computes.
+
+    Returns
+    -------
+    AudioTextModel
+        The model.
+    """
     if is_own(source):
         return load_dual_encoder(source).to(device)
     return open_audio_text_model(source, trust_remote_code, flag, window=window).to(device)

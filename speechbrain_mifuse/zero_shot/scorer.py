@@ -55,7 +55,28 @@ def embed_manifests(
     corpus: str,
     stores: Mapping[int, FeatureStore] | None = None,
 ) -> FeatureStore:
-    """Embed every recording of some manifests that was not embedded yet; a killed run goes on where it was."""
+    """Embed every recording of some manifests that was not embedded yet; an interrupted run resumes.
+
+    Parameters
+    ----------
+    model : AudioTextModel
+        The model.
+    manifests : iterable of str or pathlib.Path
+        Files of utterances.
+    audio_repeats : int
+        N, how often each recording is repeated.
+    base_folder : str or pathlib.Path, optional
+        Where the stores are kept; in the cache by default.
+    corpus : str
+        In the name of the store's folder.
+    stores : mapping of int to FeatureStore, optional
+        Stores of other N, whose rows are taken over where the model would hear the same.
+
+    Returns
+    -------
+    FeatureStore
+        One row for each recording that could be read.
+    """
     reader = ReusingReader(model, audio_repeats, stores or {})
     # Named as other stores are: a model that reads frames finds those that are there.
     store = fill_store(corpus, manifests, reader, base_folder)
@@ -176,12 +197,36 @@ def zero_shot_scores(
 
 
 def zero_shot_predictions(scores: torch.Tensor) -> torch.Tensor:
-    """Decide for the class of the highest score."""
+    """Decide for the class of the highest score: `[N, C]` to `[N]`."""
     return scores.argmax(dim=-1)
 
 
 def normalise_scores(scores: torch.Tensor, reference_scores: torch.Tensor) -> torch.Tensor:
-    """Give every class's scores the mean 0 and the standard deviation 1 that they have over a reference set."""
+    """Standardize every class's scores by their mean and deviation over a reference set: `z_c = (s_c - m_c) / d_c`.
+
+    Parameters
+    ----------
+    scores : torch.Tensor
+        `[N, C]`.
+    reference_scores : torch.Tensor
+        `[R, C]`, of unlabeled utterances of the same corpus.
+
+    Returns
+    -------
+    torch.Tensor
+        `[N, C]`.
+
+    Raises
+    ------
+    UserError
+        If there are fewer than two reference utterances.
+
+    Example
+    -------
+    >>> reference = torch.tensor([[1.0, 5.0], [3.0, 5.0]])
+    >>> normalise_scores(torch.tensor([[4.0, 6.0]]), reference).tolist()
+    [[2.0, 1.0]]
+    """
     if len(reference_scores) < 2:
         raise UserError(f"Scores of {len(reference_scores)} utterances have no deviation: take two or more.")
     deviation = reference_scores.std(0, correction=0)
@@ -207,7 +252,27 @@ def amplification_grid(
     base_folder: str | Path | None,
     corpus: str,
 ) -> Iterator[AmplifiedScores]:
-    """Score utterances at every number of repeats of the audio (N) and of the text (M)."""
+    """Score utterances at every number of repeats of the audio (N) and of the text (M).
+
+    Parameters
+    ----------
+    model, prompts, labels
+        As for `class_vectors`.
+    manifests, base_folder, corpus
+        As for `embed_manifests`.
+    audio_repeats, text_repeats : sequence of int
+        Values of N and of M.
+
+    Yields
+    ------
+    AmplifiedScores
+        One for each pair of N and M.
+
+    Raises
+    ------
+    UserError
+        If there is no N or no M.
+    """
     if not audio_repeats or not text_repeats:
         asked = f"--audio_repeats {list(audio_repeats)}, --text_repeats {list(text_repeats)}"
         raise UserError(f"{asked}: give at least one number each.")

@@ -35,9 +35,38 @@ def teacher_samples(
     k: int,
     seed: int,
     reference: Sequence[str],
-    sharpness: float = 1.0,
 ) -> torch.Tensor:
-    """Draw K class distributions for each utterance: `softmax(g z)`, `z` the standardised cosines of drawn prompts."""
+    """Draw K class distributions for each utterance: `softmax(z)`, `z` the standardized cosines of drawn prompts.
+
+    Parameters
+    ----------
+    model : AudioTextModel
+        The model.
+    store : FeatureStore
+        What it heard, as `scorer.embed_manifests` gives.
+    keys : sequence of str
+        N utterance ids.
+    prompts : PromptSet
+        Each answer draws from these with replacement, as many as a class has.
+    labels : sequence of str
+        C classes.
+    k : int
+        K.
+    seed : int
+        Of the draws.
+    reference : sequence of str
+        Utterances over which each class's cosines are standardized, see `scorer.normalise_scores`.
+
+    Returns
+    -------
+    torch.Tensor
+        `[N, K, C]`.
+
+    Raises
+    ------
+    UserError
+        If the model does not know a label, or there are fewer than two reference utterances.
+    """
     unknown = [label for label in labels if model.classes_known is not None and label not in model.classes_known]
     if unknown:
         raise UserError(
@@ -47,4 +76,4 @@ def teacher_samples(
     classes = drawn_classes(vectors, labels, k, torch.Generator().manual_seed(seed)).flatten(0, 1)
     scores = zero_shot_scores(model, store, keys, classes)
     scores = normalise_scores(scores, zero_shot_scores(model, store, reference, classes))
-    return (sharpness * scores.unflatten(1, (k, len(labels)))).softmax(-1)
+    return scores.unflatten(1, (k, len(labels))).softmax(-1)

@@ -54,7 +54,10 @@ def known_repeats(repeats: int, flag: str) -> int:
 
 @dataclass(frozen=True)
 class HeardWindow:
-    """What a model's window holds of one clip; `copies` whole ones, a part of one, and silence fill it exactly."""
+    """What a model's window holds of one clip; `copies` whole ones, a part of one, and silence fill it exactly.
+
+    `clip` samples, `repeats` asked for, `size` of the window, `filled` of it; see `heard_window`.
+    """
 
     clip: int
     repeats: int
@@ -91,14 +94,50 @@ class HeardWindow:
 def heard_window(
     clip: int, repeats: int, size: int | None = 480_000, sample_rate: int = 48_000, policy: str = "native"
 ) -> HeardWindow:
-    """Say what the window of a clip holds."""
+    """Say what the window of a clip holds.
+
+    Parameters
+    ----------
+    clip : int
+        Samples of the clip.
+    repeats : int
+        N.
+    size : int, optional
+        Samples of the window; None for a model without one, which takes the N copies.
+    sample_rate : int
+        In Hz.
+    policy : str
+        A key of `WINDOWS`; the module's docstring tells them apart.
+
+    Returns
+    -------
+    HeardWindow
+        Copies, silence and what is cut off.
+
+    Raises
+    ------
+    UserError
+        If `repeats` is not a whole number of 1 or more, or the policy is unknown.
+
+    Example
+    -------
+    >>> heard = heard_window(3 * 48_000, repeats=2)  # 3 s, twice: 6 of the 10 s
+    >>> heard.copies, heard.silence_s, heard_window(3 * 48_000, 2, policy="repeat").part_s
+    (2, 4.0, 1.0)
+    """
     asked = clip * known_repeats(repeats, "--audio_repeats")
     size = asked if size is None else size
     return HeardWindow(clip, repeats, size, WINDOWS[known_window(policy)](asked, size), sample_rate)
 
 
 def build_window(wave: torch.Tensor, heard: HeardWindow) -> torch.Tensor:
-    """Make the samples that a `HeardWindow` describes."""
+    """Make the samples `[size]` that a `HeardWindow` describes, from those of the clip `[clip]`.
+
+    Example
+    -------
+    >>> build_window(torch.tensor([1.0, 2.0]), heard_window(2, 1, size=5)).tolist()
+    [1.0, 2.0, 1.0, 2.0, 0.0]
+    """
     sound = wave.repeat(heard.copies + 1)[: heard.filled]
     return torch.nn.functional.pad(sound, (0, heard.size - heard.filled))
 
@@ -110,7 +149,29 @@ def audit_windows(
     sample_rate: int = 48_000,
     policy: str = "native",
 ) -> list[dict]:
-    """Tell for clips of some lengths what each number of repeats makes the model hear."""
+    """Tell for clips of some lengths what each number of repeats makes the model hear.
+
+    Parameters
+    ----------
+    lengths_s : iterable of float
+        Seconds of the clips.
+    repeats : sequence of int
+        Values of N.
+    size_s : float, optional
+        Seconds of the window.
+    sample_rate, policy
+        As for `heard_window`.
+
+    Returns
+    -------
+    list of dict
+        One for each length and N; `same_as` names a smaller N whose window is bit-identical.
+
+    Example
+    -------
+    >>> [row["same_as"] for row in audit_windows([3.0], [1, 2, 3])]
+    [None, None, 1]
+    """
     size = None if size_s is None else round(size_s * sample_rate)
     rows = []
     for length in lengths_s:

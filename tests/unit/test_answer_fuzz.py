@@ -12,7 +12,7 @@ import pytest
 
 from speechbrain_mifuse.lalm import answer
 from speechbrain_mifuse.lalm.answer import MAX_CHARACTERS, Reply, parse_label
-from speechbrain_mifuse.lalm.client import LalmClient, reply_of
+from speechbrain_mifuse.lalm.completion import reply_of, responses
 from speechbrain_mifuse.lalm.prompt import ANSWER_FORMS, Prompt
 
 LABELS = ("angry", "happy", "neutral", "sad")
@@ -315,12 +315,11 @@ def test_an_alternative_without_a_number_is_no_certainty():
 
 @pytest.mark.parametrize("choices", [{"0": {}}, 5, "sad", True])
 def test_choices_that_are_no_list_are_no_answers(choices):
-    client = LalmClient("http://127.0.0.1:1/v1", "m")
-    assert client.responses(Prompt(LABELS), {"choices": choices}) == []
+    assert responses(Prompt(LABELS), {"choices": choices}) == []
 
 
 def test_names_of_a_server_can_be_stored_whatever_they_are():
     body = {"choices": [CHOICE], "model": "m\ud800", "system_fingerprint": {"\udfff": 1}}
-    (response,) = LalmClient("http://127.0.0.1:1/v1", "m").responses(Prompt(LABELS, "label"), body)
+    (response,) = responses(Prompt(LABELS, "label"), body)
     assert response.served_model.encode() and response.answer.is_sample
     assert response.system_fingerprint == ""

@@ -353,6 +353,15 @@ def test_lines_that_answer_nothing_are_reported_with_their_place_and_left_alone(
         assert "stranger" in found.summary()
 
 
+@pytest.mark.parametrize("body", [{"choices": {"0": {}}}, {"choices": True}, "sad", None])
+def test_answers_that_are_no_completions_leave_their_requests_unanswered(store, tones, body):
+    with simulated_batch_server(lambda _: (200, body)) as server, job_of(store, server) as job:
+        make(job, tones)
+        for step in (job.submit, job.poll):
+            step()
+        assert job.ingest().unanswered == {"status 200": len(tones)}
+
+
 def test_a_second_answer_to_one_request_changes_nothing(store, tones):
     with simulated_batch_server(distribution) as server, job_of(store, server) as job:
         make(job, tones[:1])

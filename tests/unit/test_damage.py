@@ -38,7 +38,7 @@ from speechbrain_mifuse.features.extract import extract
 from speechbrain_mifuse.features.store import FeatureStore, StoreError
 from speechbrain_mifuse.inference.recognizer_folder import RECOGNIZER, RecogniserError, load_classifier
 from speechbrain_mifuse.lalm.answer import Answer, Response
-from speechbrain_mifuse.lalm.hashes import HashCache, Known
+from speechbrain_mifuse.lalm.hashes import HashCache, Known, file_stamp
 from speechbrain_mifuse.lalm.integrity import check
 from speechbrain_mifuse.lalm.limits import Pace, retry_after
 from speechbrain_mifuse.lalm.store import LabelStore, Query, Record
@@ -555,7 +555,7 @@ def test_a_cache_of_hashes_that_cannot_be_opened_now_is_kept(tmp_path, monkeypat
     wav.touch()
     os.utime(wav, (1, 1))
     with HashCache(tmp_path / "hashes.sqlite") as cache:
-        cache.of(wav, lambda: Known("ab" * 32, 1.0))
+        cache.put(wav, file_stamp(wav), Known("ab" * 32, 1.0))
     with monkeypatch.context() as patch:
         patch.setattr(HashCache, "_opened", lambda _: (_ for _ in ()).throw(sqlite3.OperationalError(said)))
         with HashCache(tmp_path / "hashes.sqlite") as cache:
@@ -606,9 +606,8 @@ def test_a_recording_that_seems_to_come_from_the_future_is_read_again(tmp_path, 
     path.write_bytes(b"wave")
     set_clock(monkeypatch, path.stat().st_mtime - 3600)
     with HashCache(tmp_path / "hashes.sqlite") as cache:
-        cache.of(path, lambda: Known("ab" * 32, 1.0))
+        cache.put(path, file_stamp(path), Known("ab" * 32, 1.0))
         assert cache.get(path) is None
-        assert cache.of(path, lambda: Known("cd" * 32, 1.0)) == Known("cd" * 32, 1.0)
 
 
 def test_the_pace_of_requests_and_what_a_server_asks_for_do_not_follow_a_clock_that_goes_back(monkeypatch):

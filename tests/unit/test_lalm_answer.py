@@ -6,7 +6,7 @@ import pytest
 import real_replies
 
 from speechbrain_mifuse.lalm.answer import Reply, parse_answer, parse_distribution, parse_label, parse_logprobs
-from speechbrain_mifuse.lalm.client import reply_of
+from speechbrain_mifuse.lalm.completion import reply_of
 from speechbrain_mifuse.lalm.prompt import ANSWER_FORMS, Prompt
 from speechbrain_mifuse.utils.errors import UserError
 

@@ -18,7 +18,7 @@ from speechbrain_mifuse.lalm import collect as collect_module
 from speechbrain_mifuse.lalm.card import Card, Finding
 from speechbrain_mifuse.lalm.client import LalmClient, LalmError
 from speechbrain_mifuse.lalm.collect import collect
-from speechbrain_mifuse.lalm.hashes import HashCache, Known
+from speechbrain_mifuse.lalm.hashes import HashCache, Known, file_stamp
 from speechbrain_mifuse.lalm.limits import Budget, BudgetReached
 from speechbrain_mifuse.lalm.plan import known_recordings, make_plan, spent_before
 from speechbrain_mifuse.lalm.profile import Price, Profile
@@ -88,10 +88,10 @@ def test_a_second_run_reads_no_recording_that_did_not_change(store, tmp_path, mo
 def test_a_file_that_changed_a_moment_ago_is_not_remembered(tmp_path):
     ((_, path),) = write_tones(tmp_path, 1)
     with HashCache(tmp_path / "hashes") as cache:
-        cache.of(path, lambda: Known("ab" * 32, 1.0))
+        cache.put(path, file_stamp(path), Known("ab" * 32, 1.0))
         assert cache.get(path) is None
         os.utime(path, (1, 1))
-        cache.of(path, lambda: Known("ab" * 32, 1.0))
+        cache.put(path, file_stamp(path), Known("ab" * 32, 1.0))
         assert cache.get(path) == Known("ab" * 32, 1.0)
         os.utime(path, (2, 2))
         assert cache.get(path) is None
@@ -100,7 +100,9 @@ def test_a_file_that_changed_a_moment_ago_is_not_remembered(tmp_path):
 def test_a_file_that_changes_while_it_is_read_is_not_remembered(tmp_path):
     ((_, path),) = settle(write_tones(tmp_path, 1))
     with HashCache(tmp_path / "hashes") as cache:
-        cache.of(path, lambda: os.utime(path, (3, 3)) or Known("ab" * 32, 1.0))
+        before = file_stamp(path)
+        os.utime(path, (3, 3))
+        cache.put(path, before, Known("ab" * 32, 1.0))
         assert cache.get(path) is None
 
 
@@ -109,7 +111,7 @@ def test_a_broken_cache_is_made_anew(tmp_path, caplog):
     ((_, path),) = settle(write_tones(tmp_path, 1))
     for _ in range(2):
         with HashCache(tmp_path / "hashes") as cache:
-            cache.of(path, lambda: Known("cd" * 32, 1.0))
+            cache.put(path, file_stamp(path), Known("cd" * 32, 1.0))
             assert cache.get(path)
     assert caplog.text.count("made anew") == 1
 

@@ -20,8 +20,9 @@ from speechbrain_mifuse.corpora.tables import read_table
 from speechbrain_mifuse.evaluation.aggregate import COLUMNS, Table, write_csv
 from speechbrain_mifuse.evaluation.results import side_by_side
 from speechbrain_mifuse.evaluation.verdict import told
+from speechbrain_mifuse.inference.model_card import adapted_card, dual_encoder_card, trained_card
 from speechbrain_mifuse.lalm.store import Samples
-from speechbrain_mifuse.nnet.model_card import adapted_card, adapter_card, dual_encoder_card, trained_card
+from speechbrain_mifuse.nnet.adapter_files import adapter_card
 from speechbrain_mifuse.report.figures import plot_confusion
 from speechbrain_mifuse.report.page import write_report
 from speechbrain_mifuse.report.teacher_report import write_teacher_report

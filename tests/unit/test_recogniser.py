@@ -26,12 +26,12 @@ from speechbrain_mifuse.features.encoder import FrozenEncoder
 from speechbrain_mifuse.features.extract import FrameReader, extract
 from speechbrain_mifuse.features.front import StoredFrames
 from speechbrain_mifuse.inference import recognizer as inference
+from speechbrain_mifuse.inference.model_card import encoder_told, licence_told, scores_told, trained_card
 from speechbrain_mifuse.inference.recognizer import EmotionRecognizer
 from speechbrain_mifuse.inference.recognizer_folder import RecogniserError, load_classifier, recogniser_digest
 from speechbrain_mifuse.inference.server import EmotionServer
 from speechbrain_mifuse.inference.windows import Windowing, heard_windows, smoothed, stretches
 from speechbrain_mifuse.nnet.calibration import fit_temperature, mean_nll, tempered
-from speechbrain_mifuse.nnet.model_card import encoder_told, licence_told, scores_told, trained_card
 from speechbrain_mifuse.utils.audio import BadAudio, load_audio
 from speechbrain_mifuse.utils.errors import UserError
 from speechbrain_mifuse.utils.files import atomic_write

@@ -39,8 +39,8 @@ from speechbrain_mifuse.experiments.settings import chosen_among, parse_argument
 from speechbrain_mifuse.features.dataset import encoded_rows, frame_batches
 from speechbrain_mifuse.nnet.adapter_objectives import AdapterPretraining
 from speechbrain_mifuse.nnet.ema import ema_copy, linear_decay
-from speechbrain_mifuse.nnet.model_folder import ABOUT
 from speechbrain_mifuse.utils.errors import UserError, one_clear_error, writing
+from speechbrain_mifuse.utils.model_folder import ABOUT
 
 logger = logging.getLogger(__name__)
 

@@ -11,9 +11,8 @@ import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 
-from huggingface_hub import ModelCardData
-
 from speechbrain_mifuse import corpora, demo
+from speechbrain_mifuse.utils.model_folder import bullets, card_text
 from speechbrain_mifuse.utils.texts import code_span, markdown
 
 # What an encoder is called in results, where its flag does not say.
@@ -23,25 +22,17 @@ ENCODERS = {"demo": "Whisper tiny.en (trained for English speech recognition)"}
 # 95 % interval of an accuracy is wider than 14 points to either side; the accuracy is a mean over the classes.
 MIN_LABELED, MIN_PER_CLASS = 50, 5
 
-USE = """```python
-{code}
-```"""
-RECOGNIZE = USE.format(
-    code="""from speechbrain_mifuse.inference import EmotionRecognizer
+RECOGNIZE = """```python
+from speechbrain_mifuse.inference import EmotionRecognizer
 
 recogniser = EmotionRecognizer.from_hparams("path/to/this/folder")
-label, probabilities = recogniser.predict_file("recording.wav")"""
-)
-ADAPT = USE.format(
-    code="""from speechbrain_mifuse.nnet.adapter_files import load_adapter
+label, probabilities = recogniser.predict_file("recording.wav")
+```"""
+SCORE = """```python
+from speechbrain_mifuse.zero_shot.own_dual_encoder import load_dual_encoder
 
-adapter = load_adapter("path/to/this/folder")"""
-)
-SCORE = USE.format(
-    code="""from speechbrain_mifuse.zero_shot.own_dual_encoder import load_dual_encoder
-
-model = load_dual_encoder("path/to/this/folder")"""
-)
+model = load_dual_encoder("path/to/this/folder")
+```"""
 COMMAND = """`speechbrain-mifuse predict --source path/to/this/folder RECORDINGS` does the same for files and folders.
 Answers: {labels}."""
 INTENDED = """\
@@ -137,19 +128,7 @@ def _recognizer_card(
         "Intended use": INTENDED,
         "Licence of the recordings it learned from": bullets(map(licence_told, names)),
     }
-    return _card("audio-classification", title, f"{what}\n\n{use}", sections, about)
-
-
-def adapter_card(about: Mapping) -> str:
-    """Write the card of a pretrained adapter."""
-    count = about.get("utterances")
-    training = "Pretrained without labels" + (f" on {count} recordings." if count else ".")
-    sections = {
-        "Training": training,
-        "Limits": bullets(["It fits only the encoder, the layer and the preprocessing that `about.json` names."]),
-    }
-    what = "Transformer layers between a frozen speech encoder and a classifier of emotions."
-    return _card("feature-extraction", "Speech emotion adapter", f"{what}\n\n{ADAPT}", sections, about)
+    return card_text("audio-classification", title, f"{what}\n\n{use}", sections, about)
 
 
 def dual_encoder_card(about: Mapping) -> str:
@@ -167,15 +146,7 @@ def dual_encoder_card(about: Mapping) -> str:
         "Licence of the recordings it learned from": bullets(map(licence_told, about.get("trained_on", ()))),
     }
     what = "Projections of frozen encoders of speech and text into one space."
-    return _card("audio-classification", "Dual encoder of speech and text", f"{what}\n\n{SCORE}", sections, about)
-
-
-def _card(pipeline_tag: str, title: str, opening: str, sections: Mapping[str, str], about: Mapping) -> str:
-    tags = ["speech-emotion-recognition", "speechbrain", "speechbrain-mifuse"]
-    data = ModelCardData(library_name="speechbrain", pipeline_tag=pipeline_tag, tags=tags, license="other")
-    parts = [f"---\n{data.to_yaml()}\n---", f"# {title}", opening]
-    parts += [f"## {heading}\n\n{text}" for heading, text in sections.items()]
-    return "\n\n".join([*parts, f"Written by speechbrain-mifuse {markdown(about['code_version'])}.\n"])
+    return card_text("audio-classification", "Dual encoder of speech and text", f"{what}\n\n{SCORE}", sections, about)
 
 
 def too_few(count: int | None, by_class: Mapping[str, int] | None = None) -> bool:
@@ -207,8 +178,3 @@ def licence_told(name: str) -> str:
             told = [part for part in re.split(r"(?<=\.)\s+", head) if "licence" in part.lower()]
             return f"{name}: {' '.join(told[0].split())}" if told else f"{name}: recordings of the user's own."
     return f"{markdown(name)}: no corpus of this package; ask whoever gave it to you."
-
-
-def bullets(lines: Iterable[str]) -> str:
-    r"""Format a list."""
-    return "\n".join(f"- {line}" for line in lines) or "- not recorded"

@@ -11,18 +11,22 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 
 import torch
+from huggingface_hub import ModelCardData
 from safetensors import safe_open
 from safetensors.torch import load_file, save
 
 from speechbrain_mifuse.utils.errors import UserError
 from speechbrain_mifuse.utils.files import atomic_write, bounded_bytes, refuse_unreadable
 from speechbrain_mifuse.utils.schemas import MAX_YAML_BYTES, ModelAbout, checked, plain_json
+from speechbrain_mifuse.utils.texts import markdown
 
 SETTINGS, ABOUT, CARD = "hyperparams.yaml", "about.json", "README.md"
+# What the frames that a model was trained on and those that it is to read must share.
+SAME_FRAMES = ("encoder", "dim", "trim_db", "frame_average", "preprocessing_version", "speaker_norm")
 # The largest absolute value of a weight. Beyond it products leave float32, and the answers are not numbers.
 MAX_WEIGHT = 1e6
 # Bytes of a safetensors header; a classifier's has a few thousand.
@@ -112,6 +116,20 @@ def pretrainer_yaml(name: str, path: str, hook: str, built="speechbrain.utils.pa
     """Write the part of a YAML file that loads the weights of an object."""
     parts = {"loadables": f"!ref <{name}>", "paths": f"!ref {path}", "custom_hooks": f"!name:{hook}"}
     return f"pretrainer: !new:{built}\n" + "".join(f"    {key}:\n        {name}: {to}\n" for key, to in parts.items())
+
+
+def card_text(pipeline_tag: str, title: str, opening: str, sections: Mapping[str, str], about: Mapping) -> str:
+    """Write a model card; no name from elsewhere reaches its front matter."""
+    tags = ["speech-emotion-recognition", "speechbrain", "speechbrain-mifuse"]
+    data = ModelCardData(library_name="speechbrain", pipeline_tag=pipeline_tag, tags=tags, license="other")
+    parts = [f"---\n{data.to_yaml()}\n---", f"# {title}", opening]
+    parts += [f"## {heading}\n\n{text}" for heading, text in sections.items()]
+    return "\n\n".join([*parts, f"Written by speechbrain-mifuse {markdown(about['code_version'])}.\n"])
+
+
+def bullets(lines: Iterable[str]) -> str:
+    """Format a list."""
+    return "\n".join(f"- {line}" for line in lines) or "- not recorded"
 
 
 def load_all_weights(module: torch.nn.Module, path: str | Path, problem: type[UserError], advice: str) -> None:
