@@ -53,14 +53,14 @@ def dataio_prepare(labels, run, front, table):
 
 def make_brain(settings, run, folder, front, classifier, train, run_opts=None):
     """Wire the Brain of an arm: specialist and fusion, epochs, log and checkpoints."""
-    hparams = finetuning_hparams(settings, train, run.seed, folder)
+    brain_hparams = finetuning_hparams(settings, train, run.seed, folder)
     return FusionBrain(
         modules={"front": front, "classifier": classifier},
         opt_class=settings["finetuning_opt_class"],
-        hparams=hparams,
+        hparams=brain_hparams,
         run_opts=run_opts,
         checkpointer=WholeCheckpointer(
-            folder / "save", {"classifier": classifier, "counter": hparams["epoch_counter"]}
+            folder / "save", {"classifier": classifier, "counter": brain_hparams["epoch_counter"]}
         ),
     )
 
