@@ -27,7 +27,7 @@ PAGES = sorted(DOCS.rglob("*.md"))
 NOTEBOOKS = sorted((DOCS / "notebooks").glob("*.ipynb"))
 CORPUS_PAGES = [folder / "README.md" for folder in sorted((ROOT / "recipes").iterdir()) if folder.is_dir()]
 TEXTS = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "CHANGELOG.md", *CORPUS_PAGES, *PAGES, *NOTEBOOKS]
-YAMLS = sorted((ROOT / "hparams").rglob("*.yaml"))
+YAMLS = sorted({*(ROOT / "hparams").rglob("*.yaml")} - {ROOT / "hparams" / "base" / "pairs.yaml"})
 FENCED = re.compile(r"^( *)```.*?^\1```$", re.MULTILINE | re.DOTALL)
 # Generated parts speak of other programs' commands, but for the tables of recipes.
 GENERATED = re.compile(r"<!-- begin (?!recipes )(.*?) -->.*?<!-- end \1 -->", re.DOTALL)
