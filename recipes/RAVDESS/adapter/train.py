@@ -39,6 +39,7 @@ def dataio_prepare(labels, run, front):
     @sb.utils.data_pipeline.takes("id", "wav")
     @sb.utils.data_pipeline.provides("feats")
     def frames_pipeline(utt_id, wav):
+        """Read the stored frames of one utterance."""
         return front.read(utt_id, wav)
 
     keys = ["id", "feats", "label"]

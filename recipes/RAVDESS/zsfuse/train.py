@@ -40,11 +40,13 @@ def dataio_prepare(labels, run, front, table):
     @sb.utils.data_pipeline.takes("id", "wav")
     @sb.utils.data_pipeline.provides("feats")
     def frames_pipeline(utt_id, wav):
+        """Read the stored frames of one utterance."""
         return front.read(utt_id, wav)
 
     @sb.utils.data_pipeline.takes("id")
     @sb.utils.data_pipeline.provides("scores")
     def scores_pipeline(utt_id):
+        """Look up the scores of one utterance."""
         return table.of([utt_id])[0]
 
     items, keys = [frames_pipeline, scores_pipeline], ["id", "feats", "label", "scores"]
