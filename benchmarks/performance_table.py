@@ -140,6 +140,8 @@ def corpus_tables(root: Path) -> dict[str, str]:
             found, hardware = NOT_RUN, "-"
         settings = f"[{recipe.hparams.name}](../../hparams/{recipe.hparams.name})"
         method = METHODS[recipe.script.parent.name]
+        # Which other corpora, or which server, a newcomer needs.
+        method += f": {recipe.data}" if recipe.script.parent.name in ("mifuse", "dual_encoder") else ""
         tables.setdefault(corpus, []).append(
             f"| {settings} | {method} | {found} | `{header_command(recipe)}` | {hardware} |"
         )

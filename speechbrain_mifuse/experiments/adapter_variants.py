@@ -104,13 +104,13 @@ def stored_prosody(
     return {key: torch.from_numpy(store.frames(key)).float().flatten() for key in rows}
 
 
-def finish_pretraining(brain: AdapterBrain, folder: Path, settings: Mapping) -> Path:
+def finish_pretraining(brain: AdapterBrain, folder: Path, trained_with: Mapping) -> Path:
     """Write the figures of a pretraining and the adapter, and remove the checkpoints, which are ten times its size."""
     rows = brain.hparams.history.rows
     plot_codebook(folder / "codebook.png", rows)
     plot_layer_weights(folder / "layer_weights.png", rows)
-    told = {**settings, "epochs": len(rows), "steps": brain.optimizer_step, "last_epoch": rows[-1]}
-    export_adapter(folder / "adapter", brain.modules.student.adapter, settings["features"], told)
+    told = {**trained_with, "epochs": len(rows), "steps": brain.optimizer_step, "last_epoch": rows[-1]}
+    export_adapter(folder / "adapter", brain.modules.student.adapter, trained_with["features"], told)
     shutil.rmtree(folder / "save")
     return folder / "adapter"
 

@@ -217,7 +217,7 @@ class FolderPretrainer(Pretrainer):
 
 
 def export_recogniser(
-    folder: str | Path, classifier, front, hparams: Mapping, about: Mapping, temperature: float = 1.0
+    folder: str | Path, classifier, front, settings: Mapping, about: Mapping, temperature: float = 1.0
 ) -> None:
     """Write a recognizer: weights, the YAML that builds it, what it was trained on, a model card.
 
@@ -238,7 +238,7 @@ def export_recogniser(
     """
     folder = Path(folder)
     # Absolute, because a recogniser is loaded from other folders than it was trained in.
-    source = str(Path(hparams["encoder"]).resolve()) if Path(hparams["encoder"]).is_dir() else hparams["encoder"]
+    source = str(Path(settings["encoder"]).resolve()) if Path(settings["encoder"]).is_dir() else settings["encoder"]
     layers = None
     if hasattr(front, "export"):
         source = str((folder / "encoder").resolve())
@@ -247,7 +247,7 @@ def export_recogniser(
         layers = front.store.layers if front.layer is None else [front.layer]
     sizes = {
         "input_size": front.dim,
-        "n_classes": len(hparams["labels"]),
+        "n_classes": len(settings["labels"]),
         "hidden_size": classifier.hidden.out_features,
         "dropout": classifier.dropout,
         "n_layers": front.n_layers,
@@ -256,7 +256,7 @@ def export_recogniser(
     }
     norm = about["features"].get("speaker_norm")
     text = settings_text(
-        hparams["labels"], source, layers, sizes, hparams["trim_db"], getattr(front, "frame_average", 1), temperature
+        settings["labels"], source, layers, sizes, settings["trim_db"], getattr(front, "frame_average", 1), temperature
     )
     text += NORMALISED.format(**norm) if norm else ""
     about = {**about, "classifier": sizes, "temperature": temperature, "code_version": __version__}

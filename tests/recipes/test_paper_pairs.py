@@ -8,6 +8,8 @@ import os
 import re
 import shlex
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import processes
@@ -216,24 +218,24 @@ def test_a_classifier_is_trained_as_its_registry_row_says(corpus, run, tmp_path)
 
 # The page on adding a corpus is applied as it stands.
 
+BLOCK = re.DOTALL | re.MULTILINE
+
 
 def applied(page, overlay):
-    """Write what the page's blocks say into an overlay of the repository."""
-    blocks = re.findall(r"^`([^`\n]+)`\n\n```(\w+)\n(.*?)^```$", page, flags=re.DOTALL | re.MULTILINE)
-    for path, kind, text in blocks:
+    """Write what the page's blocks say into an overlay of the repository, and make the pair's YAML file."""
+    shutil.copytree(ROOT / "hparams" / "base", overlay / "hparams" / "base")
+    ends = {"corpora": "\n# Anything of its family", "pairs": None}
+    for path, within, text in re.findall(
+        r"^`([^`\n]+)`(?:, at the end of `(\w+):`)?\n\n```\w+\n(.*?)^```$", page, BLOCK
+    ):
         (overlay / path).parent.mkdir(parents=True, exist_ok=True)
-        (overlay / path).write_text(changed(page, text) if kind == "diff" else text, encoding="utf-8")
-    return [path for path, _, _ in blocks]
-
-
-def changed(page, diff):
-    """Copy the YAML file that the page names, with each `-` line replaced by the `+` line below it."""
-    text = (ROOT / re.search(r"From `(\S+)`", page)[1]).read_text(encoding="utf-8")
-    for old, new in re.findall(r"^-(.*)\n\+(.*)\n", diff, flags=re.MULTILINE):
-        assert text.count(f"{old}\n") == 1, old
-        text = text.replace(f"{old}\n", f"{new}\n")
-    assert "crema" not in text.lower()
-    return text
+        if within:
+            table = (overlay / path).read_text(encoding="utf-8")
+            end = table.index(ends[within]) if ends[within] else len(table)
+            text = table[:end] + text + table[end:]
+        (overlay / path).write_text(text, encoding="utf-8")
+    subprocess.run([sys.executable, overlay / "hparams" / "base" / "pairs.py"], check=True)
+    return ["speechbrain_mifuse/corpora/savee.py", "hparams/rav2savee.yaml", "tests/recipes/SAVEE.csv"]
 
 
 def run_overlay(overlay, *arguments):
@@ -245,9 +247,7 @@ def run_overlay(overlay, *arguments):
 def test_the_page_on_adding_a_corpus_adds_a_corpus_that_runs(run, toy_folder, toy_encoder, tmp_path):
     overlay = tmp_path / "overlay"
     paths = applied((ROOT / "docs" / "adding_a_corpus.md").read_text(encoding="utf-8"), overlay)
-    assert [Path(path).suffix for path in paths] == [".py", ".yaml", ".csv"]
-    for shared in ("base", "lalm"):
-        (overlay / "hparams" / shared).symlink_to(ROOT / "hparams" / shared)
+    (overlay / "hparams" / "lalm").symlink_to(ROOT / "hparams" / "lalm")
     (overlay / "recipes").symlink_to(ROOT / "recipes")
     (row,) = registered(overlay / paths[2])
     assert list(row) == list(registered(ROOT / "tests" / "recipes" / "CREMA-D.csv")[0])

@@ -1,4 +1,4 @@
-"""What the pages promise: links, commands and notebooks that work, YAML keys that are used, a site that builds."""
+"""What the pages promise: links, commands and notebooks that work, a site that builds."""
 
 import ast
 import importlib.util
@@ -27,7 +27,7 @@ PAGES = sorted(DOCS.rglob("*.md"))
 NOTEBOOKS = sorted((DOCS / "notebooks").glob("*.ipynb"))
 CORPUS_PAGES = [folder / "README.md" for folder in sorted((ROOT / "recipes").iterdir()) if folder.is_dir()]
 TEXTS = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "CHANGELOG.md", *CORPUS_PAGES, *PAGES, *NOTEBOOKS]
-YAMLS = sorted((ROOT / "hparams").rglob("*.yaml"))
+YAMLS = sorted({*(ROOT / "hparams").rglob("*.yaml")} - {ROOT / "hparams" / "base" / "pairs.yaml"})
 FENCED = re.compile(r"^( *)```.*?^\1```$", re.MULTILINE | re.DOTALL)
 # Generated parts speak of other programs' commands, but for the tables of recipes.
 GENERATED = re.compile(r"<!-- begin (?!recipes )(.*?) -->.*?<!-- end \1 -->", re.DOTALL)
@@ -340,61 +340,6 @@ def test_every_flag_that_is_spoken_of_exists(path):
     said = [words for words in spans(text_of(path)) if words.startswith("--")]
     flags = {match[1] for words in said for match in re.finditer(r"(?:^| )--([a-zA-Z]\w*)", words)}
     assert not flags - known_flags() - FOREIGN
-
-
-# YAML keys.
-
-
-def names_in_code():
-    """Keys that code reads: subscripts, `get`, attributes of hparams, lists of names, fields, patterns of f-strings."""
-    exact, patterns = set(), set()
-    for path in [*PACKAGE.rglob("*.py"), *(ROOT / "recipes").rglob("*.py")]:
-        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
-            if isinstance(node, ast.Subscript):
-                exact |= constants([node.slice])
-                patterns |= pattern(node.slice)
-            elif isinstance(node, ast.Call):
-                exact |= constants(node.args[:1]) if getattr(node.func, "attr", None) in ("get", "pop") else set()
-            elif isinstance(node, ast.Attribute) and "hparams" in (
-                getattr(node.value, "id", ""),
-                getattr(node.value, "attr", ""),
-            ):
-                exact.add(node.attr)
-            elif isinstance(node, ast.Tuple | ast.List | ast.Set):
-                exact |= constants(node.elts)
-            elif isinstance(node, ast.AnnAssign) and isinstance(node.target, ast.Name):
-                exact.add(node.target.id)
-    return exact, patterns
-
-
-def constants(nodes):
-    return {node.value for node in nodes if isinstance(node, ast.Constant) and isinstance(node.value, str)}
-
-
-def pattern(node):
-    """Pattern of the keys that an f-string makes, if it has a fixed part."""
-    if not isinstance(node, ast.JoinedStr) or not constants(node.values):
-        return set()
-    return {"".join(part.value if isinstance(part, ast.Constant) else r"\w+" for part in node.values)}
-
-
-def references_in(text):
-    """Keys that a YAML file refers to."""
-    lines = [line for line in text.splitlines() if not line.lstrip().startswith("#")]
-    return {name for line in lines for name in re.findall(r"<(\w+)(?:\[\w+\])?>", line)}
-
-
-def test_every_key_of_every_yaml_file_is_used():
-    exact, patterns = names_in_code()
-    assert "lalm_samples" in exact and "made_up_key" not in exact
-    unused = {}
-    for path in YAMLS:
-        text = path.read_text(encoding="utf-8")
-        keys = [match[1] for match in re.finditer(r"^([A-Za-z]\w*):", text, re.MULTILINE)]
-        used = exact | references_in(text) | {key for key in keys for made in patterns if re.fullmatch(made, key)}
-        if set(keys) - used:
-            unused[relative(path)] = sorted(set(keys) - used)
-    assert not unused
 
 
 # Sources, notebooks, releases.

@@ -1,11 +1,15 @@
 """What keeps the house in order: imports, recipes and README."""
 
 import ast
+import runpy
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+from hyperpyyaml import load_hyperpyyaml
+
+from speechbrain_mifuse.experiments.registry import plain_values
 
 ROOT = Path(__file__).resolve().parents[2]
 PACKAGE = ROOT / "speechbrain_mifuse"
@@ -13,10 +17,6 @@ PACKAGE = ROOT / "speechbrain_mifuse"
 ROOMS = ("utils", "corpora", "adaptation", "demo", "lalm", "features", "nnet", "evaluation", "inference", "zero_shot")
 ROOMS += ("report", "brains", "experiments", "recogniser_files", "mifuse_recipe", "adapt", "cli", "__main__")
 PAIRS = sorted(path.name for path in (ROOT / "hparams").glob("*2*.yaml"))
-PAPER = [name for name in PAIRS if set(name.removesuffix(".yaml").split("2")) < {"iem", "imp", "msp"}]
-OPEN = [name for name in PAIRS if name not in PAPER]
-# What a pair of the paper may set otherwise than the open ones.
-PUBLISHED = {"encoder", "encoder_layers", "layer", "lalm_profile", "teacher_layer"}
 
 
 def room_of(path: Path) -> str:
@@ -50,31 +50,32 @@ def text_of(name: str) -> str:
     return (ROOT / "hparams" / name).read_text(encoding="utf-8")
 
 
-def tail_of(name: str) -> str:
-    """What follows the corpora in a pair's YAML."""
-    return text_of(name).split("\n# Encoder:")[1]
-
-
 def keyed_lines(text: str) -> dict[str, str]:
     """Lines that set a key, by the key."""
     lines = [line for line in text.splitlines() if line[:1].isalpha() or line.startswith("__")]
     return {line.split(":")[0]: line for line in lines}
 
 
-def test_pairs_differ_in_their_corpora_alone():
-    assert (len(PAPER), len(OPEN)) == (6, 8)
-    assert len({tail_of(name) for name in PAPER}) == len({tail_of(name) for name in [*OPEN, "demo.yaml"]}) == 1
+def test_the_yaml_of_every_pair_is_what_its_header_says_that_it_is_generated_from():
+    written = runpy.run_path(str(ROOT / "hparams" / "base" / "pairs.py"))["pair_files"]()
+    assert {*PAIRS, "demo.yaml"} <= {f"{name}.yaml" for name in written}
+    # Out of date? python hparams/base/pairs.py
+    assert not [name for name, text in written.items() if text_of(f"{name}.yaml") != text]
+    assert not [name for name, text in written.items() if "`python hparams/base/pairs.py`" not in text]
 
 
-def test_pairs_of_the_paper_have_other_defaults_of_encoder_and_teacher_alone():
-    tails = [[line for line in tail_of(pairs[0]).splitlines()[3:] if line[:1] != "#"] for pairs in (PAPER, OPEN)]
-    differing = {line.split(":")[0] for line in set(tails[0]).symmetric_difference(tails[1])}
-    assert differing == PUBLISHED
-
-
-def test_every_pair_and_the_demo_have_the_same_keys():
-    keys = {name: sorted(keyed_lines(text_of(name))) for name in [*PAIRS, "demo.yaml"]}
-    assert not [name for name in keys if keys[name] != keys["nemo2rav.yaml"]]
+@pytest.mark.parametrize("name", ["nemo2rav", "msp2iem"])
+def test_speechbrains_own_loader_takes_every_key_of_a_pair_as_an_override(name, monkeypatch):
+    monkeypatch.chdir(ROOT / "recipes" / "IEMOCAP" / "mifuse")
+    plain = plain_values(f"hparams/{name}.yaml")
+    changed = {key: value + 1 for key, value in plain.items() if type(value) in (int, float)}
+    named = {key: f"other_{key}" for key, value in plain.items() if isinstance(value, str) and not key.startswith("_")}
+    with open(f"hparams/{name}.yaml", encoding="utf-8") as file:
+        hparams = load_hyperpyyaml(file, {**changed, **named})
+    assert {key: hparams[key] for key in [*changed, *named]} == {**changed, **named}
+    assert (
+        hparams["adaptation"]["number_of_steps"] == 301 and hparams["source_classifier"]["layer"] == plain["layer"] + 1
+    )
 
 
 def test_every_role_is_prepared_from_a_data_folder_of_its_own():

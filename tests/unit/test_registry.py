@@ -79,6 +79,8 @@ def test_a_row_of_the_recipe_tests_names_files_that_exist_and_flags_and_methods_
     results = [row[column] for column in ("Result_url", "performance") if row[column]]
     assert all((ROOT / name).is_file() for name in [row["Data_prep_file"], row["Readme_file"], *results])
     assert all(name.startswith("docs/results/") for name in results)
+    page = (ROOT / row["Readme_file"]).read_text(encoding="utf-8")
+    assert row["Result_url"] in page and row["HF_repo"] in page
     flags = dict(word.removeprefix("--").split("=", 1) for word in row["test_debug_flags"].split())
     assert set(flags) <= set(recipe.values)
     assert set(flags.get("method", "[]").strip("[]").split(",")) <= {*recipe.methods, ""}

@@ -54,6 +54,7 @@ def dataio_prepare(manifests, front, targets, layers):
     @sb.utils.data_pipeline.takes("id", "wav")
     @sb.utils.data_pipeline.provides("feats")
     def frames_pipeline(utt_id, wav):
+        """Read the frames of one utterance, and those of the layers that objectives want."""
         frames = front.read(utt_id, wav)
         others = [torch.from_numpy(front.store.frames(utt_id, layer)) for layer in layers]
         return torch.stack([frames, *others], dim=1) if others else frames

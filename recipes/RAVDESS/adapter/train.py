@@ -39,6 +39,7 @@ def dataio_prepare(labels, run, front):
     @sb.utils.data_pipeline.takes("id", "wav")
     @sb.utils.data_pipeline.provides("feats")
     def frames_pipeline(utt_id, wav):
+        """Read the stored frames of one utterance."""
         return front.read(utt_id, wav)
 
     keys = ["id", "feats", "label"]
@@ -47,14 +48,14 @@ def dataio_prepare(labels, run, front):
 
 def make_brain(settings, run, folder, front, classifier, train, run_opts=None):
     """Wire the Brain of an arm: adapter and classifier with a learning rate each, epochs, log and checkpoints."""
-    hparams = finetuning_hparams(settings, train, run.seed, folder)
+    brain_hparams = finetuning_hparams(settings, train, run.seed, folder)
     return FinetuningBrain(
         modules={"front": front, "classifier": classifier},
         opt_class=settings["finetuning_opt_class"],
-        hparams=hparams,
+        hparams=brain_hparams,
         run_opts=run_opts,
         checkpointer=WholeCheckpointer(
-            folder / "save", {"classifier": classifier, "counter": hparams["epoch_counter"]}
+            folder / "save", {"classifier": classifier, "counter": brain_hparams["epoch_counter"]}
         ),
     )
 

@@ -54,6 +54,7 @@ def dataio_prepare(settings, front):
     @sb.utils.data_pipeline.takes("id", "wav")
     @sb.utils.data_pipeline.provides("feats")
     def frames_pipeline(utt_id, wav):
+        """Give the frames of one utterance, or its waveform where the encoder is trained too."""
         return front.read(utt_id, wav)
 
     datasets = {}

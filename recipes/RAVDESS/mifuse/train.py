@@ -48,6 +48,7 @@ def dataio_prepare(hparams, method, front, answers):
     @sb.utils.data_pipeline.takes("id", "wav")
     @sb.utils.data_pipeline.provides("feats")
     def frames_pipeline(utt_id, wav):
+        """Read the stored frames of one utterance."""
         return front.read(utt_id, wav)
 
     datasets = {}

@@ -40,11 +40,13 @@ def dataio_prepare(labels, run, front, table):
     @sb.utils.data_pipeline.takes("id", "wav")
     @sb.utils.data_pipeline.provides("feats")
     def frames_pipeline(utt_id, wav):
+        """Read the stored frames of one utterance."""
         return front.read(utt_id, wav)
 
     @sb.utils.data_pipeline.takes("id")
     @sb.utils.data_pipeline.provides("scores")
     def scores_pipeline(utt_id):
+        """Look up the scores of one utterance."""
         return table.of([utt_id])[0]
 
     items, keys = [frames_pipeline, scores_pipeline], ["id", "feats", "label", "scores"]
@@ -53,14 +55,14 @@ def dataio_prepare(labels, run, front, table):
 
 def make_brain(settings, run, folder, front, classifier, train, run_opts=None):
     """Wire the Brain of an arm: specialist and fusion, epochs, log and checkpoints."""
-    hparams = finetuning_hparams(settings, train, run.seed, folder)
+    brain_hparams = finetuning_hparams(settings, train, run.seed, folder)
     return FusionBrain(
         modules={"front": front, "classifier": classifier},
         opt_class=settings["finetuning_opt_class"],
-        hparams=hparams,
+        hparams=brain_hparams,
         run_opts=run_opts,
         checkpointer=WholeCheckpointer(
-            folder / "save", {"classifier": classifier, "counter": hparams["epoch_counter"]}
+            folder / "save", {"classifier": classifier, "counter": brain_hparams["epoch_counter"]}
         ),
     )
 
