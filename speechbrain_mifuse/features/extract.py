@@ -14,7 +14,6 @@ from pathlib import Path
 
 import torch
 from filelock import FileLock
-from speechbrain.utils.distributed import ddp_barrier, ddp_prevent_block, get_rank, if_main_process
 
 from speechbrain_mifuse.corpora.manifest import read_manifest
 from speechbrain_mifuse.features.encode_files import Recording, in_batches, side_by_side
@@ -22,7 +21,7 @@ from speechbrain_mifuse.features.shards import Shard, take_over_shards
 from speechbrain_mifuse.features.store import FeatureStore
 from speechbrain_mifuse.utils.audio import trim_silence
 from speechbrain_mifuse.utils.audio_warnings import summarized
-from speechbrain_mifuse.utils.files import cache_folder
+from speechbrain_mifuse.utils.files import cache_folder, file_stamp
 from speechbrain_mifuse.utils.progress import progress
 
 logger = logging.getLogger(__name__)
@@ -121,11 +120,6 @@ def average_frames(frames: torch.Tensor, count: int) -> torch.Tensor:
     return torch.cat([groups, rest.mean(1, keepdim=True)], dim=1) if rest.shape[1] else groups
 
 
-def open_store(folder: str | Path, reader: FrameReader) -> FeatureStore:
-    """Open the store of a reader's frames."""
-    return FeatureStore(folder, reader.fingerprint())
-
-
 def fill_store(
     corpus: str,
     manifests: Iterable[str | Path],
@@ -137,30 +131,7 @@ def fill_store(
     # The name tells settings apart, so that trying another encoder or layer does not run into the first one's store.
     digest = hashlib.sha256(json.dumps(reader.fingerprint(), sort_keys=True).encode()).hexdigest()[:8]
     folder = Path(base or cache_folder() / "features") / f"{corpus}-{digest}"
-    if shard is not None or ddp_prevent_block():
-        return extract(manifests, reader, folder, shard)
-    manifests = list(manifests)
-    _on_main([], reader, folder)  # takes over what a killed run of another number of processes left
-    extract(manifests, reader, folder, Shard(get_rank() + 1, torch.distributed.get_world_size()))
-    ddp_barrier()
-    _on_main(manifests, reader, folder)
-    return open_store(folder, reader)
-
-
-def _on_main(manifests: list, reader: FrameReader, folder: Path) -> None:
-    # SpeechBrain's `run_on_main` would send the whole index to all processes.
-    if if_main_process():
-        extract(manifests, reader, folder)
-    ddp_barrier()
-
-
-def file_stamp(path: str) -> tuple[int, int]:
-    """Size and modification time of a file: equal stamps let a stored row stand without reading the audio."""
-    try:
-        status = os.stat(path)
-    except OSError:
-        return (0, 0)
-    return (status.st_size, status.st_mtime_ns)
+    return extract(manifests, reader, folder, shard)
 
 
 def extract(
@@ -173,7 +144,7 @@ def extract(
         return _fill(folder, wanted, reader)
     folder.mkdir(parents=True, exist_ok=True)
     with FileLock(folder / "lock"):
-        store = open_store(folder, reader)
+        store = FeatureStore(folder, reader.fingerprint())
     part = {utt_id: wav for utt_id, wav in wanted.items() if shard.holds(utt_id) and utt_id not in store}
     return _fill(shard.folder(folder), part, reader) if part else store
 
@@ -181,7 +152,7 @@ def extract(
 def _fill(folder: Path, wanted: Mapping[str, str], reader: FrameReader) -> FeatureStore:
     folder.mkdir(parents=True, exist_ok=True)
     with FileLock(folder / "lock"):
-        store = open_store(folder, reader)
+        store = FeatureStore(folder, reader.fingerprint())
         take_over_shards(store)
         todo = outdated(store, wanted)
         logger.info("%s: %d utterances stored, %d to look at.", folder, len(wanted) - len(todo), len(todo))
@@ -195,7 +166,7 @@ def outdated(store: FeatureStore, wanted: Mapping[str, str]) -> dict[str, Record
     """Find the recordings that a store lacks or whose file is another one than when they were encoded."""
     found = {}
     for utt_id, wav in wanted.items():
-        stamp = file_stamp(wav)
+        stamp = file_stamp(wav) or (0, 0)
         if store.rows.stamp(utt_id) != stamp:
             found[utt_id] = Recording(wav, stamp, store.rows[utt_id].audio if utt_id in store else None)
     return found

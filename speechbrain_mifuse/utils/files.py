@@ -50,6 +50,16 @@ def replacing(path: str | Path, advice: str = "") -> Iterator[IO[bytes]]:
             raise
 
 
+def file_stamp(path: str | Path) -> tuple[int, int] | None:
+    """Give size and time of the last change, by which a change is noticed; `None` for what is not a file."""
+    try:
+        os.fspath(path).encode()  # SQLite takes nothing else
+        status = os.stat(path)
+    except (OSError, ValueError, TypeError):  # a function that makes a recording has no path
+        return None
+    return status.st_size, status.st_mtime_ns
+
+
 def file_digest(path: str | Path) -> str:
     """Identity of a file's content."""
     return hashlib.sha256(Path(path).read_bytes()).hexdigest()
