@@ -25,6 +25,7 @@ from transformers import AutoConfig
 
 from speechbrain_mifuse.demo.encoder import demo_encoder
 from speechbrain_mifuse.features.pretrained import (
+    VOLATILE,
     check_architecture,
     check_extractor,
     check_files,
@@ -35,9 +36,6 @@ from speechbrain_mifuse.features.pretrained import (
 from speechbrain_mifuse.utils.errors import UserError
 from speechbrain_mifuse.utils.progress import quiet_loading
 from speechbrain_mifuse.utils.schemas import EncoderConfig
-
-# Written by transformers itself: they change with its version or with the folder, never with the features.
-_VOLATILE = ("_name_or_path", "architectures", "dtype", "torch_dtype", "transformers_version")
 
 
 class FrozenEncoder(torch.nn.Module):
@@ -309,7 +307,7 @@ def _checked(wav):
 
 
 def _digest(config, modules):
-    settings = {key: value for key, value in config.to_diff_dict().items() if key not in _VOLATILE}
+    settings = {key: value for key, value in config.to_diff_dict().items() if key not in VOLATILE}
     digest = hashlib.sha256(json.dumps(settings, sort_keys=True, default=str).encode())
     for part, module in sorted(modules.items()):
         for name, tensor in sorted(module.state_dict().items()):

@@ -31,6 +31,9 @@ from speechbrain_mifuse.utils.schemas import (
     plain_json,
 )
 
+# Written by transformers itself into a configuration: these change with its version or the folder, never with what a
+# model computes, so no fingerprint holds them.
+VOLATILE = ("_name_or_path", "_commit_hash", "architectures", "dtype", "torch_dtype", "transformers_version")
 # How many weights may be described for each byte of files of weights: a folder may lack a decoder.
 MIN_WEIGHTS, MAX_WEIGHTS_PER_BYTE = 10_000_000, 4
 
