@@ -163,7 +163,18 @@ class FrozenEncoder(torch.nn.Module):
         return self._encode(_checked(wav)[None])[0]
 
     def encode_batch(self, wavs):
-        """Encode several utterances; only those of the same length share a forward pass, so nothing is padded."""
+        """Encode several utterances; only those of the same length share a forward pass, so nothing is padded.
+
+        Arguments
+        ---------
+        wavs : sequence of torch.Tensor
+            Waveforms as :meth:`forward` takes them.
+
+        Returns
+        -------
+        list of torch.Tensor
+            What :meth:`forward` gives for each, in the same order.
+        """
         same_length = defaultdict(list)
         for index, wav in enumerate(wavs):
             same_length[len(_checked(wav))].append(index)
@@ -234,7 +245,38 @@ class FrozenEncoder(torch.nn.Module):
 
 
 def load_wrapper(source, save_path=None, freeze=False):
-    """Load SpeechBrain's wrapper of a pretrained encoder, chosen by the ``model_type`` of its configuration."""
+    """Load SpeechBrain's wrapper of a pretrained encoder, chosen by the ``model_type`` of its configuration.
+
+    Arguments
+    ---------
+    source : str or pathlib.Path
+        Folder in Hugging Face format, hub id, or ``demo``.
+    save_path : str, optional
+        Where hub downloads go. Default: Hugging Face's own cache.
+    freeze : bool
+        As of SpeechBrain's wrappers.
+
+    Returns
+    -------
+    torch.nn.Module
+        SpeechBrain's ``HuBERT``, ``Wav2Vec2``, ``WavLM`` or ``Whisper`` (encoder only), in float32.
+
+    Raises
+    ------
+    FileNotFoundError
+        If there is no such folder, or the folder lacks a configuration.
+    OSError
+        If the hub cannot be reached or has no such model.
+    ValueError
+        If the model is of another type, lacks weights, or its files are not plain data of sensible sizes.
+
+    Example
+    -------
+    >>> load_wrapper("./no-such-folder")
+    Traceback (most recent call last):
+    ...
+    FileNotFoundError: './no-such-folder': no such folder; pass a Hugging Face folder or a hub id
+    """
     source = str(demo_encoder()) if str(source) == "demo" else str(source)
     save_path = str(save_path) if save_path else str(constants.HF_HUB_CACHE)
     folder = _folder(source, save_path)

