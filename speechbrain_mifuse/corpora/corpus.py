@@ -33,7 +33,36 @@ FLAGS = "--data_folder (or --source_data_folder, --teacher_data_folder)"
 
 
 def find_corpus(folder_name: str, marker: str | Sequence[str], data_folder: str | Path | None = None) -> Path:
-    """Find a corpus's own folder from the folder that a user named."""
+    """Find a corpus's own folder from the folder that a user named.
+
+    Parameters
+    ----------
+    folder_name : str
+        Usual name of the folder, or a glob pattern of it, in any case.
+    marker : str or sequence of str
+        Glob pattern of what every copy holds; one of them, if there are several.
+    data_folder : str or pathlib.Path, optional
+        The corpus's folder, the one above it, or one beside it; by default that of `MIFUSE_CORPORA`.
+
+    Returns
+    -------
+    pathlib.Path
+        The folder.
+
+    Raises
+    ------
+    CorpusError
+        If it is not there, or there more than once.
+
+    Example
+    -------
+    >>> import tempfile
+    >>> above = Path(tempfile.mkdtemp())
+    >>> (above / "nEMO").mkdir()
+    >>> (above / "nEMO" / "data.tsv").touch()
+    >>> find_corpus("nemo", "data.tsv", above).name
+    'nEMO'
+    """
     markers = [marker] if isinstance(marker, str) else list(marker)
     given = data_folder or os.environ.get("MIFUSE_CORPORA")
     remedy = f"Pass {FLAGS} with the corpus's folder or the folder above it"
@@ -72,7 +101,23 @@ def _corpora_in(place: Path, folder_name: str, markers: Sequence[str]) -> list[P
 
 
 def by_stem(paths: Iterable[Path]) -> dict[str, Path]:
-    """Find recordings by their names without the ending: copies of a corpus convert the audio to other formats."""
+    """Find recordings by their names without the ending: copies of a corpus convert the audio to other formats.
+
+    Parameters
+    ----------
+    paths : iterable of pathlib.Path
+        Files; those without the ending of a recording are passed over.
+
+    Returns
+    -------
+    dict of str to pathlib.Path
+        Recording by name; of several a WAV file, then the one that lies highest.
+
+    Example
+    -------
+    >>> by_stem([Path("a.flac"), Path("a.wav"), Path("b.mp3"), Path("notes.txt")])["a"].name
+    'a.wav'
+    """
     audio = [path for path in paths if path.suffix.lower() in ENDINGS and not path.name.startswith(".")]
     found = {}
     for path in sorted(audio, key=lambda path: (path.suffix.lower() != ".wav", len(path.parts), path)):
@@ -86,7 +131,27 @@ def common_classes(emotions: Mapping[str, str | None]) -> dict[str, str | None]:
 
 
 def map_label(label_map: Mapping[str, str | None], code: str, where: str | Path) -> str | None:
-    """Translate a corpus's own label, `None` meaning that the class is left out."""
+    """Translate a corpus's own label, `None` meaning that the class is left out.
+
+    Parameters
+    ----------
+    label_map : mapping of str to str or None
+        Class by the corpus's own label.
+    code : str
+        The corpus's own label.
+    where : str or pathlib.Path
+        File and line, for the message.
+
+    Raises
+    ------
+    CorpusError
+        If the label is not in the map.
+
+    Example
+    -------
+    >>> map_label({"ang": "angry", "xxx": None}, "ang", "labels.txt, line 7")
+    'angry'
+    """
     if code not in label_map:
         raise CorpusError(f"{where}: unknown label '{code}'; known are {', '.join(sorted(label_map))}.")
     return label_map[code]
@@ -100,7 +165,39 @@ def own_recordings(
     emotions: Mapping[str, str],
     other_parts: re.Pattern | None = None,
 ) -> list[tuple[Path, re.Match, str]]:
-    """List the recordings of the wanted classes by their file names, and log what takes no part."""
+    r"""List the recordings of the wanted classes by their file names, and log what takes no part.
+
+    Parameters
+    ----------
+    corpus : str
+        Name, for the log.
+    paths : iterable of pathlib.Path
+        Files of the corpus.
+    pattern : re.Pattern
+        What a name without its ending looks like, with a group `code` for the emotion.
+    label_map : mapping of str to str or None
+        Class by code; `None` leaves the class out.
+    emotions : mapping of str to str
+        Emotion by code, for all codes of the release.
+    other_parts : re.Pattern, optional
+        Names of other parts of the release, which take no part without a warning.
+
+    Returns
+    -------
+    list of tuple
+        Path, match and class of each recording.
+
+    Raises
+    ------
+    CorpusError
+        If most recordings have other names.
+
+    Example
+    -------
+    >>> pattern, emotions = re.compile(r"(?P<speaker>\d)(?P<code>[AS])"), {"A": "angry", "S": "sad"}
+    >>> own_recordings("toy", [Path("1A.wav"), Path("1S.wav")], pattern, {"A": "angry", "S": None}, emotions)[0][2]
+    'angry'
+    """
     audio = sorted(path for path in paths if path.suffix.lower() in ENDINGS and path.name[0] != ".")
     own = [path for path in audio if _code(pattern, path) in emotions]
     rest = sorted(set(audio).difference(own))
@@ -157,7 +254,39 @@ def write_splits(
     facts: Mapping | None = None,
     balanced: bool = False,
 ) -> dict[str, Path]:
-    """Validate a corpus and write one manifest per split, with a twin that has no labels."""
+    """Validate a corpus and write one manifest per split, with a twin that has no labels.
+
+    Parameters
+    ----------
+    corpus : str
+        Name in messages.
+    utterances : iterable of Utterance
+        All recordings of the wanted classes.
+    data_folder, save_folder : str or pathlib.Path
+        Folder of the corpus, and where the manifests go.
+    splits : mapping
+        For each split its share of the groups, or a list of official partitions.
+    order : sequence of str
+        Groups in the order in which they are assigned; others follow by name.
+    group : str
+        What stays together: `speaker` or `session`.
+    keep : mapping of str to float, optional
+        Simulated class skew of the first split.
+    facts : mapping, optional
+        What `corpus.json` shall say besides.
+    balanced : bool
+        Whether each split gets its share of every class.
+
+    Returns
+    -------
+    dict of str to pathlib.Path
+        Manifest of each split.
+
+    Raises
+    ------
+    CorpusError
+        If ids repeat, shares cannot be given, or a split holds no readable recording.
+    """
     utterances = sorted(utterances, key=lambda utterance: utterance.utt_id)
     check_utterances(corpus, utterances)
     if any(utterance.emo for utterance in utterances):

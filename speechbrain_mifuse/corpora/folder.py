@@ -53,7 +53,33 @@ COLUMNS = {
 
 
 def list_folder(data_folder: str | Path) -> list[Utterance]:
-    """List the recordings of a folder, and log what was understood of it."""
+    """List the recordings of a folder, and log what was understood of it.
+
+    Parameters
+    ----------
+    data_folder : str or pathlib.Path
+        Folder of recordings; where labels and speakers come from is told at the top of this module.
+
+    Returns
+    -------
+    list of Utterance
+        Utterances of the four classes, or all of them with `emo=None` where nothing is labeled.
+
+    Raises
+    ------
+    CorpusError
+        If a table of labels cannot be read, or names leave open who speaks with which emotion.
+
+    Example
+    -------
+    >>> import tempfile
+    >>> folder = Path(tempfile.mkdtemp())
+    >>> for name in ("angry/anna/1.wav", "sad/ben/1.wav"):
+    ...     (folder / name).parent.mkdir(parents=True)
+    ...     (folder / name).touch()
+    >>> [(utterance.emo, utterance.speaker) for utterance in list_folder(folder)]
+    [('angry', 'anna'), ('sad', 'ben')]
+    """
     root = Path(data_folder)
     found = [path.relative_to(root) for path in recordings_below(root)]
     table = find_table(root)
@@ -210,7 +236,37 @@ def facts(data_folder: Path, utterances: list[Utterance]) -> Mapping:
 def prepare_folder(
     data_folder: str | Path | None, save_folder: str | Path, splits: Splits, keep: Mapping[str, float] | None = None
 ) -> None:
-    """Write manifests of a folder of recordings, unless they are there already."""
+    """Write manifests of a folder of recordings, unless they are there already.
+
+    Parameters
+    ----------
+    data_folder : str or pathlib.Path
+        Folder of recordings, with labels or without (see `list_folder`).
+    save_folder : str or pathlib.Path
+        Where the manifests go: for each split `<split>.json`, and `<split>_unlabelled.json` without labels.
+    splits : mapping
+        For each split its share of the speakers, or its list of speakers. Without labels each split holds every
+        recording.
+    keep : mapping of str to float, optional
+        Simulated class skew: share of a class's recordings that stays in the first split.
+
+    Raises
+    ------
+    CorpusError
+        If there is no such folder, its labels are not clear, or no recording of a split can be read.
+
+    Example
+    -------
+    >>> import tempfile, json, numpy, soundfile
+    >>> folder = Path(tempfile.mkdtemp())
+    >>> for number, name in enumerate(("angry/anna/1.wav", "sad/anna/1.wav", "angry/ben/1.wav", "sad/ben/1.wav")):
+    ...     (folder / name).parent.mkdir(parents=True)
+    ...     soundfile.write(folder / name, 0.1 * numpy.sin(numpy.arange(8000) * (number + 1)), 16000)
+    >>> prepare_folder(folder, folder / "manifests", {"train": 0.5, "test": 0.5})
+    >>> about = json.loads((folder / "manifests" / "corpus.json").read_text())
+    >>> about["counts"]["test"]
+    {'angry': 1, 'sad': 1}
+    """
     if data_folder is None or not Path(data_folder).is_dir():
         raise CorpusError(f"{data_folder} is no folder. Pass --data_folder with the folder of your recordings.")
     FOLDER.prepare_in(Path(data_folder), save_folder, splits, keep)

@@ -137,7 +137,24 @@ def _known(domain: str) -> None:
 
 
 def list_clips(domain: str) -> list[Clip]:
-    """Every clip of a domain, balanced over speakers and emotions."""
+    """List every clip of a domain, balanced over speakers and emotions.
+
+    Parameters
+    ----------
+    domain : str
+        `A`, `B` or `C`.
+
+    Returns
+    -------
+    list of Clip
+        280 clips, described before they are rendered.
+
+    Example
+    -------
+    >>> clips = list_clips("A")
+    >>> len(clips), clips[0].clip_id
+    (280, 'syna-a01-angry-0')
+    """
     clips = []
     for number, speaker in enumerate(speakers(domain)):
         spec = DOMAINS[domain]
@@ -324,7 +341,27 @@ def _digest(text: str) -> str:
 
 
 def render_domain(output_folder: str | Path, domain: str, seed: int = 0) -> list[Clip]:
-    """Render the clips of a domain that are not there yet, then write the label table."""
+    """Render the clips of a domain that are not there yet, then write the label table.
+
+    Parameters
+    ----------
+    output_folder : str or pathlib.Path
+        Folder above the domain's own, which is called by its letter.
+    domain : str
+        `A`, `B` or `C`.
+    seed : int
+        Of all that is random in a clip.
+
+    Returns
+    -------
+    list of Clip
+        All clips of the domain; each is a WAV file of 16 kHz, mono, 16 bit.
+
+    Raises
+    ------
+    CorpusError
+        If eSpeak NG is missing, or the folder holds clips of another seed.
+    """
     clips = list_clips(domain)
     folder = Path(output_folder) / domain
     _claim(folder, fingerprint(domain, seed))
@@ -374,7 +411,33 @@ def prepare_synthetic(
     domain: str,
     keep: Mapping[str, float] | None = None,
 ) -> None:
-    """Write speaker-independent manifests of one rendered synthetic domain, unless they are there already."""
+    """Write speaker-independent manifests of one rendered synthetic domain, unless they are there already.
+
+    Parameters
+    ----------
+    data_folder : str or pathlib.Path or None
+        Folder that `render_domain` wrote, or the one above it.
+    save_folder : str or pathlib.Path
+        Where the manifests go.
+    splits : mapping of str to float
+        For each split its share of the speakers.
+    domain : str
+        `A`, `B` or `C`.
+    keep : mapping of str to float, optional
+        Simulated class skew: share of a class's recordings that stays in the first split.
+
+    Raises
+    ------
+    CorpusError
+        If there is no such domain, or it is not rendered.
+
+    Example
+    -------
+    >>> prepare_synthetic(".", ".", {"train": 1.0}, "D")
+    Traceback (most recent call last):
+    ...
+    speechbrain_mifuse.corpora.manifest.CorpusError: No synthetic domain 'D'; there are A, B, C.
+    """
     _known(domain)
     CORPORA[domain].prepare(data_folder, save_folder, splits, keep)
 

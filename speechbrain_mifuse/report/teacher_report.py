@@ -126,7 +126,37 @@ def report_store(
     passes: int = 16,
     show_progress: bool = True,
 ) -> str:
-    """Report on the answers to one query about the utterances of a manifest."""
+    """Report on the answers to one query about the utterances of a manifest.
+
+    Parameters
+    ----------
+    store : LabelStore
+        Store of the answers.
+    summary : QuerySummary
+        One of `store.queries()`.
+    manifest : str or pathlib.Path
+        Utterances to report on; where they have labels, the teacher is scored.
+    folder : str or pathlib.Path
+        Where `teacher.md`, `teacher.json` and the figures go.
+    source : str or pathlib.Path, optional
+        Folder of a recognizer to compare with.
+    price : Price, optional
+        Prices of the provider's tokens.
+    passes : int
+        Dropout passes of the recognizer.
+    show_progress : bool
+        Whether to show progress bars.
+
+    Returns
+    -------
+    str
+        Text of `teacher.md`.
+
+    Raises
+    ------
+    UserError
+        If the store has no answer about the manifest, or the recognizer has other labels.
+    """
     rows, query = read_manifest(manifest), summary.query
     hashes = _hashes(store, query, rows, show_progress)
     samples = store.load(query, [hashes[key] for key in rows], summary.k)
@@ -234,7 +264,14 @@ def _against_source(
 
 
 def cost_figures(tokens: Tokens, batch_tokens: Tokens, samples: int, price: Price | None) -> dict:
-    """Say what a collection used, and what it cost where prices are known."""
+    """Say what a collection used, and what it cost where prices are known.
+
+    Example
+    -------
+    >>> price = Price(2.0, 10.0, 20.0)  # US dollars for a million tokens of text, audio and output
+    >>> cost_figures(Tokens(1000, 2000, 100), Tokens(), 6, price)["cost"]
+    0.024
+    """
     found = {"tokens": tokens._asdict(), "batch_tokens": batch_tokens._asdict(), "samples": samples}
     if price is None:
         return found

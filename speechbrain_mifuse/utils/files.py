@@ -24,7 +24,27 @@ LONGEST_INT = 40
 
 
 def atomic_write(path: str | Path, data: str | bytes) -> None:
-    """Write a file so that a reader sees the old content or the new one, never a part."""
+    """Write a file so that a reader sees the old content or the new one, never a part.
+
+    Parameters
+    ----------
+    path : str or pathlib.Path
+        File; folders above it are made.
+    data : str or bytes
+        Content; text is written in UTF-8.
+
+    Raises
+    ------
+    WriteError
+        If the system does not let it be written.
+
+    Example
+    -------
+    >>> path = Path(tempfile.mkdtemp()) / "new" / "results.json"
+    >>> atomic_write(path, "{}")
+    >>> path.read_text()
+    '{}'
+    """
     with replacing(path) as file:
         # Names of files may hold bytes that are no text; they must not stop a table from being written.
         file.write(data.encode("utf-8", "backslashreplace") if isinstance(data, str) else data)
@@ -109,7 +129,20 @@ def json_object(path: Path, max_bytes: int | None = None) -> dict:
 
 
 def strict_object(text: str | bytes) -> dict:
-    """Decode a JSON object in which no key stands twice and every number is finite and of usual length."""
+    """Decode a JSON object in which no key stands twice and every number is finite and of usual length.
+
+    Raises
+    ------
+    ValueError
+        If the text is anything else; the message says what.
+
+    Example
+    -------
+    >>> strict_object('{"emo": "sad", "emo": "angry"}')
+    Traceback (most recent call last):
+    ...
+    ValueError: the key 'emo' stands twice in one object
+    """
     try:
         found = json.loads(
             text,
@@ -161,7 +194,13 @@ def encodable(text: str) -> bool:
 
 
 def cache_folder() -> Path:
-    """Folder for what is made once and reused: the demo encoder, extracted frames."""
+    """Folder for what is made once and reused: the demo encoder, extracted frames.
+
+    Returns
+    -------
+    pathlib.Path
+        `MIFUSE_CACHE` if it is set, else `speechbrain_mifuse` in `XDG_CACHE_HOME` or `~/.cache`.
+    """
     chosen = os.environ.get("MIFUSE_CACHE")
     if chosen:
         return Path(chosen).expanduser()
