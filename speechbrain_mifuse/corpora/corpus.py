@@ -242,86 +242,6 @@ def report_other_classes(corpus: str, emotions: Iterable[str]) -> None:
         logger.info("%s: %d recordings of other classes take no part: %s.", corpus, counts.total(), listed)
 
 
-def write_splits(
-    corpus: str,
-    utterances: Iterable[Utterance],
-    data_folder: str | Path,
-    save_folder: str | Path,
-    splits: Splits,
-    order: Sequence[str] = (),
-    group: str = "speaker",
-    keep: Mapping[str, float] | None = None,
-    facts: Mapping | None = None,
-    balanced: bool = False,
-) -> dict[str, Path]:
-    """Validate a corpus and write one manifest per split, with a twin that has no labels.
-
-    Parameters
-    ----------
-    corpus : str
-        Name in messages.
-    utterances : iterable of Utterance
-        All recordings of the wanted classes.
-    data_folder, save_folder : str or pathlib.Path
-        Folder of the corpus, and where the manifests go.
-    splits : mapping
-        For each split its share of the groups, or a list of official partitions.
-    order : sequence of str
-        Groups in the order in which they are assigned; others follow by name.
-    group : str
-        What stays together: `speaker` or `session`.
-    keep : mapping of str to float, optional
-        Simulated class skew of the first split.
-    facts : mapping, optional
-        What `corpus.json` shall say besides.
-    balanced : bool
-        Whether each split gets its share of every class.
-
-    Returns
-    -------
-    dict of str to pathlib.Path
-        Manifest of each split.
-
-    Raises
-    ------
-    CorpusError
-        If ids repeat, shares cannot be given, or a split holds no readable recording.
-    """
-    utterances = sorted(utterances, key=lambda utterance: utterance.utt_id)
-    check_utterances(corpus, utterances)
-    if any(utterance.emo for utterance in utterances):
-        kind, dealt = deal(utterances, splits, order, group, balanced)
-        where = {name: split for split, names in dealt.items() for name in names}
-        placed = {split: [u for u in utterances if where.get(getattr(u, kind)) == split] for split in splits}
-        placed, shared = leave_out_shared(placed)
-        about = {f"{kind}s": dealt}
-    else:
-        placed, shared, about = dict.fromkeys(splits, utterances), {}, {"labelled": False}
-    chosen_ids = {u.utt_id for chosen in placed.values() for u in chosen}
-    lengths, skipped = find_unusable(u for u in utterances if u.utt_id in chosen_ids)
-    placed = {split: [u for u in chosen if u.utt_id in lengths] for split, chosen in placed.items()}
-    first = next(iter(placed))
-    placed[first] = thin_out(placed[first], keep)
-    # First, because a kill between two splits must not leave manifests of two dealings that count as whole.
-    (Path(save_folder) / ABOUT).unlink(missing_ok=True)
-    report_skipped(corpus, skipped | shared, save_folder)
-    paths = {}
-    for split, chosen in placed.items():
-        rows = {u.utt_id: u.row(data_folder, lengths[u.utt_id]) for u in chosen}
-        paths[split] = write_manifest(corpus, rows, Path(save_folder) / f"{split}.json")
-    about |= {
-        "counts": {
-            split: dict(sorted(Counter(u.emo or "unlabelled" for u in placed[split]).items())) for split in splits
-        }
-    }
-    about |= {"shared_speakers_left_out": len(shared), **with_unusable(facts or {}, len(skipped))}
-    warn_of_unusable(corpus, about, save_folder)
-    settings = settings_of(corpus, utterances, data_folder, splits, keep)
-    # Last, because its presence tells that everything before it is whole.
-    atomic_write(Path(save_folder) / ABOUT, json.dumps(settings | about, indent=1))
-    return paths
-
-
 def is_prepared(save_folder: str | Path, settings: Mapping) -> bool:
     """Whether the manifests of just these settings were written to the end."""
     try:
@@ -403,6 +323,70 @@ class Corpus:
             logger.info("%s: manifests in %s are up to date, preparation skipped.", self.name, save_folder)
             warn_of_unusable(self.name, read_about(Path(save_folder) / ABOUT), save_folder)
             return
-        write_splits(
-            *(self.name, utterances, folder, save_folder, splits, self.order, self.group, keep, facts, self.balanced)
-        )
+        self.write_splits(utterances, folder, save_folder, splits, keep, facts)
+
+    def write_splits(
+        self,
+        utterances: Iterable[Utterance],
+        folder: str | Path,
+        save_folder: str | Path,
+        splits: Splits,
+        keep: Mapping[str, float] | None = None,
+        facts: Mapping | None = None,
+    ) -> dict[str, Path]:
+        """Validate utterances and write one manifest per split, with a twin that has no labels.
+
+        Parameters
+        ----------
+        utterances : iterable of Utterance
+            All recordings of the wanted classes.
+        folder, save_folder : str or pathlib.Path
+            The corpus's own folder, and where the manifests go.
+        splits, keep : mapping
+            As of `prepare`.
+        facts : mapping, optional
+            What `corpus.json` shall say besides.
+
+        Returns
+        -------
+        dict of str to pathlib.Path
+            Manifest of each split.
+
+        Raises
+        ------
+        CorpusError
+            If ids repeat, shares cannot be given, or a split holds no readable recording.
+        """
+        utterances = sorted(utterances, key=lambda utterance: utterance.utt_id)
+        check_utterances(self.name, utterances)
+        if any(utterance.emo for utterance in utterances):
+            kind, dealt = deal(utterances, splits, self.order, self.group, self.balanced)
+            where = {name: split for split, names in dealt.items() for name in names}
+            placed = {split: [u for u in utterances if where.get(getattr(u, kind)) == split] for split in splits}
+            placed, shared = leave_out_shared(placed)
+            about = {f"{kind}s": dealt}
+        else:
+            placed, shared, about = dict.fromkeys(splits, utterances), {}, {"labelled": False}
+        chosen_ids = {u.utt_id for chosen in placed.values() for u in chosen}
+        lengths, skipped = find_unusable(u for u in utterances if u.utt_id in chosen_ids)
+        placed = {split: [u for u in chosen if u.utt_id in lengths] for split, chosen in placed.items()}
+        first = next(iter(placed))
+        placed[first] = thin_out(placed[first], keep)
+        # First, because a kill between two splits must not leave manifests of two dealings that count as whole.
+        (Path(save_folder) / ABOUT).unlink(missing_ok=True)
+        report_skipped(self.name, skipped | shared, save_folder)
+        paths = {}
+        for split, chosen in placed.items():
+            rows = {u.utt_id: u.row(folder, lengths[u.utt_id]) for u in chosen}
+            paths[split] = write_manifest(self.name, rows, Path(save_folder) / f"{split}.json")
+        about |= {
+            "counts": {
+                split: dict(sorted(Counter(u.emo or "unlabelled" for u in placed[split]).items())) for split in splits
+            }
+        }
+        about |= {"shared_speakers_left_out": len(shared), **with_unusable(facts or {}, len(skipped))}
+        warn_of_unusable(self.name, about, save_folder)
+        settings = settings_of(self.name, utterances, folder, splits, keep)
+        # Last, because its presence tells that everything before it is whole.
+        atomic_write(Path(save_folder) / ABOUT, json.dumps(settings | about, indent=1))
+        return paths

@@ -134,7 +134,7 @@ def read_manifest(path: str | Path) -> dict[str, dict]:
     Parameters
     ----------
     path : str or pathlib.Path
-        A file that `write_splits` wrote.
+        A manifest that a preparation wrote.
 
     Returns
     -------
