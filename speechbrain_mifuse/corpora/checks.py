@@ -21,22 +21,6 @@ MANY = 5000
 def check_release(corpus: str, utterances: Iterable[Utterance], by: str, expected: Mapping[str, int]) -> dict:
     """Compare a copy of a corpus with the published counts, and say so where it differs.
 
-    Parameters
-    ----------
-    corpus : str
-        Name, for the log.
-    utterances : iterable of Utterance
-        Utterances of the copy.
-    by : str
-        Attribute of an utterance by which the release's counts are known, such as `session` or `emo`.
-    expected : mapping of str to int
-        Published counts.
-
-    Returns
-    -------
-    dict
-        For `corpus.json`: `expected`, `found`, their totals, and `matches`.
-
     Example
     -------
     >>> copy = [Utterance("t-a", Path("a.wav"), "sad", "1"), Utterance("t-b", Path("b.wav"), "sad", "1")]

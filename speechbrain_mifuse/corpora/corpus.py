@@ -35,25 +35,6 @@ FLAGS = "--data_folder (or --source_data_folder, --teacher_data_folder)"
 def find_corpus(folder_name: str, marker: str | Sequence[str], data_folder: str | Path | None = None) -> Path:
     """Find a corpus's own folder from the folder that a user named.
 
-    Parameters
-    ----------
-    folder_name : str
-        Usual name of the folder, or a glob pattern of it, in any case.
-    marker : str or sequence of str
-        Glob pattern of what every copy holds; one of them, if there are several.
-    data_folder : str or pathlib.Path, optional
-        The corpus's folder, the one above it, or one beside it; by default that of `MIFUSE_CORPORA`.
-
-    Returns
-    -------
-    pathlib.Path
-        The folder.
-
-    Raises
-    ------
-    CorpusError
-        If it is not there, or there more than once.
-
     Example
     -------
     >>> import tempfile
@@ -103,16 +84,6 @@ def _corpora_in(place: Path, folder_name: str, markers: Sequence[str]) -> list[P
 def by_stem(paths: Iterable[Path]) -> dict[str, Path]:
     """Find recordings by their names without the ending: copies of a corpus convert the audio to other formats.
 
-    Parameters
-    ----------
-    paths : iterable of pathlib.Path
-        Files; those without the ending of a recording are passed over.
-
-    Returns
-    -------
-    dict of str to pathlib.Path
-        Recording by name; of several a WAV file, then the one that lies highest.
-
     Example
     -------
     >>> by_stem([Path("a.flac"), Path("a.wav"), Path("b.mp3"), Path("notes.txt")])["a"].name
@@ -132,20 +103,6 @@ def common_classes(emotions: Mapping[str, str | None]) -> dict[str, str | None]:
 
 def map_label(label_map: Mapping[str, str | None], code: str, where: str | Path) -> str | None:
     """Translate a corpus's own label, `None` meaning that the class is left out.
-
-    Parameters
-    ----------
-    label_map : mapping of str to str or None
-        Class by the corpus's own label.
-    code : str
-        The corpus's own label.
-    where : str or pathlib.Path
-        File and line, for the message.
-
-    Raises
-    ------
-    CorpusError
-        If the label is not in the map.
 
     Example
     -------

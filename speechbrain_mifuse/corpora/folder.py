@@ -55,21 +55,6 @@ COLUMNS = {
 def list_folder(data_folder: str | Path) -> list[Utterance]:
     """List the recordings of a folder, and log what was understood of it.
 
-    Parameters
-    ----------
-    data_folder : str or pathlib.Path
-        Folder of recordings; where labels and speakers come from is told at the top of this module.
-
-    Returns
-    -------
-    list of Utterance
-        Utterances of the four classes, or all of them with `emo=None` where nothing is labeled.
-
-    Raises
-    ------
-    CorpusError
-        If a table of labels cannot be read, or names leave open who speaks with which emotion.
-
     Example
     -------
     >>> import tempfile

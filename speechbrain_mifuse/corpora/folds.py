@@ -12,18 +12,6 @@ from speechbrain_mifuse.corpora.manifest import CorpusError
 def fold_splits(folds: Sequence[Sequence[str]], fold: int) -> dict[str, list[str]]:
     """Split of one fold: its own groups test, all others train.
 
-    Parameters
-    ----------
-    folds : sequence of sequence of str
-        Speakers or sessions of each fold.
-    fold : int
-        Number of the fold, from 1.
-
-    Raises
-    ------
-    CorpusError
-        If a fold is empty, a group is in two, or there is no such fold.
-
     Example
     -------
     >>> fold_splits([["Ses01"], ["Ses02"], ["Ses03"]], 2)

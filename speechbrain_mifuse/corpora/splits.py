@@ -29,20 +29,6 @@ def balanced_groups(
     Groups are placed from the largest to the smallest where the squared distance from the shares grows least; then
     single groups are moved and pairs exchanged as long as the distance falls.
 
-    Parameters
-    ----------
-    counts : mapping of str to mapping of str to int
-        Recordings of each class by group.
-    splits : mapping of str to float
-        Share of each split; together 1.
-    kind : str
-        What the groups are, for messages.
-
-    Returns
-    -------
-    dict of str to list of str
-        Groups of each split, by name.
-
     Example
     -------
     >>> counts = {"anna": {"sad": 2}, "ben": {"sad": 2}, "cleo": {"angry": 2}, "dora": {"angry": 2}}
@@ -131,20 +117,6 @@ Splits = Mapping[str, float] | Mapping[str, Sequence[str]]
 
 def split_groups(groups: Sequence[str], splits: Mapping[str, float], kind: str = "speaker") -> dict[str, list[str]]:
     """Assign speakers or sessions to splits in the corpus's fixed order, whatever the seed and the disk's order.
-
-    Parameters
-    ----------
-    groups : sequence of str
-        Speakers or sessions in their order.
-    splits : mapping of str to float
-        Share of each split; together 1. Each gets one group at least.
-    kind : str
-        What the groups are, for messages.
-
-    Raises
-    ------
-    CorpusError
-        If the shares do not add up to 1, or there are fewer groups than splits.
 
     Example
     -------

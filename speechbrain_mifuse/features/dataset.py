@@ -18,16 +18,6 @@ logger = logging.getLogger(__name__)
 def pad_frames(items: list[torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
     """Pad stored frames to one float32 batch, in one pass over the memory.
 
-    Parameters
-    ----------
-    items : list of torch.Tensor
-        `[frames, ...]` of each utterance, of any floating-point type.
-
-    Returns
-    -------
-    tuple of torch.Tensor
-        `[utterances, frames, ...]` with zeros behind the end of each, and relative lengths `[utterances]`.
-
     Example
     -------
     >>> batch, lengths = pad_frames([torch.ones(4, 2).half(), torch.ones(1, 2).half()])
@@ -65,25 +55,6 @@ def encoded_rows(manifest: str | Path, store) -> dict[str, dict]:
 
 def label_index(labels: Sequence[str], row: Mapping, utt_id: str) -> int:
     """Class index of a row in the fixed label order.
-
-    Parameters
-    ----------
-    labels : sequence of str
-        Class names in their order.
-    row : mapping
-        Entry of a manifest.
-    utt_id : str
-        Its id, for the message.
-
-    Returns
-    -------
-    int
-        Position of the row's `emo`.
-
-    Raises
-    ------
-    CorpusError
-        If the row has no label or another one.
 
     Example
     -------

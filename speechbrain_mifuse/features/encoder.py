@@ -163,18 +163,7 @@ class FrozenEncoder(torch.nn.Module):
         return self._encode(_checked(wav)[None])[0]
 
     def encode_batch(self, wavs):
-        """Encode several utterances; only those of the same length share a forward pass, so nothing is padded.
-
-        Arguments
-        ---------
-        wavs : sequence of torch.Tensor
-            Waveforms as :meth:`forward` takes them.
-
-        Returns
-        -------
-        list of torch.Tensor
-            What :meth:`forward` gives for each, in the same order.
-        """
+        """Encode several utterances; only those of the same length share a forward pass, so nothing is padded."""
         same_length = defaultdict(list)
         for index, wav in enumerate(wavs):
             same_length[len(_checked(wav))].append(index)

@@ -113,18 +113,6 @@ class FrameReader:
 def average_frames(frames: torch.Tensor, count: int) -> torch.Tensor:
     """Average groups of neighbouring frames; what is left at the end makes a group of its own.
 
-    Parameters
-    ----------
-    frames : torch.Tensor
-        `[layers, frames, dim]`.
-    count : int
-        Frames in a group.
-
-    Returns
-    -------
-    torch.Tensor
-        `[layers, ceil(frames / count), dim]`.
-
     Example
     -------
     >>> average_frames(torch.arange(5.0).view(1, 5, 1), 2).flatten().tolist()

@@ -79,11 +79,6 @@ class StoredFrames(nn.Module):
 class StoredStatistics(nn.Module):
     """Stored frames as one "frame" for each utterance: their mean and standard deviation over time.
 
-    Parameters
-    ----------
-    frames : StoredFrames
-        Frames of one layer.
-
     Example
     -------
     >>> import tempfile, numpy

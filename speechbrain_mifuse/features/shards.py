@@ -27,11 +27,6 @@ TOGETHER = 4096
 class Shard(NamedTuple):
     """One of several parts of a corpus, equal in size up to chance.
 
-    Parameters
-    ----------
-    number, count : int
-        Which part, from 1, of how many.
-
     Example
     -------
     >>> parts = [Shard.parse("1/2"), Shard.parse("2/2")]

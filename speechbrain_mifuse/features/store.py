@@ -268,13 +268,7 @@ class FeatureStore:
         return [key for key, row in self.rows.items() if not self._is_sound(row, None, self._block(row, None))]
 
     def writer(self, flush_every: int = 64) -> StoreWriter:
-        """Open the store for appending; a context manager that gives the function `StoreWriter.add`.
-
-        Parameters
-        ----------
-        flush_every : int
-            Utterances after which frames and rows are brought to the disk.
-        """
+        """Open the store for appending; a context manager that gives the function `StoreWriter.add`."""
         return StoreWriter(self, flush_every)
 
 

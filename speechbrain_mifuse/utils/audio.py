@@ -226,18 +226,6 @@ def nothing_varies(wave: torch.Tensor, channels: int = 1) -> bool:
 def resampled(wave: torch.Tensor, rate: int, new_rate: int) -> torch.Tensor:
     """Bring a waveform to another rate.
 
-    Parameters
-    ----------
-    wave : torch.Tensor
-        Waveform `[samples]`.
-    rate, new_rate : int
-        Its rate and the wanted one, in Hz.
-
-    Returns
-    -------
-    torch.Tensor
-        Waveform `[ceil(samples * new_rate / rate)]`, filtered by a windowed sinc as torchaudio's.
-
     Example
     -------
     >>> resampled(torch.zeros(44100), 44100, 16000).shape
@@ -268,21 +256,6 @@ def _filtered(padded: torch.Tensor, places: torch.Tensor, rate: int, new_rate: i
 
 def duration(path: str | Path) -> float:
     """Measure a recording: from its header, or by reading it where the header only estimates.
-
-    Parameters
-    ----------
-    path : str or pathlib.Path
-        The recording.
-
-    Returns
-    -------
-    float
-        Seconds.
-
-    Raises
-    ------
-    BadAudio
-        If it cannot be read or holds no samples.
 
     Example
     -------

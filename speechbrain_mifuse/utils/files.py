@@ -131,11 +131,6 @@ def json_object(path: Path, max_bytes: int | None = None) -> dict:
 def strict_object(text: str | bytes) -> dict:
     """Decode a JSON object in which no key stands twice and every number is finite and of usual length.
 
-    Raises
-    ------
-    ValueError
-        If the text is anything else; the message says what.
-
     Example
     -------
     >>> strict_object('{"emo": "sad", "emo": "angry"}')
@@ -194,13 +189,7 @@ def encodable(text: str) -> bool:
 
 
 def cache_folder() -> Path:
-    """Folder for what is made once and reused: the demo encoder, extracted frames.
-
-    Returns
-    -------
-    pathlib.Path
-        `MIFUSE_CACHE` if it is set, else `speechbrain_mifuse` in `XDG_CACHE_HOME` or `~/.cache`.
-    """
+    """Folder for what is made once and reused: the demo encoder, extracted frames."""
     chosen = os.environ.get("MIFUSE_CACHE")
     if chosen:
         return Path(chosen).expanduser()
