@@ -72,13 +72,13 @@ def local_folder(source: str | Path) -> Path | None:
     return None
 
 
-def model_folder(source: str | Path, cache_dir: str | None = None) -> Path:
+def model_folder(source: str | Path) -> Path:
     """Give the folder of a model; download it first if the source is a hub id."""
     folder = local_folder(source)
     if folder is not None:
         return folder
     for form in WEIGHT_FORMS:
-        folder = Path(snapshot_download(str(source), cache_dir=cache_dir, allow_patterns=[*BESIDE_WEIGHTS, *form]))
+        folder = Path(snapshot_download(str(source), allow_patterns=[*BESIDE_WEIGHTS, *form]))
         if any(path.suffix in WEIGHT_SUFFIXES for path in folder.iterdir()):
             break
     return folder

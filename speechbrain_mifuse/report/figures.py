@@ -328,9 +328,9 @@ def curves(told: str, lines: Sequence[Line], x: str, y: str, ylim: tuple[float, 
     return _svg(told, 150, draw, (x, y), xlim, ylim)
 
 
-def histogram(told: str, groups: Sequence[Sequence[float]], most: float, x: str, bins: int = 20) -> str:
+def histogram(told: str, groups: Sequence[Sequence[float]], most: float, x: str) -> str:
     """Draw how often values from 0 to `most` occur."""
-    edges = np.linspace(0, most, bins + 1)
+    edges = np.linspace(0, most, 21)
     shares = [_shares(group, edges) for group in groups]
 
     def draw(axes) -> None:

@@ -36,6 +36,8 @@ from speechbrain_mifuse.utils.progress import progress
 
 # A sample this sure of one label counts as a single label.
 ONE_HOT = 0.999
+# Dropout passes of the source classifier.
+PASSES = 16
 
 
 def teacher_figures(
@@ -123,8 +125,6 @@ def report_store(
     folder: str | Path,
     source: str | Path | None = None,
     price: Price | None = None,
-    passes: int = 16,
-    show_progress: bool = True,
 ) -> str:
     """Report on the answers to one query about the utterances of a manifest.
 
@@ -142,10 +142,6 @@ def report_store(
         Folder of a recognizer to compare with.
     price : Price, optional
         Prices of the provider's tokens.
-    passes : int
-        Dropout passes of the recognizer.
-    show_progress : bool
-        Whether to show progress bars.
 
     Returns
     -------
@@ -158,11 +154,11 @@ def report_store(
         If the store has no answer about the manifest, or the recognizer has other labels.
     """
     rows, query = read_manifest(manifest), summary.query
-    hashes = _hashes(store, query, rows, show_progress)
+    hashes = _hashes(store, query, rows)
     samples = store.load(query, [hashes[key] for key in rows], summary.k)
     if not (samples.kinds >= 0).any():
         raise UserError(f"{manifest}: the store {store.path} has no answer about any of its utterances to this query")
-    classified = None if source is None else _classified(source, query.labels, rows, passes, show_progress)
+    classified = None if source is None else _classified(source, query.labels, rows)
     about = f"{query.model} at {query.endpoint}, about {Path(manifest).name}"
     reference = reference_of(rows, query.labels)
     answers = sum(summary.counts[kind] for kind in SAMPLE_KINDS)
@@ -170,19 +166,17 @@ def report_store(
     return write_teacher_report(folder, samples, query.labels, about, reference, classified, cost)
 
 
-def _hashes(store: LabelStore, query: Query, rows: Mapping[str, Mapping], show_progress: bool) -> dict[str, str]:
+def _hashes(store: LabelStore, query: Query, rows: Mapping[str, Mapping]) -> dict[str, str]:
     hashes = store.recordings(query)
     unknown = [key for key in rows if key not in hashes]
     with HashCache.beside(store.path) as cache:
-        for key in progress(unknown, desc="looking up recordings", unit="utt", disable=not (show_progress and unknown)):
+        for key in progress(unknown, desc="looking up recordings", unit="utt", disable=not unknown):
             wav = rows[key]["wav"]
             hashes[key] = cache.of(wav, functools.partial(read_known, wav)).audio
     return hashes
 
 
-def _classified(
-    source: str | Path, labels: Sequence[str], rows: Mapping[str, Mapping], passes: int, show_progress: bool
-) -> torch.Tensor:
+def _classified(source: str | Path, labels: Sequence[str], rows: Mapping[str, Mapping]) -> torch.Tensor:
     """`[N, P, C]` of the source recogniser."""
     recogniser_digest(source)
     recogniser = EmotionRecognizer.from_hparams(source)
@@ -190,9 +184,9 @@ def _classified(
         raise UserError(
             f"{source}: knows the labels {list(recogniser.labels)}, the teacher was asked for {list(labels)}"
         )
-    bar = progress(rows.values(), desc="source classifier", unit="utt", disable=not show_progress)
+    bar = progress(rows.values(), desc="source classifier", unit="utt")
     waves = (load_audio(row["wav"], recogniser.sample_rate) for row in bar)
-    return torch.stack([recogniser.predict_proba(wave, passes, stochastic=True, seed=0) for wave in waves])
+    return torch.stack([recogniser.predict_proba(wave, PASSES, stochastic=True, seed=0) for wave in waves])
 
 
 def reference_of(rows: Mapping[str, Mapping], labels: Sequence[str]) -> torch.Tensor | None:

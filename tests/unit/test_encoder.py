@@ -389,10 +389,10 @@ def test_a_local_folder_never_touches_the_network(name, saved, monkeypatch):
     FrozenEncoder(saved(name)[0])
 
 
-def test_an_unreachable_hub_id_names_both_remedies(monkeypatch, tmp_path):
+def test_an_unreachable_hub_id_names_both_remedies(monkeypatch):
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
     with pytest.raises(OSError, match=r"(?s)facebook/no-such-encoder.*--encoder /path.*--encoder demo"):
-        FrozenEncoder("facebook/no-such-encoder", save_path=tmp_path)
+        FrozenEncoder("facebook/no-such-encoder")
 
 
 @pytest.mark.parametrize("source", ["/no/such/folder", "./missing", "a/b/c"])

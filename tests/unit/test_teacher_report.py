@@ -223,7 +223,7 @@ def test_a_manifest_that_the_store_does_not_know_is_an_error(collected, tmp_path
     rows = {"t-c": {"wav": str(tmp_path / "c.wav"), "speaker": "1"}}
     atomic_write(collected / "m" / "other.json", json.dumps(rows))
     with LabelStore(collected / "labels.sqlite") as store, pytest.raises(UserError, match="no answer about any"):
-        report_store(store, store.queries()[0], collected / "m" / "other.json", tmp_path / "out", show_progress=False)
+        report_store(store, store.queries()[0], collected / "m" / "other.json", tmp_path / "out")
 
 
 def test_a_recording_known_under_another_id_is_found_by_its_content(tmp_path):
@@ -235,5 +235,5 @@ def test_a_recording_known_under_another_id_is_found_by_its_content(tmp_path):
     with LabelStore(tmp_path / "labels.sqlite") as store:
         store.put_many(QUERY, [Record(audio, 0, "old-id", Response(Answer("label", (1.0, 0.0)), "{}"))])
         summary = store.queries()[0]
-        text = report_store(store, summary, tmp_path / "m" / "adapt.json", tmp_path / "out", show_progress=False)
+        text = report_store(store, summary, tmp_path / "m" / "adapt.json", tmp_path / "out")
     assert "1 utterances, 1 samples wanted of each; 1 utterances have any" in text
