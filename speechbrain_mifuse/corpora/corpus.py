@@ -25,7 +25,7 @@ from speechbrain_mifuse.corpora.manifest import (
 from speechbrain_mifuse.corpora.splits import Splits, deal, leave_out_shared, settings_of, thin_out
 from speechbrain_mifuse.utils.audio_files import ENDINGS
 from speechbrain_mifuse.utils.files import atomic_write
-from speechbrain_mifuse.utils.texts import shown
+from speechbrain_mifuse.utils.texts import counted, shown
 
 logger = logging.getLogger(__name__)
 
@@ -195,8 +195,7 @@ def report_other_classes(corpus: str, emotions: Iterable[str]) -> None:
     """Log how many recordings are left out because of their class."""
     counts = Counter(emotions)
     if counts:
-        listed = ", ".join(f"{name} {count}" for name, count in sorted(counts.items()))
-        logger.info("%s: %d recordings of other classes take no part: %s.", corpus, counts.total(), listed)
+        logger.info("%s: %d recordings of other classes take no part: %s.", corpus, counts.total(), counted(counts))
 
 
 def is_prepared(save_folder: str | Path, settings: Mapping) -> bool:

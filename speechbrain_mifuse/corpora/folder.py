@@ -40,7 +40,7 @@ from speechbrain_mifuse.corpora.manifest import LABELS, CorpusError, Utterance
 from speechbrain_mifuse.corpora.recordings import TABLES, recordings_below
 from speechbrain_mifuse.corpora.splits import Splits
 from speechbrain_mifuse.corpora.tables import read_table
-from speechbrain_mifuse.utils.texts import shown
+from speechbrain_mifuse.utils.texts import counted, shown
 
 logger = logging.getLogger(__name__)
 
@@ -93,10 +93,10 @@ def list_folder(data_folder: str | Path) -> list[Utterance]:
 def _report(root: Path, listing: Listing, found: int, speakers: Mapping[str, str]) -> None:
     """Log what was understood: labels, speakers, and what takes no part."""
     labels = Counter(emo for _, emo, _ in listing.rows if emo)
-    text = f"{found} recordings, labels from {listing.labels_from}: {_counts(labels) or 'none'}"
+    text = f"{found} recordings, labels from {listing.labels_from}: {counted(labels) or 'none'}"
     text += f"; speakers from {listing.speakers_from}: {len(set(speakers.values())) or 'not known'}"
     if listing.outside:
-        text += f"; left out: {listing.outside.total()} of other emotions ({_counts(listing.outside)})"
+        text += f"; left out: {listing.outside.total()} of other emotions ({counted(listing.outside)})"
     logger.info("%s: %s", root.resolve().name, text)
     if len(set(speakers.values())) < len(speakers):
         twice = sorted(name for name, kept in speakers.items() if name != kept)
@@ -106,11 +106,6 @@ def _report(root: Path, listing: Listing, found: int, speakers: Mapping[str, str
         logger.warning(
             "%s: %d recordings have no label and take no part (first: %s).", root, len(listing.left_out), first
         )
-
-
-def _counts(counted: Counter) -> str:
-    """Names with their counts, for the log."""
-    return ", ".join(f"{name} {count}" for name, count in sorted(counted.items()))
 
 
 def one_spelling(names: Iterable[str]) -> dict[str, str]:

@@ -323,11 +323,12 @@ def fingerprint(domain: str, seed: int) -> dict[str, object]:
     """Summarise what the samples of a domain depend on: equal fingerprints, equal clips."""
     spreads = (SPEAKER_SPREAD, CLIP_SPREAD, HABIT_SPREAD, INTENSITY_SPREAD)
     settings = json.dumps([RENDERING, TAKES, SENTENCES, asdict(DOMAINS[domain]), PROSODY, spreads])
-    return {"synthetic": True, "domain": domain, "seed": seed, "settings": _digest(settings)}
-
-
-def _digest(text: str) -> str:
-    return hashlib.sha256(text.encode()).hexdigest()[:16]
+    return {
+        "synthetic": True,
+        "domain": domain,
+        "seed": seed,
+        "settings": hashlib.sha256(settings.encode()).hexdigest()[:16],
+    }
 
 
 def render_domain(output_folder: str | Path, domain: str, seed: int = 0) -> list[Clip]:
