@@ -44,8 +44,9 @@ from speechbrain_mifuse.experiments.features import EncoderSettings, open_reader
 from speechbrain_mifuse.experiments.recipes import load_recipe
 from speechbrain_mifuse.features.dataset import frame_batches, pad_frames
 from speechbrain_mifuse.features.encoder import load_wrapper
-from speechbrain_mifuse.features.extract import average_frames, extract, open_store
+from speechbrain_mifuse.features.extract import average_frames, extract
 from speechbrain_mifuse.features.front import StoredFrames
+from speechbrain_mifuse.features.store import FeatureStore
 from speechbrain_mifuse.nnet.classifier import EmotionClassifier
 from speechbrain_mifuse.utils.audio import load_audio, trim_silence
 from speechbrain_mifuse.utils.progress import quiet
@@ -118,7 +119,7 @@ def compared(name: str, setting: Setting, source: str, manifests: dict, folder: 
 def average_store(store, reader, folder: Path):
     """Copy a store with its frames averaged, as extraction would have stored them."""
     reader.frame_average = FRAME_AVERAGE
-    averaged = open_store(folder, reader)
+    averaged = FeatureStore(folder, reader.fingerprint())
     with averaged.writer() as add:
         for key, row in store.rows.items():
             frames = average_frames(torch.from_numpy(store.frames(key)).float(), FRAME_AVERAGE)

@@ -26,9 +26,8 @@ import soundfile
 from clips import LABELS, RATE
 from measure import Figure, ratio
 
-from speechbrain_mifuse.features.extract import file_stamp, open_store
-from speechbrain_mifuse.features.store import index_line
-from speechbrain_mifuse.utils.files import atomic_write
+from speechbrain_mifuse.features.store import FeatureStore, index_line
+from speechbrain_mifuse.utils.files import atomic_write, file_stamp
 
 DIM, FRAMES, LAYER, TURNS = 64, 4, 1, 3
 PARTS = ("imports", "stored", "dataset", "step")
@@ -67,7 +66,7 @@ def write_corpus(folder: Path, count: int) -> None:
     atomic_write(folder / "corpus.json", json.dumps({"data_root": str(folder)}))
     for name in ("train", "train_unlabelled"):
         atomic_write(folder / f"{name}.json", json.dumps(rows, indent=1))
-    store = open_store(folder / "store", Reader())
+    store = FeatureStore(folder / "store", Reader().fingerprint())
     rng = np.random.default_rng(0)
     with store.writer() as add:
         add(keys[0], rng.standard_normal((1, FRAMES, DIM)), audio="", file=file_stamp(wav))

@@ -19,7 +19,14 @@ MANY = 5000
 
 
 def check_release(corpus: str, utterances: Iterable[Utterance], by: str, expected: Mapping[str, int]) -> dict:
-    """Compare a copy of a corpus with the published counts, and say so where it differs."""
+    """Compare a copy of a corpus with the published counts, and say so where it differs.
+
+    Example
+    -------
+    >>> copy = [Utterance("t-a", Path("a.wav"), "sad", "1"), Utterance("t-b", Path("b.wav"), "sad", "1")]
+    >>> check_release("toy", copy, "emo", {"sad": 2})["matches"]
+    True
+    """
     found = Counter(getattr(utterance, by) for utterance in utterances)
     found = {name: found[name] for name in sorted({*expected, *found})}
     matches = found == dict(expected)

@@ -25,7 +25,7 @@ from speechbrain_mifuse.corpora.manifest import (
 from speechbrain_mifuse.corpora.splits import Splits, deal, leave_out_shared, settings_of, thin_out
 from speechbrain_mifuse.utils.audio_files import ENDINGS
 from speechbrain_mifuse.utils.files import atomic_write
-from speechbrain_mifuse.utils.texts import shown
+from speechbrain_mifuse.utils.texts import counted, shown
 
 logger = logging.getLogger(__name__)
 
@@ -33,7 +33,17 @@ FLAGS = "--data_folder (or --source_data_folder, --teacher_data_folder)"
 
 
 def find_corpus(folder_name: str, marker: str | Sequence[str], data_folder: str | Path | None = None) -> Path:
-    """Find a corpus's own folder from the folder that a user named."""
+    """Find a corpus's own folder from the folder that a user named.
+
+    Example
+    -------
+    >>> import tempfile
+    >>> above = Path(tempfile.mkdtemp())
+    >>> (above / "nEMO").mkdir()
+    >>> (above / "nEMO" / "data.tsv").touch()
+    >>> find_corpus("nemo", "data.tsv", above).name
+    'nEMO'
+    """
     markers = [marker] if isinstance(marker, str) else list(marker)
     given = data_folder or os.environ.get("MIFUSE_CORPORA")
     remedy = f"Pass {FLAGS} with the corpus's folder or the folder above it"
@@ -72,7 +82,13 @@ def _corpora_in(place: Path, folder_name: str, markers: Sequence[str]) -> list[P
 
 
 def by_stem(paths: Iterable[Path]) -> dict[str, Path]:
-    """Find recordings by their names without the ending: copies of a corpus convert the audio to other formats."""
+    """Find recordings by their names without the ending: copies of a corpus convert the audio to other formats.
+
+    Example
+    -------
+    >>> by_stem([Path("a.flac"), Path("a.wav"), Path("b.mp3"), Path("notes.txt")])["a"].name
+    'a.wav'
+    """
     audio = [path for path in paths if path.suffix.lower() in ENDINGS and not path.name.startswith(".")]
     found = {}
     for path in sorted(audio, key=lambda path: (path.suffix.lower() != ".wav", len(path.parts), path)):
@@ -86,7 +102,13 @@ def common_classes(emotions: Mapping[str, str | None]) -> dict[str, str | None]:
 
 
 def map_label(label_map: Mapping[str, str | None], code: str, where: str | Path) -> str | None:
-    """Translate a corpus's own label, `None` meaning that the class is left out."""
+    """Translate a corpus's own label, `None` meaning that the class is left out.
+
+    Example
+    -------
+    >>> map_label({"ang": "angry", "xxx": None}, "ang", "labels.txt, line 7")
+    'angry'
+    """
     if code not in label_map:
         raise CorpusError(f"{where}: unknown label '{code}'; known are {', '.join(sorted(label_map))}.")
     return label_map[code]
@@ -100,7 +122,39 @@ def own_recordings(
     emotions: Mapping[str, str],
     other_parts: re.Pattern | None = None,
 ) -> list[tuple[Path, re.Match, str]]:
-    """List the recordings of the wanted classes by their file names, and log what takes no part."""
+    r"""List the recordings of the wanted classes by their file names, and log what takes no part.
+
+    Parameters
+    ----------
+    corpus : str
+        Name, for the log.
+    paths : iterable of pathlib.Path
+        Files of the corpus.
+    pattern : re.Pattern
+        What a name without its ending looks like, with a group `code` for the emotion.
+    label_map : mapping of str to str or None
+        Class by code; `None` leaves the class out.
+    emotions : mapping of str to str
+        Emotion by code, for all codes of the release.
+    other_parts : re.Pattern, optional
+        Names of other parts of the release, which take no part without a warning.
+
+    Returns
+    -------
+    list of tuple
+        Path, match and class of each recording.
+
+    Raises
+    ------
+    CorpusError
+        If most recordings have other names.
+
+    Example
+    -------
+    >>> pattern, emotions = re.compile(r"(?P<speaker>\d)(?P<code>[AS])"), {"A": "angry", "S": "sad"}
+    >>> own_recordings("toy", [Path("1A.wav"), Path("1S.wav")], pattern, {"A": "angry", "S": None}, emotions)[0][2]
+    'angry'
+    """
     audio = sorted(path for path in paths if path.suffix.lower() in ENDINGS and path.name[0] != ".")
     own = [path for path in audio if _code(pattern, path) in emotions]
     rest = sorted(set(audio).difference(own))
@@ -141,56 +195,7 @@ def report_other_classes(corpus: str, emotions: Iterable[str]) -> None:
     """Log how many recordings are left out because of their class."""
     counts = Counter(emotions)
     if counts:
-        listed = ", ".join(f"{name} {count}" for name, count in sorted(counts.items()))
-        logger.info("%s: %d recordings of other classes take no part: %s.", corpus, counts.total(), listed)
-
-
-def write_splits(
-    corpus: str,
-    utterances: Iterable[Utterance],
-    data_folder: str | Path,
-    save_folder: str | Path,
-    splits: Splits,
-    order: Sequence[str] = (),
-    group: str = "speaker",
-    keep: Mapping[str, float] | None = None,
-    facts: Mapping | None = None,
-    balanced: bool = False,
-) -> dict[str, Path]:
-    """Validate a corpus and write one manifest per split, with a twin that has no labels."""
-    utterances = sorted(utterances, key=lambda utterance: utterance.utt_id)
-    check_utterances(corpus, utterances)
-    if any(utterance.emo for utterance in utterances):
-        kind, dealt = deal(utterances, splits, order, group, balanced)
-        where = {name: split for split, names in dealt.items() for name in names}
-        placed = {split: [u for u in utterances if where.get(getattr(u, kind)) == split] for split in splits}
-        placed, shared = leave_out_shared(placed)
-        about = {f"{kind}s": dealt}
-    else:
-        placed, shared, about = dict.fromkeys(splits, utterances), {}, {"labelled": False}
-    chosen_ids = {u.utt_id for chosen in placed.values() for u in chosen}
-    lengths, skipped = find_unusable(u for u in utterances if u.utt_id in chosen_ids)
-    placed = {split: [u for u in chosen if u.utt_id in lengths] for split, chosen in placed.items()}
-    first = next(iter(placed))
-    placed[first] = thin_out(placed[first], keep)
-    # First, because a kill between two splits must not leave manifests of two dealings that count as whole.
-    (Path(save_folder) / ABOUT).unlink(missing_ok=True)
-    report_skipped(corpus, skipped | shared, save_folder)
-    paths = {}
-    for split, chosen in placed.items():
-        rows = {u.utt_id: u.row(data_folder, lengths[u.utt_id]) for u in chosen}
-        paths[split] = write_manifest(corpus, rows, Path(save_folder) / f"{split}.json")
-    about |= {
-        "counts": {
-            split: dict(sorted(Counter(u.emo or "unlabelled" for u in placed[split]).items())) for split in splits
-        }
-    }
-    about |= {"shared_speakers_left_out": len(shared), **with_unusable(facts or {}, len(skipped))}
-    warn_of_unusable(corpus, about, save_folder)
-    settings = settings_of(corpus, utterances, data_folder, splits, keep)
-    # Last, because its presence tells that everything before it is whole.
-    atomic_write(Path(save_folder) / ABOUT, json.dumps(settings | about, indent=1))
-    return paths
+        logger.info("%s: %d recordings of other classes take no part: %s.", corpus, counts.total(), counted(counts))
 
 
 def is_prepared(save_folder: str | Path, settings: Mapping) -> bool:
@@ -274,6 +279,70 @@ class Corpus:
             logger.info("%s: manifests in %s are up to date, preparation skipped.", self.name, save_folder)
             warn_of_unusable(self.name, read_about(Path(save_folder) / ABOUT), save_folder)
             return
-        write_splits(
-            *(self.name, utterances, folder, save_folder, splits, self.order, self.group, keep, facts, self.balanced)
-        )
+        self.write_splits(utterances, folder, save_folder, splits, keep, facts)
+
+    def write_splits(
+        self,
+        utterances: Iterable[Utterance],
+        folder: str | Path,
+        save_folder: str | Path,
+        splits: Splits,
+        keep: Mapping[str, float] | None = None,
+        facts: Mapping | None = None,
+    ) -> dict[str, Path]:
+        """Validate utterances and write one manifest per split, with a twin that has no labels.
+
+        Parameters
+        ----------
+        utterances : iterable of Utterance
+            All recordings of the wanted classes.
+        folder, save_folder : str or pathlib.Path
+            The corpus's own folder, and where the manifests go.
+        splits, keep : mapping
+            As of `prepare`.
+        facts : mapping, optional
+            What `corpus.json` shall say besides.
+
+        Returns
+        -------
+        dict of str to pathlib.Path
+            Manifest of each split.
+
+        Raises
+        ------
+        CorpusError
+            If ids repeat, shares cannot be given, or a split holds no readable recording.
+        """
+        utterances = sorted(utterances, key=lambda utterance: utterance.utt_id)
+        check_utterances(self.name, utterances)
+        if any(utterance.emo for utterance in utterances):
+            kind, dealt = deal(utterances, splits, self.order, self.group, self.balanced)
+            where = {name: split for split, names in dealt.items() for name in names}
+            placed = {split: [u for u in utterances if where.get(getattr(u, kind)) == split] for split in splits}
+            placed, shared = leave_out_shared(placed)
+            about = {f"{kind}s": dealt}
+        else:
+            placed, shared, about = dict.fromkeys(splits, utterances), {}, {"labelled": False}
+        chosen_ids = {u.utt_id for chosen in placed.values() for u in chosen}
+        lengths, skipped = find_unusable(u for u in utterances if u.utt_id in chosen_ids)
+        placed = {split: [u for u in chosen if u.utt_id in lengths] for split, chosen in placed.items()}
+        first = next(iter(placed))
+        placed[first] = thin_out(placed[first], keep)
+        # First, because a kill between two splits must not leave manifests of two dealings that count as whole.
+        (Path(save_folder) / ABOUT).unlink(missing_ok=True)
+        report_skipped(self.name, skipped | shared, save_folder)
+        paths = {}
+        for split, chosen in placed.items():
+            rows = {u.utt_id: u.row(folder, lengths[u.utt_id]) for u in chosen}
+            paths[split] = write_manifest(self.name, rows, Path(save_folder) / f"{split}.json")
+        about |= {
+            "counts": {
+                split: dict(sorted(Counter(u.emo or "unlabelled" for u in placed[split]).items())) for split in splits
+            }
+        }
+        about |= {"shared_speakers_left_out": len(shared), **with_unusable(facts or {}, len(skipped))}
+        warn_of_unusable(self.name, about, save_folder)
+        settings = settings_of(self.name, utterances, folder, splits, keep)
+        # Last, because its presence tells that everything before it is whole.
+        atomic_write(Path(save_folder) / ABOUT, json.dumps(settings | about, indent=1))
+        return paths

@@ -40,7 +40,7 @@ from speechbrain_mifuse.corpora.manifest import LABELS, CorpusError, Utterance
 from speechbrain_mifuse.corpora.recordings import TABLES, recordings_below
 from speechbrain_mifuse.corpora.splits import Splits
 from speechbrain_mifuse.corpora.tables import read_table
-from speechbrain_mifuse.utils.texts import shown
+from speechbrain_mifuse.utils.texts import counted, shown
 
 logger = logging.getLogger(__name__)
 
@@ -53,7 +53,18 @@ COLUMNS = {
 
 
 def list_folder(data_folder: str | Path) -> list[Utterance]:
-    """List the recordings of a folder, and log what was understood of it."""
+    """List the recordings of a folder, and log what was understood of it.
+
+    Example
+    -------
+    >>> import tempfile
+    >>> folder = Path(tempfile.mkdtemp())
+    >>> for name in ("angry/anna/1.wav", "sad/ben/1.wav"):
+    ...     (folder / name).parent.mkdir(parents=True)
+    ...     (folder / name).touch()
+    >>> [(utterance.emo, utterance.speaker) for utterance in list_folder(folder)]
+    [('angry', 'anna'), ('sad', 'ben')]
+    """
     root = Path(data_folder)
     found = [path.relative_to(root) for path in recordings_below(root)]
     table = find_table(root)
@@ -82,10 +93,10 @@ def list_folder(data_folder: str | Path) -> list[Utterance]:
 def _report(root: Path, listing: Listing, found: int, speakers: Mapping[str, str]) -> None:
     """Log what was understood: labels, speakers, and what takes no part."""
     labels = Counter(emo for _, emo, _ in listing.rows if emo)
-    text = f"{found} recordings, labels from {listing.labels_from}: {_counts(labels) or 'none'}"
+    text = f"{found} recordings, labels from {listing.labels_from}: {counted(labels) or 'none'}"
     text += f"; speakers from {listing.speakers_from}: {len(set(speakers.values())) or 'not known'}"
     if listing.outside:
-        text += f"; left out: {listing.outside.total()} of other emotions ({_counts(listing.outside)})"
+        text += f"; left out: {listing.outside.total()} of other emotions ({counted(listing.outside)})"
     logger.info("%s: %s", root.resolve().name, text)
     if len(set(speakers.values())) < len(speakers):
         twice = sorted(name for name, kept in speakers.items() if name != kept)
@@ -95,11 +106,6 @@ def _report(root: Path, listing: Listing, found: int, speakers: Mapping[str, str
         logger.warning(
             "%s: %d recordings have no label and take no part (first: %s).", root, len(listing.left_out), first
         )
-
-
-def _counts(counted: Counter) -> str:
-    """Names with their counts, for the log."""
-    return ", ".join(f"{name} {count}" for name, count in sorted(counted.items()))
 
 
 def one_spelling(names: Iterable[str]) -> dict[str, str]:
@@ -210,7 +216,37 @@ def facts(data_folder: Path, utterances: list[Utterance]) -> Mapping:
 def prepare_folder(
     data_folder: str | Path | None, save_folder: str | Path, splits: Splits, keep: Mapping[str, float] | None = None
 ) -> None:
-    """Write manifests of a folder of recordings, unless they are there already."""
+    """Write manifests of a folder of recordings, unless they are there already.
+
+    Parameters
+    ----------
+    data_folder : str or pathlib.Path
+        Folder of recordings, with labels or without (see `list_folder`).
+    save_folder : str or pathlib.Path
+        Where the manifests go: for each split `<split>.json`, and `<split>_unlabelled.json` without labels.
+    splits : mapping
+        For each split its share of the speakers, or its list of speakers. Without labels each split holds every
+        recording.
+    keep : mapping of str to float, optional
+        Simulated class skew: share of a class's recordings that stays in the first split.
+
+    Raises
+    ------
+    CorpusError
+        If there is no such folder, its labels are not clear, or no recording of a split can be read.
+
+    Example
+    -------
+    >>> import tempfile, json, numpy, soundfile
+    >>> folder = Path(tempfile.mkdtemp())
+    >>> for number, name in enumerate(("angry/anna/1.wav", "sad/anna/1.wav", "angry/ben/1.wav", "sad/ben/1.wav")):
+    ...     (folder / name).parent.mkdir(parents=True)
+    ...     soundfile.write(folder / name, 0.1 * numpy.sin(numpy.arange(8000) * (number + 1)), 16000)
+    >>> prepare_folder(folder, folder / "manifests", {"train": 0.5, "test": 0.5})
+    >>> about = json.loads((folder / "manifests" / "corpus.json").read_text())
+    >>> about["counts"]["test"]
+    {'angry': 1, 'sad': 1}
+    """
     if data_folder is None or not Path(data_folder).is_dir():
         raise CorpusError(f"{data_folder} is no folder. Pass --data_folder with the folder of your recordings.")
     FOLDER.prepare_in(Path(data_folder), save_folder, splits, keep)

@@ -10,7 +10,7 @@ from pathlib import Path
 from speechbrain_mifuse.corpora.emotion_words import all_emotions, plain, resembling
 from speechbrain_mifuse.corpora.layouts import Listing
 from speechbrain_mifuse.corpora.manifest import LABELS, CorpusError
-from speechbrain_mifuse.utils.texts import shown
+from speechbrain_mifuse.utils.texts import counted, shown
 
 # A level whose folders are all named so holds no speakers: containers, parts of the material, dates.
 NOT_SPEAKERS = re.compile(
@@ -95,8 +95,7 @@ def _require_no_resemblance(root: Path, found: Sequence[Path], levels: Sequence[
                 )
             else:
                 what = f"{_listed(sorted(alike))} may be emotions, but they are not two plain names in one language"
-            counted = ", ".join(f"{name} {count}" for name, count in sorted(counts.items()))
-            raise _unclear(root, found, f"{what}; recordings: {counted}")
+            raise _unclear(root, found, f"{what}; recordings: {counted(counts)}")
 
 
 def _unclear(root: Path, found: Sequence[Path], what: str) -> CorpusError:

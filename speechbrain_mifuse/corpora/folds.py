@@ -10,7 +10,13 @@ from speechbrain_mifuse.corpora.manifest import CorpusError
 
 
 def fold_splits(folds: Sequence[Sequence[str]], fold: int) -> dict[str, list[str]]:
-    """Split of one fold: its own groups test, all others train."""
+    """Split of one fold: its own groups test, all others train.
+
+    Example
+    -------
+    >>> fold_splits([["Ses01"], ["Ses02"], ["Ses03"]], 2)
+    {'train': ['Ses01', 'Ses03'], 'test': ['Ses02']}
+    """
     groups = [name for part in folds for name in part]
     doubled = [str(name) for name, times in Counter(groups).items() if times > 1]
     if len(folds) < 2 or not all(folds) or doubled:

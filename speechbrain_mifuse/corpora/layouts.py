@@ -41,10 +41,6 @@ class Layout:
     codes: Mapping[str, str]
     speakers: Mapping[str, str] = field(default_factory=dict)
 
-    def match(self, path: str) -> re.Match | None:
-        """Match a recording's path."""
-        return re.search(rf"(?:^|/)(?:{self.pattern})$", path)
-
 
 LAYOUTS = (
     Layout(
@@ -84,7 +80,8 @@ def read_file_names(found: Sequence[Path]) -> Listing | None:
     """Read emotions and speakers from file names, where nearly all of them are those of one known corpus."""
     names = {path: path.with_suffix("").as_posix() for path in found}
     for layout in LAYOUTS:
-        matches = {path: match for path, name in names.items() if (match := layout.match(name))}
+        pattern = re.compile(rf"(?:^|/)(?:{layout.pattern})$")
+        matches = {path: match for path, name in names.items() if (match := pattern.search(name))}
         if found and len(matches) >= NEARLY_ALL * len(found):
             return _listed(layout, matches, found)
     return None

@@ -95,7 +95,13 @@ def write_manifest(corpus: str, rows: Mapping[str, Mapping], path: Path) -> Path
 
 
 def unlabelled(path: str | Path) -> Path:
-    """Path of a manifest's twin without labels."""
+    """Path of a manifest's twin without labels.
+
+    Example
+    -------
+    >>> unlabelled("manifests/adapt.json").name
+    'adapt_unlabelled.json'
+    """
     path = Path(path)
     return path.with_name(f"{path.stem}{TWIN}.json")
 
@@ -128,7 +134,7 @@ def read_manifest(path: str | Path) -> dict[str, dict]:
     Parameters
     ----------
     path : str or pathlib.Path
-        A file that `write_splits` wrote.
+        A manifest that a preparation wrote.
 
     Returns
     -------

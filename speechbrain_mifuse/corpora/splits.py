@@ -24,7 +24,17 @@ MAX_EXCHANGED = 150
 def balanced_groups(
     counts: Mapping[str, Mapping[str, int]], splits: Mapping[str, float], kind: str = "speaker"
 ) -> dict[str, list[str]]:
-    """Assign whole groups to splits so that each split gets its share of every class and of the groups."""
+    """Assign whole groups to splits so that each split gets its share of every class and of the groups.
+
+    Groups are placed from the largest to the smallest where the squared distance from the shares grows least; then
+    single groups are moved and pairs exchanged as long as the distance falls.
+
+    Example
+    -------
+    >>> counts = {"anna": {"sad": 2}, "ben": {"sad": 2}, "cleo": {"angry": 2}, "dora": {"angry": 2}}
+    >>> balanced_groups(counts, {"train": 0.5, "test": 0.5})
+    {'train': ['anna', 'cleo'], 'test': ['ben', 'dora']}
+    """
     # The number of groups is balanced as if it were a class.
     vectors = {name: {**counts[name], None: 1} for name in sorted(counts)}
     total = sum((Counter(vector) for vector in vectors.values()), Counter())
@@ -106,7 +116,13 @@ Splits = Mapping[str, float] | Mapping[str, Sequence[str]]
 
 
 def split_groups(groups: Sequence[str], splits: Mapping[str, float], kind: str = "speaker") -> dict[str, list[str]]:
-    """Assign speakers or sessions to splits in the corpus's fixed order, whatever the seed and the disk's order."""
+    """Assign speakers or sessions to splits in the corpus's fixed order, whatever the seed and the disk's order.
+
+    Example
+    -------
+    >>> split_groups(["1", "2", "3", "4", "5"], {"train": 0.6, "valid": 0.2, "test": 0.2})
+    {'train': ['1', '2', '3'], 'valid': ['4'], 'test': ['5']}
+    """
     _require_shares(splits, len(groups), kind)
     dealt, start, share = {}, 0, 0.0
     for place, (name, part) in enumerate(splits.items(), start=1):

@@ -19,7 +19,37 @@ SEPARATORS = (",", ";", "\t")
 def read_table(
     table: Path, columns: Mapping[str, Sequence[str]], optional: Sequence[str] = (), quoting: int = csv.QUOTE_MINIMAL
 ) -> list[tuple[int, dict[str, str]]]:
-    r"""Read the rows of a table with a header."""
+    r"""Read the rows of a table with a header.
+
+    Parameters
+    ----------
+    table : pathlib.Path
+        Table in UTF-8 or UTF-16, separated by comma, semicolon or tab.
+    columns : mapping of str to sequence of str
+        Wanted columns, each with other names that it may have.
+    optional : sequence of str
+        Columns that may be missing; their values are then empty.
+    quoting : int
+        As in Python's `csv`.
+
+    Returns
+    -------
+    list of tuple
+        Line number, and value by column, of each row that is not empty.
+
+    Raises
+    ------
+    CorpusError
+        If the file cannot be read, lacks a column, or has a row with too many values.
+
+    Example
+    -------
+    >>> import tempfile
+    >>> table = Path(tempfile.mkdtemp()) / "labels.csv"
+    >>> _ = table.write_text("Filename;emotion\na.wav;sad\n")
+    >>> read_table(table, {"file": ("filename",), "emo": ("emotion",)})
+    [(2, {'file': 'a.wav', 'emo': 'sad'})]
+    """
     text = _decoded(table)
     # A line by which Excel is told the separator.
     skipped = 1 if re.match(r"sep=.\r?\n", text, re.IGNORECASE) else 0

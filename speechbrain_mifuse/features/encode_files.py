@@ -38,7 +38,7 @@ class Outcome(NamedTuple):
     problem: BadAudio | None = None
 
 
-def hear(item: tuple[str, Recording], reader) -> tuple[Outcome, torch.Tensor | None]:
+def _loaded(item: tuple[str, Recording], reader) -> tuple[Outcome, torch.Tensor | None]:
     """Read a recording."""
     utt_id, recording = item
     try:
@@ -51,11 +51,11 @@ def hear(item: tuple[str, Recording], reader) -> tuple[Outcome, torch.Tensor | N
 
 def side_by_side(todo: Mapping[str, Recording], reader, pool: Executor) -> Iterator[Outcome]:
     """Read and encode recordings one by one, several at a time: on processors as fast as batches, and never padded."""
-    yield from ahead(pool, partial(_heard_and_encoded, reader=reader), todo.items(), AHEAD)
+    yield from ahead(pool, partial(_loaded_and_encoded, reader=reader), todo.items(), AHEAD)
 
 
-def _heard_and_encoded(item: tuple[str, Recording], reader) -> Outcome:
-    outcome, wave = hear(item, reader)
+def _loaded_and_encoded(item: tuple[str, Recording], reader) -> Outcome:
+    outcome, wave = _loaded(item, reader)
     if wave is None:
         return outcome
     with torch.inference_mode():
@@ -64,8 +64,8 @@ def _heard_and_encoded(item: tuple[str, Recording], reader) -> Outcome:
 
 def in_batches(todo: Mapping[str, Recording], reader, pool: Executor) -> Iterator[Outcome]:
     """Read recordings several at a time and encode those of similar length together: made for a GPU."""
-    heard = ahead(pool, partial(_heard_and_prepared, reader=reader), todo.items(), SORTED)
-    while part := list(itertools.islice(heard, SORTED)):
+    loaded = ahead(pool, partial(_loaded_and_prepared, reader=reader), todo.items(), SORTED)
+    while part := list(itertools.islice(loaded, SORTED)):
         yield from (outcome for outcome, wave in part if wave is None)
         waiting = [(outcome, wave) for outcome, wave in part if wave is not None]
         for batch in similar(waiting, int(BATCH_S * reader.encoder.sample_rate)):
@@ -75,8 +75,8 @@ def in_batches(todo: Mapping[str, Recording], reader, pool: Executor) -> Iterato
                 yield outcome._replace(frames=frames.numpy())
 
 
-def _heard_and_prepared(item: tuple[str, Recording], reader) -> tuple[Outcome, torch.Tensor | None]:
-    outcome, wave = hear(item, reader)
+def _loaded_and_prepared(item: tuple[str, Recording], reader) -> tuple[Outcome, torch.Tensor | None]:
+    outcome, wave = _loaded(item, reader)
     return outcome, None if wave is None else reader.prepare(wave)
 
 

@@ -25,6 +25,7 @@ from transformers import AutoConfig
 
 from speechbrain_mifuse.demo.encoder import demo_encoder
 from speechbrain_mifuse.features.pretrained import (
+    VOLATILE,
     check_architecture,
     check_extractor,
     check_files,
@@ -35,9 +36,6 @@ from speechbrain_mifuse.features.pretrained import (
 from speechbrain_mifuse.utils.errors import UserError
 from speechbrain_mifuse.utils.progress import quiet_loading
 from speechbrain_mifuse.utils.schemas import EncoderConfig
-
-# Written by transformers itself: they change with its version or with the folder, never with the features.
-_VOLATILE = ("_name_or_path", "architectures", "dtype", "torch_dtype", "transformers_version")
 
 
 class FrozenEncoder(torch.nn.Module):
@@ -69,8 +67,6 @@ class FrozenEncoder(torch.nn.Module):
         (:func:`~speechbrain_mifuse.demo.encoder.demo_encoder`).
     layers : int or list of int, optional
         Which layers to return, negative ones counting from the end. Default: the last.
-    save_path : str, optional
-        Where hub downloads go. Default: Hugging Face's own cache.
 
     Attributes
     ----------
@@ -107,9 +103,9 @@ class FrozenEncoder(torch.nn.Module):
     ([1, 2], 50.0, 0)
     """
 
-    def __init__(self, source, layers=None, save_path=None):
+    def __init__(self, source, layers=None):
         super().__init__()
-        wrapper = load_wrapper(source, save_path, freeze=True).eval().requires_grad_(False)
+        wrapper = load_wrapper(source, freeze=True).eval().requires_grad_(False)
         config = wrapper.model.config
         reader = FAMILIES[config.model_type].reader(wrapper)
         self.sample_rate = int(wrapper.feature_extractor.sampling_rate)
@@ -235,11 +231,39 @@ class FrozenEncoder(torch.nn.Module):
         return {**self._fingerprint, "layers": list(self.layers)}
 
 
-def load_wrapper(source, save_path=None, freeze=False):
-    """Load SpeechBrain's wrapper of a pretrained encoder, chosen by the ``model_type`` of its configuration."""
+def load_wrapper(source, freeze=False):
+    """Load SpeechBrain's wrapper of a pretrained encoder, chosen by the ``model_type`` of its configuration.
+
+    Arguments
+    ---------
+    source : str or pathlib.Path
+        Folder in Hugging Face format, hub id, or ``demo``.
+    freeze : bool
+        As of SpeechBrain's wrappers.
+
+    Returns
+    -------
+    torch.nn.Module
+        SpeechBrain's ``HuBERT``, ``Wav2Vec2``, ``WavLM`` or ``Whisper`` (encoder only), in float32.
+
+    Raises
+    ------
+    FileNotFoundError
+        If there is no such folder, or the folder lacks a configuration.
+    OSError
+        If the hub cannot be reached or has no such model.
+    ValueError
+        If the model is of another type, lacks weights, or its files are not plain data of sensible sizes.
+
+    Example
+    -------
+    >>> load_wrapper("./no-such-folder")
+    Traceback (most recent call last):
+    ...
+    FileNotFoundError: './no-such-folder': no such folder; pass a Hugging Face folder or a hub id
+    """
     source = str(demo_encoder()) if str(source) == "demo" else str(source)
-    save_path = str(save_path) if save_path else str(constants.HF_HUB_CACHE)
-    folder = _folder(source, save_path)
+    folder = _folder(source)
     check_files(folder, EncoderConfig)
     # Left to its default, transformers asks at the terminal whether code of the model may run.
     config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
@@ -250,7 +274,7 @@ def load_wrapper(source, save_path=None, freeze=False):
     check_extractor(folder)
     family = FAMILIES[config.model_type]
     with quiet_loading():
-        wrapper = family.wrapper(str(folder), save_path, freeze=freeze)
+        wrapper = family.wrapper(str(folder), str(constants.HF_HUB_CACHE), freeze=freeze)
     try:
         refuse_missing(wrapper.missing, (f"{part}." for part in family.reader(wrapper).modules()))
     except UserError as error:
@@ -258,12 +282,12 @@ def load_wrapper(source, save_path=None, freeze=False):
     return wrapper.float()
 
 
-def _folder(source, save_path):
+def _folder(source):
     """Give the folder of an encoder; download it first if the source is a hub id."""
     folder = local_folder(source)
     if folder is None:
         with _hub_errors(source):
-            folder = model_folder(source, save_path)
+            folder = model_folder(source)
     missing = [name for name in ("config.json", "preprocessor_config.json") if not (folder / name).is_file()]
     if missing:
         raise FileNotFoundError(
@@ -309,7 +333,7 @@ def _checked(wav):
 
 
 def _digest(config, modules):
-    settings = {key: value for key, value in config.to_diff_dict().items() if key not in _VOLATILE}
+    settings = {key: value for key, value in config.to_diff_dict().items() if key not in VOLATILE}
     digest = hashlib.sha256(json.dumps(settings, sort_keys=True, default=str).encode())
     for part, module in sorted(modules.items()):
         for name, tensor in sorted(module.state_dict().items()):

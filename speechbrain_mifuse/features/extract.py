@@ -14,7 +14,6 @@ from pathlib import Path
 
 import torch
 from filelock import FileLock
-from speechbrain.utils.distributed import ddp_barrier, ddp_prevent_block, get_rank, if_main_process
 
 from speechbrain_mifuse.corpora.manifest import read_manifest
 from speechbrain_mifuse.features.encode_files import Recording, in_batches, side_by_side
@@ -22,7 +21,7 @@ from speechbrain_mifuse.features.shards import Shard, take_over_shards
 from speechbrain_mifuse.features.store import FeatureStore
 from speechbrain_mifuse.utils.audio import trim_silence
 from speechbrain_mifuse.utils.audio_warnings import summarized
-from speechbrain_mifuse.utils.files import cache_folder
+from speechbrain_mifuse.utils.files import cache_folder, file_stamp
 from speechbrain_mifuse.utils.progress import progress
 
 logger = logging.getLogger(__name__)
@@ -112,18 +111,19 @@ class FrameReader:
 
 
 def average_frames(frames: torch.Tensor, count: int) -> torch.Tensor:
-    """Average groups of neighbouring frames; what is left at the end makes a group of its own."""
+    """Average groups of neighbouring frames; what is left at the end makes a group of its own.
+
+    Example
+    -------
+    >>> average_frames(torch.arange(5.0).view(1, 5, 1), 2).flatten().tolist()
+    [0.5, 2.5, 4.0]
+    """
     if count == 1:
         return frames
     whole = frames.shape[1] // count * count
     groups = frames[:, :whole].unflatten(1, (-1, count)).mean(2)
     rest = frames[:, whole:]
     return torch.cat([groups, rest.mean(1, keepdim=True)], dim=1) if rest.shape[1] else groups
-
-
-def open_store(folder: str | Path, reader: FrameReader) -> FeatureStore:
-    """Open the store of a reader's frames."""
-    return FeatureStore(folder, reader.fingerprint())
 
 
 def fill_store(
@@ -133,34 +133,52 @@ def fill_store(
     base: str | Path | None = None,
     shard: Shard | None = None,
 ) -> FeatureStore:
-    """Fill the store of a corpus's frames by one reader, in a folder that both name."""
+    """Fill the store of a corpus's frames by one reader, in a folder that both name.
+
+    What is stored stays; missing recordings and those whose sound has changed are encoded. A killed call loses nothing
+    that it had stored. A recording that cannot be read is left out, and the log says why.
+
+    Parameters
+    ----------
+    corpus : str
+        First part of the folder's name; the second is a digest of the reader's fingerprint, so that other settings
+        never meet these frames.
+    manifests : iterable of str or pathlib.Path
+        Manifests whose utterances are wanted.
+    reader : FrameReader
+        From recordings to frames.
+    base : str or pathlib.Path, optional
+        Folder of all stores; by default `features` in the cache (`MIFUSE_CACHE`).
+    shard : Shard, optional
+        Encode this part of the utterances alone, into a store of its own that a later call without a shard takes over.
+
+    Returns
+    -------
+    FeatureStore
+        The store that was filled.
+
+    Example
+    -------
+    >>> import tempfile, numpy, soundfile
+    >>> from speechbrain_mifuse.utils.files import atomic_write
+    >>> class Encoder:
+    ...     sample_rate, layers = 16000, [1]
+    ...     def __call__(self, wave):
+    ...         return wave[: len(wave) // 320 * 320].view(-1, 320)
+    ...     def fingerprint(self):
+    ...         return {"layers": [1], "dim": 320}
+    >>> folder = Path(tempfile.mkdtemp())
+    >>> soundfile.write(folder / "a.wav", numpy.sin(numpy.arange(3200) / 9), 16000)
+    >>> atomic_write(folder / "train.json", '{"toy-a": {"wav": "{data_root}/a.wav"}}')
+    >>> atomic_write(folder / "corpus.json", json.dumps({"data_root": str(folder)}))
+    >>> store = fill_store("toy", [folder / "train.json"], FrameReader(Encoder(), trim_db=None), folder)
+    >>> store.folder.name[:4], store.frames("toy-a").shape
+    ('toy-', (1, 10, 320))
+    """
     # The name tells settings apart, so that trying another encoder or layer does not run into the first one's store.
     digest = hashlib.sha256(json.dumps(reader.fingerprint(), sort_keys=True).encode()).hexdigest()[:8]
     folder = Path(base or cache_folder() / "features") / f"{corpus}-{digest}"
-    if shard is not None or ddp_prevent_block():
-        return extract(manifests, reader, folder, shard)
-    manifests = list(manifests)
-    _on_main([], reader, folder)  # takes over what a killed run of another number of processes left
-    extract(manifests, reader, folder, Shard(get_rank() + 1, torch.distributed.get_world_size()))
-    ddp_barrier()
-    _on_main(manifests, reader, folder)
-    return open_store(folder, reader)
-
-
-def _on_main(manifests: list, reader: FrameReader, folder: Path) -> None:
-    # SpeechBrain's `run_on_main` would send the whole index to all processes.
-    if if_main_process():
-        extract(manifests, reader, folder)
-    ddp_barrier()
-
-
-def file_stamp(path: str) -> tuple[int, int]:
-    """Size and modification time of a file: equal stamps let a stored row stand without reading the audio."""
-    try:
-        status = os.stat(path)
-    except OSError:
-        return (0, 0)
-    return (status.st_size, status.st_mtime_ns)
+    return extract(manifests, reader, folder, shard)
 
 
 def extract(
@@ -173,7 +191,7 @@ def extract(
         return _fill(folder, wanted, reader)
     folder.mkdir(parents=True, exist_ok=True)
     with FileLock(folder / "lock"):
-        store = open_store(folder, reader)
+        store = FeatureStore(folder, reader.fingerprint())
     part = {utt_id: wav for utt_id, wav in wanted.items() if shard.holds(utt_id) and utt_id not in store}
     return _fill(shard.folder(folder), part, reader) if part else store
 
@@ -181,7 +199,7 @@ def extract(
 def _fill(folder: Path, wanted: Mapping[str, str], reader: FrameReader) -> FeatureStore:
     folder.mkdir(parents=True, exist_ok=True)
     with FileLock(folder / "lock"):
-        store = open_store(folder, reader)
+        store = FeatureStore(folder, reader.fingerprint())
         take_over_shards(store)
         todo = outdated(store, wanted)
         logger.info("%s: %d utterances stored, %d to look at.", folder, len(wanted) - len(todo), len(todo))
@@ -195,7 +213,7 @@ def outdated(store: FeatureStore, wanted: Mapping[str, str]) -> dict[str, Record
     """Find the recordings that a store lacks or whose file is another one than when they were encoded."""
     found = {}
     for utt_id, wav in wanted.items():
-        stamp = file_stamp(wav)
+        stamp = file_stamp(wav) or (0, 0)
         if store.rows.stamp(utt_id) != stamp:
             found[utt_id] = Recording(wav, stamp, store.rows[utt_id].audio if utt_id in store else None)
     return found

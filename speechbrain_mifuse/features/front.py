@@ -77,7 +77,18 @@ class StoredFrames(nn.Module):
 
 
 class StoredStatistics(nn.Module):
-    """Stored frames as one "frame" for each utterance: their mean and standard deviation over time."""
+    """Stored frames as one "frame" for each utterance: their mean and standard deviation over time.
+
+    Example
+    -------
+    >>> import tempfile, numpy
+    >>> from speechbrain_mifuse.features.store import FeatureStore
+    >>> store = FeatureStore(tempfile.mkdtemp(), {"layers": [2], "dim": 1})
+    >>> with store.writer() as add:
+    ...     add("t-a", numpy.array([[[1.0], [3.0]]]), audio="ab", file=(1, 1))
+    >>> StoredStatistics(StoredFrames(store, layer=2)).read("t-a", "").tolist()
+    [[2.0, 1.0]]
+    """
 
     def __init__(self, frames: StoredFrames):
         super().__init__()

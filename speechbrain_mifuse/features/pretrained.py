@@ -31,6 +31,9 @@ from speechbrain_mifuse.utils.schemas import (
     plain_json,
 )
 
+# Written by transformers itself into a configuration: these change with its version or the folder, never with what a
+# model computes, so no fingerprint holds them.
+VOLATILE = ("_name_or_path", "_commit_hash", "architectures", "dtype", "torch_dtype", "transformers_version")
 # How many weights may be described for each byte of files of weights: a folder may lack a decoder.
 MIN_WEIGHTS, MAX_WEIGHTS_PER_BYTE = 10_000_000, 4
 
@@ -69,13 +72,13 @@ def local_folder(source: str | Path) -> Path | None:
     return None
 
 
-def model_folder(source: str | Path, cache_dir: str | None = None) -> Path:
+def model_folder(source: str | Path) -> Path:
     """Give the folder of a model; download it first if the source is a hub id."""
     folder = local_folder(source)
     if folder is not None:
         return folder
     for form in WEIGHT_FORMS:
-        folder = Path(snapshot_download(str(source), cache_dir=cache_dir, allow_patterns=[*BESIDE_WEIGHTS, *form]))
+        folder = Path(snapshot_download(str(source), allow_patterns=[*BESIDE_WEIGHTS, *form]))
         if any(path.suffix in WEIGHT_SUFFIXES for path in folder.iterdir()):
             break
     return folder

@@ -9,7 +9,7 @@ from speechbrain_mifuse.utils.audio import trim_silence
 
 # What is taken of each curve: it stands in a store's fingerprint.
 FUNCTIONALS = ("mean", "deviation", "10 %", "50 %", "90 %", "slope")
-SHORTEST_S, STEP_S = 0.1, 0.02
+SHORTEST_S, STEP_S, MAX_F0_HZ = 0.1, 0.02, 500
 
 
 def functionals(curves: torch.Tensor) -> torch.Tensor:
@@ -26,17 +26,17 @@ class ProsodyReader:
 
     sample_rate = 16000
 
-    def __init__(self, trim_db: float | None = 40.0, max_f0_hz: int = 500):
-        self.trim_db, self.max_f0_hz = trim_db, max_f0_hz
-        self.curves = VocalFeatures(max_f0_Hz=max_f0_hz, step_size=STEP_S, sample_rate=self.sample_rate)
-        # `encode_file` asks its reader's encoder for the rate.
+    def __init__(self, trim_db: float | None = 40.0):
+        self.trim_db = trim_db
+        self.curves = VocalFeatures(max_f0_Hz=MAX_F0_HZ, step_size=STEP_S, sample_rate=self.sample_rate)
+        # Extraction asks its reader's encoder for the rate.
         self.encoder = self
 
     def fingerprint(self) -> dict:
         """Describe what decides the functionals."""
         size = len(FUNCTIONALS) * 17
         about = {"prosody": "speechbrain VocalFeatures, signed log", "functionals": list(FUNCTIONALS)}
-        return {**about, "max_f0_hz": self.max_f0_hz, "trim_db": self.trim_db, "layers": [0], "dim": size}
+        return {**about, "max_f0_hz": MAX_F0_HZ, "trim_db": self.trim_db, "layers": [0], "dim": size}
 
     def encode(self, wave: torch.Tensor) -> torch.Tensor:
         """Compute the functionals of a waveform."""

@@ -25,7 +25,14 @@ TOGETHER = 4096
 
 
 class Shard(NamedTuple):
-    """One of several parts of a corpus, equal in size up to chance."""
+    """One of several parts of a corpus, equal in size up to chance.
+
+    Example
+    -------
+    >>> parts = [Shard.parse("1/2"), Shard.parse("2/2")]
+    >>> [part.holds("rav-03-01-05") for part in parts].count(True)
+    1
+    """
 
     number: int
     count: int

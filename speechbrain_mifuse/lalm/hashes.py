@@ -11,6 +11,8 @@ import time
 from pathlib import Path
 from typing import NamedTuple
 
+from speechbrain_mifuse.utils.files import file_stamp
+
 logger = logging.getLogger(__name__)
 
 # A file written a moment ago may be written again within the resolution of its time stamp.
@@ -112,13 +114,3 @@ def foreign_journal(path: str | Path) -> Path | None:
     with open(journal, "rb") as file:
         file.seek(max(file.seek(0, os.SEEK_END) - len(_JOURNAL_MAGIC), 0))
         return journal if file.read() == _JOURNAL_MAGIC else None
-
-
-def file_stamp(wav: str | Path) -> tuple[int, int] | None:
-    """Size and time of the last change, by which a change is noticed."""
-    try:
-        os.fspath(wav).encode()  # SQLite takes nothing else
-        status = os.stat(wav)
-    except (OSError, ValueError, TypeError):  # a function that makes the recording is no file
-        return None
-    return status.st_size, status.st_mtime_ns

@@ -44,8 +44,8 @@ class Outcome:
         return _read_json(self.folder / "predictions.json") or {}
 
     @cached_property
-    def weighing(self) -> dict | None:
-        """What `AdaptationBrain.weighing` gave, if it was asked."""
+    def saved_weights(self) -> dict | None:
+        """What `AdaptationBrain.weighing` gave at the end of the run, if it was asked."""
         return _read_json(self.folder / "weighing.json")
 
     @cached_property

@@ -9,7 +9,7 @@ import functools
 import io
 import math
 import re
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 from xml.etree import ElementTree
@@ -328,15 +328,15 @@ def curves(told: str, lines: Sequence[Line], x: str, y: str, ylim: tuple[float, 
     return _svg(told, 150, draw, (x, y), xlim, ylim)
 
 
-def histogram(told: str, groups: Sequence[Sequence[float]], most: float, x: str, bins: int = 20) -> str:
+def histogram(told: str, groups: Sequence[Sequence[float]], most: float, x: str) -> str:
     """Draw how often values from 0 to `most` occur."""
-    edges = np.linspace(0, most, bins + 1)
+    edges = np.linspace(0, most, 21)
     shares = [_shares(group, edges) for group in groups]
 
     def draw(axes) -> None:
         for share, color in zip(shares, COLORS, strict=False):
-            axes.stairs(share, edges, fill=True, color=color, alpha=0.18)
-            axes.stairs(share, edges, color=color, linewidth=1.5)
+            axes.stairs(share, edges, fill=True, color=color, alpha=0.18, clip_on=False)
+            axes.stairs(share, edges, color=color, linewidth=1.5, clip_on=False)
 
     highest = max(1.0, 1.05 * max(map(np.max, shares)))
     return _svg(told, 150, draw, (x, "share %"), (0, most), (0, highest))
@@ -347,8 +347,8 @@ def reliability_figure(told: str, stated: Sequence[float], frequency: Sequence[f
     few = [(x, y) for x, y, n in zip(stated, frequency, count, strict=True) if n < FEW]
 
     def draw(axes) -> None:
-        axes.plot([0, 1], [0, 1], color=FAINT, linewidth=1, linestyle="--")
-        axes.plot(stated, frequency, color=COLORS[0], linewidth=2)
+        axes.plot([0, 1], [0, 1], color=FAINT, linewidth=1, linestyle="--", clip_on=False)
+        axes.plot(stated, frequency, color=COLORS[0], linewidth=2, clip_on=False)
         _dots(axes, stated, frequency, COLORS[0])
         _dots(axes, [x for x, _ in few], [y for _, y in few], PAGE, size=3)
 
@@ -378,11 +378,13 @@ def _dots(axes, x: Sequence[float], y: Sequence[float], color: str, size: float 
     points = np.repeat(points[np.isfinite(points).all(1)], 2, axis=0)
     if len(points):
         outline = Outline(points, [Outline.MOVETO, Outline.LINETO] * (len(points) // 2))
-        axes.add_patch(PathPatch(outline, fill=False, edgecolor=color, linewidth=size, capstyle=cap, zorder=3))
+        style = {"edgecolor": color, "linewidth": size, "capstyle": cap, "clip_on": False, "zorder": 3}
+        # Not `add_patch`, which looks for the limits of all points.
+        axes.add_artist(PathPatch(outline, fill=False, **style))
 
 
-WIDTH = 320
-_NUMBER = re.compile(r"-?\d+\.\d+")
+# Size of a figure of the page, and the box of its axes, in pixels.
+WIDTH, LEFT, RIGHT, TOP, BOTTOM = 320, 56, 312, 10, 34
 
 
 @functools.cache
@@ -390,65 +392,75 @@ def _page_axes(height: int) -> tuple:
     """Axes of a figure of the page, kept because they take longer to make than to draw."""
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(WIDTH / 72, height / 72))
-    axes = figure.add_axes((56 / WIDTH, 34 / height, (WIDTH - 64) / WIDTH, (height - 44) / height))
-    figure.patch.set_visible(False)
-    axes.patch.set_visible(False)
-    axes.spines[["top", "left", "right"]].set_visible(False)
-    axes.spines["bottom"].set_color(FAINT)
-    axes.grid(axis="y", color=RULE, linewidth=1)
-    axes.set_axisbelow(True)
-    axes.tick_params(length=0, labelsize=11)
-    for axis, count, middle in (
-        (axes.xaxis, 4, (0.5, -18 / (height - 44))),
-        (axes.yaxis, 3 if height < 200 else 5, (-44 / (WIDTH - 64), 0.5)),
-    ):
-        axis.label.set(size=11, parse_math=False)
-        # A fixed place spares matplotlib to measure every number on the axis.
-        axis.set_label_coords(*middle)
-        axis.get_major_locator().set_params(nbins=count + 1, steps=[1, 2, 2.5, 5, 10])
-        axis.set_major_formatter("{x:g}")
+    figure = Figure(figsize=(WIDTH / 72, height / 72), frameon=False)
+    box = (LEFT / WIDTH, BOTTOM / height, (RIGHT - LEFT) / WIDTH, (height - TOP - BOTTOM) / height)
+    axes = figure.add_axes(box)
+    axes.set_axis_off()
     return figure, axes
 
 
 def _svg(told: str, height: int, draw: Callable, names: tuple[str, str], xlim: tuple, ylim: tuple) -> str:
-    """Draw into the page's axes and give the marks of the figure alone, in colors of the page's style sheet."""
-    import matplotlib
+    """Draw marks by matplotlib into a frame of our own, in colors of the page's style sheet."""
     from matplotlib.backends.backend_svg import FigureCanvasSVG
 
     figure, axes = _page_axes(height)
-    axes.set(xlim=xlim, ylim=ylim, xlabel=printable(names[0]), ylabel=printable(names[1]))
+    axes.set(xlim=xlim, ylim=ylim)
     draw(axes)
-    for artist in (drawn := [*axes.lines, *axes.patches]):
-        artist.set_clip_on(False)
     buffer = io.StringIO()
-    with matplotlib.rc_context({"svg.fonttype": "none"}):
-        FigureCanvasSVG(figure).print_svg(buffer)
-    for artist in drawn:
+    FigureCanvasSVG(figure).print_svg(buffer)
+    for artist in [*axes.lines, *axes.patches]:
         artist.remove()
     svg = ElementTree.Element("svg", {"viewBox": f"0 0 {WIDTH} {height}", "role": "img", "aria-label": printable(told)})
-    marks = map(_mark, ElementTree.fromstring(buffer.getvalue()).iter())
-    svg.extend(mark for mark in marks if mark is not None)
+    svg.extend(_frame(height, names, xlim, ylim))
+    svg.extend(map(_mark, ElementTree.fromstring(buffer.getvalue()).iter("{http://www.w3.org/2000/svg}path")))
     return ElementTree.tostring(svg, encoding="unicode")
 
 
-def _mark(element: ElementTree.Element) -> ElementTree.Element | None:
-    """Give a path or text of matplotlib's SVG without what the page's style sheet says already."""
-    kind = element.tag.rpartition("}")[2]
-    if kind == "path":
-        path = _NUMBER.sub(_rounded, " ".join(element.get("d").split()))
-        path = re.sub(r"M (\S+ \S+) L \1", r"M\1h0", path)
-        style = re.sub("#[0-9a-f]{6}", lambda color: f"var({VARIABLES[color[0]]})", element.get("style"))
-        return ElementTree.Element("path", {"d": path, "style": style})
-    if kind != "text":
-        return None
-    turned = ("transform",) if "rotate(-90" in element.get("transform") else ()
-    kept = {name: _NUMBER.sub(_rounded, element.get(name)) for name in ("x", "y", *turned)}
-    kept["text-anchor"] = re.search(r"text-anchor: (\w+)", element.get("style"))[1]
-    made = ElementTree.Element("text", kept)
-    made.text = element.text
+def _mark(element: ElementTree.Element) -> ElementTree.Element:
+    """Give a path of matplotlib's SVG without what the page's style sheet says already."""
+    path = re.sub(r"-?\d+\.\d+", lambda number: _short(float(number[0])), " ".join(element.get("d").split()))
+    path = re.sub(r"M (\S+ \S+) L \1", r"M\1h0", path)
+    style = re.sub("#[0-9a-f]{6}", lambda color: f"var({VARIABLES[color[0]]})", element.get("style"))
+    return ElementTree.Element("path", {"d": path, "style": style})
+
+
+def _frame(height: int, names: tuple[str, str], xlim: tuple, ylim: tuple) -> Iterator[ElementTree.Element]:
+    """Write rules, numbers and names of both axes: matplotlib takes ten times as long to lay the same texts out."""
+    bottom = height - BOTTOM
+    for row in _ticks(*ylim, 3 if height < 200 else 5):
+        y = np.interp(row, ylim, (bottom, TOP))
+        yield _rule(y, "--line")
+        yield _text(_number(row), LEFT - 3.5, y + 4.1, "end")
+    for column in _ticks(*xlim, 4):
+        yield _text(_number(column), np.interp(column, xlim, (LEFT, RIGHT)), bottom + 11.9)
+    yield _rule(bottom, "--faint")
+    yield _text(names[0], (LEFT + RIGHT) / 2, height - 7.6)
+    x, y = 9.4, (TOP + bottom) / 2
+    yield _text(names[1], x, y, transform=f"rotate(-90 {x} {_short(y)})")
+
+
+def _ticks(low: float, high: float, count: int) -> list[float]:
+    """Round numbers between two limits."""
+    from matplotlib.ticker import MaxNLocator
+
+    room = 1e-9 * (high - low)
+    ticks = MaxNLocator(count + 1, steps=[1, 2, 2.5, 5, 10]).tick_values(low, high)
+    return [tick for tick in ticks.tolist() if low - room <= tick <= high + room]
+
+
+def _number(value: float) -> str:
+    return f"{value + 0.0:g}".replace("-", "\N{MINUS SIGN}")
+
+
+def _rule(y: float, variable: str) -> ElementTree.Element:
+    return ElementTree.Element("path", {"d": f"M{LEFT} {_short(y)}H{RIGHT}", "style": f"stroke: var({variable})"})
+
+
+def _text(text: str, x: float, y: float, anchor: str = "middle", **attributes: str) -> ElementTree.Element:
+    made = ElementTree.Element("text", {"x": _short(x), "y": _short(y), "text-anchor": anchor, **attributes})
+    made.text = printable(text)
     return made
 
 
-def _rounded(number: re.Match) -> str:
-    return f"{float(number[0]):.1f}".removesuffix(".0")
+def _short(number: float) -> str:
+    return f"{number:.1f}".removesuffix(".0")

@@ -16,8 +16,34 @@ FIELDS = ("method", "source", "target", "teacher", "seed", "encoder", "protocol"
 def write_results(folder: str | Path, scored: Mapping, labels: Sequence[str], **about) -> dict:
     """Write `results.json` and, where there are labels, `confusion.png` of one method from what `evaluate` gives.
 
-    `about` holds the `FIELDS` that `scored` does not have, and whatever else is known. Scores are fractions in [0, 1],
-    or `None` without labels.
+    Parameters
+    ----------
+    folder : str or pathlib.Path
+        Folder of the method.
+    scored : mapping
+        What `evaluate` gives: scores in [0, 1], `None` without labels, and `counts`, the confusion matrix.
+    labels : sequence of str
+        Class names in their order.
+    **about
+        The `FIELDS` that `scored` does not have, and whatever else is known.
+
+    Returns
+    -------
+    dict
+        What was written.
+
+    Raises
+    ------
+    KeyError
+        If one of `FIELDS` is missing.
+
+    Example
+    -------
+    >>> import tempfile
+    >>> about = {**dict.fromkeys(FIELDS, "toy"), "seed": 1, "n_train": 8, "n_test": 4}
+    >>> record = write_results(tempfile.mkdtemp(), {"UA": None}, ("angry", "sad"), **about)
+    >>> record["UA"], record["labels"], list(record)[0]
+    (None, ['angry', 'sad'], 'method')
     """
     record = {**about, **{key: value for key, value in scored.items() if key != "counts"}, "labels": list(labels)}
     if "counts" in scored:

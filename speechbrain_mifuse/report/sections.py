@@ -1,7 +1,8 @@
 """What each section of the page shows: rows of tables and figures. `templates/sections.html` puts them into words.
 
 The sections about one transfer are functions of a `Case` (all runs of it) that give `None` where the folder has no
-data for them.
+data for them. No method is computed here: a run has left its weights and predictions in files. The equations are in
+`adaptation/` (the weight of a teacher: `fusion.py`).
 """
 
 from __future__ import annotations
@@ -30,6 +31,7 @@ from speechbrain_mifuse.evaluation.metrics import Reliability, reliability
 from speechbrain_mifuse.nnet.calibration import tempered
 from speechbrain_mifuse.report.cases import TEACHER, Case, Outcome, Run
 from speechbrain_mifuse.report.figures import Line, curves, histogram, limits, reliability_figure, scatter
+from speechbrain_mifuse.report.templating import percent
 
 BASELINES = (LOWER, TEACHER, "lalm_sfuda")
 # With more speakers than these, quantiles over the speakers replace the columns.
@@ -63,18 +65,13 @@ class Drawn(NamedTuple):
     legend: Sequence[str] = ()
 
 
-def percent(value: float | None) -> str:
-    """Write a fraction in percent."""
-    return "" if value is None or math.isnan(value) else f"{100 * value:.1f}"
-
-
 def sections_of(case: Case, intervals: Mapping[str, Sequence[float]] | None = None) -> list[Section]:
     """Make the sections about one transfer; those without data are left out."""
-    first = _methods(case, intervals or {}) if case.scored else _predictions(case)
+    first = _methods_section(case, intervals or {}) if case.scored else _predictions_section(case)
     return [first, *(section for make in SECTIONS if (section := make(case)) is not None)]
 
 
-def _methods(case: Case, intervals: Mapping[str, Sequence[float]]) -> Section:
+def _methods_section(case: Case, intervals: Mapping[str, Sequence[float]]) -> Section:
     if len(case.runs) == 1:
         intervals = {r["method"]: [100 * bound for bound in r["ci95"]] for r in case.records if r.get("ci95")}
     bounds = [bound for interval in intervals.values() for bound in interval]
@@ -86,7 +83,7 @@ def _methods(case: Case, intervals: Mapping[str, Sequence[float]]) -> Section:
         if name in intervals:
             low, high = intervals[name]
             told, drawn = f"{low:.1f} to {high:.1f}", _interval_bar(case.mean(name), low, high, scale)
-        found = calibration(case, name)
+        found = method_reliability(case, name)
         unanswered = sum(outcome.record.get("unanswered", 0) for outcome in case.outcomes(name))
         count = [str(len(case.outcomes(name)))] if seeds else []
         error = "" if found is None else percent(found.error)
@@ -105,7 +102,7 @@ def _interval_bar(mean: float, low: float, high: float, scale: tuple[float, floa
     return Cell(bar=[(a, 7, round(b - a, 1), 2, "c0"), (round(x - 3, 1), 5, 6, 6, "c0")])
 
 
-def _predictions(case: Case) -> Section:
+def _predictions_section(case: Case) -> Section:
     rows = []
     for name in case.methods:
         chosen = np.concatenate([run.chosen(name) for run in case.runs_of(name)])
@@ -114,7 +111,7 @@ def _predictions(case: Case) -> Section:
     return Section("Predictions", {"labels": case.labels, "rows": rows})
 
 
-def _verdict(case: Case) -> Section | None:
+def _verdict_section(case: Case) -> Section | None:
     judged = [(run.record["seed"], run.verdict) for run in case.runs if run.verdict is not None]
     if not judged:
         return None
@@ -122,7 +119,7 @@ def _verdict(case: Case) -> Section | None:
     return Section("Signs without labels", {"caveat": judged[0][1]["caveat"], "verdicts": verdicts})
 
 
-def _confusion(case: Case) -> Section | None:
+def _confusion_section(case: Case) -> Section | None:
     if not case.scored:
         return None
     matrices = []
@@ -151,7 +148,7 @@ def _shaded(names: Sequence[str], values: Sequence[np.ndarray], digits: int) -> 
     ]
 
 
-def _speakers(case: Case) -> Section | None:
+def _speakers_section(case: Case) -> Section | None:
     if not case.scored:
         return None
     values = [100 * unweighted_accuracy(case.by_speaker(name)) for name in case.methods]
@@ -162,7 +159,7 @@ def _speakers(case: Case) -> Section | None:
     return Section("Speakers", {**data, "head": head, "rows": _shaded(case.methods, values, 0)})
 
 
-def _training(case: Case) -> Section | None:
+def _training_section(case: Case) -> Section | None:
     accuracy = {name: [line for o in case.outcomes(name) if (line := _accuracy(o))] for name in case.methods}
     loss = {name: _column(case, name, "loss") for name in case.methods}
     ylim = limits(value for lines in accuracy.values() for line in lines for value in line.y)
@@ -196,12 +193,12 @@ def _chart(told: str, lines: Sequence[Line], x: str, y: str, ylim=None) -> list[
     return [("", curves(told, lines, x, y, ylim))]
 
 
-def _weights(case: Case) -> Section | None:
+def _weights_section(case: Case) -> Section | None:
     lines = {name: _column(case, name, "lalm_weight") for name in case.methods}
     ylim = limits((value for found in lines.values() for line in found for value in line.y), least=0.1)
     rows, figures = [], []
     for name in case.figured:
-        known = [outcome.weighing for outcome in case.outcomes(name) if outcome.weighing]
+        known = [outcome.saved_weights for outcome in case.outcomes(name) if outcome.saved_weights]
         parts = _chart(f"Mean weight of the API teacher in {name}", lines[name], "epoch", "mean weight", ylim)
         if known:
             weights, classifier, lalm = (
@@ -235,7 +232,7 @@ def _share(which: np.ndarray) -> str:
     return percent(float(which.mean())) if len(which) else ""
 
 
-def _agreement(case: Case) -> Section | None:
+def _agreement_section(case: Case) -> Section | None:
     bases = [name for name in (LOWER, TEACHER) if name in case.methods]
     agreement, changes = [], {}
     for name in case.methods:
@@ -282,7 +279,7 @@ def _sides(case: Case) -> tuple[str, list[list[str]]]:
     return differing, rows
 
 
-def calibration(case: Case, method: str) -> Reliability | None:
+def method_reliability(case: Case, method: str) -> Reliability | None:
     """Compare how sure a method is with how often it was right, over all runs, as sure as what it exported is."""
     runs = [run for run in case.runs_of(method) if run.outcomes[method].predictions and run.reference is not None]
     if not runs:
@@ -297,10 +294,10 @@ def calibration(case: Case, method: str) -> Reliability | None:
     return reliability(torch.cat(stated), torch.cat(right))
 
 
-def _calibration(case: Case) -> Section | None:
+def _calibration_section(case: Case) -> Section | None:
     figures = []
     for name in case.figured:
-        found = calibration(case, name)
+        found = method_reliability(case, name)
         if found is not None and found.count:
             used = sorted({outcome.temperature for outcome in case.outcomes(name)})
             told = " to ".join(dict.fromkeys(f"{value:g}" for value in (used[0], used[-1])))
@@ -310,7 +307,7 @@ def _calibration(case: Case) -> Section | None:
     return Section("Calibration", {"figures": figures}) if figures else None
 
 
-def _embeddings(case: Case) -> Section | None:
+def _embeddings_section(case: Case) -> Section | None:
     run = case.runs[0]
     figures = [
         Drawn(name, _moments(name, found, run))
@@ -346,14 +343,14 @@ def _between_classes(points: np.ndarray, classes: np.ndarray) -> float:
 
 
 SECTIONS: tuple[Callable[[Case], Section | None], ...] = (
-    _verdict,
-    _confusion,
-    _agreement,
-    _training,
-    _weights,
-    _calibration,
-    _speakers,
-    _embeddings,
+    _verdict_section,
+    _confusion_section,
+    _agreement_section,
+    _training_section,
+    _weights_section,
+    _calibration_section,
+    _speakers_section,
+    _embeddings_section,
 )
 
 

@@ -11,7 +11,13 @@ from speechbrain_mifuse.evaluation.aggregate import UPPER, Table
 
 
 def spearman(first: Sequence[float], second: Sequence[float]) -> float:
-    """Spearman's rank correlation of the pairs that are finite; NaN where either side does not vary."""
+    """Spearman's rank correlation of the pairs that are finite; NaN where either side does not vary.
+
+    Example
+    -------
+    >>> spearman([0.1, 0.2, 0.9, float("nan")], [1, 2, 3, 0])
+    1.0
+    """
     pairs = np.array([first, second], float)
     first, second = pairs[:, np.isfinite(pairs).all(0)]
     if len(set(first)) < 2 or len(set(second)) < 2:

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import functools
+import math
 from pathlib import Path
 
 import jinja2
 
-from speechbrain_mifuse.utils.texts import markdown, printable
+from speechbrain_mifuse.utils.texts import markdown, markdown_cell, printable
 
 FOLDER = Path(__file__).with_name("templates")
 
@@ -25,5 +26,10 @@ def environment() -> jinja2.Environment:
         # Markup is a subclass of `str` and made of values that have been here already.
         finalize=lambda value: printable(value) if type(value) is str else value,
     )
-    made.filters["markdown"] = markdown
+    made.filters |= {"markdown": markdown, "cell": markdown_cell}
     return made
+
+
+def percent(value: float | None) -> str:
+    """Write a fraction in percent; nothing where it is not known."""
+    return "" if value is None or math.isnan(value) else f"{100 * value:.1f}"

@@ -88,9 +88,9 @@ def load_audio(
     -------
     >>> import tempfile, soundfile, numpy
     >>> path = tempfile.mkdtemp() + "/stereo.wav"
-    >>> soundfile.write(path, numpy.zeros((8000, 2)), 8000)
-    >>> load_audio(path, channel=2).shape
-    torch.Size([16000])
+    >>> soundfile.write(path, numpy.tile([[0.5, 0.25], [0.5, -0.25]], (4000, 1)), 8000)
+    >>> load_audio(path, channel=2).shape, load_audio(path, 8000, channel=2)[:3].tolist()
+    (torch.Size([16000]), [0.25, -0.25, 0.25])
     """
     with opened(path) as file:
         rate = file.samplerate
@@ -224,7 +224,13 @@ def nothing_varies(wave: torch.Tensor, channels: int = 1) -> bool:
 
 
 def resampled(wave: torch.Tensor, rate: int, new_rate: int) -> torch.Tensor:
-    """Bring a waveform to another rate."""
+    """Bring a waveform to another rate.
+
+    Example
+    -------
+    >>> resampled(torch.zeros(44100), 44100, 16000).shape
+    torch.Size([16000])
+    """
     if rate == new_rate:
         return wave
     period = math.gcd(rate, new_rate)
@@ -249,7 +255,16 @@ def _filtered(padded: torch.Tensor, places: torch.Tensor, rate: int, new_rate: i
 
 
 def duration(path: str | Path) -> float:
-    """Length of a recording in seconds: from its header, or by reading it where the header only estimates."""
+    """Measure a recording: from its header, or by reading it where the header only estimates.
+
+    Example
+    -------
+    >>> import tempfile
+    >>> path = tempfile.mkdtemp() + "/clip.wav"
+    >>> soundfile.write(path, np.zeros(4000), 16000)
+    >>> duration(path)
+    0.25
+    """
     with opened(path) as file:
         frames = sum(map(len, _blocks(file, None, path))) if length_is_estimated(file) else file.frames
         if frames == 0:
@@ -296,11 +311,23 @@ def trim_silence(wave: torch.Tensor, threshold_db: float | None = 40.0, frame: i
 
 
 def content_hash(wave: torch.Tensor) -> str:
-    """SHA-256 of a waveform as 16-bit PCM: the identity of what is heard, whatever the container."""
+    """SHA-256 of a waveform as 16-bit PCM: the identity of what is heard, whatever the container.
+
+    Example
+    -------
+    >>> content_hash(torch.zeros(4)) == content_hash(torch.full((4,), 1e-6))
+    True
+    """
     return hashlib.sha256(pcm16(wave).tobytes()).hexdigest()
 
 
 def pcm16(wave: torch.Tensor) -> np.ndarray:
-    """Waveform as little-endian 16-bit samples, clipped at full scale."""
+    """Waveform as little-endian 16-bit samples, clipped at full scale.
+
+    Example
+    -------
+    >>> pcm16(torch.tensor([0.0, 0.5, 2.0])).tolist()
+    [0, 16384, 32767]
+    """
     scaled = (wave.detach().cpu().double() * 32768).round().clamp(-32768, 32767)
     return scaled.numpy().astype("<i2")

@@ -28,7 +28,19 @@ MIN_FREE_BYTES = 50 * 2**20
 
 
 class UserError(ValueError):
-    """Something outside the code does not fit; the message names it and says what to do."""
+    """Something outside the code does not fit; the message names it and says what to do.
+
+    Commands of this package print it as one line and exit with status 2. Catch it around a call of the library to do
+    likewise.
+
+    Example
+    -------
+    >>> with one_clear_error():
+    ...     raise UserError("labels.csv, line 7: unknown class 'fear'.")
+    Traceback (most recent call last):
+    ...
+    SystemExit: 2
+    """
 
 
 class WriteError(OSError, UserError):

@@ -24,7 +24,27 @@ LONGEST_INT = 40
 
 
 def atomic_write(path: str | Path, data: str | bytes) -> None:
-    """Write a file so that a reader sees the old content or the new one, never a part."""
+    """Write a file so that a reader sees the old content or the new one, never a part.
+
+    Parameters
+    ----------
+    path : str or pathlib.Path
+        File; folders above it are made.
+    data : str or bytes
+        Content; text is written in UTF-8.
+
+    Raises
+    ------
+    WriteError
+        If the system does not let it be written.
+
+    Example
+    -------
+    >>> path = Path(tempfile.mkdtemp()) / "new" / "results.json"
+    >>> atomic_write(path, "{}")
+    >>> path.read_text()
+    '{}'
+    """
     with replacing(path) as file:
         # Names of files may hold bytes that are no text; they must not stop a table from being written.
         file.write(data.encode("utf-8", "backslashreplace") if isinstance(data, str) else data)
@@ -48,6 +68,16 @@ def replacing(path: str | Path, advice: str = "") -> Iterator[IO[bytes]]:
             with contextlib.suppress(OSError):
                 os.unlink(name)
             raise
+
+
+def file_stamp(path: str | Path) -> tuple[int, int] | None:
+    """Give size and time of the last change, by which a change is noticed; `None` for what is not a file."""
+    try:
+        os.fspath(path).encode()  # SQLite takes nothing else
+        status = os.stat(path)
+    except (OSError, ValueError, TypeError):  # a function that makes a recording has no path
+        return None
+    return status.st_size, status.st_mtime_ns
 
 
 def file_digest(path: str | Path) -> str:
@@ -99,7 +129,15 @@ def json_object(path: Path, max_bytes: int | None = None) -> dict:
 
 
 def strict_object(text: str | bytes) -> dict:
-    """Decode a JSON object in which no key stands twice and every number is finite and of usual length."""
+    """Decode a JSON object in which no key stands twice and every number is finite and of usual length.
+
+    Example
+    -------
+    >>> strict_object('{"emo": "sad", "emo": "angry"}')
+    Traceback (most recent call last):
+    ...
+    ValueError: the key 'emo' stands twice in one object
+    """
     try:
         found = json.loads(
             text,

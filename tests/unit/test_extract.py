@@ -10,11 +10,11 @@ import pytest
 import torch
 from toy_corpora import write_wav
 
-from speechbrain_mifuse.features.extract import FrameReader, average_frames, extract, file_stamp, open_store
-from speechbrain_mifuse.features.store import StoreError
+from speechbrain_mifuse.features.extract import FrameReader, average_frames, extract
+from speechbrain_mifuse.features.store import FeatureStore, StoreError
 from speechbrain_mifuse.nnet.statistical_attentive_pooling import StatisticalAttentivePooling
 from speechbrain_mifuse.utils.audio import content_hash, load_audio, trim_silence
-from speechbrain_mifuse.utils.files import atomic_write
+from speechbrain_mifuse.utils.files import atomic_write, file_stamp
 
 
 class Encoder:
@@ -64,7 +64,7 @@ def test_every_recording_of_overlapping_manifests_is_encoded_once(tmp_path):
     manifest, mine = corpus(tmp_path, 5), reader()
     store = extract([manifest, manifest], mine, tmp_path / "store")
     assert mine.encoder.encoded == 5
-    is_whole(open_store(store.folder, mine), tmp_path, 5)
+    is_whole(FeatureStore(store.folder, mine.fingerprint()), tmp_path, 5)
 
 
 def test_a_row_holds_the_content_hash_that_answers_are_stored_under(tmp_path):
@@ -190,7 +190,7 @@ def test_an_extraction_killed_in_the_middle_goes_on_where_it_was(tmp_path):
     process.kill()
     process.join()
     assert process.exitcode == -9
-    kept = len(open_store(folder, reader()).rows)
+    kept = len(FeatureStore(folder, reader().fingerprint()).rows)
     assert 0 < kept < 400
     rest = reader()
     is_whole(extract([manifest], rest, folder), tmp_path, 400)
@@ -204,7 +204,7 @@ def test_two_extractions_of_one_folder_at_a_time_do_the_work_once(tmp_path):
         process.join(60)
     assert [process.exitcode for process in both] == [0, 0]
     assert len((folder / "index.jsonl").read_text().splitlines()) == 100
-    is_whole(open_store(folder, reader()), tmp_path, 100)
+    is_whole(FeatureStore(folder, reader().fingerprint()), tmp_path, 100)
 
 
 def test_the_stamp_of_a_file_is_its_size_and_time(tmp_path):

@@ -6,11 +6,9 @@ import os
 from pathlib import Path
 
 import numpy as np
-import processes
 import pytest
 import soundfile
 import torch
-from speechbrain.utils.distributed import ddp_init_group
 from test_extract import Encoder, corpus, is_whole, reader
 from toy_corpora import LABELS, write_wav
 
@@ -18,7 +16,7 @@ from speechbrain_mifuse.cli.main import main
 from speechbrain_mifuse.features import store as store_module
 from speechbrain_mifuse.features.encode_files import similar
 from speechbrain_mifuse.features.encoder import FrozenEncoder
-from speechbrain_mifuse.features.extract import FrameReader, extract, fill_store, open_store
+from speechbrain_mifuse.features.extract import FrameReader, extract
 from speechbrain_mifuse.features.shards import Shard
 from speechbrain_mifuse.features.store import FeatureStore, Row, StoreError
 from speechbrain_mifuse.utils.errors import UserError
@@ -61,7 +59,8 @@ def test_shards_brought_together_are_bit_for_bit_what_one_process_stores(tmp_pat
     store = extract([manifest], last, tmp_path / "store")
     encoded = [one.encoder.encoded for one in readers]
     assert sum(encoded) == 30 and all(encoded) and last.encoder.encoded == 0
-    assert contents(open_store(store.folder, last)) == contents(extract([manifest], reader(), tmp_path / "alone"))
+    joined = FeatureStore(store.folder, last.fingerprint())
+    assert contents(joined) == contents(extract([manifest], reader(), tmp_path / "alone"))
     assert not list(store.folder.glob("shards/*/[!l]*"))
 
 
@@ -98,7 +97,7 @@ def test_a_copy_of_a_shard_killed_in_the_middle_goes_on(tmp_path, monkeypatch):
         patch.setattr(FeatureStore, "frames", killed)
         with pytest.raises(KeyboardInterrupt):
             extract([manifest], reader(), tmp_path / "store")
-    assert len(open_store(tmp_path / "store", reader()).rows) == 9
+    assert len(FeatureStore(tmp_path / "store", reader().fingerprint()).rows) == 9
     rest = reader()
     is_whole(extract([manifest], rest, tmp_path / "store"), tmp_path, 20)
     assert rest.encoder.encoded == 0
@@ -118,32 +117,6 @@ def test_a_shard_of_other_frames_is_refused(tmp_path):
     FeatureStore(Shard(1, 2).folder(tmp_path / "store"), {"layers": [9], "dim": 16})
     with pytest.raises(StoreError, match=r"1-of-2 holds features of another kind: .*layers: found \[9\]"):
         extract([manifest], reader(), tmp_path / "store")
-
-
-def encode_as_rank(rank, port, folder):
-    """One process of a distributed run; writes how many recordings it encoded and what it read in the end."""
-    os.environ.update({"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"})
-    os.environ.update({"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)})
-    ddp_init_group({"distributed_backend": "gloo"})
-    one = reader()
-    store = fill_store("toy", [folder / "all_unlabelled.json"], one, folder / "features")
-    told = {"encoded": one.encoder.encoded, "rows": len(store.rows), "damaged": store.verify()}
-    atomic_write(folder / f"rank{rank}.json", json.dumps(told))
-    torch.distributed.destroy_process_group()
-
-
-def test_processes_of_a_distributed_run_share_the_work_and_read_one_store(tmp_path):
-    corpus(tmp_path, 40)
-    port = 20000 + os.getpid() % 20000
-    ranks = [processes.start(encode_as_rank, rank, port, tmp_path) for rank in (0, 1)]
-    for process in ranks:
-        process.join(300)
-    assert [process.exitcode for process in ranks] == [0, 0]
-    told = [json.loads((tmp_path / f"rank{rank}.json").read_text()) for rank in (0, 1)]
-    assert [found["rows"] for found in told] == [40, 40] and not any(found["damaged"] for found in told)
-    assert all(found["encoded"] for found in told) and sum(found["encoded"] for found in told) == 40
-    (folder,) = (tmp_path / "features").glob("toy-*")
-    is_whole(open_store(folder, reader()), tmp_path, 40)
 
 
 def test_machines_share_a_recipes_extraction_by_the_command_line(toy_folder, toy_encoder, tmp_path, capsys):
@@ -168,7 +141,7 @@ def test_a_recipe_that_stores_no_frames_has_nothing_to_extract(tmp_path, capsys)
 def test_files_that_are_newer_but_sound_the_same_are_recognised_and_only_once(tmp_path, caplog):
     manifest = corpus(tmp_path, 6)
     extract([manifest], reader(), tmp_path / "store")
-    before = contents(open_store(tmp_path / "store", reader()))
+    before = contents(FeatureStore(tmp_path / "store", reader().fingerprint()))
     for number in range(4):
         os.utime(tmp_path / f"{number}.wav", ns=(7, 7))
     again = reader()
@@ -176,7 +149,7 @@ def test_files_that_are_newer_but_sound_the_same_are_recognised_and_only_once(tm
         store = extract([manifest], again, tmp_path / "store")
         extract([manifest], again, tmp_path / "store")
     assert again.encoder.encoded == 0 and caplog.text.count("4 files have changed but not their sound") == 1
-    after = contents(open_store(tmp_path / "store", reader()))
+    after = contents(FeatureStore(tmp_path / "store", reader().fingerprint()))
     assert {key: found[:2] for key, found in after.items()} == {key: found[:2] for key, found in before.items()}
     assert [key for key in after if after[key][2] != before[key][2]] == ["u0", "u1", "u2", "u3"]
     is_whole(store, tmp_path, 6)

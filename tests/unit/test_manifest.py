@@ -16,7 +16,7 @@ from toy_corpora import write_ravdess, write_wav
 from speechbrain_mifuse.corpora import corpus as corpus_module
 from speechbrain_mifuse.corpora import manifest
 from speechbrain_mifuse.corpora import splits as splits_module
-from speechbrain_mifuse.corpora.corpus import Corpus, find_corpus, map_label, write_splits
+from speechbrain_mifuse.corpora.corpus import Corpus, find_corpus, map_label
 from speechbrain_mifuse.corpora.manifest import CorpusError, Utterance, read_manifest, unlabelled
 from speechbrain_mifuse.corpora.ravdess import RAVDESS, prepare_ravdess
 from speechbrain_mifuse.corpora.splits import split_groups, thin_out
@@ -39,7 +39,11 @@ def recordings(root, speakers=("a", "b", "c", "d", "e"), each=2):
 
 
 def prepare(listed, root, splits=SPLITS, order=("a", "b", "c", "d", "e")):
-    return write_splits("toy", listed, root, root / "m", splits, order)
+    return toy_corpus(order).write_splits(listed, root, root / "m", splits)
+
+
+def toy_corpus(order=(), group="speaker"):
+    return Corpus("toy", "toy", "*.wav", order, lambda folder: [], group)
 
 
 def rows(root, split):
@@ -156,7 +160,8 @@ def test_partitions_of_a_corpus_that_has_none_are_an_error(tmp_path):
 def test_sessions_stay_together_when_they_are_what_is_dealt(tmp_path):
     session = dict(zip("abcde", ("s2", "s1", "s1", "s3", "s2"), strict=True))
     listed = [dataclasses.replace(u, session=session[u.speaker]) for u in recordings(tmp_path)]
-    write_splits("toy", listed, tmp_path, tmp_path / "m", {"adapt": 0.6, "test": 0.4}, ("s3", "s1"), "session")
+    corpus = toy_corpus(("s3", "s1"), "session")
+    corpus.write_splits(listed, tmp_path, tmp_path / "m", {"adapt": 0.6, "test": 0.4})
     assert {row["session"] for row in rows(tmp_path, "adapt").values()} == {"s3", "s1"}
     assert {row["speaker"] for row in rows(tmp_path, "test").values()} == {"a", "e"}
 
@@ -177,7 +182,7 @@ def test_skew_takes_its_share_of_the_first_split_alone_whatever_the_order_of_the
 
 def prepare_all(listed, **options):
     root = listed[0].wav.parent
-    return write_splits("toy", listed, root, root / "m", SPLITS, **options).items()
+    return toy_corpus().write_splits(listed, root, root / "m", SPLITS, **options).items()
 
 
 def test_a_smaller_share_keeps_a_part_of_what_a_larger_one_keeps():

@@ -20,7 +20,7 @@ from speechbrain_mifuse.experiments.adaptation import plane
 from speechbrain_mifuse.report.cases import read_cases, read_log
 from speechbrain_mifuse.report.figures import Line, curves
 from speechbrain_mifuse.report.page import write_report
-from speechbrain_mifuse.report.sections import calibration
+from speechbrain_mifuse.report.sections import method_reliability
 from speechbrain_mifuse.utils.errors import UserError
 
 VERDICT = "Signs without labels"
@@ -114,7 +114,7 @@ def test_flips_and_sides_are_counted_as_by_hand(run):
 def test_calibration_compares_confidence_with_right_answers(run):
     write_answers(run, source_only=[], lalm_zero_shot=[], mi_fuse=[2, 2, 0, 2, 2], oracle=[])
     (case,) = read_cases(run)
-    found = calibration(case, "mi_fuse")
+    found = method_reliability(case, "mi_fuse")
     assert found.count == [20] and found.frequency == [0.75] and found.error == pytest.approx(0.05)
     assert "mi_fuse, error 5.0 %" in page_of(run)
 
@@ -125,7 +125,7 @@ def test_a_student_is_as_sure_as_the_recogniser_that_was_exported(run):
     (run / "mi_fuse" / "recogniser" / "about.json").write_text('{"temperature": 0.5}')
     (case,) = read_cases(run)
     # 0.8, 0.1, 0.1 squared, and 15 of 20 are right.
-    assert calibration(case, "mi_fuse").error == pytest.approx(0.64 / 0.66 - 0.75)
+    assert method_reliability(case, "mi_fuse").error == pytest.approx(0.64 / 0.66 - 0.75)
     text = page_of(run)
     assert "mi_fuse, error 22.0 %, temperature 0.5" in text and "oracle, error 20.0 %<" in text
 
@@ -179,7 +179,7 @@ def test_an_utterance_without_answer_agrees_with_nobody_and_is_not_calibrated(ru
     assert (case.runs[0].chosen("lalm_zero_shot") == -1).sum() == 13
     agreed = tables_of(page_of(run))["Agreement, and changes of the source's answers, share of the test utterances"]
     assert all(float(row[2]) <= 35 for row in agreed[1:] if row[2])
-    assert sum(calibration(case, "lalm_zero_shot").count) == 7
+    assert sum(method_reliability(case, "lalm_zero_shot").count) == 7
 
 
 def test_hostile_names_are_text(tmp_path):

@@ -17,7 +17,7 @@ from speechbrain_mifuse.lalm.answer import KINDS, Answer, Response
 from speechbrain_mifuse.lalm.profile import Price, Tokens
 from speechbrain_mifuse.lalm.store import LabelStore, Query, Record, Samples
 from speechbrain_mifuse.report.teacher_report import (
-    Bill,
+    cost_figures,
     reference_of,
     report_store,
     teacher_figures,
@@ -108,13 +108,13 @@ def test_agreement_with_the_source_classifier_and_who_is_right_where_they_differ
 
 def test_cost_is_tokens_times_price_with_batches_at_half():
     price = Price(2.0, 10.0, 20.0, source="a page, today")
-    found = teacher_figures(SAMPLES, LABELS, bill=Bill(Tokens(1000, 2000, 100), Tokens(1000, 0, 0), 6, price))["cost"]
+    found = cost_figures(Tokens(1000, 2000, 100), Tokens(1000, 0, 0), 6, price)
     live = (1000 * 2 + 2000 * 10 + 100 * 20) / 1e6
     assert found["cost"] == pytest.approx(live + 0.001) and found["cost_per_1000_samples"] == pytest.approx(
         (live + 0.001) / 6 * 1000, abs=1e-6
     )
     assert found["prices"] == "a page, today" and found["tokens"] == {"text": 1000, "audio": 2000, "output": 100}
-    assert "cost" not in teacher_figures(SAMPLES, LABELS, bill=Bill(Tokens(1), Tokens(), 6))["cost"]
+    assert "cost" not in cost_figures(Tokens(1), Tokens(), 6, None)
 
 
 def is_png(path):
@@ -123,8 +123,8 @@ def is_png(path):
 
 def test_report_writes_table_numbers_and_figures_and_nothing_else(tmp_path):
     source = torch.rand(5, 16, 2).softmax(-1)
-    bill = Bill(Tokens(1000, 2000, 100), Tokens(), 6, Price(1.0, 1.0, 1.0))
-    text = write_teacher_report(tmp_path, SAMPLES, LABELS, "m at here", REFERENCE, source, bill)
+    cost = cost_figures(Tokens(1000, 2000, 100), Tokens(), 6, Price(1.0, 1.0, 1.0))
+    text = write_teacher_report(tmp_path, SAMPLES, LABELS, "m at here", REFERENCE, source, cost)
     assert {path.name for path in tmp_path.iterdir()} == FILES | {"teacher_calibration.png"}
     assert all(is_png(path) for path in tmp_path.glob("*.png"))
     assert (tmp_path / "teacher.md").read_text() == text and text.startswith("# Teacher: m at here\n")
@@ -223,7 +223,7 @@ def test_a_manifest_that_the_store_does_not_know_is_an_error(collected, tmp_path
     rows = {"t-c": {"wav": str(tmp_path / "c.wav"), "speaker": "1"}}
     atomic_write(collected / "m" / "other.json", json.dumps(rows))
     with LabelStore(collected / "labels.sqlite") as store, pytest.raises(UserError, match="no answer about any"):
-        report_store(store, store.queries()[0], collected / "m" / "other.json", tmp_path / "out", show_progress=False)
+        report_store(store, store.queries()[0], collected / "m" / "other.json", tmp_path / "out")
 
 
 def test_a_recording_known_under_another_id_is_found_by_its_content(tmp_path):
@@ -235,5 +235,5 @@ def test_a_recording_known_under_another_id_is_found_by_its_content(tmp_path):
     with LabelStore(tmp_path / "labels.sqlite") as store:
         store.put_many(QUERY, [Record(audio, 0, "old-id", Response(Answer("label", (1.0, 0.0)), "{}"))])
         summary = store.queries()[0]
-        text = report_store(store, summary, tmp_path / "m" / "adapt.json", tmp_path / "out", show_progress=False)
+        text = report_store(store, summary, tmp_path / "m" / "adapt.json", tmp_path / "out")
     assert "1 utterances, 1 samples wanted of each; 1 utterances have any" in text
