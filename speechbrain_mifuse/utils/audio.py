@@ -27,6 +27,8 @@ LOWEST_RATE, HIGHEST_RATE = 1_000, 1_000_000
 
 # Seconds. A whole recording is held in memory, and a few kilobytes can announce, or unpack to, any length.
 LONGEST = 24 * 3600.0
+# Hz. Above, a recording may have only as many frames as the longest one at this rate.
+_USUAL_RATE = 48_000
 
 # Full scale of 32-bit integers, which some programs write as floating point; above, squares begin to overflow.
 LOUDEST = 2.0**31
@@ -132,9 +134,15 @@ def opened(path: str | Path) -> Iterator[soundfile.SoundFile]:
 
 
 def _require_length(frames: int, rate: int, path: str | Path) -> None:
-    if frames > LONGEST * rate:
-        hours = frames / rate / 3600
-        raise BadAudio(f"{shown(path)}: {hours:.3g} hours long, and at most 24 are read. Cut, or write it again.")
+    if frames > _max_frames(rate):
+        hours, limit = frames / rate / 3600, _max_frames(rate) / rate / 3600
+        raise BadAudio(
+            f"{shown(path)}: {hours:.3g} hours at {rate} Hz, and at most {limit:.3g} are read. Cut, or write it again."
+        )
+
+
+def _max_frames(rate: int) -> int:
+    return int(LONGEST * min(rate, _USUAL_RATE))
 
 
 def _read(
@@ -178,7 +186,7 @@ def _blocks(file: soundfile.SoundFile, count: int | None, path: str | Path) -> I
     # libsndfile takes twice as long to make the very same floats of 16-bit integers.
     integers = file.subtype == "PCM_16"
     # One more than there may be, so that what is too long is noticed.
-    most = int(LONGEST * file.samplerate) + 1 if length_is_unknown(file) else file.frames
+    most = _max_frames(file.samplerate) + 1 if length_is_unknown(file) else file.frames
     wanted, read = most if count is None else min(count, most), 0
     while read < wanted:
         some = min(wanted - read, max(BLOCK // file.channels, 1))

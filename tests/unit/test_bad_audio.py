@@ -11,6 +11,7 @@ import tracemalloc
 import bad_audio
 import numpy as np
 import pytest
+import soundfile
 import torch
 from bad_audio import MADE
 from chaos_server import LABELS, MODEL, ChaosServer, right_label
@@ -182,6 +183,17 @@ def test_a_header_of_any_length_sets_no_memory_aside(tmp_path):
         load_audio(path)
     assert tracemalloc.get_traced_memory()[1] < 2**30
     tracemalloc.stop()
+
+
+def test_a_high_rate_holds_no_more_samples_in_memory_than_a_day_of_usual_sound(tmp_path):
+    path = tmp_path / "a.flac"
+    soundfile.write(path, bad_audio.sound("a", 192_000), 192_000)
+    content = bytearray(path.read_bytes())
+    content[21] = (content[21] & 0xF0) | (7 * 3600 * 192_000 >> 32)
+    content[22:26] = (7 * 3600 * 192_000 & 0xFFFFFFFF).to_bytes(4, "big")
+    path.write_bytes(content)
+    with pytest.raises(BadAudio, match=r"a.flac: 7 hours at 192000 Hz, and at most 6 are read"):
+        load_audio(path)
 
 
 # (b) Extraction.
