@@ -20,6 +20,7 @@ REMEDIES = {
     **dict.fromkeys((errno.ENOSPC, errno.EDQUOT, errno.EFBIG), "Free some space"),
     **dict.fromkeys((errno.EROFS, errno.EACCES, errno.EPERM), "Change its permissions"),
     **dict.fromkeys((errno.EIO, errno.ESTALE, errno.ENXIO), "Check the disk"),
+    **dict.fromkeys((errno.EISDIR, errno.ENOTDIR, errno.EEXIST, errno.ELOOP), "Remove what is in its place"),
 }
 PERMISSIONS = (errno.EACCES, errno.EPERM)
 AGAIN = "choose another folder (such as --output_folder), then run the same command again: finished work is kept."

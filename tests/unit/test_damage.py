@@ -523,7 +523,7 @@ def test_whatever_a_disk_says_is_one_line_with_a_remedy_and_the_old_file_stays(
     assert re.fullmatch(said, capsys.readouterr().err)
 
 
-@pytest.mark.parametrize("number", REFUSALS)
+@pytest.mark.parametrize("number", [*REFUSALS, errno.EISDIR, errno.ENOTDIR, errno.EEXIST, errno.ELOOP])
 def test_an_error_of_a_disk_that_nothing_else_has_named_is_one_line_too(tmp_path, capsys, number):
     with pytest.raises(SystemExit) as stopped, one_clear_error():
         raise OSError(number, os.strerror(number), str(tmp_path / "lock"))
