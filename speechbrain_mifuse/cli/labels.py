@@ -7,6 +7,7 @@ import datetime
 from pathlib import Path
 
 from speechbrain_mifuse.utils.errors import UserError, stopped_by_ctrl_c
+from speechbrain_mifuse.utils.texts import shown
 
 
 def add_labels(commands) -> None:
@@ -87,8 +88,8 @@ def described(summary) -> str:
     total = sum(counts.values())
     refused = f", {100 * counts['refusal'] / total:.1f} % refused" if total and counts.get("refusal") else ""
     lines = [
-        f"query {query.digest[:8]}: {query.model} at {query.endpoint}",
-        f"  labels {', '.join(query.labels)}; sampling {query.sampling_json}; prompt {query.prompt_hash[:8]}",
+        shown(f"query {query.digest[:8]}: {query.model} at {query.endpoint}"),
+        f"  labels {shown(', '.join(query.labels))}; sampling {query.sampling_json}; prompt {query.prompt_hash[:8]}",
         f"  {summary.recordings} recordings, up to {summary.k} samples: {kinds}{refused}; {summary.attempts} answers "
         "received in all",
     ]

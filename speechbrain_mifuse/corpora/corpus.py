@@ -24,7 +24,7 @@ from speechbrain_mifuse.corpora.manifest import (
 )
 from speechbrain_mifuse.corpora.splits import Splits, deal, leave_out_shared, settings_of, thin_out
 from speechbrain_mifuse.utils.audio_files import ENDINGS
-from speechbrain_mifuse.utils.files import atomic_write
+from speechbrain_mifuse.utils.files import atomic_write, json_object
 from speechbrain_mifuse.utils.texts import counted, shown
 
 logger = logging.getLogger(__name__)
@@ -201,11 +201,11 @@ def report_other_classes(corpus: str, emotions: Iterable[str]) -> None:
 def is_prepared(save_folder: str | Path, settings: Mapping) -> bool:
     """Whether the manifests of just these settings were written to the end."""
     try:
-        about = json.loads((Path(save_folder) / ABOUT).read_text())
+        about = json_object(Path(save_folder) / ABOUT)
     except (OSError, ValueError):
         return False
     # Compared as text, because the order of the splits decides who gets which speakers.
-    return isinstance(about, dict) and json.dumps(settings) == json.dumps({key: about.get(key) for key in settings})
+    return json.dumps(settings) == json.dumps({key: about.get(key) for key in settings})
 
 
 @dataclass(frozen=True)

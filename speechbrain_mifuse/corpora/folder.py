@@ -140,7 +140,7 @@ def read_labels(root: Path, table: Path, found: Sequence[Path]) -> Listing:
     where, seen, missing = table.parent.relative_to(root), {}, []
     for line, row in rows:
         path = _named_file(f"{table}, line {line}", row["file"], where, lookup)
-        if path.as_posix() not in lookup and not (root / path).exists():
+        if path.as_posix() not in lookup and not os.path.exists(root / path):
             missing.append(path)
         first, before = seen.setdefault(path, (line, row))
         if any(plain(before[column]) != plain(row[column]) for column in ("emo", "speaker")):

@@ -85,22 +85,28 @@ def _decoded(table: Path) -> str:
     try:
         data = bounded_bytes(table)
         utf16 = data.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE))
-        return data.decode("utf-16" if utf16 else "utf-8-sig")
+        text = data.decode("utf-16" if utf16 else "utf-8-sig")
     except (OSError, ValueError) as error:
         reason = getattr(error, "strerror", None) or error
         raise CorpusError(
             f"{table}: cannot be read ({reason}). Save it in UTF-8 (in Excel: 'CSV UTF-8'), or restore it."
         ) from None
+    # Excel can still write the line ends of old Macintoshes. Beside others, they are part of a name.
+    return text if "\n" in text else text.replace("\r", "\n")
 
 
 def _layout(table: Path, text: str, columns: Mapping[str, Sequence[str]], optional: Sequence[str]):
     """Position of each column, and the separator under which the header holds all that are needed."""
     header = text.split("\n", 1)[0].rstrip("\r")
     for separator in SEPARATORS:
-        names = [_plain(cell) for cell in next(csv.reader([header], delimiter=separator), [])]
+        try:
+            names = [_plain(cell) for cell in next(csv.reader([header], delimiter=separator), [])]
+        except csv.Error as error:
+            raise CorpusError(f"{table}, line 1: cannot be read ({error}). Write the names of the columns.") from None
         positions = {}
         for column, others in columns.items():
-            held = [at for at, name in enumerate(names) if name in {_plain(other) for other in (column, *others)}]
+            accepted = {_plain(other) for other in (column, *others)}
+            held = [at for at, name in enumerate(names) if name in accepted]
             exact = [at for at in held if names[at] == _plain(column)]
             if len(exact or held) > 1:
                 raise CorpusError(f"{table}: its header names the column '{column}' twice ({shown(header)}). Keep one.")

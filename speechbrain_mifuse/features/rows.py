@@ -11,7 +11,7 @@ import contextlib
 import io
 import zipfile
 import zlib
-from collections.abc import Callable, Iterator, MutableMapping
+from collections.abc import Callable, Iterator, Mapping, MutableMapping
 from pathlib import Path
 from typing import BinaryIO
 
@@ -23,6 +23,7 @@ COPY = "index.npz"
 # Rows that are read faster than a copy of them is worth.
 FEW = 10_000
 PIECE = 2**24  # bytes
+MAX_POSITION = 2**44  # values: beyond any disk, and small enough to be multiplied by the size of a frame
 
 
 class Rows(MutableMapping):
@@ -39,7 +40,9 @@ class Rows(MutableMapping):
         place, columns = self._place[utt_id], self._columns
         crcs = tuple(columns["layer_crcs"][place].tolist()) if columns["has_layer_crcs"][place] else ()
         offset, frames, crc = (columns[name].item(place) for name in ("offset", "frames", "crc"))
-        return self._make(offset, frames, columns["audio"].item(place).decode(), self.stamp(utt_id), crc, crcs)
+        return self._make(
+            offset, frames, columns["audio"].item(place).decode(errors="replace"), self.stamp(utt_id), crc, crcs
+        )
 
     def stamp(self, utt_id: str) -> tuple[int, int] | None:
         """Give size and modification time of a recording's file when it was encoded, without making a row."""
@@ -75,14 +78,24 @@ def read_copy(folder: Path, index: BinaryIO, make: Callable) -> tuple[Rows, int]
     """Read the rows of which there is a copy, and leave an index where those begin of which there is none."""
     try:
         with np.load(folder / COPY, allow_pickle=False) as copy:
-            columns = dict(copy)
+            # A few compressed bytes can unpack to any number.
+            columns = {} if any(part.compress_type for part in copy.zip.infolist()) else dict(copy)
         length, checksum, lines = columns.pop("covers").tolist()
-        if _checksum(index, length) == checksum:
+        if _are_sound(columns) and _checksum(index, length) == checksum:
             return Rows(make, columns), lines
-    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile):
+    except (OSError, ValueError, KeyError, TypeError, EOFError, MemoryError, zipfile.BadZipFile):
         pass
     index.seek(0)
     return Rows(make), 0
+
+
+def _are_sound(columns: dict[str, np.ndarray]) -> bool:
+    """Whether columns are of the types and lengths that `_columns` makes."""
+    rows, wanted = len(columns["crc"]), _columns({})
+    fit = all(columns[name].dtype.kind == wanted[name].dtype.kind for name in wanted)
+    fit = fit and all(len(columns[name]) == rows for name in wanted if name != "ids")
+    fit = fit and all(columns[name].ndim == 1 + (name == "layer_crcs") for name in wanted)
+    return fit and all(((columns[name] >= 0) & (columns[name] < MAX_POSITION)).all() for name in ("offset", "frames"))
 
 
 def write_copy(folder: Path, index: BinaryIO, rows: Rows, length: int, lines: int) -> None:
@@ -95,7 +108,7 @@ def write_copy(folder: Path, index: BinaryIO, rows: Rows, length: int, lines: in
         atomic_write(folder / COPY, content.getbuffer())
 
 
-def _columns(rows: Rows) -> dict[str, np.ndarray]:
+def _columns(rows: Mapping) -> dict[str, np.ndarray]:
     found = list(rows.values())
     crcs = [row.layer_crcs for row in found]
     layers = max(map(len, crcs), default=0)
@@ -108,7 +121,7 @@ def _columns(rows: Rows) -> dict[str, np.ndarray]:
         "time": np.array([row.file[1] for row in found], np.int64),
         "crc": np.array([row.crc for row in found], np.uint32),
         "layer_crcs": np.array([row or (0,) * layers for row in crcs], np.uint32).reshape(len(found), layers),
-        "has_layer_crcs": np.array([bool(row) for row in crcs]),
+        "has_layer_crcs": np.array([bool(row) for row in crcs], np.bool_),
     }
 
 

@@ -13,7 +13,7 @@ from typing import NamedTuple
 
 from filelock import FileLock
 
-from speechbrain_mifuse.features.store import FeatureStore
+from speechbrain_mifuse.features.store import FeatureStore, StoreError
 from speechbrain_mifuse.utils.errors import UserError
 from speechbrain_mifuse.utils.progress import progress
 
@@ -57,6 +57,9 @@ class Shard(NamedTuple):
 def take_over_shards(store: FeatureStore) -> None:
     """Copy what shards hold into the store of the corpus, and empty them."""
     for about in sorted(store.folder.glob(f"{SHARDS}/*/store.json")):
+        for folder in (about.parent, about.parent.parent):
+            if folder.is_symlink():
+                raise StoreError(f"{folder}: is a link, and what shards hold is moved. Remove the link.")
         logger.info("%s: taking over %s, as soon as nothing writes to it.", store.folder, about.parent.name)
         with FileLock(about.with_name("lock")):
             shard = FeatureStore(about.parent, store.fingerprint)

@@ -22,9 +22,9 @@ from pathlib import Path
 import numpy as np
 from filelock import FileLock
 
-from speechbrain_mifuse.features.rows import FEW, Rows, read_copy, write_copy
+from speechbrain_mifuse.features.rows import COPY, FEW, Rows, read_copy, write_copy
 from speechbrain_mifuse.utils.errors import UserError
-from speechbrain_mifuse.utils.files import atomic_write
+from speechbrain_mifuse.utils.files import atomic_write, json_object
 
 STORE_VERSION = 1
 ITEM = np.dtype("<f2").itemsize
@@ -32,6 +32,8 @@ ITEM = np.dtype("<f2").itemsize
 SEAL = b', "line": '
 # Ids that an error names.
 SHOWN = 5
+FILES = ("store.json", "index.jsonl", COPY, "frames.f16", "lock")
+MAX_FINGERPRINT_BYTES = 2**20
 
 
 class StoreError(UserError):
@@ -66,12 +68,20 @@ def read_line(line: bytes) -> tuple[str, Row]:
     row = Row(
         raw["offset"], raw["frames"], raw["audio"], tuple(raw["file"]), raw["crc"], tuple(raw.get("layer_crcs", ()))
     )
-    if not (row.offset >= 0 and row.frames >= 0):
-        raise ValueError("a place before the file's start")
+    if not (type(row.offset) is type(row.frames) is int and row.offset >= 0 and row.frames >= 0):
+        raise ValueError("a position before the file's start, or none")
+    if not (type(raw["id"]) is type(row.audio) is str):
+        raise ValueError("an id that is none")
     text, sealed, _ = line.rpartition(SEAL)
     if sealed and zlib.crc32(text + b"}") != raw["line"]:
         raise ValueError("checksum differs")
     return raw["id"], row
+
+
+def refuse_link(path: Path) -> None:
+    """Refuse a file of a store that is a link, through which another file would be cut, or no file."""
+    if os.path.lexists(path) and (path.is_symlink() or not path.is_file()):
+        raise StoreError(f"{path}: is a link or no regular file. Remove it; only the folder of a store may be a link.")
 
 
 def difference(found: Mapping, wanted: Mapping) -> str:
@@ -118,6 +128,8 @@ class FeatureStore:
         self._file = None
         # Places whose bytes were compared with their checksum: once in a process is enough.
         self._sound: set[tuple[int, int | None]] = set()
+        for name in FILES:
+            refuse_link(self.folder / name)
         self._check_fingerprint()
         self._read_index()
 
@@ -130,8 +142,8 @@ class FeatureStore:
                 raise cannot_write(self.folder, error) from None
             return
         try:
-            found = dict(json.loads(path.read_text()))
-        except (ValueError, TypeError) as error:
+            found = json_object(path, MAX_FINGERPRINT_BYTES)
+        except ValueError as error:
             raise StoreError(f"{path}: damaged ({error}). Delete the folder; extraction will fill it again.") from None
         differs = difference(found, json.loads(json.dumps(self.fingerprint)))
         if differs:
@@ -159,7 +171,7 @@ class FeatureStore:
         for number, line in enumerate(lines, start=known + 1):
             try:
                 utt_id, row = read_line(line)
-            except (ValueError, KeyError, TypeError):
+            except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
                 path, remedy = (
                     self.folder / "index.jsonl",
                     "Delete this line and run again: its recording is encoded anew.",
@@ -223,7 +235,7 @@ class FeatureStore:
     def _is_sound(self, row: Row, place: int | None, block: np.ndarray) -> bool:
         if place is None:
             return zlib.crc32(block) == row.crc
-        if row.layer_crcs:
+        if len(row.layer_crcs) == len(self.layers):
             return zlib.crc32(block) == row.layer_crcs[place]
         return zlib.crc32(self._block(row, None)) == row.crc
 

@@ -22,7 +22,6 @@ from safetensors import SafetensorError
 from speechbrain.dataio.encoder import CategoricalEncoder
 from speechbrain.inference.interfaces import Pretrained
 from speechbrain.utils.autocast import AMPConfig
-from torchaudio.functional import resample
 
 from speechbrain_mifuse.corpora.recordings import recordings_below
 from speechbrain_mifuse.features.dataset import pad_frames
@@ -42,7 +41,7 @@ from speechbrain_mifuse.inference.windows import (
     stretches,
     window_starts,
 )
-from speechbrain_mifuse.utils.audio import BadAudio, content_hash, load_audio, nothing_varies
+from speechbrain_mifuse.utils.audio import BadAudio, content_hash, load_audio, nothing_varies, resampled
 from speechbrain_mifuse.utils.audio_warnings import summarized
 from speechbrain_mifuse.utils.errors import UserError
 from speechbrain_mifuse.utils.progress import progress
@@ -740,7 +739,7 @@ class EmotionRecognizer(Pretrained):
         kept = torch.exp(torch.tensor(-windowing.hop_s / windowing.smooth_s)) if windowing.smooth_s else 0.0
         total, weight, loudest = torch.zeros(len(self.labels)), 0.0, 0.0
         for end, heard in heard_windows(chunks, window, hop):
-            wave = heard if sample_rate == self.sample_rate else resample(heard, sample_rate, self.sample_rate)
+            wave = resampled(heard, sample_rate, self.sample_rate)
             loudest = max(loudest, float(piece_powers(wave).max()))
             share = loud_share(wave, loudest, self.hparams.trim_db)
             total, weight = kept * total + share * self._answer_to(wave), kept * weight + share

@@ -23,10 +23,18 @@ from pathlib import Path
 
 from speechbrain_mifuse import __version__
 from speechbrain_mifuse.lalm.answer import KINDS, SAMPLE_KINDS
-from speechbrain_mifuse.lalm.integrity import SUM_TOLERANCE
 from speechbrain_mifuse.lalm.profile import is_number
 from speechbrain_mifuse.lalm.redaction import redactor
-from speechbrain_mifuse.lalm.store import Entry, LabelStore, Query, StoreError, is_text
+from speechbrain_mifuse.lalm.store import (
+    MAX_SAMPLES,
+    MAX_TIME,
+    SUM_TOLERANCE,
+    Entry,
+    LabelStore,
+    Query,
+    StoreError,
+    is_text,
+)
 from speechbrain_mifuse.utils.errors import UserError
 from speechbrain_mifuse.utils.files import replacing, strict_object
 from speechbrain_mifuse.utils.progress import progress
@@ -37,8 +45,8 @@ VERSION = 1
 
 # Bytes of a line: an answer has a few thousand, and its reply up to 2**18 characters.
 MAX_LINE_BYTES = 32 * 2**20
-# Of sample indices and attempts, whose sums over a store must not leave 64 bits; of seconds since 1970.
-MAX_COUNT, MAX_TIME = 2**31, 253_000_000_000
+# Of attempts, whose sum over a store must not leave 64 bits.
+MAX_COUNT = 2**31
 # So many digits of a query's digest tell the queries of a file apart.
 ID_DIGITS = 16
 
@@ -122,7 +130,7 @@ def export(
         write(header)
         for query in chosen:
             name = _id(query)
-            for entry in store.entries(query):
+            for entry in _entries(store, query, known.get(query, 0)):
                 write(clean(_line(name, entry, with_ids)))
                 written += 1
                 bar.update()
@@ -191,21 +199,29 @@ def merge(shards: Sequence[str | Path], into: str | Path, show_progress: bool = 
         total = sum(count for _, _, count in parts)
         copy = open_files.enter_context(open_files.enter_context(LabelStore(into)).copying())
         bar = open_files.enter_context(progress(total=total, unit="answer", desc="merge", disable=not show_progress))
-        for store, query, _ in parts:
-            for entry in store.entries(query):
-                outcome = copy(query, _merged(store, entry, len(query.labels)))
-                taken.count(outcome, f"{store.path}: {_named(entry)}")
+        for store, query, count in parts:
+            for entry in _entries(store, query, count):
+                taken.count(copy(query, entry), f"{store.path}: {_named(entry)}")
                 bar.update()
     return taken
 
 
-def _merged(store: LabelStore, entry: Entry, classes: int) -> Entry:
-    """Check an answer of another store as one of an export."""
-    fields = {name: value for name, value in entry._asdict().items() if value is not None or name not in _LEFT_OUT}
-    try:
-        return _checked_entry(fields, classes)
-    except ValueError as error:
-        raise StoreError(f"label store {store.path}: {_named(entry)}: {error}. Leave this store out.") from None
+def _entries(store: LabelStore, query: Query, count: int) -> Iterator[Entry]:
+    """Read the answers to a query, of which there are so many at least, each checked as one of an export."""
+    read = 0
+    for entry in store.entries(query):
+        fields = {name: value for name, value in entry._asdict().items() if value is not None or name not in _LEFT_OUT}
+        try:
+            checked = _checked_entry(fields, len(query.labels))
+        except ValueError as error:
+            raise StoreError(f"label store {store.path}: {_named(entry)}: {error}. Leave this store out.") from None
+        yield checked
+        read += 1
+    if read < count:
+        raise StoreError(
+            f"label store {store.path}: only {read} of {count} answers to a query can be read. "
+            "`speechbrain-mifuse labels check` names what is damaged."
+        )
 
 
 def _header(queries: Iterable[Query]) -> str:
@@ -326,13 +342,13 @@ def _usage(value: object) -> bool:
     """Whether it is the usage of an answer, with those of answers that it replaced inside it."""
     while isinstance(value, dict) and "replaced" in value:
         value = value["replaced"]
-    return isinstance(value, dict) and is_text(json.dumps(value, ensure_ascii=False))
+    return isinstance(value, dict) and is_text(_dumps(value))
 
 
 # What a field must be, and what stands for one that is left out (nothing does where there is none).
 _FIELDS: dict[str, tuple[Callable[[object], bool], str]] = {
     "audio": (lambda v: is_text(v) and re.fullmatch("[0-9a-f]{64}", v) is not None, "64 hexadecimal digits"),
-    "k": (_count(0, MAX_COUNT), f"a whole number from 0 to {MAX_COUNT - 1}"),
+    "k": (_count(0, MAX_SAMPLES), f"a whole number from 0 to {MAX_SAMPLES - 1}"),
     "utt_id": (is_text, "text"),
     "kind": (lambda v: v in KINDS, f"one of {', '.join(KINDS)}"),
     "probs": (lambda v: isinstance(v, (list, tuple)) and all(map(is_number, v)), "a list of numbers"),

@@ -8,10 +8,12 @@ import os
 import sqlite3
 import threading
 import time
+from collections.abc import Collection
 from pathlib import Path
 from typing import NamedTuple
 
 from speechbrain_mifuse.utils.files import file_stamp
+from speechbrain_mifuse.utils.texts import shown
 
 logger = logging.getLogger(__name__)
 
@@ -82,6 +84,9 @@ class HashCache(contextlib.AbstractContextManager):
             db.execute("PRAGMA synchronous = OFF")
             db.execute("PRAGMA journal_mode = WAL")
             db.execute(f"CREATE TABLE IF NOT EXISTS {_TABLE}")
+            other = other_schema(db, [f"CREATE TABLE {_TABLE}"])
+            if other is not None:
+                raise sqlite3.DatabaseError(other)
             db.execute("SELECT path, size, mtime_ns, sha256, seconds FROM files LIMIT 1")
         except BaseException:
             db.close()
@@ -114,3 +119,19 @@ def foreign_journal(path: str | Path) -> Path | None:
     with open(journal, "rb") as file:
         file.seek(max(file.seek(0, os.SEEK_END) - len(_JOURNAL_MAGIC), 0))
         return journal if file.read() == _JOURNAL_MAGIC else None
+
+
+def other_schema(database: sqlite3.Connection, wanted: Collection[str]) -> str | None:
+    """Find what a database holds beside some tables, such as a trigger or a view, which would run when it is used."""
+    wanted = {_words(statement) for statement in wanted}
+    # The indices that SQLite makes by itself have no statement.
+    rows = database.execute("SELECT CAST(sql AS TEXT) FROM sqlite_master WHERE sql IS NOT NULL")
+    found = [_words(sql) for (sql,) in rows]
+    other = next((sql for sql in found if sql not in wanted), None)
+    if other is not None:
+        return f"has {shown(other[:80])!r}"
+    return None if len(found) == len(wanted) else "lacks a table"
+
+
+def _words(sql: str) -> str:
+    return " ".join(sql.split())

@@ -9,11 +9,16 @@ from collections.abc import Iterator
 import numpy as np
 
 from speechbrain_mifuse.lalm.answer import KINDS, SAMPLE_KINDS
-from speechbrain_mifuse.lalm.store import LabelStore, Query, StoreError
+from speechbrain_mifuse.lalm.store import (
+    MAX_SAMPLES,
+    MAX_TIME,
+    UNREADABLE,
+    LabelStore,
+    Query,
+    StoreError,
+    no_distribution,
+)
 from speechbrain_mifuse.utils.errors import UserError
-
-# float32 probabilities of a few labels add up to 1 within this.
-SUM_TOLERANCE = 1e-4
 
 _SAMPLES = ", ".join(f"'{kind}'" for kind in SAMPLE_KINDS)
 _ALL = ", ".join(f"'{kind}'" for kind in KINDS)
@@ -24,8 +29,14 @@ _WRONG_ROWS = {
     "is a sample by its status and none by its kind, or the reverse": f"(status = 'sample') <> (kind IN ({_SAMPLES}))",
     "is a sample without probabilities": "status = 'sample' AND probs IS NULL",
     "is rejected and has probabilities": "status = 'rejected' AND probs IS NOT NULL",
-    "has a negative sample index": "k < 0",
-    "was stored without an attempt": "attempts < 1",
+    f"has a sample index that is not from 0 to {MAX_SAMPLES - 1}": (
+        f"typeof(k) <> 'integer' OR k NOT BETWEEN 0 AND {MAX_SAMPLES - 1}"
+    ),
+    "was stored without an attempt": "typeof(attempts) <> 'integer' OR attempts < 1",
+    "has a time that is none": f"typeof(created) NOT IN ('real', 'integer') OR created NOT BETWEEN 0 AND {MAX_TIME}",
+    "holds other things than text where text belongs": (
+        "typeof(utt_id) <> 'text' OR typeof(reason) <> 'text' OR typeof(raw) <> 'text'"
+    ),
     "has a label mass outside of 0 to 1": "label_mass NOT BETWEEN 0 AND 1",
     "has a reply or usage that is no JSON": "NOT json_valid(raw) OR NOT json_valid(coalesce(usage, '{}'))",
     "belongs to a query that does not exist": "query_id NOT IN (SELECT query_id FROM queries)",
@@ -94,7 +105,7 @@ def _wrong_queries(store: LabelStore) -> Iterator[str]:
         try:
             query = Query(prompt_hash, json.loads(labels), model, base_url, json.loads(sampling), endpoint)
             found = (query.labels_json, query.sampling_json)
-        except (UserError, ValueError, TypeError, AttributeError) as error:
+        except (UserError, *UNREADABLE) as error:
             yield f"query {number}: cannot be read ({error})"
             continue
         if found != (labels, sampling):
@@ -116,7 +127,7 @@ def _wrong_probabilities(store: LabelStore) -> Iterator[str]:
         wrong = f"FROM answers WHERE query_id = {number} AND probs IS NOT NULL AND length(probs) <> {4 * classes}"
         for count, audio_id, k in store.read(f"SELECT COUNT(*), audio_id, k {wrong} HAVING COUNT(*)"):
             yield f"{_place(store, number, audio_id, k)}has not {classes} probabilities{_others(count)}"
-        bad = [key for rows, probs in _blocks(store, number, classes) for key in rows[_no_distribution(probs)].tolist()]
+        bad = [key for rows, probs in _blocks(store, number, classes) for key in rows[no_distribution(probs)].tolist()]
         if bad:
             place = _place(store, number, *bad[0])
             yield f"{place}has probabilities that are negative, not finite, or do not sum to 1{_others(len(bad))}"
@@ -133,11 +144,6 @@ def _blocks(store: LabelStore, number: int, classes: int) -> Iterator[tuple[np.n
         last = rows[-1][:2]
         values = np.frombuffer(b"".join(row[2] for row in rows), dtype="<f4")
         yield np.array([row[:2] for row in rows]), values.reshape(-1, classes)
-
-
-def _no_distribution(probs: np.ndarray) -> np.ndarray:
-    with np.errstate(invalid="ignore", over="ignore"):
-        return ~((probs >= 0).all(1) & (np.abs(probs.sum(1, dtype=np.float64) - 1) <= SUM_TOLERANCE))
 
 
 def _place(store: LabelStore, number: int, audio_id: int, k: int) -> str:

@@ -10,6 +10,7 @@ import operator
 import re
 from collections.abc import Callable, Mapping
 from pathlib import Path
+from types import UnionType
 from typing import NamedTuple
 
 from speechbrain_mifuse.utils.errors import UserError
@@ -124,6 +125,7 @@ class Price:
             value = getattr(self, name)
             if not is_number(value) or value < 0:
                 raise UserError(f"lalm_profile: price: {name} must be a number that is not negative, not {value!r}")
+        _require_kind(self, "lalm_profile: price: ", str, "currency", "source")
 
     def cost(self, tokens: Tokens = NO_TOKENS, batch: Tokens = NO_TOKENS) -> float:
         """Price of tokens, and of those of the Batch API, in the currency."""
@@ -206,6 +208,9 @@ class Profile:
     price: Price | None = None
 
     def __post_init__(self):
+        _require_kind(self, "lalm_profile: ", str, "name", "audio_part", "constraint", "answer_form")
+        _require_kind(self, "lalm_profile: ", str | None, "base_url", "model")
+        _require_kind(self, "lalm_profile: ", bool, "honours_n", "honours_seed")
         for name, known in (("audio_part", AUDIO_PARTS), ("constraint", CONSTRAINTS)):
             if getattr(self, name) not in known:
                 raise UserError(f"lalm_profile: {name} {getattr(self, name)!r} is none of {', '.join(known)}")
@@ -242,7 +247,16 @@ def is_number(value: object) -> bool:
     return isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) < math.inf
 
 
+def _require_kind(fields: object, where: str, kind: type | UnionType, *names: str) -> None:
+    what = "true or false" if kind is bool else "a string"
+    for name in names:
+        if not isinstance(getattr(fields, name), kind):
+            raise UserError(f"{where}{name} must be {what}, not {getattr(fields, name)!r}")
+
+
 def _of(cls, values: Mapping, where: str):
+    if not isinstance(values, Mapping):
+        raise UserError(f"{where}must be a mapping of keys, not {values!r}")
     known = inspect.signature(cls).parameters
     unknown = [key for key in values if key not in known]
     if unknown:

@@ -25,20 +25,24 @@ import numpy as np
 import torch
 
 from speechbrain_mifuse.lalm.answer import KINDS, SAMPLE_KINDS, Response
-from speechbrain_mifuse.lalm.hashes import foreign_journal
+from speechbrain_mifuse.lalm.hashes import foreign_journal, other_schema
 from speechbrain_mifuse.lalm.limits import used_tokens
-from speechbrain_mifuse.lalm.profile import NO_TOKENS, Tokens
+from speechbrain_mifuse.lalm.profile import NO_TOKENS, Tokens, is_number
 from speechbrain_mifuse.lalm.prompt import Prompt
 from speechbrain_mifuse.utils.errors import UserError
 from speechbrain_mifuse.utils.files import encodable
-from speechbrain_mifuse.utils.texts import shown
 
 logger = logging.getLogger(__name__)
 
 SCHEMA_VERSION = 1
 
 # What a row of another program, or a damaged one, may raise.
-_UNREADABLE = (ValueError, TypeError, AttributeError, OverflowError, RecursionError)
+UNREADABLE = (ValueError, TypeError, AttributeError, IndexError, OverflowError, RecursionError)
+
+# Samples of one recording, of which `load` makes room for all; seconds since 1970, before the year 9999.
+MAX_SAMPLES, MAX_TIME = 10_000, 253_000_000_000
+# float32 probabilities of a few labels add up to 1 within this.
+SUM_TOLERANCE = 1e-4
 
 NOT_WRITTEN = "Check free space and permissions of its folder, then run again: what is stored is kept."
 # Seconds that a lock of another process is waited for, and after how many the user is told.
@@ -119,7 +123,7 @@ _LOAD = f"""
 SELECT group_concat((w.position * :k + a.k) * {len(KINDS)} + CASE a.kind {_CODE} END, ' '),
     group_concat(hex(a.probs), '')
 FROM temp.wanted w
-CROSS JOIN answers a ON a.query_id = :query AND a.audio_id = w.audio_id AND a.k < :k
+CROSS JOIN answers a ON a.query_id = :query AND a.audio_id = w.audio_id AND a.k BETWEEN 0 AND :k - 1
 WHERE w.line BETWEEN :first AND :last
 """
 _LOAD_BLOCK = 10000
@@ -442,7 +446,10 @@ class LabelStore(contextlib.AbstractContextManager):
             wanted = {"query": self._query_id(query), "k": k}
             for first in range(1, len(audio_hashes) + 1, _LOAD_BLOCK):
                 block = {**wanted, "first": first, "last": first + _LOAD_BLOCK - 1}
-                _fill(samples, *self._db.execute(_LOAD, block).fetchone())
+                try:
+                    _fill(samples, *self._db.execute(_LOAD, block).fetchone())
+                except UNREADABLE as error:
+                    raise self._unreadable("an answer", error) from None
         return samples
 
     def counts(self, query: Query) -> dict[str, int]:
@@ -463,14 +470,14 @@ class LabelStore(contextlib.AbstractContextManager):
                     number,
                     Query(prompt_hash, json.loads(labels), model, base_url, json.loads(sampling), endpoint, prompt),
                     counts.get(number, dict.fromkeys(KINDS, 0)),
-                    *rest,
+                    *_usual(*rest),
                     *(bills.get((number, batch), NO_TOKENS) for batch in (False, True)),
                 )
                 for number, prompt_hash, labels, model, base_url, sampling, endpoint, prompt, *rest in rows
             ]
         except StoreError:
             raise
-        except (UserError, *_UNREADABLE) as error:
+        except (UserError, *UNREADABLE) as error:
             raise self._unreadable("a query", error) from None
 
     def recordings(self, query: Query) -> dict[str, str]:
@@ -495,7 +502,7 @@ class LabelStore(contextlib.AbstractContextManager):
             values = None if probs is None else tuple(np.frombuffer(probs, dtype="<f4").tolist())
             used = None if usage is None else json.loads(usage)
             return Entry(digest.hex(), k, utt_id, kind, values, *middle, used, raw)
-        except _UNREADABLE as error:
+        except UNREADABLE as error:
             raise self._unreadable("an answer", error) from None
 
     def _unreadable(self, what: str, error: Exception) -> StoreError:
@@ -563,8 +570,9 @@ class LabelStore(contextlib.AbstractContextManager):
                     f"{self.path}: not a label store of schema version {SCHEMA_VERSION} (found {version}). "
                     "Name another file, or open it with the version of speechbrain_mifuse that wrote it."
                 )
-            if version:
-                self._refuse_other_schema()
+            other = other_schema(self._db, [*filter(str.strip, _SCHEMA.split(";"))]) if version else None
+            if other is not None:
+                raise StoreError(f"{self.path}: no label store ({other}). Name another file.")
             self._db.execute("PRAGMA temp_store = MEMORY")
             self._db.execute(f"PRAGMA mmap_size = {_MAPPED_BYTES}")
             if self.read_only and not version:
@@ -576,16 +584,6 @@ class LabelStore(contextlib.AbstractContextManager):
                 self._create()
         except sqlite3.Error as error:
             raise self._error(error, "Name a new file or a label store.") from None
-
-    def _refuse_other_schema(self):
-        """Refuse triggers, views and expressions, which would run while the store is read or written."""
-        rows = self._db.execute("SELECT sql FROM sqlite_master WHERE name NOT LIKE 'sqlite!_%' ESCAPE '!'")
-        wanted = {_words(statement) for statement in _SCHEMA.split(";") if statement.strip()}
-        found = [_words(sql) for (sql,) in rows if isinstance(sql, str)]
-        other = next((sql for sql in found if sql not in wanted), None)
-        if other is not None or len(found) != len(wanted):
-            what = f"has {shown(other[:80])!r}" if other is not None else "lacks a table"
-            raise StoreError(f"{self.path}: no label store ({what}). Name another file.")
 
     def _create(self):
         with self._transaction():
@@ -691,13 +689,20 @@ class LabelStore(contextlib.AbstractContextManager):
         return StoreError(f"label store {self.path}: {error}. {remedy}")
 
 
+def _usual(recordings: int, k: int, attempts: int, first: float | None, last: float | None) -> tuple:
+    """Check what a store says of a query: no program of ours leaves other numbers."""
+    if not (isinstance(k, int) and 0 <= k <= MAX_SAMPLES):
+        raise ValueError(f"a sample index that is not from 0 to {MAX_SAMPLES - 1}")
+    if not isinstance(attempts, int):
+        raise ValueError("a number of attempts that is none")
+    if not all(time is None or (is_number(time) and 0 <= time < MAX_TIME) for time in (first, last)):
+        raise ValueError("a time that is none")
+    return recordings, k, attempts, first, last
+
+
 def is_text(value: object) -> bool:
     """Whether a value is text that can be stored."""
     return isinstance(value, str) and encodable(value)
-
-
-def _words(sql: str) -> str:
-    return " ".join(sql.split())
 
 
 def _is_locked(error: sqlite3.Error) -> bool:
@@ -782,5 +787,13 @@ def _fill(samples: Samples, places: str | None, probs_hex: str | None):
     good = code < len(SAMPLE_KINDS)
     probs, mask, kinds = (tensor.numpy() for tensor in samples)
     kinds.reshape(-1)[place], mask.reshape(-1)[place] = code, good
-    values = np.frombuffer(bytes.fromhex(probs_hex or ""), dtype="<f4")
-    probs.reshape(-1, probs.shape[2])[place[good]] = values.reshape(-1, probs.shape[2])
+    values = np.frombuffer(bytes.fromhex(probs_hex or ""), dtype="<f4").reshape(-1, probs.shape[2])
+    if no_distribution(values).any():
+        raise ValueError("probabilities that are negative, not finite, or do not sum to 1")
+    probs.reshape(-1, probs.shape[2])[place[good]] = values
+
+
+def no_distribution(probs: np.ndarray) -> np.ndarray:
+    """Which rows of `[N, C]` are no distribution."""
+    with np.errstate(invalid="ignore", over="ignore"):
+        return ~((probs >= 0).all(1) & (np.abs(probs.sum(1, dtype=np.float64) - 1) <= SUM_TOLERANCE))

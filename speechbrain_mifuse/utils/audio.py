@@ -27,6 +27,8 @@ LOWEST_RATE, HIGHEST_RATE = 1_000, 1_000_000
 
 # Seconds. A whole recording is held in memory, and a few kilobytes can announce, or unpack to, any length.
 LONGEST = 24 * 3600.0
+# Hz. Above, a recording may have only as many frames as the longest one at this rate.
+_USUAL_RATE = 48_000
 
 # Full scale of 32-bit integers, which some programs write as floating point; above, squares begin to overflow.
 LOUDEST = 2.0**31
@@ -42,10 +44,10 @@ CANCELLED = 0.1
 # compressed ones are best read in one go.
 BLOCK = 2**27
 
-# Entries of the table of filters that torchaudio makes; 44100 Hz needs 2**16, and 44101 Hz half of all memory.
-MOST_FILTERS = 2**24
+# Largest table of filters that torchaudio may compute: 44100 Hz to 16000 Hz needs 2**17 entries, and 44101 Hz 2**30.
+MAX_FILTER_ENTRIES = 2**19
 
-# As torchaudio's own defaults: zero crossings on each side, and the share of the band that passes.
+# The defaults of torchaudio: zero crossings on each side, and the share of the band that passes.
 _CROSSINGS, _ROLLOFF = 6, 0.99
 _AT_A_TIME = 2**20
 
@@ -132,9 +134,15 @@ def opened(path: str | Path) -> Iterator[soundfile.SoundFile]:
 
 
 def _require_length(frames: int, rate: int, path: str | Path) -> None:
-    if frames > LONGEST * rate:
-        hours = frames / rate / 3600
-        raise BadAudio(f"{shown(path)}: {hours:.3g} hours long, and at most 24 are read. Cut, or write it again.")
+    if frames > _max_frames(rate):
+        hours, limit = frames / rate / 3600, _max_frames(rate) / rate / 3600
+        raise BadAudio(
+            f"{shown(path)}: {hours:.3g} hours at {rate} Hz, and at most {limit:.3g} are read. Cut, or write it again."
+        )
+
+
+def _max_frames(rate: int) -> int:
+    return int(LONGEST * min(rate, _USUAL_RATE))
 
 
 def _read(
@@ -178,7 +186,7 @@ def _blocks(file: soundfile.SoundFile, count: int | None, path: str | Path) -> I
     # libsndfile takes twice as long to make the very same floats of 16-bit integers.
     integers = file.subtype == "PCM_16"
     # One more than there may be, so that what is too long is noticed.
-    most = int(LONGEST * file.samplerate) + 1 if length_is_unknown(file) else file.frames
+    most = _max_frames(file.samplerate) + 1 if length_is_unknown(file) else file.frames
     wanted, read = most if count is None else min(count, most), 0
     while read < wanted:
         some = min(wanted - read, max(BLOCK // file.channels, 1))
@@ -235,23 +243,28 @@ def resampled(wave: torch.Tensor, rate: int, new_rate: int) -> torch.Tensor:
         return wave
     period = math.gcd(rate, new_rate)
     # One row for each sample of the period, each as long as the period is at the old rate.
-    if rate // period * (new_rate // period) <= MOST_FILTERS:
+    if rate // period * (new_rate // period) <= MAX_FILTER_ENTRIES:
         return resample(wave, rate, new_rate)
-    reach = math.ceil(_CROSSINGS * rate / (min(rate, new_rate) * _ROLLOFF))
-    padded = torch.nn.functional.pad(wave, (reach, reach + 1))
-    places = torch.arange(math.ceil(len(wave) * new_rate / rate))
-    return torch.cat([_filtered(padded, some, rate, new_rate, reach) for some in places.split(_AT_A_TIME // reach)])
+    return _resampled_by_phase(wave, rate, new_rate)
 
 
-def _filtered(padded: torch.Tensor, places: torch.Tensor, rate: int, new_rate: int, reach: int) -> torch.Tensor:
-    """Compute some samples of the new rate by a windowed sinc, as `torchaudio.functional.resample`."""
-    near = (places * rate // new_rate)[:, None] + torch.arange(-reach, reach + 2)
-    cutoff = min(rate, new_rate) * _ROLLOFF
-    # Whole numbers first: their difference is small, and both are large.
-    time = (near * new_rate - places[:, None] * rate).double() / (rate * new_rate) * cutoff
-    time = time.clamp(-_CROSSINGS, _CROSSINGS)
-    weights = torch.sinc(time) * torch.cos(time * math.pi / _CROSSINGS / 2) ** 2 * (cutoff / rate)
-    return (padded[near + reach] * weights.to(padded.dtype)).sum(dim=1)
+def _resampled_by_phase(wave: torch.Tensor, rate: int, new_rate: int) -> torch.Tensor:
+    """Resample by the filter whose phase is nearest to that of each new sample, with an error of about -100 dB."""
+    cutoff = min(rate, new_rate) * _ROLLOFF / rate
+    reach = math.ceil(_CROSSINGS / cutoff)
+    taps = 2 * reach + 1
+    phases = MAX_FILTER_ENTRIES // taps
+    offsets = torch.arange(-reach, reach + 1) - (torch.arange(phases)[:, None] + 0.5) / phases
+    time = (offsets.double() * cutoff).clamp(-_CROSSINGS, _CROSSINGS)
+    filters = (torch.sinc(time) * torch.cos(time * math.pi / _CROSSINGS / 2) ** 2 * cutoff).to(wave.dtype)
+    windows = torch.nn.functional.pad(wave, (reach, reach + 1)).unfold(0, taps, 1)
+    # Whole numbers: no length accumulates an error.
+    positions = torch.arange(math.ceil(len(wave) * new_rate / rate)) * rate
+    pieces = [
+        (windows[some // new_rate] * filters[some % new_rate * phases // new_rate]).sum(dim=1)
+        for some in positions.split(max(_AT_A_TIME // taps, 1))
+    ]
+    return torch.cat(pieces)
 
 
 def duration(path: str | Path) -> float:

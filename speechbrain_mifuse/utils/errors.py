@@ -10,6 +10,7 @@ import shutil
 import signal
 import sys
 import tempfile
+import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -20,6 +21,7 @@ REMEDIES = {
     **dict.fromkeys((errno.ENOSPC, errno.EDQUOT, errno.EFBIG), "Free some space"),
     **dict.fromkeys((errno.EROFS, errno.EACCES, errno.EPERM), "Change its permissions"),
     **dict.fromkeys((errno.EIO, errno.ESTALE, errno.ENXIO), "Check the disk"),
+    **dict.fromkeys((errno.EISDIR, errno.ENOTDIR, errno.EEXIST, errno.ELOOP), "Remove what is in its place"),
 }
 PERMISSIONS = (errno.EACCES, errno.EPERM)
 AGAIN = "choose another folder (such as --output_folder), then run the same command again: finished work is kept."
@@ -164,9 +166,10 @@ def _harmless_output() -> Iterator[None]:
 
 @contextlib.contextmanager
 def stopped_by_ctrl_c():
-    """Turn Ctrl-C inside the block into one line on standard error and exit status 130, for work that resumes."""
+    """Turn Ctrl-C and SIGTERM inside the block into one line and exit status 130, for work that resumes."""
     try:
-        yield
+        with terminated_like_ctrl_c():
+            yield
     except KeyboardInterrupt:
         print("stopped; the same command goes on", file=sys.stderr)
         raise SystemExit(130) from None
@@ -175,7 +178,16 @@ def stopped_by_ctrl_c():
 @contextlib.contextmanager
 def terminated_like_ctrl_c():
     """Let SIGTERM do inside the block what Ctrl-C does: batch systems and service managers send it first."""
-    before = signal.signal(signal.SIGTERM, signal.default_int_handler)
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def interrupt(_, frame) -> None:
+        # An event loop has a handler of its own. A shell lets background processes ignore Ctrl-C, which has none.
+        handler = signal.getsignal(signal.SIGINT)
+        (handler if callable(handler) else signal.default_int_handler)(signal.SIGINT, frame)
+
+    before = signal.signal(signal.SIGTERM, interrupt)
     try:
         yield
     finally:

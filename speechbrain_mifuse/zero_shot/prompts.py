@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from speechbrain_mifuse.utils.errors import UserError
+from speechbrain_mifuse.utils.files import encodable
 from speechbrain_mifuse.utils.schemas import plain_yaml
 from speechbrain_mifuse.zero_shot.window import known_repeats
 
@@ -109,6 +110,7 @@ def checked_lists(value, place: str) -> dict[str, tuple[str, ...]]:
 def checked_texts(value, place: str) -> tuple[str, ...]:
     """Check that a value is a list of texts."""
     is_list = isinstance(value, Sequence) and not isinstance(value, str) and len(value) > 0
-    if not is_list or not all(isinstance(text, str) and text.strip() for text in value) or len(set(value)) < len(value):
+    fits = is_list and all(isinstance(text, str) and text.strip() and encodable(text) for text in value)
+    if not fits or len(set(value)) < len(value):
         raise UserError(f"{place}: {repr(value)[:200]} must be a list of different texts, as [one, two].")
     return tuple(value)

@@ -3,11 +3,13 @@
 import copy
 import json
 import math
+import os
 import random
 import time
 
 import pytest
 
+from speechbrain_mifuse.corpora.corpus import is_prepared
 from speechbrain_mifuse.corpora.manifest import ROOT, CorpusError, read_manifest
 from speechbrain_mifuse.features.dataset import encoded_rows, label_index
 from speechbrain_mifuse.utils.errors import UserError
@@ -252,3 +254,12 @@ def test_a_manifest_with_other_bytes_is_read_as_it_says_or_refused(path, seed):
         if not isinstance(found, CorpusError):
             told = json.loads(data)
             assert [*found] == [*told] and all(found[key].get("emo") == told[key].get("emo") for key in told)
+
+
+def test_a_corpus_json_that_is_none_counts_as_not_prepared(tmp_path):
+    for content in ("[" * 100_000, "[]", "{"):
+        (tmp_path / "corpus.json").write_text(content)
+        assert not is_prepared(tmp_path, {"corpus": "toy"})
+    (tmp_path / "corpus.json").unlink()
+    os.mkfifo(tmp_path / "corpus.json")
+    assert not is_prepared(tmp_path, {"corpus": "toy"})

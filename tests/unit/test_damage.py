@@ -9,6 +9,7 @@ import os
 import random
 import re
 import resource
+import signal
 import sqlite3
 import subprocess
 import threading
@@ -47,7 +48,7 @@ from speechbrain_mifuse.nnet.adapter_files import AdapterError, export_adapter, 
 from speechbrain_mifuse.nnet.classifier import EmotionClassifier
 from speechbrain_mifuse.nnet.wap_transformer import WAPTransformer
 from speechbrain_mifuse.report.figures import plot_confusion
-from speechbrain_mifuse.utils.errors import WriteError, one_clear_error
+from speechbrain_mifuse.utils.errors import WriteError, one_clear_error, stopped_by_ctrl_c
 from speechbrain_mifuse.utils.files import atomic_write
 
 LABELS = ("angry", "sad")
@@ -524,7 +525,7 @@ def test_whatever_a_disk_says_is_one_line_with_a_remedy_and_the_old_file_stays(
     assert re.fullmatch(said, capsys.readouterr().err)
 
 
-@pytest.mark.parametrize("number", REFUSALS)
+@pytest.mark.parametrize("number", [*REFUSALS, errno.EISDIR, errno.ENOTDIR, errno.EEXIST, errno.ELOOP])
 def test_an_error_of_a_disk_that_nothing_else_has_named_is_one_line_too(tmp_path, capsys, number):
     with pytest.raises(SystemExit) as stopped, one_clear_error():
         raise OSError(number, os.strerror(number), str(tmp_path / "lock"))
@@ -672,3 +673,29 @@ def test_two_extractions_into_one_store_make_it_once(tmp_path, prepared):
     for run in runs:
         run.join()
     assert len(calls) == 6 and FeatureStore(tmp_path / "s", Reader().fingerprint()).verify() == []
+
+
+# Stopped --------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("ignored", [False, True])
+def test_work_that_resumes_is_ended_by_sigterm_in_one_line_and_keeps_what_has_arrived(capsys, ignored):
+    kept = []
+
+    async def work():
+        try:
+            os.kill(os.getpid(), signal.SIGTERM)
+            await asyncio.sleep(60)
+        finally:
+            kept.append("an answer")
+
+    # A shell lets programs in the background ignore Ctrl-C.
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN if ignored else signal.default_int_handler)
+    term = signal.getsignal(signal.SIGTERM)
+    try:
+        with pytest.raises(SystemExit) as stopped, stopped_by_ctrl_c():
+            asyncio.run(work())
+    finally:
+        signal.signal(signal.SIGINT, before)
+    assert stopped.value.code == 130 and kept == ["an answer"] and signal.getsignal(signal.SIGTERM) is term
+    assert capsys.readouterr().err == "stopped; the same command goes on\n"

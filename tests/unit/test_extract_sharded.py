@@ -103,6 +103,16 @@ def test_a_copy_of_a_shard_killed_in_the_middle_goes_on(tmp_path, monkeypatch):
     assert rest.encoder.encoded == 0
 
 
+def test_a_shard_that_is_a_link_to_another_store_is_refused_and_that_store_is_not_emptied(tmp_path):
+    manifest = corpus(tmp_path, 5)
+    extract([manifest], reader(), tmp_path / "mine")
+    (tmp_path / "stranger" / "shards").mkdir(parents=True)
+    (tmp_path / "stranger" / "shards" / "1-of-1").symlink_to(tmp_path / "mine")
+    with pytest.raises(StoreError, match="1-of-1: is a link"):
+        extract([manifest], reader(), tmp_path / "stranger")
+    assert len(FeatureStore(tmp_path / "mine", reader().fingerprint()).rows) == 5
+
+
 def test_a_recording_that_changed_after_its_shard_was_encoded_is_encoded_again(tmp_path):
     manifest = corpus(tmp_path, 5)
     extract([manifest], reader(), tmp_path / "store", Shard(1, 1))
@@ -262,6 +272,36 @@ def test_a_damaged_copy_is_passed_over(damage, copied):
     content[len(content) // 2] ^= 255
     path.write_bytes(content if damage is None else damage)
     assert contents(FeatureStore(copied.folder, ABOUT)) == contents(copied)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"offset": np.array([-1] * 6)},
+        {"frames": np.array([2**62] * 6)},
+        {"offset": np.array([0.5] * 6)},
+        {"offset": np.zeros(2, np.int64)},
+        {"audio": np.arange(6)},
+        {"layer_crcs": np.zeros(6, np.uint32)},
+        {"size": np.array(3)},
+        {"ids": np.frombuffer(b"\xff", np.uint8)},
+        {"crc": None},
+    ],
+    ids=str,
+)
+def test_a_copy_from_elsewhere_that_does_not_fit_is_passed_over(changes, copied):
+    with np.load(copied.folder / "index.npz") as copy:
+        columns = {name: value for name, value in {**copy, **changes}.items() if value is not None}
+    np.savez(copied.folder / "index.npz", **columns)
+    assert contents(FeatureStore(copied.folder, ABOUT)) == contents(copied)
+
+
+def test_a_copy_that_unpacks_to_much_is_passed_over(copied, monkeypatch):
+    with np.load(copied.folder / "index.npz") as copy:
+        np.savez_compressed(copied.folder / "index.npz", **copy, more=np.zeros(2**25, np.uint8))
+    unpacked = []
+    monkeypatch.setattr(np.lib.npyio.NpzFile, "__getitem__", lambda *_: unpacked.append(1))
+    assert contents(FeatureStore(copied.folder, ABOUT)) == contents(copied) and not unpacked
 
 
 def test_frames_cut_off_after_the_copy_was_made_are_noticed(copied):

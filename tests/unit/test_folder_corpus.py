@@ -210,6 +210,7 @@ FORMS = {
     "a line for Excel": ("sep=;\r\n" + joined(";", end="\r\n")).encode(),
     "quotes": "\n".join(",".join(f'"{cell}"' for cell in row) for row in (("file", "emo", "speaker"), *ROWS)).encode(),
     "spaces": joined(" , ").encode(),
+    "line ends of old Macintoshes": joined(";", end="\r").encode(),
     "other names of the columns": joined(header=("Filename", "Label", "Speaker ID")).encode(),
     "empty rows": (joined(";") + ";;\n\n").encode(),
     "backslashes": joined(rows=[(path.replace("/", "\\"), *rest) for path, *rest in ROWS]).encode(),

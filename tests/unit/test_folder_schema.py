@@ -415,6 +415,12 @@ def test_prompts_that_are_not_plain_yaml_are_one_error_naming_the_file(text, tmp
         read_prompts(tmp_path / "mine.yaml")
 
 
+def test_half_a_character_in_prompts_is_one_error_naming_the_key(tmp_path):
+    (tmp_path / "mine.yaml").write_text('forms: ["{e}"]\nwords: {sad: ["\\ud800"]}\n')
+    with pytest.raises(UserError, match=r"mine.yaml: words: sad: .* must be a list of different texts"):
+        read_prompts(tmp_path / "mine.yaml")
+
+
 @pytest.mark.parametrize("text", [DEEP, f'{{"a": {DEEP}}}', f'{{"t-a": {{"length": {"9" * 4000}}}}}', '{"a": 1e999}'])
 def test_a_manifest_of_any_depth_or_number_is_one_error_naming_it(text, tmp_path):
     (tmp_path / "corpus.json").write_text('{"data_root": "/toy"}')

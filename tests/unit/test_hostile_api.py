@@ -16,12 +16,14 @@ from batch_server import simulated_batch_server
 from hostile_http import forever, raw_server, reply
 from lalm_support import LABELS, completion, scripted_server, tone, write_tones
 
+from speechbrain_mifuse.cli.main import main
 from speechbrain_mifuse.lalm import batch as batch_module
 from speechbrain_mifuse.lalm import exchange
 from speechbrain_mifuse.lalm.answer import Answer, Response
 from speechbrain_mifuse.lalm.batch import BatchJob
 from speechbrain_mifuse.lalm.client import LalmClient, LalmError
 from speechbrain_mifuse.lalm.collect import collect, encode_wav
+from speechbrain_mifuse.lalm.hashes import HashCache
 from speechbrain_mifuse.lalm.limits import known_usage
 from speechbrain_mifuse.lalm.profile import Profile
 from speechbrain_mifuse.lalm.prompt import Prompt
@@ -543,6 +545,11 @@ SCHEMAS = {
     ],
     "an expression": ["CREATE INDEX i ON answers (length(zeroblob(900000000)))"],
     "a missing table": ["DROP TABLE audio"],
+    "a trigger under a name of SQLite's own": [
+        "PRAGMA writable_schema = ON",
+        "INSERT INTO sqlite_master VALUES ('trigger', 'sqlite_t', 'answers', 0, "
+        "'CREATE TRIGGER sqlite_t AFTER INSERT ON answers BEGIN DELETE FROM answers; END')",
+    ],
 }
 
 
@@ -568,6 +575,13 @@ ROWS = {
     "a reply that is none": "raw = 'text'",
     "usage that is none": "usage = 'text'",
     "usage that is a list": "usage = '[1]'",
+    "usage that is no number": """usage = '{"total_tokens": 9e999}'""",
+    "a time that is bytes": "created = x'00'",
+    "an infinite time": "created = 9e999",
+    "a sample index beyond all memory": "k = 2147483647",
+    "a sample index below zero": "k = -1",
+    "a sample index that is bytes": "k = x'01'",
+    "half a sample index": "k = 0.5",
 }
 
 
@@ -578,6 +592,55 @@ def test_a_wrong_answer_in_a_label_store_of_somebody_else_is_merged_nowhere(stra
         exchange.merge([stranger], tmp_path / "all.sqlite", show_progress=False)
     with LabelStore(tmp_path / "all.sqlite") as store:
         assert store.queries() == []
+
+
+@pytest.mark.parametrize("what", ROWS)
+def test_a_wrong_answer_in_a_label_store_of_somebody_else_is_one_error_of_every_command(
+    stranger, tmp_path, what, capsys
+):
+    changed(stranger, f"UPDATE answers SET {ROWS[what]}")
+    manifest = tmp_path / "all.json"
+    manifest.write_text('{"u": {"wav": "/nowhere/u.wav", "length": 1, "speaker": "s"}}')
+    (tmp_path / "corpus.json").write_text('{"data_root": "/nowhere"}')
+    export, report = ["export", tmp_path / "all.jsonl"], ["report", "--manifest", manifest, "--output", tmp_path]
+    for command, *others in (["show"], ["check"], export, report):
+        status = 0
+        try:
+            main(["labels", command, str(stranger), *map(str, others)])
+        except SystemExit as stopped:
+            status = stopped.code
+        said = capsys.readouterr().err.splitlines()
+        if command == "export":
+            assert status == 2
+        if status == 2:
+            assert [line for line in said if "error" in line] == said[-1:]
+    assert not (tmp_path / "all.jsonl").exists()
+
+
+@pytest.mark.parametrize("what", ["probabilities beyond 1", "half a number", "text in place of probabilities"])
+def test_wrong_probabilities_are_never_trained_on(stranger, what):
+    changed(stranger, f"UPDATE answers SET {ROWS[what]}")
+    with LabelStore.existing(stranger) as store, pytest.raises(StoreError, match=r"stranger\.sqlite: an answer cannot"):
+        store.load(store.queries()[0].query, ["ab" * 32], 1)
+
+
+def test_an_export_that_would_lack_answers_is_an_error(stranger, tmp_path):
+    changed(stranger, "UPDATE audio SET sha256 = 'text'")
+    with LabelStore.existing(stranger) as store, pytest.raises(StoreError, match="only 0 of 1 answers"):
+        exchange.export(store, tmp_path / "all.jsonl", show_progress=False)
+    with pytest.raises(StoreError, match="only 0 of 1 answers"):
+        exchange.merge([stranger], tmp_path / "all.sqlite", show_progress=False)
+
+
+def test_a_cache_of_hashes_that_would_run_something_is_made_anew(tmp_path):
+    with HashCache.beside(tmp_path / "stranger.sqlite"):
+        pass
+    endless = "WITH RECURSIVE r(n) AS (SELECT 1 UNION ALL SELECT n + 1 FROM r) SELECT n AS path, n AS size, "
+    endless += "n AS mtime_ns, 'ab' AS sha256, n AS seconds FROM r WHERE n < 0"
+    changed(tmp_path / "stranger.sqlite.hashes", "DROP TABLE files", f"CREATE VIEW files AS {endless}")
+    (tmp_path / "a.wav").touch()
+    with HashCache.beside(tmp_path / "stranger.sqlite") as cache:
+        assert cache.get(tmp_path / "a.wav") is None
 
 
 def test_a_journal_beside_a_label_store_deletes_no_other_file(stranger, tmp_path):

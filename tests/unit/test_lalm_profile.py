@@ -160,3 +160,16 @@ def test_a_file_that_is_no_plain_profile_is_one_error_of_one_line(tmp_path, cont
     with pytest.raises(UserError, match=r"--profile .*profile\.yaml: cannot be read: line ") as caught:
         read_profile(path)
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        *("base_url: [x]", "base_url: 5", "model: {a: 1}", "name: 5", "audio_part: [x]", "constraint: {a: 1}"),
+        *("answer_form: [x]", "honours_n: 'no'", "honours_seed: 1", "price: 5", "price: [x]"),
+    ],
+)
+def test_a_value_of_another_kind_in_a_profile_is_one_error_naming_the_key(tmp_path, content):
+    (tmp_path / "profile.yaml").write_text(content)
+    with pytest.raises(UserError, match=f"lalm_profile: {content.split(':')[0]}.* must be "):
+        read_profile(tmp_path / "profile.yaml")

@@ -1,6 +1,7 @@
 """The feature store: what goes in comes out, damage is found, and nothing foreign is read or written."""
 
 import json
+import os
 import pickle
 
 import numpy as np
@@ -167,9 +168,51 @@ def test_a_damaged_index_line_is_an_error_naming_it(store, damage):
 
 
 def test_a_damaged_store_json_is_an_error_naming_it(store):
-    (store.folder / "store.json").write_text("{")
-    with pytest.raises(StoreError, match=r"store.json: damaged"):
+    for damage in ("{", "[]", "[" * 100_000):
+        (store.folder / "store.json").write_text(damage)
+        with pytest.raises(StoreError, match=r"store.json: damaged"):
+            again(store)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"offset": 0.5},
+        {"offset": float("nan")},
+        {"frames": True},
+        {"frames": 1.5},
+        {"id": [1]},
+        {"id": 5},
+        {"audio": 5},
+    ],
+    ids=str,
+)
+def test_a_row_of_a_store_from_elsewhere_that_is_none_is_an_error_naming_its_line(store, changes):
+    index = store.folder / "index.jsonl"
+    row = {"id": "u0", **vars(store.rows["u0"]), **changes}
+    index.write_text(json.dumps(row) + "\n")
+    with pytest.raises(StoreError, match=r"index.jsonl: line 1 is damaged"):
         again(store)
+    index.write_text("[" * 100_000 + "\n")
+    with pytest.raises(StoreError, match=r"index.jsonl: line 1 is damaged"):
+        again(store)
+
+
+@pytest.mark.parametrize("name", ["store.json", "index.jsonl", "index.npz", "frames.f16", "lock"])
+def test_a_link_or_a_pipe_in_the_place_of_a_file_is_refused_and_no_other_file_is_cut(store, tmp_path, name):
+    victim, path = tmp_path / "victim.txt", store.folder / name
+    victim.write_text("precious")
+    for replace in (lambda: path.symlink_to(victim), lambda: os.mkfifo(path), path.mkdir):
+        path.unlink(missing_ok=True)
+        replace()
+        with pytest.raises(StoreError, match=f"{name}: is a link or no regular file"):
+            again(store)
+    assert victim.read_text() == "precious"
+
+
+def test_a_linked_folder_of_a_store_is_read(store, tmp_path):
+    (tmp_path / "link").symlink_to(store.folder)
+    assert FeatureStore(tmp_path / "link", FINGERPRINT).verify() == []
 
 
 @pytest.mark.parametrize("value", [70000.0, -1e6, np.nan, np.inf])
