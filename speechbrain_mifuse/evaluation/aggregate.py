@@ -10,7 +10,9 @@ from functools import cached_property
 from pathlib import Path
 
 import numpy as np
+import torch
 
+from speechbrain_mifuse.evaluation.metrics import mean_recall, unweighted_accuracy
 from speechbrain_mifuse.utils.errors import UserError
 from speechbrain_mifuse.utils.files import atomic_write
 from speechbrain_mifuse.utils.texts import csv_text, markdown_cell, shown
@@ -92,18 +94,6 @@ def _agree(transfer: Transfer, records: Sequence[Mapping]) -> None:
             )
 
 
-def recalls_to_accuracy(hits: np.ndarray, total: np.ndarray) -> np.ndarray:
-    """Mean recall over the classes that occur."""
-    recalls = np.where(total > 0, hits / np.maximum(total, 1), 0.0)
-    with np.errstate(invalid="ignore"):
-        return recalls.sum(-1) / (total > 0).sum(-1)
-
-
-def unweighted_accuracy(counts: np.ndarray) -> np.ndarray:
-    """Mean recall over the classes that occur, of confusion counts."""
-    return recalls_to_accuracy(np.diagonal(counts[..., :-1], axis1=-2, axis2=-1), counts.sum(-1))
-
-
 def bootstrap(counts: np.ndarray, generator: np.random.Generator, draws: int = 2000) -> np.ndarray:
     """Draw test speakers and seeds of one transfer with replacement; the mean UA over the seeds of each draw."""
     seeds, speakers = counts.shape[1:3]
@@ -118,8 +108,8 @@ def _weights(generator: np.random.Generator, count: int, draws: int) -> np.ndarr
 
 def _reweighted(counts: np.ndarray, seed_weight: np.ndarray, speaker_weight: np.ndarray) -> np.ndarray:
     hits = np.diagonal(counts[..., :-1], axis1=-2, axis2=-1)  # [methods, seeds, speakers, C]
-    drawn = [np.tensordot(speaker_weight, part, axes=(1, 2)) for part in (hits, counts.sum(-1))]
-    accuracy = recalls_to_accuracy(*drawn)  # [draws, methods, seeds]
+    drawn = [torch.from_numpy(np.tensordot(speaker_weight, part, axes=(1, 2))) for part in (hits, counts.sum(-1))]
+    accuracy = mean_recall(*drawn).numpy()  # [draws, methods, seeds]
     return np.einsum("dms,ds->dm", accuracy, seed_weight) / counts.shape[1]
 
 
@@ -176,7 +166,7 @@ class Comparison:
     @cached_property
     def accuracy(self) -> np.ndarray:
         """UA in percent, `[transfers, methods, seeds]`."""
-        return np.stack([100 * unweighted_accuracy(counts.sum(2)) for counts in self.counts.values()])
+        return np.stack([100 * unweighted_accuracy(counts.sum(2)).numpy() for counts in self.counts.values()])
 
     @cached_property
     def means(self) -> np.ndarray:

@@ -21,12 +21,17 @@ def confusion(predicted: torch.Tensor, reference: torch.Tensor, n_classes: int) 
     return flat.view(n_classes, n_classes + 1)
 
 
-def unweighted_accuracy(counts: torch.Tensor) -> torch.Tensor:
+def mean_recall(hits: torch.Tensor, total: torch.Tensor) -> torch.Tensor:
+    """Mean of `hits / total`, `[..., C]`, over the classes that occur."""
+    return (hits.double() / total).nanmean(-1)
+
+
+def unweighted_accuracy(counts: torch.Tensor | np.ndarray) -> torch.Tensor:
     """UA of confusion matrices: `mean_c recall_c` over the classes that occur.
 
     Parameters
     ----------
-    counts : torch.Tensor
+    counts : torch.Tensor or numpy.ndarray
         `[..., C, C + 1]`, as `confusion` gives.
 
     Returns
@@ -39,8 +44,8 @@ def unweighted_accuracy(counts: torch.Tensor) -> torch.Tensor:
     >>> unweighted_accuracy(torch.tensor([[[3, 1, 0], [0, 2, 0]], [[1, 1, 0], [0, 0, 0]]])).tolist()
     [0.875, 0.5]
     """
-    counts = counts.double()
-    return (counts.diagonal(dim1=-2, dim2=-1) / counts.sum(-1)).nanmean(-1)
+    counts = torch.as_tensor(counts)
+    return mean_recall(counts.diagonal(dim1=-2, dim2=-1), counts.sum(-1))
 
 
 def scores_of(counts: torch.Tensor) -> dict[str, float]:

@@ -103,7 +103,7 @@ def run(
     import speechbrain as sb
 
     from speechbrain_mifuse.experiments.preflight import require_ready
-    from speechbrain_mifuse.experiments.results import summary
+    from speechbrain_mifuse.experiments.run_report import summary
     from speechbrain_mifuse.experiments.settings import overrides_of, read_hparams
     from speechbrain_mifuse.inference.recognizer_folder import read_about
 
@@ -144,7 +144,7 @@ def require_recordings(wav_folder: str | Path, given: Collection[str]) -> None:
 
 def source_settings(folder: str | Path, about: Mapping) -> dict:
     """Take the settings of a run from the recogniser that it starts from."""
-    from speechbrain_mifuse.experiments.results import corpus_of
+    from speechbrain_mifuse.experiments.run_report import corpus_of
     from speechbrain_mifuse.inference.recognizer_folder import read_settings
 
     values = read_settings(Path(folder) / "hyperparams.yaml")
@@ -170,7 +170,7 @@ def source_settings(folder: str | Path, about: Mapping) -> dict:
 
 def teacher_settings(teacher: str | Path, source: str | Path, labels: list) -> dict:
     """Say how the teacher is reached."""
-    from speechbrain_mifuse.experiments.results import corpus_of
+    from speechbrain_mifuse.experiments.run_report import corpus_of
     from speechbrain_mifuse.inference.recognizer_folder import read_about, recogniser_digest
 
     if str(teacher).startswith(("http://", "https://")):

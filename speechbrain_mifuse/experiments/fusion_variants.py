@@ -14,7 +14,7 @@ import torch
 from speechbrain_mifuse.adaptation.method import described
 from speechbrain_mifuse.corpora.manifest import read_manifest, unlabelled
 from speechbrain_mifuse.evaluation.metrics import scores_of
-from speechbrain_mifuse.evaluation.results import counts_by_speaker
+from speechbrain_mifuse.evaluation.scoring import counts_by_speaker
 from speechbrain_mifuse.experiments.adapter_variants import Arm, adapter_settings
 from speechbrain_mifuse.experiments.comparison import Run, few_labels, shared_settings
 from speechbrain_mifuse.experiments.settings import known_ones

@@ -23,7 +23,7 @@ from speechbrain_mifuse.brains.dual_encoder import POSITIVES
 from speechbrain_mifuse.brains.training import require_trainable, require_unchanged
 from speechbrain_mifuse.corpora.folds import fold_folder
 from speechbrain_mifuse.corpora.manifest import read_manifest, unlabelled
-from speechbrain_mifuse.evaluation.results import labelled
+from speechbrain_mifuse.evaluation.scoring import labelled
 from speechbrain_mifuse.experiments import adapter_variants, comparison
 from speechbrain_mifuse.experiments.adaptation import chosen_settings as chosen_adaptation
 from speechbrain_mifuse.experiments.dual_encoder import DECISIVE as DUAL_ENCODER_DECISIVE

@@ -17,7 +17,7 @@ from speechbrain_mifuse.brains.classifier import ClassifierBrain
 from speechbrain_mifuse.brains.training import one_at_a_time, require_trainable, same_settings
 from speechbrain_mifuse.corpora.manifest import read_manifest
 from speechbrain_mifuse.evaluation.metrics import scores, speaker_bootstrap
-from speechbrain_mifuse.evaluation.results import counts_by_speaker
+from speechbrain_mifuse.evaluation.scoring import counts_by_speaker
 from speechbrain_mifuse.experiments.features import CorpusSettings, open_front
 from speechbrain_mifuse.experiments.recipes import load_recipe
 from speechbrain_mifuse.features.dataset import frame_batches

@@ -11,8 +11,9 @@ import numpy as np
 
 from speechbrain_mifuse.brains.dual_encoder import Source
 from speechbrain_mifuse.corpora.manifest import read_manifest, unlabelled
-from speechbrain_mifuse.evaluation.aggregate import bootstrap, signed, unweighted_accuracy
-from speechbrain_mifuse.evaluation.results import counts_by_speaker
+from speechbrain_mifuse.evaluation.aggregate import bootstrap, signed
+from speechbrain_mifuse.evaluation.metrics import unweighted_accuracy
+from speechbrain_mifuse.evaluation.scoring import counts_by_speaker
 from speechbrain_mifuse.experiments.dual_encoder import classifier_scores, source_fronts, train_source_classifier
 from speechbrain_mifuse.experiments.features import (
     CorpusSettings,
@@ -245,4 +246,4 @@ def amplified(
         [sum(counts_by_speaker(by[pair].decisions(classes), rows, classes) for by in tables.values()) for pair in pairs]
     )
     drawn = bootstrap(counts[:, None], np.random.default_rng(0))  # [draws, pairs]
-    return 100 * np.column_stack([unweighted_accuracy(counts.sum(1)), drawn.T])
+    return 100 * np.column_stack([unweighted_accuracy(counts.sum(1)).numpy(), drawn.T])

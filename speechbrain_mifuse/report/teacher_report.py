@@ -19,7 +19,7 @@ from speechbrain_mifuse.adaptation.uncertainty import masked_mean, mutual_inform
 from speechbrain_mifuse.corpora.manifest import read_manifest
 from speechbrain_mifuse.evaluation.aggregate import Table
 from speechbrain_mifuse.evaluation.metrics import kappa, reliability, scores
-from speechbrain_mifuse.evaluation.results import labelled
+from speechbrain_mifuse.evaluation.scoring import labelled
 from speechbrain_mifuse.features.dataset import label_index
 from speechbrain_mifuse.inference.recognizer import EmotionRecognizer
 from speechbrain_mifuse.inference.recognizer_folder import recogniser_digest

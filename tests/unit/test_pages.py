@@ -18,7 +18,7 @@ from toy_corpora import utterance, write_wav
 from speechbrain_mifuse.cli.recognizer import as_csv
 from speechbrain_mifuse.corpora.tables import read_table
 from speechbrain_mifuse.evaluation.aggregate import COLUMNS, Table, write_csv
-from speechbrain_mifuse.evaluation.results import side_by_side
+from speechbrain_mifuse.evaluation.scoring import side_by_side
 from speechbrain_mifuse.evaluation.verdict import told
 from speechbrain_mifuse.lalm.store import Samples
 from speechbrain_mifuse.nnet.model_card import adapted_card, adapter_card, dual_encoder_card, trained_card

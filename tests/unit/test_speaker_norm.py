@@ -12,8 +12,8 @@ from toy_corpora import LABELS, utterance, write_wav
 
 from speechbrain_mifuse.corpora.folder import prepare_folder
 from speechbrain_mifuse.evaluation.aggregate import Comparison, protocol
-from speechbrain_mifuse.evaluation.results import evaluate, side_by_side
-from speechbrain_mifuse.experiments import features, preflight, results
+from speechbrain_mifuse.evaluation.scoring import evaluate, side_by_side
+from speechbrain_mifuse.experiments import features, preflight, run_report
 from speechbrain_mifuse.experiments.registry import repository_root
 from speechbrain_mifuse.experiments.settings import load_hparams
 from speechbrain_mifuse.features.front import StoredFrames
@@ -30,7 +30,7 @@ from speechbrain_mifuse.features.speakers import (
 from speechbrain_mifuse.features.store import FeatureStore, StoreError
 from speechbrain_mifuse.inference.recognizer import EmotionRecognizer
 from speechbrain_mifuse.inference.recognizer_folder import RecogniserError, load_classifier, recogniser_digest
-from speechbrain_mifuse.report.results import write_results
+from speechbrain_mifuse.report.result_files import write_results
 from speechbrain_mifuse.utils.errors import UserError
 from speechbrain_mifuse.utils.files import atomic_write
 
@@ -313,11 +313,11 @@ def nameless(tmp_path_factory):
 
 
 def test_the_protocol_tells_how_far_speakers_are_known(nameless):
-    told = results.protocol(LABELS, nameless)
+    told = run_report.protocol(LABELS, nameless)
     assert told.startswith("speaker-independent as far as speakers are known, 4 classes, ")
     assert "2 speakers to adapt, 2 others to test, 8 of 16 recordings without a known speaker" in told
     assert "transductive" not in told
-    told = results.protocol(LABELS, nameless, KnownSpeakers(10.0))
+    told = run_report.protocol(LABELS, nameless, KnownSpeakers(10.0))
     assert "; speaker_norm known (" in told and "n / (n + 10)" in told and "transductive" in told
 
 

@@ -29,7 +29,7 @@ from speechbrain_mifuse.corpora.manifest import unlabelled
 from speechbrain_mifuse.experiments.adaptation import adaptation_settings, finish, finished
 from speechbrain_mifuse.experiments.features import CorpusSettings, EncoderSettings, device_of, open_front, open_reader
 from speechbrain_mifuse.experiments.preflight import require_data, require_ready, require_recordings
-from speechbrain_mifuse.experiments.results import report, source_name, summary
+from speechbrain_mifuse.experiments.run_report import report, source_name, summary
 from speechbrain_mifuse.experiments.settings import known_ones, parse_arguments, read_hparams
 from speechbrain_mifuse.experiments.source import trained_recogniser
 from speechbrain_mifuse.experiments.teacher import TeacherSettings, ask_teacher, report_answers

@@ -17,13 +17,13 @@ from speechbrain_mifuse.corpora.manifest import (
     recordings_without_speaker,
     unlabelled,
 )
-from speechbrain_mifuse.evaluation.results import evaluate, score_snapshots, side_by_side
+from speechbrain_mifuse.evaluation.scoring import evaluate, score_snapshots, side_by_side
 from speechbrain_mifuse.experiments.features import CorpusSettings
 from speechbrain_mifuse.inference.recognizer_folder import read_about as read_recogniser
 from speechbrain_mifuse.inference.recognizer_folder import write_card
 from speechbrain_mifuse.nnet.model_card import encoder_told
 from speechbrain_mifuse.report.page import write_report
-from speechbrain_mifuse.report.results import write_results
+from speechbrain_mifuse.report.result_files import write_results
 from speechbrain_mifuse.utils.files import atomic_write
 
 logger = logging.getLogger(__name__)
