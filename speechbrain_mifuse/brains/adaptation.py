@@ -15,9 +15,9 @@ from speechbrain.utils.checkpoints import mark_as_loader, mark_as_saver, registe
 
 from speechbrain_mifuse.adaptation.method import AdaptationMethod, Outputs, Survey, Teachers
 from speechbrain_mifuse.adaptation.selection import criteria
+from speechbrain_mifuse.brains.full_dataset import FullDataset
 from speechbrain_mifuse.brains.snapshots import Snapshots
 from speechbrain_mifuse.brains.training import ResumableBrain
-from speechbrain_mifuse.brains.whole_set import WholeSet
 
 logger = logging.getLogger(__name__)
 
@@ -26,7 +26,7 @@ LOG_POINTS = 5
 
 
 @register_checkpoint_hooks
-class Memory:
+class MethodState:
     """A method's `state`, for the checkpointer."""
 
     def __init__(self, method: AdaptationMethod, device: str):
@@ -47,31 +47,31 @@ class AdaptationBrain(ResumableBrain):
     """Train `modules.student` towards the targets of one method.
 
     Beyond `ResumableBrain`'s, `hparams` must hold `method` (an `AdaptationMethod`), `number_of_steps` (of the run),
-    `passes` (K_S, Monte-Carlo dropout passes of the classifier teacher) and `ema` (from `ema_copy`). `look_at` gives it
-    the whole sets, without which there are neither `rows` nor snapshots.
+    `passes` (K_S, Monte-Carlo dropout passes of the classifier teacher) and `ema` (from `ema_copy`). `attach_datasets`
+    gives it the full sets, without which there are neither `rows` nor snapshots.
     """
 
-    places: Mapping[str, int] | None = None
+    positions: Mapping[str, int] | None = None
     # Before training: the student's probabilities of the adaptation set, and its hidden units of the test set.
     untrained: tuple[torch.Tensor, torch.Tensor] | None = None
     refresh_steps: int | None = None
     snapshots: Snapshots | None = None
 
-    def look_at(self, adaptation: WholeSet, test: WholeSet, snapshots: Snapshots) -> None:
+    def attach_datasets(self, adaptation: FullDataset, test: FullDataset, snapshots: Snapshots) -> None:
         """Show the Brain what lies beyond a batch.
 
         Parameters
         ----------
-        adaptation, test : WholeSet
+        adaptation, test : FullDataset
             The two sets.
         snapshots : Snapshots
             Where those of the run go.
         """
-        self.places, self.snapshots = adaptation.places, snapshots
+        self.positions, self.snapshots = adaptation.positions, snapshots
         self.adaptation, self.test = self.survey(adaptation), self.survey(test)
         self.test_keys = test.keys
 
-    def survey(self, whole: WholeSet) -> Survey:
+    def survey(self, whole: FullDataset) -> Survey:
         """Say what teachers and student think of a whole set, each when it is asked."""
         return Survey(
             whole.lalm.to(self.device),
@@ -81,7 +81,7 @@ class AdaptationBrain(ResumableBrain):
             student=functools.partial(self.student_of_set, whole),
         )
 
-    def student_of_set(self, whole: WholeSet) -> Outputs:
+    def student_of_set(self, whole: FullDataset) -> Outputs:
         """Let the student go through a set in evaluation mode, and restore its mode."""
         training = self.modules.training
         self.modules.eval()
@@ -93,8 +93,8 @@ class AdaptationBrain(ResumableBrain):
         """Collect what the language model and the EMA classifier say of a batch."""
         classifier = functools.partial(self.classifier_samples, batch)
         rows = None
-        if self.places is not None:
-            rows = torch.tensor([self.places[key] for key in batch.id], device=self.device)
+        if self.positions is not None:
+            rows = torch.tensor([self.positions[key] for key in batch.id], device=self.device)
         return Teachers(batch.lalm, batch.lalm_mask, classifier, getattr(batch, "reference", None), rows)
 
     @torch.no_grad()
@@ -173,7 +173,7 @@ class AdaptationBrain(ResumableBrain):
         return {key: row for key, row, said in rows if said}
 
     @torch.no_grad()
-    def weighing(self) -> dict:
+    def teacher_weights(self) -> dict:
         """Say what `MIFuse` makes of each utterance of the adaptation set, with the EMA teacher as it is now.
 
         Returns
@@ -188,7 +188,7 @@ class AdaptationBrain(ResumableBrain):
         lalm = method.uncertainty(survey.lalm, survey.lalm_mask)
         weights = method.weights(lalm, classifier, survey.lalm_available)[:, 0]
         answered = survey.lalm_available.tolist()
-        found = {"measure": method.measure, "ids": list(self.places), "lalm_weight": rounded(weights)}
+        found = {"measure": method.measure, "ids": list(self.positions), "lalm_weight": rounded(weights)}
         found["lalm"] = [value if said else None for value, said in zip(rounded(lalm), answered, strict=True)]
         return {**found, "classifier": rounded(classifier)}
 

@@ -47,7 +47,7 @@ class LengthBatches(Sampler):
 
 @register_checkpoint_hooks
 class History:
-    """What each epoch told, kept with the checkpoints: curves of a resumed run have no gap."""
+    """The log of each epoch, kept with the checkpoints: curves of a resumed run have no gap."""
 
     def __init__(self):
         self.rows: list[dict] = []
@@ -128,8 +128,8 @@ class AdapterBrain(ResumableBrain):
         if stage != sb.Stage.TRAIN:
             return
         means = {name: total / batches for name, (total, batches) in self.statistics.items()}
-        told = {**means, **self.modules.student.statistics(), "learning_rate": self.optimizer.param_groups[0]["lr"]}
-        self.hparams.history.rows.append({"epoch": epoch, "step": self.optimizer_step, **told})
-        self.hparams.train_logger.log_stats({"epoch": epoch}, train_stats=told)
+        row = {**means, **self.modules.student.statistics(), "learning_rate": self.optimizer.param_groups[0]["lr"]}
+        self.hparams.history.rows.append({"epoch": epoch, "step": self.optimizer_step, **row})
+        self.hparams.train_logger.log_stats({"epoch": epoch}, train_stats=row)
         if epoch % self.hparams.log_interval == 0 or epoch == self.hparams.epoch_counter.limit:
             self.save_epoch(epoch)

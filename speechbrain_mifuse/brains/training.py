@@ -73,7 +73,7 @@ def file_crc(path: Path) -> int:
     return found
 
 
-class WholeCheckpointer(Checkpointer):
+class AtomicCheckpointer(Checkpointer):
     """A checkpointer that never loads a checkpoint whose writing was cut off, or that has changed on the disk."""
 
     def save_checkpoint(self, meta: Mapping | None = None, **options) -> Checkpoint | None:
@@ -325,7 +325,7 @@ def watched(counter: EpochCounter, bar):
 
 
 @contextlib.contextmanager
-def one_at_a_time(path: str | Path, doing: str = "is at it"):
+def exclusive_lock(path: str | Path, doing: str = "is at it"):
     """Hold a lock that other runs respect; say so before waiting for it."""
     lock = FileLock(path)
     try:
@@ -342,29 +342,29 @@ def one_at_a_time(path: str | Path, doing: str = "is at it"):
 
 
 @contextlib.contextmanager
-def alone_at(folder: Path):
+def training_lock(folder: Path):
     """Let one run at a time train in a folder: two would delete each other's checkpoints."""
     with contextlib.ExitStack() as held:
         with writing(folder):
-            held.enter_context(one_at_a_time(folder.with_name(f"{folder.name}.lock"), "trains there"))
+            held.enter_context(exclusive_lock(folder.with_name(f"{folder.name}.lock"), "trains there"))
             # The other run may have removed its checkpoints when it was done.
             folder.mkdir(exist_ok=True)
         yield
 
 
-def fit(brain: sb.Brain, train, told: str, batch_size: int | None = None) -> None:
+def fit(brain: sb.Brain, train, description: str, batch_size: int | None = None) -> None:
     """Train until the Brain's epoch counter ends; an interrupted run resumes from its last checkpoint.
 
     `train` is a training set that is drawn in batches of `batch_size` (all of it, if it is smaller), or a loader
-    that makes batches of its own; `told` names it on the progress bar.
+    that makes batches of its own; `description` names it on the progress bar.
     """
-    loader = {} if batch_size is None else _loader_options(train, told, batch_size)
+    loader = {} if batch_size is None else _loader_options(train, description, batch_size)
     counter, hidden = brain.hparams.epoch_counter, not if_main_process()
     with contextlib.ExitStack() as around:
         if brain.checkpointer is not None:
-            around.enter_context(alone_at(brain.checkpointer.checkpoints_dir))
+            around.enter_context(training_lock(brain.checkpointer.checkpoints_dir))
         around.enter_context(quiet(*EVERY_EPOCH))
-        bar = around.enter_context(progress(total=counter.limit, desc=told, unit="epoch", disable=hidden))
+        bar = around.enter_context(progress(total=counter.limit, desc=description, unit="epoch", disable=hidden))
         brain.fit(watched(counter, bar), train, progressbar=False, train_loader_kwargs=loader)
     # What comes next is done by one process, and in DDP a forward pass would wait for the others.
     for name, module in brain.modules.items():
@@ -372,9 +372,9 @@ def fit(brain: sb.Brain, train, told: str, batch_size: int | None = None) -> Non
             brain.modules[name] = module.module
 
 
-def _loader_options(train, told: str, batch_size: int) -> dict:
+def _loader_options(train, description: str, batch_size: int) -> dict:
     """Say how a training set is drawn: shuffled by the seed, in batches that several processes share."""
-    require_trainable([None] * len(train), told)
+    require_trainable([None] * len(train), description)
     processes = process_count()
     # A small last batch would make the diversity term, a statistic of the batch, mean something else.
     options = frame_batches(batch_size=min(batch_size, len(train)) // processes, drop_last=True)

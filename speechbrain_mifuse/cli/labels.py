@@ -187,29 +187,29 @@ def run_batch(options: argparse.Namespace) -> None:
             f"{options.yaml}: no such file. The recipe's YAML file comes after the step, as hparams/nemo2rav.yaml"
         )
     from speechbrain_mifuse.experiments.settings import known_ones, load_hparams
-    from speechbrain_mifuse.experiments.teacher import EVERY_REQUEST, TeacherSettings, wanted_recordings
+    from speechbrain_mifuse.experiments.teacher import EVERY_REQUEST, ApiTeacher, teacher_of, wanted_recordings
     from speechbrain_mifuse.lalm.batch import BatchJob
     from speechbrain_mifuse.lalm.store import LabelStore
     from speechbrain_mifuse.utils.progress import quiet
 
     hparams, _ = load_hparams(options.yaml, options.flags)
-    teacher, known = TeacherSettings.of(hparams), hparams["adaptation"]["methods"]
+    teacher, known = teacher_of(hparams), hparams["adaptation"]["methods"]
     methods = [known[name] for name in known_ones(hparams["method"], known, "--method")]
-    if teacher.is_local:
+    if not isinstance(teacher, ApiTeacher) or teacher.serves_classifier:
         raise UserError(
-            "batch: the teacher is a classifier on this machine, which has no Batch API. Name a provider by a file of "
+            "batch: the teacher is a model on this machine, which has no Batch API. Name a provider by a file of "
             "hparams/lalm, or by --lalm_base_url and --lalm_model."
         )
     hparams["prepare_target"]()
     wavs = list(wanted_recordings(Path(hparams["target_manifests"]), methods).items())
     path = teacher.label_store
     path.parent.mkdir(parents=True, exist_ok=True)
-    query = teacher.query(teacher.base_url)
+    query = teacher.query()
     with LabelStore(path) as store, quiet(*EVERY_REQUEST):
-        client = teacher.client(teacher.base_url, store, query)
+        client = teacher.client(store, query)
         with BatchJob(teacher.prompt, client, store, query) as job:
             try:
                 with stopped_by_ctrl_c():
-                    print(STEPS[options.step](job, wavs, teacher.samples, options.every))
+                    print(STEPS[options.step](job, wavs, teacher.lalm_samples, options.every))
             finally:
                 print(job.status(), flush=True)

@@ -315,7 +315,7 @@ def protocol(comparison: Comparison, teacher: str = "") -> str:
     adapted = {r["target"]: max(x["n_train"] for x in records if x["target"] == r["target"]) for r in records}
     unknown = {r["target"]: r.get("test_recordings_without_speaker", 0) for r in records}
     sizes = {r["target"]: (adapted[r["target"]], r["n_test"], r["test_speakers"]) for r in records}
-    told = "; ".join(
+    sizes_text = "; ".join(
         f"{t}: {a} to adapt, {n} to test of {many(s, 'speaker')}"
         + f" and {many(unknown[t], 'recording')} without a known speaker" * (unknown[t] > 0)
         for t, (a, n, s) in sorted(sizes.items())
@@ -327,7 +327,7 @@ def protocol(comparison: Comparison, teacher: str = "") -> str:
     parts = [
         f"UA in percent, mean ± standard deviation over {many(len(comparison.seeds), 'seed')}.",
         f"{distinct(len(r['labels']) for r in records)} classes, speaker-independent"
-        f"{' as far as speakers are known' if any(unknown.values()) else ''}: {told}.",
+        f"{' as far as speakers are known' if any(unknown.values()) else ''}: {sizes_text}.",
         f"{'; '.join(copies)}." if copies else "",
         f"API teacher, one for all seeds ({teachers}){': ' + teacher if teacher else ''}.",
         f"Encoder: {distinct(r['encoder'] for r in records)}.",

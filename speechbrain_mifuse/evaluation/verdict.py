@@ -114,7 +114,7 @@ def warnings(figures: Mapping) -> list[str]:
         (changed < NONE, f"{100 * changed:.0f} % of the answers changed: adaptation did next to nothing."),
         (figures["certainty"] < 1 - UNDECIDED, "The student is nearly undecided about everything."),
     ]
-    return [told for true, told in found if true] + collapse(figures["class_shares"])
+    return [message for applies, message in found if applies] + collapse(figures["class_shares"])
 
 
 def collapse(class_shares: Mapping[str, Mapping[str, float]]) -> list[str]:
@@ -146,7 +146,7 @@ def shares(chosen: torch.Tensor, labels: Sequence[str]) -> dict[str, float]:
     return dict(zip(labels, counts.tolist(), strict=True))
 
 
-def told(verdict: Mapping) -> str:
+def verdict_text(verdict: Mapping) -> str:
     """Put a verdict into words."""
     figures, found = verdict["figures"], verdict["warnings"]
     agreement, by = figures["agreement"], figures["class_shares"]

@@ -102,7 +102,8 @@ def run(
     """Do what `adapt` does, with overrides as a command line gives them."""
     import speechbrain as sb
 
-    from speechbrain_mifuse.experiments.preflight import require_ready
+    from speechbrain_mifuse.experiments.adaptation import AdaptationExperiment
+    from speechbrain_mifuse.experiments.preflight import require_adaptation
     from speechbrain_mifuse.experiments.run_report import summary
     from speechbrain_mifuse.experiments.settings import overrides_of, read_hparams
     from speechbrain_mifuse.inference.recognizer_folder import read_about
@@ -112,22 +113,22 @@ def run(
     if run_opts and run_opts.get("device"):
         require_device(run_opts["device"])
     folder = Path(output_folder or Path("results") / "adapted" / Path(wav_folder).resolve().name)
-    settings = {**source_settings(source, about), **teacher_settings(teacher, source, about["labels"])}
-    settings |= {"data_folder": str(Path(wav_folder).resolve()), "output_folder": str(folder), "method": METHOD}
-    served = settings.pop("teacher_recogniser", None)
-    require_model(settings.get("lalm_base_url"), overrides)
-    overrides = {**overrides_of(settings), **overrides}
+    flags = {**source_settings(source, about), **teacher_settings(teacher, source, about["labels"])}
+    flags |= {"data_folder": str(Path(wav_folder).resolve()), "output_folder": str(folder), "method": METHOD}
+    served = flags.pop("teacher_recogniser", None)
+    require_model(flags.get("lalm_base_url"), overrides)
+    overrides = {**overrides_of(flags), **overrides}
     hparams = read_hparams(SETTINGS, overrides)
     method = trained_method(hparams)
-    names = [*TEACHERS, method]
-    require_ready(hparams, names, run_opts, served)
+    experiment = AdaptationExperiment.of(hparams, [*TEACHERS, method], served)
+    require_adaptation(experiment, run_opts)
     hook = sys.excepthook
     with writing(hparams["output_folder"]):
         sb.create_experiment_directory(hparams["output_folder"], SETTINGS, overrides, save_env_desc=False)
     sys.excepthook = hook
-    load_recipe("recipes/RAVDESS/mifuse/train.py").run(hparams, names, run_opts, served)
-    folder = Path(hparams["output_folder"])
-    summary(folder, names, list(hparams["adaptation"]["methods"]))
+    load_recipe("recipes/RAVDESS/mifuse/train.py").run(experiment, run_opts)
+    folder = experiment.output_folder
+    summary(folder, experiment.methods, experiment.adaptation["methods"])
     results = json.loads((folder / method / "results.json").read_text())
     verdict = judged(folder, method, hparams["labels"])
     keep_verdict(folder, method, results, verdict)
@@ -212,7 +213,7 @@ def judged(folder: Path, method: str, labels: list) -> dict:
     """Judge an adaptation without labels, and write what was found."""
     import torch
 
-    from speechbrain_mifuse.evaluation.verdict import judge, scored, told
+    from speechbrain_mifuse.evaluation.verdict import judge, scored, verdict_text
     from speechbrain_mifuse.utils.files import atomic_write
 
     student, source, teacher = (
@@ -226,7 +227,7 @@ def judged(folder: Path, method: str, labels: list) -> dict:
     if len(accuracy) == 3 and None not in accuracy:
         verdict = scored(verdict, dict(zip(("student", "source", "teacher"), accuracy, strict=True)))
     atomic_write(folder / "verdict.json", json.dumps(verdict, indent=1))
-    atomic_write(folder / "verdict.md", told(verdict))
+    atomic_write(folder / "verdict.md", verdict_text(verdict))
     return verdict
 
 

@@ -13,7 +13,7 @@ import torch
 
 from speechbrain_mifuse.adaptation.method import AdaptationMethod
 from speechbrain_mifuse.adaptation.uncertainty import single_label_share
-from speechbrain_mifuse.brains.training import one_at_a_time
+from speechbrain_mifuse.brains.training import exclusive_lock
 from speechbrain_mifuse.corpora.manifest import unlabelled
 from speechbrain_mifuse.experiments.features import CorpusSettings, device_of
 from speechbrain_mifuse.features.dataset import encoded_rows
@@ -313,7 +313,7 @@ def fill_label_store(
         return query, f"{teacher.label_store}: all answers are stored, nothing is asked."
     teacher.require_capabilities()
     # Runs side by side may share a store: the first asks, the others wait and find its answers.
-    with one_at_a_time(f"{teacher.label_store}.lock"), served(folder, teacher.profile) as url, quiet(*EVERY_REQUEST):
+    with exclusive_lock(f"{teacher.label_store}.lock"), served(folder, teacher.profile) as url, quiet(*EVERY_REQUEST):
         query = teacher.query(endpoint, url)
         asked = [(key, wavs[key]) for key in missing_answers(answers, query, hashes, k)]
         client, concurrency = teacher.client(answers, query), teacher.profile.concurrency

@@ -45,7 +45,7 @@ class Outcome:
 
     @cached_property
     def weighing(self) -> dict | None:
-        """What `AdaptationBrain.weighing` gave, if it was asked."""
+        """What `AdaptationBrain.teacher_weights` gave, if it was asked."""
         return _read_json(self.folder / "weighing.json")
 
     @cached_property

@@ -508,7 +508,7 @@ def test_a_killed_run_of_a_method_that_remembers_ends_as_an_unbroken_one(name, w
 def test_a_run_killed_between_a_snapshot_and_its_checkpoint_ends_with_the_same_snapshots(rule, world, monkeypatch):
     options = {"number_of_steps": 20, "selection": rule}
     world.adapt("nrc", "whole", **options)
-    with killed_at(monkeypatch, RECIPE.WholeCheckpointer, "save_checkpoint", 3):
+    with killed_at(monkeypatch, RECIPE.AtomicCheckpointer, "save_checkpoint", 3):
         world.adapt("nrc", "broken", **options)
     world.adapt("nrc", "broken", **options)
     assert everything(world.folder / "broken" / "nrc") == everything(world.folder / "whole" / "nrc")

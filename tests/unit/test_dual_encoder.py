@@ -545,7 +545,7 @@ def test_a_dual_encoder_that_the_recipe_trains_scores_on_its_device(tmp_path, mo
     export_dual_encoder(tmp_path, DualEncoder(8, 6), toy_about())
     monkeypatch.setattr(RECIPE, "train_dual_encoder", lambda *given: tmp_path)
     hparams = {"dual_encoder": {}}
-    trained = SimpleNamespace(hparams=hparams, sources={}, fronts={}, run_opts={"device": "meta"})
+    trained = SimpleNamespace(hparams=hparams, sources={}, frame_sources={}, run_opts={"device": "meta"})
     assert zero_shot_pipeline.Trained.dual_encoder(trained).device.type == "meta"
 
 

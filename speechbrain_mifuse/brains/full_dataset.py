@@ -11,7 +11,7 @@ from speechbrain.dataio.dataset import DynamicItemDataset
 from speechbrain_mifuse.features.dataset import frame_batches
 
 
-class WholeSet:
+class FullDataset:
     """A dataset with the stored answers of the language model and a place for each utterance.
 
     `frames` gives the length of each utterance: those of similar length are read together, which spares a third of the
@@ -20,7 +20,7 @@ class WholeSet:
 
     def __init__(self, dataset: DynamicItemDataset, frames: Mapping[str, int], batch_size: int):
         self.keys = list(dataset.data_ids)
-        self.places = {key: place for place, key in enumerate(self.keys)}
+        self.positions = {key: place for place, key in enumerate(self.keys)}
         order = sorted(range(len(self.keys)), key=lambda place: frames[self.keys[place]])
         self.back = torch.tensor(order).argsort()
         self.loader = make_dataloader(dataset, sampler=order, **frame_batches(batch_size=batch_size))
