@@ -44,11 +44,37 @@ class MethodState:
 
 
 class AdaptationBrain(ResumableBrain):
-    """Train `modules.student` towards the targets of one method.
+    """Source-free adaptation of a student with two teachers: a language model's stored answers and the student's EMA.
 
-    Beyond `ResumableBrain`'s, `hparams` must hold `method` (an `AdaptationMethod`), `number_of_steps` (of the run),
-    `passes` (K_S, Monte-Carlo dropout passes of the classifier teacher) and `ema` (from `ema_copy`). `attach_datasets`
-    gives it the full sets, without which there are neither `rows` nor snapshots.
+    Batches give `id`, `feats`, `lalm` (answers, `[K, C]` probabilities each) and `lalm_mask` (`[K]`, true where there
+    is an answer). `attach_datasets` gives it the full sets, which some methods and all snapshots need.
+
+    Parameters
+    ----------
+    modules : dict
+        `student`, an `EmotionClassifier`.
+    hparams : dict
+        Those of `ResumableBrain`, and `method` (an `AdaptationMethod`), `number_of_steps` (of the run), `passes` (K_S,
+        Monte-Carlo dropout passes of the classifier teacher) and `ema` (from `ema_copy` of the student).
+    **options
+        See `speechbrain.Brain`.
+
+    Example
+    -------
+    >>> from speechbrain.dataio.batch import PaddedBatch
+    >>> from speechbrain_mifuse.adaptation.mi_fuse import MIFuse
+    >>> from speechbrain_mifuse.nnet.classifier import EmotionClassifier
+    >>> from speechbrain_mifuse.nnet.ema import ema_copy
+    >>> student = EmotionClassifier(8, 2)
+    >>> hparams = {"method": MIFuse(), "passes": 4, "ema": ema_copy(student, 0.9)}
+    >>> brain = AdaptationBrain(modules={"student": student}, hparams=hparams)
+    >>> brain.statistics = {}
+    >>> answers = {"lalm": torch.tensor([[0.9, 0.1]] * 3), "lalm_mask": torch.tensor([True, True, False])}
+    >>> rows = [{"id": key, "feats": torch.randn(5, 8), **answers} for key in "ab"]
+    >>> batch = PaddedBatch(rows, padded_keys=["feats"])
+    >>> outputs = brain.compute_forward(batch, sb.Stage.TRAIN)
+    >>> outputs.probs.shape, brain.compute_objectives(outputs, batch, sb.Stage.TRAIN).requires_grad
+    (torch.Size([2, 2]), True)
     """
 
     positions: Mapping[str, int] | None = None
@@ -58,7 +84,7 @@ class AdaptationBrain(ResumableBrain):
     snapshots: Snapshots | None = None
 
     def attach_datasets(self, adaptation: FullDataset, test: FullDataset, snapshots: Snapshots) -> None:
-        """Show the Brain what lies beyond a batch.
+        """Attach the sets that go beyond a batch.
 
         Parameters
         ----------
@@ -72,7 +98,7 @@ class AdaptationBrain(ResumableBrain):
         self.test_keys = test.keys
 
     def survey(self, whole: FullDataset) -> Survey:
-        """Say what teachers and student think of a whole set, each when it is asked."""
+        """Collect what teachers and student say of a full set, each when it is asked."""
         return Survey(
             whole.lalm.to(self.device),
             whole.lalm_mask.to(self.device),
@@ -174,7 +200,7 @@ class AdaptationBrain(ResumableBrain):
 
     @torch.no_grad()
     def teacher_weights(self) -> dict:
-        """Say what `MIFuse` makes of each utterance of the adaptation set, with the EMA teacher as it is now.
+        """Weights of the two teachers for each utterance of the adaptation set, as `MIFuse` computes them now.
 
         Returns
         -------

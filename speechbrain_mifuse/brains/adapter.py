@@ -64,12 +64,32 @@ class History:
 
 
 class AdapterBrain(ResumableBrain):
-    """Train an adapter without labels.
+    """Train an adapter without labels (arXiv 2509.23795): the weighted sum of its objectives' losses.
 
-    `modules.student` is an `AdapterPretraining`. Beyond `ResumableBrain`'s, `hparams` must hold `ema` (from `ema_copy`
-    of its adapter), `batches` (a `LengthBatches`), `schedule` (of the learning rate by step), `mask_share`,
-    `mask_width` and `history`. Batches give `id`, `feats` and a vector for each objective that has prepared some. Every
-    epoch is logged, every `log_interval`-th one saved.
+    Batches give `id`, `feats`, and a vector for each objective that has prepared some. Every epoch is logged, every
+    `log_interval`-th one saved.
+
+    Parameters
+    ----------
+    modules : dict
+        `student`, an `AdapterPretraining`.
+    hparams : dict
+        Those of `ResumableBrain`, and `ema` (from `ema_copy` of its adapter), `batches` (a `LengthBatches`),
+        `schedule` (of the learning rate by step), `vectors` (names of the objectives that have prepared some),
+        `mask_share`, `mask_width` (in frames) and `history` (a `History`).
+    **options
+        See `speechbrain.Brain`.
+
+    Example
+    -------
+    >>> from types import SimpleNamespace
+    >>> student = torch.nn.Module()
+    >>> student.objectives = {"mask": SimpleNamespace(weight=1.0), "frame": SimpleNamespace(weight=0.5)}
+    >>> brain = AdapterBrain(modules={"student": student})
+    >>> brain.statistics = {}
+    >>> losses = {"mask": torch.tensor(2.0), "frame": torch.tensor(4.0)}
+    >>> brain.compute_objectives(losses, None, sb.Stage.TRAIN).item()
+    4.0
     """
 
     def on_stage_start(self, stage, epoch=None):

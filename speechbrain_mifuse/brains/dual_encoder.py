@@ -56,10 +56,30 @@ POSITIVES: dict[str, Callable[[torch.Tensor, torch.Tensor], torch.Tensor]] = {
 
 
 class DualEncoderBrain(ResumableBrain):
-    """Contrastive training of `modules.dual_encoder`.
+    """Contrastive training of a dual encoder of speech and captions; see `contrastive_loss` for the equation.
 
-    Beyond `ResumableBrain`'s, `hparams` must hold `captioner`, `class_weight` (`[C]`) and `groups` (a value of
-    `POSITIVES`). Batches give `id`, `pooled` (as `frame_statistics` gives) and `label`.
+    Batches give `id`, `pooled` (what `frame_statistics` makes of frames) and `label`.
+
+    Parameters
+    ----------
+    modules : dict
+        `dual_encoder`, a `DualEncoder`.
+    hparams : dict
+        Those of `ResumableBrain`, and `captioner` (a `Captioner`), `class_weight` (a tensor `[C]`), and `groups` (a
+        value of `POSITIVES`).
+    **options
+        See `speechbrain.Brain`.
+
+    Example
+    -------
+    >>> from types import SimpleNamespace
+    >>> brain = DualEncoderBrain(hparams={"class_weight": torch.ones(2), "groups": POSITIVES["label"]})
+    >>> brain.statistics = {}
+    >>> vectors, drawn = torch.eye(2), torch.tensor([0, 1])
+    >>> predictions = (vectors, vectors, torch.tensor(2.0), drawn)  # audio, text, scale, captions
+    >>> batch = SimpleNamespace(label=torch.tensor([0, 1]))
+    >>> round(brain.compute_objectives(predictions, batch, "train").item(), 4)  # log(1 + exp(-2))
+    0.1269
     """
 
     def compute_forward(self, batch, stage):

@@ -175,11 +175,37 @@ def _mean_over_processes(value: float, device: str) -> float:
 
 
 class ResumableBrain(sb.Brain):
-    """A Brain whose killed run ends with the same weights as an unbroken one.
+    """A Brain whose interrupted run ends, once resumed, with the same weights as an uninterrupted one.
 
     Randomness is seeded anew from the seed and the epoch, so an epoch does not depend on how the ones before it were
-    reached. `hparams` must hold `seed`, `epoch_counter`, `train_logger` and `log_interval` (epochs between two lines
-    of the log, and between two checkpoints).
+    reached.
+
+    Parameters
+    ----------
+    *args, **options
+        See `speechbrain.Brain`. `hparams` must hold `seed`, `epoch_counter`, `train_logger` and `log_interval` (epochs
+        between two lines of the log, and between two checkpoints); a checkpointer is needed.
+
+    Example
+    -------
+    >>> import functools, tempfile
+    >>> from speechbrain.utils.train_logger import FileTrainLogger
+    >>> class Regression(ResumableBrain):
+    ...     def compute_forward(self, batch, stage):
+    ...         return self.modules.line(batch)
+    ...     def compute_objectives(self, predictions, batch, stage):
+    ...         return predictions.square().mean()
+    >>> folder, counter, line = Path(tempfile.mkdtemp()), EpochCounter(3), torch.nn.Linear(2, 1)
+    >>> logger = FileTrainLogger(folder / "train_log.txt")
+    >>> brain = Regression(
+    ...     modules={"line": line},
+    ...     opt_class=functools.partial(torch.optim.SGD, lr=0.1),
+    ...     hparams={"seed": 1, "epoch_counter": counter, "log_interval": 2, "train_logger": logger},
+    ...     checkpointer=AtomicCheckpointer(folder / "save", {"line": line, "counter": counter}),
+    ... )
+    >>> fit(brain, torch.utils.data.DataLoader(torch.ones(4, 2)), "regression")
+    >>> [text.split(" - ")[0] for text in (folder / "train_log.txt").read_text().splitlines()]
+    ['epoch: 2', 'epoch: 3']
     """
 
     def __init__(self, *args, **options):
@@ -355,8 +381,30 @@ def training_lock(folder: Path):
 def fit(brain: sb.Brain, train, description: str, batch_size: int | None = None) -> None:
     """Train until the Brain's epoch counter ends; an interrupted run resumes from its last checkpoint.
 
-    `train` is a training set that is drawn in batches of `batch_size` (all of it, if it is smaller), or a loader
-    that makes batches of its own; `description` names it on the progress bar.
+    Parameters
+    ----------
+    brain : ResumableBrain
+        What is trained; its class has an example.
+    train : DynamicItemDataset or DataLoader
+        A training set, or a loader that makes batches of its own.
+    description : str
+        Names the training on the progress bar and in errors.
+    batch_size : int, optional
+        Recordings in a batch of all processes together (the whole set, if it is smaller); none for a loader.
+
+    Raises
+    ------
+    UserError
+        If there are fewer than two recordings, or the processes cannot share a batch.
+    CheckpointError
+        If a checkpoint is damaged, or cannot be written.
+
+    Example
+    -------
+    >>> fit(sb.Brain(hparams={"epoch_counter": EpochCounter(1)}), ["one recording"], "toy", batch_size=8)
+    Traceback (most recent call last):
+    ...
+    speechbrain_mifuse.utils.errors.UserError: toy: 1 usable recording, and training needs two different ones at ...
     """
     loader = {} if batch_size is None else _loader_options(train, description, batch_size)
     counter, hidden = brain.hparams.epoch_counter, not if_main_process()

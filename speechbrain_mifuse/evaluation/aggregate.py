@@ -119,6 +119,27 @@ def bootstrap_transfers(arrays: Mapping[Transfer, np.ndarray], draws: int = 2000
     Transfers to one corpus are tested on the same people, who are drawn once for all of them; so are the seeds. The
     transfers themselves are fixed: the interval speaks of other speakers and seeds on these corpora, not of other
     corpora.
+
+    Parameters
+    ----------
+    arrays : mapping of Transfer to numpy.ndarray
+        Confusion counts `[methods, seeds, speakers, C, C + 1]` by (source, target, teacher).
+    draws : int
+        Number of bootstrap draws.
+    seed : int
+        Of the draws.
+
+    Returns
+    -------
+    numpy.ndarray
+        `[transfers, draws, methods]`, UA in [0, 1].
+
+    Example
+    -------
+    >>> right = np.array([[2, 0, 0], [0, 2, 0]])
+    >>> counts = {("a", "b", "c"): right.reshape(1, 1, 1, 2, 3)}  # one method, seed and speaker
+    >>> bootstrap_transfers(counts, draws=3).tolist()
+    [[[1.0], [1.0], [1.0]]]
     """
     generator = np.random.default_rng(seed)
     # All transfers have the same number of seeds.
@@ -247,7 +268,22 @@ def _latex_cell(cell: str) -> str:
 def transfer_table(comparison: Comparison) -> Table:
     """UA of each transfer: mean ± standard deviation over seeds, then mean, its interval, share of the way to labels.
 
-    Bold is the highest of the methods that use no labels.
+    Parameters
+    ----------
+    comparison : Comparison
+        Methods on the same transfers with the same seeds.
+
+    Returns
+    -------
+    Table
+        A row for each method, in percent; bold is the highest of the methods that use no labels.
+
+    Example
+    -------
+    >>> record = {"source": "a", "target": "b", "teacher": "c", "method": "mi_fuse", "seed": 1}
+    >>> record["by_speaker"] = {"anna": [[2, 0, 0], [1, 1, 0]], "ben": [[2, 0, 0], [1, 1, 0]]}
+    >>> transfer_table(Comparison([record], ["mi_fuse"])).rows
+    [['mi_fuse', '**75.0** ± 0.0', '**75.0**', '75.0 to 75.0']]
     """
     methods, gaps = comparison.methods, [comparison.gap_closed(name) for name in comparison.methods]
     with_gap = any(gap is not None for gap in gaps)

@@ -53,10 +53,26 @@ def scored(verdict: Mapping, accuracy: Mapping[str, float]) -> dict:
 
 
 def judge(student: torch.Tensor, source: torch.Tensor, teacher: torch.Tensor, labels: Sequence[str]) -> dict:
-    """Compare a student with both of its teachers on recordings without labels: figures, warnings, a caveat.
+    """Compare a student with both of its teachers on recordings without labels.
 
-    The probabilities `[N, C]` are those after adaptation, before it, and of the language model (mean of its answers; an
-    all-zero row is no answer). Shares are in [0, 1]; agreement with chance taken out is Cohen's kappa.
+    Parameters
+    ----------
+    student, source, teacher : torch.Tensor
+        `[N, C]`, probabilities after adaptation, before it, and of the language model (mean of its answers; an all-zero
+        row is no answer).
+    labels : sequence of str
+        The C classes.
+
+    Returns
+    -------
+    dict
+        `figures` (shares in [0, 1], agreement as Cohen's kappa), `warnings` (sentences) and `caveat`.
+
+    Example
+    -------
+    >>> source = torch.tensor([[0.9, 0.1], [0.1, 0.9]] * 30)
+    >>> judge(student=source, source=source, teacher=source, labels=["angry", "sad"])["warnings"]
+    ['0 % of the answers changed: adaptation did next to nothing.']
     """
     said = teacher.sum(1) > 0
     chosen = {"student": student.argmax(1), "source": source.argmax(1), "teacher": teacher.argmax(1)}
