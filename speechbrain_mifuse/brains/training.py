@@ -282,6 +282,14 @@ def same_settings(path: str | Path, settings: Mapping) -> bool:
     return True
 
 
+def completed(folder: Path, settings: Mapping, *files: str, what: str) -> bool:
+    """Tell whether a folder's work was done with these settings up to its last files; log what is done if so."""
+    if not (same_settings(folder / "settings.json", settings) and all((folder / file).exists() for file in files)):
+        return False
+    logger.info("%s: %s", folder, what)
+    return True
+
+
 def require_unchanged(path: str | Path, wanted: Mapping, found: Mapping | None = None) -> None:
     """Refuse a folder whose work was done with other settings."""
     path = Path(path)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,15 +15,13 @@ from speechbrain.dataio.dataset import DynamicItemDataset
 from speechbrain_mifuse.adaptation.method import AdaptationMethod, Survey
 from speechbrain_mifuse.adaptation.mi_fuse import MIFuse
 from speechbrain_mifuse.brains.adaptation import AdaptationBrain
-from speechbrain_mifuse.brains.training import same_settings
+from speechbrain_mifuse.brains.training import completed
 from speechbrain_mifuse.experiments.features import CorpusSettings, EncoderSettings
 from speechbrain_mifuse.experiments.settings import known_ones
 from speechbrain_mifuse.experiments.teacher import ApiTeacher, AudioTextTeacher, teacher_of
 from speechbrain_mifuse.inference.recognizer_folder import export_student, recogniser_digest
 from speechbrain_mifuse.nnet.calibration import fit_temperature
 from speechbrain_mifuse.utils.files import atomic_write
-
-logger = logging.getLogger(__name__)
 
 # What decides the adapted weights, beside method and data.
 DECISIVE = ("seed", "number_of_steps", "batch_size", "learning_rate", "ema_window", "passes", "selection", "layer")
@@ -126,12 +123,10 @@ def fingerprint_answers(datasets: Mapping[str, DynamicItemDataset], answers_for:
 
 def finished(folder: Path, method: AdaptationMethod, settings: Mapping) -> dict[str, list[float]] | None:
     """Give the predictions of a method that ran to its end with these settings; none if it did not."""
-    predictions = folder / "predictions.json"
-    exported = not method.trains or (folder / "recogniser" / "about.json").exists()
-    if not (same_settings(folder / "settings.json", settings) and predictions.exists() and exported):
+    files = ["predictions.json", *(["recogniser/about.json"] if method.trains else [])]
+    if not completed(folder, settings, *files, what="done already, skipped."):
         return None
-    logger.info("%s: done already, skipped.", folder)
-    return json.loads(predictions.read_text())
+    return json.loads((folder / "predictions.json").read_text())
 
 
 def finish(name: str, brain: AdaptationBrain, folder: Path, source: str | Path) -> dict[str, list[float]]:

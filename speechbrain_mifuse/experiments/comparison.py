@@ -134,12 +134,8 @@ def shared_settings(settings: Mapping, run: Run, frame_source) -> dict:
     """Everything that decides an arm's result but the arm itself."""
     digests = [file_digest(path) for path in run.splits]
     found = {"manifests": digests, "seed": run.seed, "labels_per_class": run.labels_per_class}
-    return {**found, **chosen_settings(settings), "features": {**frame_source.fingerprint, "layer": frame_source.layer}}
-
-
-def chosen_settings(settings: Mapping) -> dict:
-    """Give what a recipe says of the training, the part of `shared_settings` that is known before it begins."""
-    return {key: settings[key] for key in DECISIVE}
+    found |= {key: settings[key] for key in DECISIVE}
+    return {**found, "features": {**frame_source.fingerprint, "layer": frame_source.layer}}
 
 
 def finished(folder: Path, settings: Mapping) -> dict | None:

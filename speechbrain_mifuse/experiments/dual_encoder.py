@@ -29,7 +29,7 @@ from speechbrain_mifuse.features.dataset import encoded_rows, frame_batches, lab
 from speechbrain_mifuse.features.extract import FrameReader
 from speechbrain_mifuse.features.front import StoredFrames
 from speechbrain_mifuse.nnet.classifier import EmotionClassifier
-from speechbrain_mifuse.nnet.model_folder import ABOUT, load_all_weights
+from speechbrain_mifuse.nnet.model_folder import load_all_weights
 from speechbrain_mifuse.utils.errors import UserError
 from speechbrain_mifuse.utils.files import atomic_write, file_digest
 from speechbrain_mifuse.zero_shot.captions import CaptionSet
@@ -95,14 +95,6 @@ def dual_encoder_settings(
         "network": described("network", settings["network"]),
         **{name: settings[name] for name in DECISIVE},
     }
-
-
-def finished(folder: Path, settings: Mapping) -> bool:
-    """Tell whether a dual encoder was trained to its end with these settings."""
-    if not (same_settings(folder / "settings.json", settings) and (folder / "model" / ABOUT).exists()):
-        return False
-    logger.info("%s: dual encoder is trained already, training skipped.", folder)
-    return True
 
 
 def trained_on(labels: Sequence[str], data: Mapping[str, Mapping], sources: Mapping, brain) -> dict:

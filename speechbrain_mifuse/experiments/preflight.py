@@ -24,11 +24,9 @@ from speechbrain_mifuse.brains.training import require_trainable, require_unchan
 from speechbrain_mifuse.corpora.folds import fold_folder
 from speechbrain_mifuse.corpora.manifest import read_manifest, unlabelled
 from speechbrain_mifuse.evaluation.scoring import labelled
-from speechbrain_mifuse.experiments import adapter_variants, dual_encoder, source
+from speechbrain_mifuse.experiments import adapter_variants, comparison, dual_encoder, source
 from speechbrain_mifuse.experiments.adaptation import ANSWER_KEYS, AdaptationExperiment
 from speechbrain_mifuse.experiments.adaptation import chosen_settings as chosen_adaptation
-from speechbrain_mifuse.experiments.comparison import Comparison
-from speechbrain_mifuse.experiments.comparison import chosen_settings as chosen_variant
 from speechbrain_mifuse.experiments.features import CorpusSettings
 from speechbrain_mifuse.experiments.settings import known_ones, require_layer
 from speechbrain_mifuse.experiments.teacher import AudioTextTeacher
@@ -69,19 +67,18 @@ def require_classifier(corpus: CorpusSettings, output_folder: str) -> None:
     _require_folders(output_folder, corpus.feature_folder)
 
 
-def require_comparison(comparison: Comparison, settings: Mapping, adapter_folder: str | None = None) -> None:
+def require_comparison(runs: comparison.Comparison, settings: Mapping, adapter_folder: str | None = None) -> None:
     """Make sure that a recipe that compares variants can; `settings` is what its file of `hparams/base` defines."""
     _require_adapters(adapter_folder)
-    folder = comparison.output_folder
-    for name in comparison.arms:
+    for name in runs.arms:
         rate = getattr(settings["arms"][name], "learning_rate", None)
         own = {} if rate is None else {"adapter_learning_rate": rate}
-        for path in sorted(folder.glob(f"fold_*/seed_*/labels_*/{name}/settings.json")):
-            require_unchanged(path, chosen_variant({**settings, **own}))
-    for path in sorted(folder.glob("fold_*/seed_*/pretraining_*/settings.json")):
-        if "pretrainings" in settings:
-            require_unchanged(path, {key: settings[key] for key in adapter_variants.DECISIVE})
-    _require_folders(folder, comparison.feature_folder)
+        for path in sorted(runs.output_folder.glob(f"fold_*/seed_*/labels_*/{name}/settings.json")):
+            _require_same(path, {**settings, **own}, comparison.DECISIVE)
+    if "pretrainings" in settings:
+        for path in sorted(runs.output_folder.glob("fold_*/seed_*/pretraining_*/settings.json")):
+            _require_same(path, settings, adapter_variants.DECISIVE)
+    _require_folders(runs.output_folder, runs.feature_folder)
 
 
 def require_dual_encoder(settings: Mapping, feature_folder: str | None) -> None:
@@ -89,9 +86,8 @@ def require_dual_encoder(settings: Mapping, feature_folder: str | None) -> None:
     read_captions(settings["captions"], read_prompts(settings["prompts"]))
     FrozenTextEncoder(settings["text_encoder"])
     known_ones(settings["positives"], POSITIVES, "--dual_encoder positives")
-    folder = Path(settings["output_folder"])
-    require_unchanged(folder / "settings.json", {key: settings[key] for key in dual_encoder.DECISIVE})
-    _require_folders(folder, feature_folder)
+    _require_same(Path(settings["output_folder"]) / "settings.json", settings, dual_encoder.DECISIVE)
+    _require_folders(settings["output_folder"], feature_folder)
 
 
 def _require_folders(output_folder: str | Path, feature_folder: str | None) -> None:
@@ -104,8 +100,13 @@ def _require_adapters(*folders: str | None) -> None:
         adapter_digest(folder)
 
 
+def _require_same(path: Path, settings: Mapping, keys: Sequence[str]) -> None:
+    """Refuse a folder whose work was done with other settings."""
+    require_unchanged(path, {key: settings[key] for key in keys})
+
+
 def _require_same_classifier(classifier: Mapping) -> None:
-    require_unchanged(Path(classifier["output_folder"]) / "settings.json", source.chosen_settings(classifier))
+    _require_same(Path(classifier["output_folder"]) / "settings.json", classifier, source.DECISIVE)
 
 
 def require_source(experiment: AdaptationExperiment, reader: FrameReader | None = None) -> None:

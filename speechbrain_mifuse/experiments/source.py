@@ -14,7 +14,7 @@ from speechbrain.utils.distributed import run_on_main
 from torch.nn import functional as F
 
 from speechbrain_mifuse.brains.classifier import ClassifierBrain
-from speechbrain_mifuse.brains.training import exclusive_lock, require_trainable, same_settings
+from speechbrain_mifuse.brains.training import exclusive_lock, require_trainable
 from speechbrain_mifuse.corpora.manifest import read_manifest
 from speechbrain_mifuse.evaluation.metrics import scores, speaker_bootstrap
 from speechbrain_mifuse.evaluation.scoring import counts_by_speaker
@@ -62,20 +62,8 @@ def classifier_settings(settings: Mapping, frame_source) -> dict:
     manifest = file_digest(settings["train_manifest"])
     features = {"finetuned": settings["encoder"]} if frame_source.store is None else frame_source.fingerprint
     adapter = {} if settings["adapter"] is None else {"adapter": adapter_digest(settings["adapter"])}
-    return {"train_manifest": manifest, "features": features, **chosen_settings(settings), **adapter}
-
-
-def chosen_settings(settings: Mapping) -> dict:
-    """Give what a recipe says of the training, the part of `classifier_settings` that is known before it begins."""
-    return {name: settings[name] for name in DECISIVE}
-
-
-def finished(folder: Path, settings: Mapping) -> bool:
-    """Tell whether a classifier was trained to its end with these settings."""
-    if not (same_settings(folder / "settings.json", settings) and (folder / "recogniser" / "about.json").exists()):
-        return False
-    logger.info("%s: classifier is trained already, training skipped.", folder)
-    return True
+    decisive = {key: settings[key] for key in DECISIVE}
+    return {"train_manifest": manifest, "features": features, **decisive, **adapter}
 
 
 def validate(brain: ClassifierBrain, valid: DynamicItemDataset, settings: Mapping) -> dict:

@@ -128,14 +128,7 @@ class ApiTeacher:
         for line in check(read_card(self.lalm_card), needs):
             logger.warning("%s cannot tell: %s", self.lalm_card, line)
 
-    def answer(
-        self,
-        wavs: Mapping[str, str],
-        target: CorpusSettings,
-        store: FeatureStore,
-        train: Callable[[], Path],
-        run_opts: Mapping | None = None,
-    ) -> Answers:
+    def answer(self, wavs: Mapping[str, str], target: CorpusSettings, store, train, run_opts=None) -> Answers:
         """Ask for what the label store lacks, and load the answers about some recordings from there."""
         hashes = {key: store.rows[key].audio for key in wavs}
         with LabelStore(self.label_store) as answers:
@@ -175,14 +168,7 @@ class AudioTextTeacher:
         refuse_known_corpus(model.trained_on, target, "--teacher_alm")
         return model
 
-    def answer(
-        self,
-        wavs: Mapping[str, str],
-        target: CorpusSettings,
-        store: FeatureStore,
-        train: Callable[[], Path],
-        run_opts: Mapping | None = None,
-    ) -> Answers:
+    def answer(self, wavs: Mapping[str, str], target: CorpusSettings, store, train, run_opts=None) -> Answers:
         """Let the model answer about some recordings."""
         keys, model = list(wavs), self.load(target.name, run_opts)
         manifests = [unlabelled(target.manifests / f"{split}.json") for split in ("adapt", "test")]

@@ -10,7 +10,6 @@ those that it needs by the same functions. Completed steps are skipped; an inter
 """
 
 import functools
-import logging
 import math
 import sys
 from dataclasses import replace
@@ -24,7 +23,7 @@ from speechbrain.utils.seed import seed_everything
 
 from speechbrain_mifuse.brains.adapter import AdapterBrain, History, LengthBatches
 from speechbrain_mifuse.brains.train_log import TrainLog
-from speechbrain_mifuse.brains.training import AtomicCheckpointer, fit, require_one_process, same_settings
+from speechbrain_mifuse.brains.training import AtomicCheckpointer, completed, fit, require_one_process
 from speechbrain_mifuse.corpora.manifest import unlabelled
 from speechbrain_mifuse.experiments.adapter_variants import (
     finish_pretraining,
@@ -43,8 +42,6 @@ from speechbrain_mifuse.nnet.adapter_objectives import AdapterPretraining
 from speechbrain_mifuse.nnet.ema import ema_copy, linear_decay
 from speechbrain_mifuse.nnet.model_folder import ABOUT
 from speechbrain_mifuse.utils.errors import UserError, one_clear_error, writing
-
-logger = logging.getLogger(__name__)
 
 # Maximum number of checkpoints of a run: each holds the weights, the teacher and the optimizer.
 MAX_CHECKPOINTS = 10
@@ -126,8 +123,7 @@ def pretrain(name, settings, manifests, frame_source, folder, seed, prosody, run
     if name not in settings["pretrainings"]:
         raise UserError(f"pretraining '{name}' is none of {', '.join(settings['pretrainings'])}.")
     decisive = pretraining_settings(name, settings, manifests, frame_source, seed)
-    if same_settings(folder / "settings.json", decisive) and (folder / "adapter" / ABOUT).exists():
-        logger.info("%s: adapter is pretrained already, skipped.", folder)
+    if completed(folder, decisive, f"adapter/{ABOUT}", what="adapter is pretrained already, skipped."):
         return folder / "adapter"
     seed_everything(seed)
     student, targets = make_student(name, settings, manifests, frame_source, prosody)

@@ -22,6 +22,7 @@ from speechbrain.utils.seed import seed_everything
 from speechbrain_mifuse.brains.classifier import ClassifierBrain, class_weights
 from speechbrain_mifuse.brains.training import (
     AtomicCheckpointer,
+    completed,
     fit,
     join_processes,
     require_one_process,
@@ -39,7 +40,6 @@ from speechbrain_mifuse.experiments.settings import known_ones, parse_arguments,
 from speechbrain_mifuse.experiments.source import (
     classifier_settings,
     export_classifier,
-    finished,
     prepare_labelled,
     validate,
 )
@@ -111,7 +111,9 @@ def train_classifier(settings, frame_source, run_opts=None):
     fixed and the last one counts. An interrupted training resumes.
     """
     folder, trained_with = Path(settings["output_folder"]), classifier_settings(settings, frame_source)
-    if finished(folder, trained_with):
+    if completed(
+        folder, trained_with, "recogniser/about.json", what="classifier is trained already, training skipped."
+    ):
         return folder / "recogniser"
     seed_everything(settings["seed"])
     datasets = dataio_prepare(settings, frame_source)

@@ -20,11 +20,10 @@ from speechbrain.utils.seed import seed_everything
 
 from speechbrain_mifuse.brains.classifier import class_weights
 from speechbrain_mifuse.brains.dual_encoder import POSITIVES, Captioner, DualEncoderBrain
-from speechbrain_mifuse.brains.training import AtomicCheckpointer, fit, require_one_process
+from speechbrain_mifuse.brains.training import AtomicCheckpointer, completed, fit, require_one_process
 from speechbrain_mifuse.experiments.dual_encoder import (
     check_sources,
     dual_encoder_settings,
-    finished,
     frame_sources_of,
     trained_on,
     validate,
@@ -35,6 +34,7 @@ from speechbrain_mifuse.experiments.settings import known_ones, parse_arguments,
 from speechbrain_mifuse.features.dataset import encoded_rows, label_index
 from speechbrain_mifuse.features.text_encoder import FrozenTextEncoder
 from speechbrain_mifuse.nnet.dual_encoder import frame_statistics
+from speechbrain_mifuse.nnet.model_folder import ABOUT
 from speechbrain_mifuse.utils.errors import one_clear_error, writing
 from speechbrain_mifuse.utils.progress import progress
 from speechbrain_mifuse.zero_shot.captions import read_captions
@@ -98,7 +98,7 @@ def train_dual_encoder(settings, sources, frame_sources, run_opts=None):
     captions = read_captions(settings["captions"], prompts)
     text_encoder = FrozenTextEncoder(settings["text_encoder"])
     trained_with = dual_encoder_settings(settings, sources, frame_sources, captions, text_encoder)
-    if finished(folder, trained_with):
+    if completed(folder, trained_with, f"model/{ABOUT}", what="dual encoder is trained already, training skipped."):
         return folder / "model"
     seed_everything(settings["seed"])
     train, fitting = dataio_prepare(settings, sources, frame_sources, captions)
