@@ -19,7 +19,25 @@ from speechbrain_mifuse.nnet.statistical_attentive_pooling import frame_mask
 
 
 class LengthBatches(Sampler):
-    """Batches of utterances of similar length and about equal numbers of frames."""
+    """Batches of utterances of similar length and about equal numbers of frames, in another order in each epoch.
+
+    Parameters
+    ----------
+    lengths : sequence of int
+        Frames of each utterance.
+    frames_per_batch : int
+        About how many frames a batch has.
+    seed : int
+        Decides the order, with the epoch.
+    blur : float
+        Largest share by which a length is raised at random before utterances are sorted by it.
+
+    Example
+    -------
+    >>> batches = LengthBatches([10, 100, 11, 90], frames_per_batch=110, seed=1)
+    >>> sorted(sorted(batch) for batch in batches)
+    [[0, 2, 3], [1]]
+    """
 
     def __init__(self, lengths: Sequence[int], frames_per_batch: int, seed: int, blur: float = 0.05):
         self.lengths = torch.tensor(lengths, dtype=torch.double)

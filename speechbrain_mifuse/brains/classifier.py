@@ -10,7 +10,25 @@ from speechbrain_mifuse.brains.training import ResumableBrain
 
 
 def class_weights(labels: torch.Tensor, n_classes: int) -> torch.Tensor:
-    """Weights that let each class count the same: `N / (C N_c)`."""
+    """Weights that let each class count the same: `N / (C N_c)`.
+
+    Parameters
+    ----------
+    labels : torch.Tensor
+        `[N]`, class indices of a training set.
+    n_classes : int
+        C.
+
+    Returns
+    -------
+    torch.Tensor
+        `[C]`; 0 for a class that does not occur.
+
+    Example
+    -------
+    >>> class_weights(torch.tensor([0, 0, 0, 1]), n_classes=2)
+    tensor([0.6667, 2.0000])
+    """
     counts = torch.bincount(labels, minlength=n_classes).float()
     return torch.where(counts > 0, len(labels) / (n_classes * counts.clamp(min=1)), 0.0)
 

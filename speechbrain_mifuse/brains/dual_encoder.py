@@ -31,7 +31,23 @@ class Source:
 
 
 class Captioner:
-    """The captions of a training set, embedded once, and which of them each utterance gets in an epoch."""
+    """The captions of a training set, embedded once, and which of them each utterance gets in an epoch.
+
+    Parameters
+    ----------
+    fitting : mapping of str to sequence of str
+        Captions that fit an utterance, by its id.
+    encode : callable
+        Embeds a list of N texts, `[N, D]`.
+    seed : int
+        Of the draws.
+
+    Example
+    -------
+    >>> captioner = Captioner({"a": ["I am sad.", "sad!"], "b": ["sad!"]}, lambda texts: torch.eye(len(texts)), seed=1)
+    >>> captioner.texts, captioner.draw(["b"], epoch=1).tolist()
+    (['I am sad.', 'sad!'], [1])
+    """
 
     def __init__(self, fitting: Mapping[str, Sequence[str]], encode: Callable, seed: int):
         self.texts = list(dict.fromkeys(text for texts in fitting.values() for text in texts))

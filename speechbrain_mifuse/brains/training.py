@@ -74,7 +74,29 @@ def file_crc(path: Path) -> int:
 
 
 class AtomicCheckpointer(Checkpointer):
-    """A checkpointer that never loads a checkpoint whose writing was cut off, or that has changed on the disk."""
+    """A checkpointer that never loads a checkpoint whose writing was cut off, or that has changed on the disk.
+
+    Parameters
+    ----------
+    *given, **options
+        See `speechbrain.utils.checkpoints.Checkpointer`.
+
+    Raises
+    ------
+    CheckpointError
+        If a checkpoint to be loaded has changed, or none can be written.
+
+    Example
+    -------
+    >>> import tempfile
+    >>> checkpointer = AtomicCheckpointer(tempfile.mkdtemp(), {"line": torch.nn.Linear(1, 1)})
+    >>> path = checkpointer.save_checkpoint().path
+    >>> _ = (path / "line.ckpt").write_bytes(b"damaged")
+    >>> checkpointer.recover_if_possible()
+    Traceback (most recent call last):
+    ...
+    speechbrain_mifuse.brains.training.CheckpointError: ...line.ckpt: damaged, its checksum differs. Delete ...
+    """
 
     def save_checkpoint(self, meta: Mapping | None = None, **options) -> Checkpoint | None:
         """Save as SpeechBrain does, then mark the checkpoint as whole."""

@@ -17,7 +17,7 @@ from speechbrain_mifuse.utils.errors import UserError, require_device, writing
 SETTINGS = shipped("hparams/rav2folder.yaml")
 
 # The best on the open transfers, with and without class skew (docs/results); the recipe's own default is the paper's.
-# Skew is not warned of: of even recordings, too, a source and a teacher from other corpora hardly say some classes.
+# Nothing warns of skew: on evenly spread recordings, too, a source and a teacher of other corpora miss some classes.
 METHOD = "mi_fuse_plus"
 
 # Beside the method: what it has to be compared with.
@@ -25,10 +25,16 @@ TEACHERS = ("source_only", "lalm_zero_shot")
 
 
 class Adapted(NamedTuple):
-    """What an adaptation gave.
+    """Result of `adapt`.
 
-    `recogniser` is a folder for `EmotionRecognizer.from_hparams`; `results` is the method's `results.json`, with scores
-    if the recordings have labels; `verdict` is what `judge` says without them.
+    Attributes
+    ----------
+    recogniser : pathlib.Path
+        Folder of the adapted recognizer, for `EmotionRecognizer.from_hparams`.
+    results : dict
+        The method's `results.json`, with scores if the recordings have labels.
+    verdict : dict
+        What can be said without labels: see `judge`.
     """
 
     recogniser: Path
@@ -44,34 +50,34 @@ def adapt(
     run_opts: Mapping | None = None,
     **overrides,
 ) -> Adapted:
-    """Adapt a recogniser to unlabelled recordings, and export the adapted one.
+    """Adapt a recognizer to unlabelled recordings, and export the adapted one.
 
     It does what `recipes/Folder/mifuse/train.py` does with `hparams/rav2folder.yaml`: lists the recordings, stores
-    encoder frames, asks the teacher, adapts, exports. What is done is skipped, so the same call goes on after a stop.
-    Encoder, layer, labels and preprocessing are the source's.
+    encoder frames, asks the teacher, adapts, exports. Completed steps are skipped, so the same call resumes after a
+    stop. Encoder, layer, labels and preprocessing are the source's.
 
     Parameters
     ----------
     source_checkpoint : str or pathlib.Path
-        Folder of the recogniser to start from.
+        Folder of the recognizer to start from.
     wav_folder : str or pathlib.Path
         Recordings, at any depth. With a `labels.csv`, or folders named like labels, about four in ten recordings of
         each class, by whole speakers, are scored and not adapted to (see `corpora/folder.py`).
     teacher : str or pathlib.Path
         Base URL of an OpenAI-compatible API that hears audio (the key is read from `OPENAI_API_KEY`; name its model
-        with `lalm_model=`), or the folder of another recogniser, which is served on this machine for the time.
+        with `lalm_model=`), or the folder of another recognizer, which is served on this machine during the call.
     output_folder : str or pathlib.Path, optional
         `results/adapted/<name of wav_folder>` by default.
     run_opts : mapping, optional
-        SpeechBrain's run options, as `{"device": "cuda"}`.
+        SpeechBrain's run options, such as `{"device": "cuda"}`.
     **overrides
-        Any other key of `hparams/rav2folder.yaml`, as `number_of_steps=100`, or `method="mi_fuse_product_prior"`, which
-        gains less on the mean and loses least where some classes are rare.
+        Any other key of `hparams/rav2folder.yaml`, such as `number_of_steps=100`, or `method="mi_fuse_product_prior"`,
+        which gains less on the mean and loses least where some classes are rare.
 
     Returns
     -------
     Adapted
-        `verdict.md` and `verdict.json` in the output folder hold the same verdict; `report.html` and the recogniser's
+        `verdict.md` and `verdict.json` in the output folder hold the same verdict; `report.html` and the recognizer's
         model card repeat its warnings.
 
     Raises

@@ -41,7 +41,7 @@ class AdaptationExperiment:
     """What an adaptation recipe reads from its YAML file and its flags.
 
     `methods` are the chosen ones by their names, `adaptation` is what `hparams/base/adaptation.yaml` defines, and
-    `values` holds what an earlier run in the same folder must agree in.
+    `decisive` holds what an earlier run in the same folder must agree in.
     """
 
     target: CorpusSettings
@@ -54,7 +54,7 @@ class AdaptationExperiment:
     layer: int | None
     source_recogniser: str | None
     output_folder: Path
-    values: Mapping
+    decisive: Mapping
 
     @classmethod
     def of(
@@ -62,8 +62,8 @@ class AdaptationExperiment:
     ) -> AdaptationExperiment:
         """Read them from a recipe's hparams; `names` are methods in place of those that `--method` chooses."""
         known, options = hparams["adaptation"]["methods"], getattr(hparams["prepare_target"], "keywords", {})
-        values = {key: hparams[key] for key in (*TARGET_KEYS, *ANSWER_KEYS)}
-        values |= {f"prepare_target: {key}": options.get(key) for key in ("splits", "keep")}
+        decisive = {key: hparams[key] for key in (*TARGET_KEYS, *ANSWER_KEYS)}
+        decisive |= {f"prepare_target: {key}": options.get(key) for key in ("splits", "keep")}
         return cls(
             target=CorpusSettings.target_of(hparams),
             source=CorpusSettings.source_of(hparams),
@@ -75,7 +75,7 @@ class AdaptationExperiment:
             layer=hparams["layer"],
             source_recogniser=hparams["source_recogniser"],
             output_folder=Path(hparams["output_folder"]),
-            values=values,
+            decisive=decisive,
         )
 
     @property

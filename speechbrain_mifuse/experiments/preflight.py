@@ -197,7 +197,7 @@ def _require_same_adaptation(experiment: AdaptationExperiment) -> None:
             require_unchanged(outcome.folder / "results.json", wanted, outcome.record)
     if done:
         ignored = () if any(method.answers_for for method in done) else ANSWER_KEYS
-        values = {key: value for key, value in experiment.values.items() if key not in ignored}
+        values = {key: value for key, value in experiment.decisive.items() if key not in ignored}
         _require_same_values(folder / "hyperparams.yaml", values)
 
 
