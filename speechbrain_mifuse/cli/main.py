@@ -251,24 +251,24 @@ def run_collect(options: argparse.Namespace) -> None:
     """Collect the answers that a recipe needs, or only plan it."""
     if not options.yaml.is_file():
         raise UserError(f"{options.yaml}: no such file. The recipe's YAML file comes first, as hparams/nemo2rav.yaml")
-    from speechbrain_mifuse.experiments.features import CorpusSettings, EncoderSettings, open_reader
-    from speechbrain_mifuse.experiments.settings import known_ones, load_hparams
+    from speechbrain_mifuse.experiments.adaptation import AdaptationExperiment
+    from speechbrain_mifuse.experiments.features import open_reader
+    from speechbrain_mifuse.experiments.settings import load_hparams
     from speechbrain_mifuse.experiments.source import prepare_labelled, trained_recogniser
-    from speechbrain_mifuse.experiments.teacher import collect_answers, teacher_of
+    from speechbrain_mifuse.experiments.teacher import collect_answers
 
     given = {"lalm_budget": options.lalm_budget, "lalm_deadline": options.lalm_deadline}
     flags = [f"--{key}={value}" for key, value in given.items() if value is not None]
     hparams, run_opts = load_hparams(options.yaml, [*options.flags, *flags])
+    experiment = AdaptationExperiment.of(hparams)
+    corpus = experiment.teacher_corpus
 
     def train() -> Path:
-        corpus = CorpusSettings.teacher_of(hparams)
         prepare_labelled(corpus)
-        return trained_recogniser(corpus, open_reader(EncoderSettings.of(hparams), run_opts), run_opts)
+        return trained_recogniser(corpus, open_reader(experiment.encoder, run_opts), run_opts)
 
     with stopped_by_ctrl_c():
-        methods, target = hparams["adaptation"]["methods"], CorpusSettings.target_of(hparams)
-        chosen = {name: methods[name] for name in known_ones(hparams["method"], methods, "--method")}
-        collect_answers(teacher_of(hparams), chosen, target, train, options.dry_run)
+        collect_answers(experiment.teacher, experiment.methods, experiment.target, train, options.dry_run)
 
 
 def run_probe(options: argparse.Namespace) -> None:

@@ -15,8 +15,8 @@ from speechbrain.dataio.dataset import DynamicItemDataset
 from speechbrain_mifuse.adaptation.method import AdaptationMethod, Survey
 from speechbrain_mifuse.adaptation.mi_fuse import MIFuse
 from speechbrain_mifuse.brains.adaptation import AdaptationBrain
-from speechbrain_mifuse.brains.training import completed
 from speechbrain_mifuse.experiments.features import CorpusSettings, EncoderSettings
+from speechbrain_mifuse.experiments.same_settings import completed
 from speechbrain_mifuse.experiments.settings import known_ones
 from speechbrain_mifuse.experiments.teacher import ApiTeacher, AudioTextTeacher, teacher_of
 from speechbrain_mifuse.inference.recognizer_folder import export_student, recogniser_digest

@@ -10,11 +10,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from speechbrain_mifuse import __version__
-from speechbrain_mifuse.brains.training import same_settings
 from speechbrain_mifuse.corpora.folds import fold_folder
 from speechbrain_mifuse.evaluation.aggregate import write_csv
 from speechbrain_mifuse.evaluation.scoring import evaluate
 from speechbrain_mifuse.experiments.features import norm_of
+from speechbrain_mifuse.experiments.same_settings import same_settings
 from speechbrain_mifuse.experiments.settings import chosen_among, known_ones
 from speechbrain_mifuse.features.dataset import encoded_rows, label_index
 from speechbrain_mifuse.nnet.model_card import encoder_told

@@ -21,10 +21,11 @@ from speechbrain_mifuse.adaptation.method import described
 from speechbrain_mifuse.brains.classifier import ClassifierBrain
 from speechbrain_mifuse.brains.dual_encoder import Source
 from speechbrain_mifuse.brains.train_log import TrainLog
-from speechbrain_mifuse.brains.training import fit, same_settings
+from speechbrain_mifuse.brains.training import fit
 from speechbrain_mifuse.evaluation.metrics import scores
 from speechbrain_mifuse.experiments.features import CorpusSettings, store_frames
 from speechbrain_mifuse.experiments.recipes import load_recipe
+from speechbrain_mifuse.experiments.same_settings import same_settings
 from speechbrain_mifuse.features.dataset import encoded_rows, frame_batches, label_index
 from speechbrain_mifuse.features.extract import FrameReader
 from speechbrain_mifuse.features.front import StoredFrames

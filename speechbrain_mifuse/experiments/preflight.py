@@ -20,7 +20,7 @@ from ruamel.yaml.error import YAMLError
 
 from speechbrain_mifuse.adaptation.selection import known_rule
 from speechbrain_mifuse.brains.dual_encoder import POSITIVES
-from speechbrain_mifuse.brains.training import require_trainable, require_unchanged
+from speechbrain_mifuse.brains.training import require_trainable
 from speechbrain_mifuse.corpora.folds import fold_folder
 from speechbrain_mifuse.corpora.manifest import read_manifest, unlabelled
 from speechbrain_mifuse.evaluation.scoring import labelled
@@ -28,6 +28,7 @@ from speechbrain_mifuse.experiments import adapter_variants, comparison, dual_en
 from speechbrain_mifuse.experiments.adaptation import ANSWER_KEYS, AdaptationExperiment
 from speechbrain_mifuse.experiments.adaptation import chosen_settings as chosen_adaptation
 from speechbrain_mifuse.experiments.features import CorpusSettings
+from speechbrain_mifuse.experiments.same_settings import require_unchanged
 from speechbrain_mifuse.experiments.settings import known_ones, require_layer
 from speechbrain_mifuse.experiments.teacher import AudioTextTeacher
 from speechbrain_mifuse.features.dataset import encoded_rows

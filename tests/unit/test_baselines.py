@@ -26,7 +26,7 @@ from speechbrain_mifuse.adaptation.prode import Prode, denoised
 from speechbrain_mifuse.adaptation.references import LalmSfuda, LalmZeroShot, ZeroTraining
 from speechbrain_mifuse.adaptation.shot import Shot, centroid_labels
 from speechbrain_mifuse.brains import adaptation as brains
-from speechbrain_mifuse.brains.training import SettingsError
+from speechbrain_mifuse.experiments.same_settings import SettingsError
 from speechbrain_mifuse.utils.errors import UserError
 
 REMEMBERING = {"shot": "labels", "nrc": "features", "dine": "memory", "prode": "source"}

@@ -24,16 +24,11 @@ from filelock import FileLock
 from speechbrain.utils.epoch_loop import EpochCounter
 
 from speechbrain_mifuse.brains.train_log import TrainLog
-from speechbrain_mifuse.brains.training import (
-    WHOLE,
-    AtomicCheckpointer,
-    CheckpointError,
-    same_settings,
-    training_lock,
-)
+from speechbrain_mifuse.brains.training import WHOLE, AtomicCheckpointer, CheckpointError, training_lock
 from speechbrain_mifuse.corpora.corpus import write_splits
 from speechbrain_mifuse.corpora.manifest import CorpusError, Utterance, read_manifest
 from speechbrain_mifuse.evaluation.aggregate import write_csv
+from speechbrain_mifuse.experiments.same_settings import same_settings
 from speechbrain_mifuse.features.extract import extract
 from speechbrain_mifuse.features.store import FeatureStore, StoreError
 from speechbrain_mifuse.inference.recognizer_folder import RECOGNIZER, RecogniserError, load_classifier

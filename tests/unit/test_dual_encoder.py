@@ -14,11 +14,11 @@ from torch.nn import functional as F
 
 from speechbrain_mifuse.brains import dual_encoder as brains
 from speechbrain_mifuse.brains.dual_encoder import Source
-from speechbrain_mifuse.brains.training import SettingsError
 from speechbrain_mifuse.corpora import emodb, iemocap, msp_improv, msp_podcast, nemo, ravdess
 from speechbrain_mifuse.corpora.manifest import CorpusError, read_manifest
 from speechbrain_mifuse.experiments import zero_shot_steps as zero_shot_pipeline
 from speechbrain_mifuse.experiments.recipes import load_recipe
+from speechbrain_mifuse.experiments.same_settings import SettingsError
 from speechbrain_mifuse.features import text_encoder as texts
 from speechbrain_mifuse.features.encoder import FrozenEncoder
 from speechbrain_mifuse.features.extract import FrameReader

@@ -23,7 +23,7 @@ from speechbrain.utils.seed import seed_everything
 
 from speechbrain_mifuse.brains.adapter import AdapterBrain, History, LengthBatches
 from speechbrain_mifuse.brains.train_log import TrainLog
-from speechbrain_mifuse.brains.training import AtomicCheckpointer, completed, fit, require_one_process
+from speechbrain_mifuse.brains.training import AtomicCheckpointer, fit, require_one_process
 from speechbrain_mifuse.corpora.manifest import unlabelled
 from speechbrain_mifuse.experiments.adapter_variants import (
     finish_pretraining,
@@ -36,6 +36,7 @@ from speechbrain_mifuse.experiments.adapter_variants import (
 from speechbrain_mifuse.experiments.comparison import Comparison
 from speechbrain_mifuse.experiments.features import CorpusSettings, EncoderSettings, open_frame_source, open_reader
 from speechbrain_mifuse.experiments.preflight import require_comparison
+from speechbrain_mifuse.experiments.same_settings import completed
 from speechbrain_mifuse.experiments.settings import chosen_among, parse_arguments, read_hparams
 from speechbrain_mifuse.features.dataset import encoded_rows, frame_batches
 from speechbrain_mifuse.nnet.adapter_objectives import AdapterPretraining

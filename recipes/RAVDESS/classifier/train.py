@@ -22,7 +22,6 @@ from speechbrain.utils.seed import seed_everything
 from speechbrain_mifuse.brains.classifier import ClassifierBrain, class_weights
 from speechbrain_mifuse.brains.training import (
     AtomicCheckpointer,
-    completed,
     fit,
     join_processes,
     require_one_process,
@@ -36,6 +35,7 @@ from speechbrain_mifuse.experiments.features import (
     open_reader,
 )
 from speechbrain_mifuse.experiments.preflight import require_classifier
+from speechbrain_mifuse.experiments.same_settings import completed
 from speechbrain_mifuse.experiments.settings import known_ones, parse_arguments, read_hparams
 from speechbrain_mifuse.experiments.source import (
     classifier_settings,

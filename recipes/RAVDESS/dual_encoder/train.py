@@ -20,7 +20,7 @@ from speechbrain.utils.seed import seed_everything
 
 from speechbrain_mifuse.brains.classifier import class_weights
 from speechbrain_mifuse.brains.dual_encoder import POSITIVES, Captioner, DualEncoderBrain
-from speechbrain_mifuse.brains.training import AtomicCheckpointer, completed, fit, require_one_process
+from speechbrain_mifuse.brains.training import AtomicCheckpointer, fit, require_one_process
 from speechbrain_mifuse.experiments.dual_encoder import (
     check_sources,
     dual_encoder_settings,
@@ -30,6 +30,7 @@ from speechbrain_mifuse.experiments.dual_encoder import (
 )
 from speechbrain_mifuse.experiments.features import EncoderSettings, open_reader
 from speechbrain_mifuse.experiments.preflight import require_dual_encoder
+from speechbrain_mifuse.experiments.same_settings import completed
 from speechbrain_mifuse.experiments.settings import known_ones, parse_arguments, read_hparams
 from speechbrain_mifuse.features.dataset import encoded_rows, label_index
 from speechbrain_mifuse.features.text_encoder import FrozenTextEncoder
