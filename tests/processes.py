@@ -16,7 +16,7 @@ from unittest import mock
 PRELOADED = [
     "speechbrain",
     "speechbrain_mifuse.experiments.teacher",
-    "speechbrain_mifuse.experiments.results",
+    "speechbrain_mifuse.experiments.run_report",
     "speechbrain_mifuse.brains.adaptation",
     "transformers",
 ]

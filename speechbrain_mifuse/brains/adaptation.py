@@ -15,9 +15,9 @@ from speechbrain.utils.checkpoints import mark_as_loader, mark_as_saver, registe
 
 from speechbrain_mifuse.adaptation.method import AdaptationMethod, Outputs, Survey, Teachers
 from speechbrain_mifuse.adaptation.selection import criteria
+from speechbrain_mifuse.brains.full_dataset import FullDataset
 from speechbrain_mifuse.brains.snapshots import Snapshots
 from speechbrain_mifuse.brains.training import ResumableBrain
-from speechbrain_mifuse.brains.whole_set import WholeSet
 
 logger = logging.getLogger(__name__)
 
@@ -26,7 +26,7 @@ LOG_POINTS = 5
 
 
 @register_checkpoint_hooks
-class Memory:
+class MethodState:
     """A method's `state`, for the checkpointer."""
 
     def __init__(self, method: AdaptationMethod, device: str):
@@ -44,35 +44,61 @@ class Memory:
 
 
 class AdaptationBrain(ResumableBrain):
-    """Train `modules.student` towards the targets of one method.
+    """Source-free adaptation of a student with two teachers: a language model's stored answers and the student's EMA.
 
-    Beyond `ResumableBrain`'s, `hparams` must hold `method` (an `AdaptationMethod`), `number_of_steps` (of the run),
-    `passes` (K_S, Monte-Carlo dropout passes of the classifier teacher) and `ema` (from `ema_copy`). `look_at` gives it
-    the whole sets, without which there are neither `rows` nor snapshots.
+    Batches give `id`, `feats`, `lalm` (answers, `[K, C]` probabilities each) and `lalm_mask` (`[K]`, true where there
+    is an answer). `attach_datasets` gives it the full sets, which some methods and all snapshots need.
+
+    Parameters
+    ----------
+    modules : dict
+        `student`, an `EmotionClassifier`.
+    hparams : dict
+        Those of `ResumableBrain`, and `method` (an `AdaptationMethod`), `number_of_steps` (of the run), `passes` (K_S,
+        Monte-Carlo dropout passes of the classifier teacher) and `ema` (from `ema_copy` of the student).
+    **options
+        See `speechbrain.Brain`.
+
+    Example
+    -------
+    >>> from speechbrain.dataio.batch import PaddedBatch
+    >>> from speechbrain_mifuse.adaptation.mi_fuse import MIFuse
+    >>> from speechbrain_mifuse.nnet.classifier import EmotionClassifier
+    >>> from speechbrain_mifuse.nnet.ema import ema_copy
+    >>> student = EmotionClassifier(8, 2)
+    >>> hparams = {"method": MIFuse(), "passes": 4, "ema": ema_copy(student, 0.9)}
+    >>> brain = AdaptationBrain(modules={"student": student}, hparams=hparams)
+    >>> brain.statistics = {}
+    >>> answers = {"lalm": torch.tensor([[0.9, 0.1]] * 3), "lalm_mask": torch.tensor([True, True, False])}
+    >>> rows = [{"id": key, "feats": torch.randn(5, 8), **answers} for key in "ab"]
+    >>> batch = PaddedBatch(rows, padded_keys=["feats"])
+    >>> outputs = brain.compute_forward(batch, sb.Stage.TRAIN)
+    >>> outputs.probs.shape, brain.compute_objectives(outputs, batch, sb.Stage.TRAIN).requires_grad
+    (torch.Size([2, 2]), True)
     """
 
-    places: Mapping[str, int] | None = None
+    positions: Mapping[str, int] | None = None
     # Before training: the student's probabilities of the adaptation set, and its hidden units of the test set.
     untrained: tuple[torch.Tensor, torch.Tensor] | None = None
     refresh_steps: int | None = None
     snapshots: Snapshots | None = None
 
-    def look_at(self, adaptation: WholeSet, test: WholeSet, snapshots: Snapshots) -> None:
-        """Show the Brain what lies beyond a batch.
+    def attach_datasets(self, adaptation: FullDataset, test: FullDataset, snapshots: Snapshots) -> None:
+        """Attach the sets that go beyond a batch.
 
         Parameters
         ----------
-        adaptation, test : WholeSet
+        adaptation, test : FullDataset
             The two sets.
         snapshots : Snapshots
             Where those of the run go.
         """
-        self.places, self.snapshots = adaptation.places, snapshots
+        self.positions, self.snapshots = adaptation.positions, snapshots
         self.adaptation, self.test = self.survey(adaptation), self.survey(test)
         self.test_keys = test.keys
 
-    def survey(self, whole: WholeSet) -> Survey:
-        """Say what teachers and student think of a whole set, each when it is asked."""
+    def survey(self, whole: FullDataset) -> Survey:
+        """Collect what teachers and student say of a full set, each when it is asked."""
         return Survey(
             whole.lalm.to(self.device),
             whole.lalm_mask.to(self.device),
@@ -81,7 +107,7 @@ class AdaptationBrain(ResumableBrain):
             student=functools.partial(self.student_of_set, whole),
         )
 
-    def student_of_set(self, whole: WholeSet) -> Outputs:
+    def student_of_set(self, whole: FullDataset) -> Outputs:
         """Let the student go through a set in evaluation mode, and restore its mode."""
         training = self.modules.training
         self.modules.eval()
@@ -93,8 +119,8 @@ class AdaptationBrain(ResumableBrain):
         """Collect what the language model and the EMA classifier say of a batch."""
         classifier = functools.partial(self.classifier_samples, batch)
         rows = None
-        if self.places is not None:
-            rows = torch.tensor([self.places[key] for key in batch.id], device=self.device)
+        if self.positions is not None:
+            rows = torch.tensor([self.positions[key] for key in batch.id], device=self.device)
         return Teachers(batch.lalm, batch.lalm_mask, classifier, getattr(batch, "reference", None), rows)
 
     @torch.no_grad()
@@ -173,8 +199,8 @@ class AdaptationBrain(ResumableBrain):
         return {key: row for key, row, said in rows if said}
 
     @torch.no_grad()
-    def weighing(self) -> dict:
-        """Say what `MIFuse` makes of each utterance of the adaptation set, with the EMA teacher as it is now.
+    def teacher_weights(self) -> dict:
+        """Weights of the two teachers for each utterance of the adaptation set, as `MIFuse` computes them now.
 
         Returns
         -------
@@ -188,7 +214,7 @@ class AdaptationBrain(ResumableBrain):
         lalm = method.uncertainty(survey.lalm, survey.lalm_mask)
         weights = method.weights(lalm, classifier, survey.lalm_available)[:, 0]
         answered = survey.lalm_available.tolist()
-        found = {"measure": method.measure, "ids": list(self.places), "lalm_weight": rounded(weights)}
+        found = {"measure": method.measure, "ids": list(self.positions), "lalm_weight": rounded(weights)}
         found["lalm"] = [value if said else None for value, said in zip(rounded(lalm), answered, strict=True)]
         return {**found, "classifier": rounded(classifier)}
 

@@ -19,7 +19,25 @@ from speechbrain_mifuse.nnet.statistical_attentive_pooling import frame_mask
 
 
 class LengthBatches(Sampler):
-    """Batches of utterances of similar length and about equal numbers of frames."""
+    """Batches of utterances of similar length and about equal numbers of frames, in another order in each epoch.
+
+    Parameters
+    ----------
+    lengths : sequence of int
+        Frames of each utterance.
+    frames_per_batch : int
+        About how many frames a batch has.
+    seed : int
+        Decides the order, with the epoch.
+    blur : float
+        Largest share by which a length is raised at random before utterances are sorted by it.
+
+    Example
+    -------
+    >>> batches = LengthBatches([10, 100, 11, 90], frames_per_batch=110, seed=1)
+    >>> sorted(sorted(batch) for batch in batches)
+    [[0, 2, 3], [1]]
+    """
 
     def __init__(self, lengths: Sequence[int], frames_per_batch: int, seed: int, blur: float = 0.05):
         self.lengths = torch.tensor(lengths, dtype=torch.double)
@@ -47,7 +65,7 @@ class LengthBatches(Sampler):
 
 @register_checkpoint_hooks
 class History:
-    """What each epoch told, kept with the checkpoints: curves of a resumed run have no gap."""
+    """The log of each epoch, kept with the checkpoints: curves of a resumed run have no gap."""
 
     def __init__(self):
         self.rows: list[dict] = []
@@ -64,12 +82,32 @@ class History:
 
 
 class AdapterBrain(ResumableBrain):
-    """Train an adapter without labels.
+    """Train an adapter without labels (arXiv 2509.23795): the weighted sum of its objectives' losses.
 
-    `modules.student` is an `AdapterPretraining`. Beyond `ResumableBrain`'s, `hparams` must hold `ema` (from `ema_copy`
-    of its adapter), `batches` (a `LengthBatches`), `schedule` (of the learning rate by step), `mask_share`,
-    `mask_width` and `history`. Batches give `id`, `feats` and a vector for each objective that has prepared some. Every
-    epoch is logged, every `log_interval`-th one saved.
+    Batches give `id`, `feats`, and a vector for each objective that has prepared some. Every epoch is logged, every
+    `log_interval`-th one saved.
+
+    Parameters
+    ----------
+    modules : dict
+        `student`, an `AdapterPretraining`.
+    hparams : dict
+        Those of `ResumableBrain`, and `ema` (from `ema_copy` of its adapter), `batches` (a `LengthBatches`),
+        `schedule` (of the learning rate by step), `vectors` (names of the objectives that have prepared some),
+        `mask_share`, `mask_width` (in frames) and `history` (a `History`).
+    **options
+        See `speechbrain.Brain`.
+
+    Example
+    -------
+    >>> from types import SimpleNamespace
+    >>> student = torch.nn.Module()
+    >>> student.objectives = {"mask": SimpleNamespace(weight=1.0), "frame": SimpleNamespace(weight=0.5)}
+    >>> brain = AdapterBrain(modules={"student": student})
+    >>> brain.statistics = {}
+    >>> losses = {"mask": torch.tensor(2.0), "frame": torch.tensor(4.0)}
+    >>> brain.compute_objectives(losses, None, sb.Stage.TRAIN).item()
+    4.0
     """
 
     def on_stage_start(self, stage, epoch=None):
@@ -128,8 +166,8 @@ class AdapterBrain(ResumableBrain):
         if stage != sb.Stage.TRAIN:
             return
         means = {name: total / batches for name, (total, batches) in self.statistics.items()}
-        told = {**means, **self.modules.student.statistics(), "learning_rate": self.optimizer.param_groups[0]["lr"]}
-        self.hparams.history.rows.append({"epoch": epoch, "step": self.optimizer_step, **told})
-        self.hparams.train_logger.log_stats({"epoch": epoch}, train_stats=told)
+        row = {**means, **self.modules.student.statistics(), "learning_rate": self.optimizer.param_groups[0]["lr"]}
+        self.hparams.history.rows.append({"epoch": epoch, "step": self.optimizer_step, **row})
+        self.hparams.train_logger.log_stats({"epoch": epoch}, train_stats=row)
         if epoch % self.hparams.log_interval == 0 or epoch == self.hparams.epoch_counter.limit:
             self.save_epoch(epoch)

@@ -10,15 +10,49 @@ from speechbrain_mifuse.brains.training import ResumableBrain
 
 
 def class_weights(labels: torch.Tensor, n_classes: int) -> torch.Tensor:
-    """Weights that let each class count the same: `N / (C N_c)`."""
+    """Weights that let each class count the same: `N / (C N_c)`.
+
+    Parameters
+    ----------
+    labels : torch.Tensor
+        `[N]`, class indices of a training set.
+    n_classes : int
+        C.
+
+    Returns
+    -------
+    torch.Tensor
+        `[C]`; 0 for a class that does not occur.
+
+    Example
+    -------
+    >>> class_weights(torch.tensor([0, 0, 0, 1]), n_classes=2)
+    tensor([0.6667, 2.0000])
+    """
     counts = torch.bincount(labels, minlength=n_classes).float()
     return torch.where(counts > 0, len(labels) / (n_classes * counts.clamp(min=1)), 0.0)
 
 
 class ClassifierBrain(ResumableBrain):
-    """Cross-entropy training of `modules.front` and `modules.classifier`.
+    """Cross-entropy training of an emotion classifier, on stored frames or together with their encoder.
 
-    Beyond `ResumableBrain`'s, `hparams` must hold `class_weight`: `[C]` or `None`.
+    Parameters
+    ----------
+    modules : dict
+        `front` maps a batch's `feats` to frames `[B, T, D]` and relative lengths `[B]`; `classifier` maps these to
+        logits `[B, C]`.
+    hparams : dict
+        Those of `ResumableBrain`, and `class_weight`, a tensor `[C]` or `None`.
+    **options
+        See `speechbrain.Brain`.
+
+    Example
+    -------
+    >>> from types import SimpleNamespace
+    >>> brain = ClassifierBrain(hparams={"class_weight": None})
+    >>> logits, batch = torch.tensor([[2.0, 0.0], [0.0, 2.0]]), SimpleNamespace(label=torch.tensor([0, 1]))
+    >>> round(brain.compute_objectives(logits, batch, sb.Stage.TRAIN).item(), 4)  # log(1 + exp(-2))
+    0.1269
     """
 
     def compute_forward(self, batch, stage):
@@ -33,7 +67,20 @@ class ClassifierBrain(ResumableBrain):
 
     @torch.inference_mode()
     def predict(self, dataset, **loader) -> dict[str, list[float]]:
-        """Give class probabilities `[C]` of every utterance by its id."""
+        """Predict a dataset.
+
+        Parameters
+        ----------
+        dataset : DynamicItemDataset
+            Gives `id` and `feats`.
+        **loader
+            Options of the data loader, such as those of `frame_batches`.
+
+        Returns
+        -------
+        dict of str to list of float
+            Class probabilities `[C]` by utterance id.
+        """
         self.modules.eval()
         found = {}
         for batch in self.make_dataloader(dataset, sb.Stage.TEST, ckpt_prefix=None, **loader):

@@ -31,7 +31,23 @@ class Source:
 
 
 class Captioner:
-    """The captions of a training set, embedded once, and which of them each utterance gets in an epoch."""
+    """The captions of a training set, embedded once, and which of them each utterance gets in an epoch.
+
+    Parameters
+    ----------
+    fitting : mapping of str to sequence of str
+        Captions that fit an utterance, by its id.
+    encode : callable
+        Embeds a list of N texts, `[N, D]`.
+    seed : int
+        Of the draws.
+
+    Example
+    -------
+    >>> captioner = Captioner({"a": ["I am sad.", "sad!"], "b": ["sad!"]}, lambda texts: torch.eye(len(texts)), seed=1)
+    >>> captioner.texts, captioner.draw(["b"], epoch=1).tolist()
+    (['I am sad.', 'sad!'], [1])
+    """
 
     def __init__(self, fitting: Mapping[str, Sequence[str]], encode: Callable, seed: int):
         self.texts = list(dict.fromkeys(text for texts in fitting.values() for text in texts))
@@ -56,10 +72,30 @@ POSITIVES: dict[str, Callable[[torch.Tensor, torch.Tensor], torch.Tensor]] = {
 
 
 class DualEncoderBrain(ResumableBrain):
-    """Contrastive training of `modules.dual_encoder`.
+    """Contrastive training of a dual encoder of speech and captions; see `contrastive_loss` for the equation.
 
-    Beyond `ResumableBrain`'s, `hparams` must hold `captioner`, `class_weight` (`[C]`) and `groups` (a value of
-    `POSITIVES`). Batches give `id`, `pooled` (as `frame_statistics` gives) and `label`.
+    Batches give `id`, `pooled` (what `frame_statistics` makes of frames) and `label`.
+
+    Parameters
+    ----------
+    modules : dict
+        `dual_encoder`, a `DualEncoder`.
+    hparams : dict
+        Those of `ResumableBrain`, and `captioner` (a `Captioner`), `class_weight` (a tensor `[C]`), and `groups` (a
+        value of `POSITIVES`).
+    **options
+        See `speechbrain.Brain`.
+
+    Example
+    -------
+    >>> from types import SimpleNamespace
+    >>> brain = DualEncoderBrain(hparams={"class_weight": torch.ones(2), "groups": POSITIVES["label"]})
+    >>> brain.statistics = {}
+    >>> vectors, drawn = torch.eye(2), torch.tensor([0, 1])
+    >>> predictions = (vectors, vectors, torch.tensor(2.0), drawn)  # audio, text, scale, captions
+    >>> batch = SimpleNamespace(label=torch.tensor([0, 1]))
+    >>> round(brain.compute_objectives(predictions, batch, "train").item(), 4)  # log(1 + exp(-2))
+    0.1269
     """
 
     def compute_forward(self, batch, stage):

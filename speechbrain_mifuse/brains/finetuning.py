@@ -18,9 +18,31 @@ LOG_POINTS = 3
 
 
 class FinetuningBrain(ClassifierBrain):
-    """`ClassifierBrain` with a learning rate of its own for the adapter.
+    """`ClassifierBrain` whose adapter is trained at a learning rate of its own.
 
-    `hparams` must also hold `adapter_learning_rate`.
+    Parameters
+    ----------
+    modules : dict
+        As for `ClassifierBrain`; the classifier's part named `adapter` is the adapter, if it has one.
+    hparams : dict
+        Those of `ClassifierBrain`, and `adapter_learning_rate`.
+    **options
+        See `speechbrain.Brain`; a checkpointer is needed.
+
+    Example
+    -------
+    >>> import functools, tempfile
+    >>> from speechbrain.utils.checkpoints import Checkpointer
+    >>> classifier = torch.nn.ModuleDict({"adapter": torch.nn.Linear(2, 2), "output": torch.nn.Linear(2, 3)})
+    >>> brain = FinetuningBrain(
+    ...     modules={"classifier": classifier},
+    ...     opt_class=functools.partial(torch.optim.AdamW, lr=0.001),
+    ...     hparams={"adapter_learning_rate": 0.0001},
+    ...     checkpointer=Checkpointer(tempfile.mkdtemp()),
+    ... )
+    >>> brain.init_optimizers()
+    >>> [group["lr"] for group in brain.optimizer.param_groups]
+    [0.0001, 0.001]
     """
 
     def init_optimizers(self):
@@ -36,7 +58,32 @@ class FinetuningBrain(ClassifierBrain):
 
 
 class FusionBrain(FinetuningBrain):
-    """`FinetuningBrain` whose classifier also reads each utterance's `scores`."""
+    """`FinetuningBrain` of a late fusion, whose classifier also reads each utterance's zero-shot `scores`.
+
+    Parameters
+    ----------
+    modules : dict
+        As for `FinetuningBrain`; `classifier` also takes scores `[B, S]`, such as `LateFusion` does.
+    hparams : dict
+        Those of `FinetuningBrain`.
+    **options
+        See `speechbrain.Brain`.
+
+    Example
+    -------
+    >>> from speechbrain.dataio.batch import PaddedBatch
+    >>> from speechbrain_mifuse.nnet.adapter_classifier import AdapterClassifier
+    >>> from speechbrain_mifuse.nnet.late_fusion import LateFusion
+    >>> class Same(torch.nn.Module):
+    ...     def forward(self, frames, lengths):
+    ...         return frames, lengths
+    >>> fusion = LateFusion(AdapterClassifier(8, 4), score_classes=[0, 1, 3], n_classes=4)
+    >>> brain = FusionBrain(modules={"front": Same(), "classifier": fusion}, hparams={"class_weight": None})
+    >>> rows = [{"id": key, "feats": torch.randn(5, 8), "scores": torch.zeros(3)} for key in "ab"]
+    >>> batch = PaddedBatch(rows, padded_keys=["feats"])
+    >>> brain.compute_forward(batch, "test").shape
+    torch.Size([2, 4])
+    """
 
     def compute_forward(self, batch, stage):
         """Logits `[batch, C]` of one batch."""

@@ -13,7 +13,24 @@ from speechbrain_mifuse.utils.files import atomic_write
 
 
 class Snapshots:
-    """Snapshots in a method's folder, one file each; the preferred one so far has its weights kept beside them."""
+    """Snapshots of a run in its method's folder, one file each, with the weights of the preferred one so far.
+
+    Parameters
+    ----------
+    folder : str or pathlib.Path
+        Folder of the method's results.
+    rule : str
+        Label-free rule that prefers one; `last` takes the last step.
+
+    Example
+    -------
+    >>> import tempfile, torch
+    >>> snapshots = Snapshots(tempfile.mkdtemp(), rule="last")
+    >>> for step in (10, 20):
+    ...     snapshots.keep({"step": step, "predictions": {}}, torch.nn.Linear(1, 1))
+    >>> snapshots.chosen()["step"]
+    20
+    """
 
     def __init__(self, folder: str | Path, rule: str):
         known_rule(rule)

@@ -25,7 +25,23 @@ TENSORBOARD = importlib.util.find_spec("tensorboard") is not None
 
 
 class TrainLog(FileTrainLogger):
-    """SpeechBrain's text log, drawn by TensorBoard too."""
+    """SpeechBrain's text log, with the curves as TensorBoard's events beside it where that package is installed.
+
+    Parameters
+    ----------
+    save_file : str or pathlib.Path
+        The text file; events go to the folder `tensorboard` beside it.
+    precision : int
+        Decimals in the text.
+
+    Example
+    -------
+    >>> import tempfile
+    >>> path = Path(tempfile.mkdtemp()) / "train_log.txt"
+    >>> TrainLog(path).log_stats({"epoch": 1}, train_stats={"loss": 0.5})
+    >>> print(path.read_text().strip())
+    epoch: 1 - train loss: 5.00e-01
+    """
 
     def __init__(self, save_file: str | Path, precision: int = 2):
         super().__init__(save_file, precision)

@@ -1,4 +1,4 @@
-"""What the Brains of this package share: exact resumption, sparse logging, settings kept beside results."""
+"""What the Brains of this package share: exact resumption, complete checkpoints, sparse logging."""
 
 from __future__ import annotations
 
@@ -6,7 +6,6 @@ import contextlib
 import json
 import logging
 import os
-import re
 import shutil
 import time
 import zlib
@@ -32,7 +31,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from speechbrain_mifuse.features.dataset import frame_batches
 from speechbrain_mifuse.utils.errors import UserError, writing
-from speechbrain_mifuse.utils.files import atomic_write, json_object
+from speechbrain_mifuse.utils.files import atomic_write
 from speechbrain_mifuse.utils.progress import progress, quiet
 from speechbrain_mifuse.utils.texts import one_line
 
@@ -42,20 +41,6 @@ logger = logging.getLogger(__name__)
 WHOLE = "whole"
 # Loggers of SpeechBrain that tell of each epoch and checkpoint: here an epoch lasts a moment.
 EVERY_EPOCH = ("speechbrain.utils.epoch_loop", "speechbrain.utils.checkpoints")
-
-# What a digest among the settings is of.
-DIGESTS = {
-    "train_manifest": "the recordings to train on",
-    "manifests": "the recordings",
-    "data": "the recordings to adapt to, or the teacher's answers about them,",
-    "source": "the source recognizer",
-    "encoder": "the encoder",
-    "adapter": "the adapter",
-}
-
-
-class SettingsError(UserError):
-    """A folder holds work that was done with other settings."""
 
 
 class CheckpointError(UserError):
@@ -73,8 +58,30 @@ def file_crc(path: Path) -> int:
     return found
 
 
-class WholeCheckpointer(Checkpointer):
-    """A checkpointer that never loads a checkpoint whose writing was cut off, or that has changed on the disk."""
+class AtomicCheckpointer(Checkpointer):
+    """A checkpointer that never loads a checkpoint whose writing was cut off, or that has changed on the disk.
+
+    Parameters
+    ----------
+    *given, **options
+        See `speechbrain.utils.checkpoints.Checkpointer`.
+
+    Raises
+    ------
+    CheckpointError
+        If a checkpoint to be loaded has changed, or none can be written.
+
+    Example
+    -------
+    >>> import tempfile
+    >>> checkpointer = AtomicCheckpointer(tempfile.mkdtemp(), {"line": torch.nn.Linear(1, 1)})
+    >>> path = checkpointer.save_checkpoint().path
+    >>> _ = (path / "line.ckpt").write_bytes(b"damaged")
+    >>> checkpointer.recover_if_possible()
+    Traceback (most recent call last):
+    ...
+    speechbrain_mifuse.brains.training.CheckpointError: ...line.ckpt: damaged, its checksum differs. Delete ...
+    """
 
     def save_checkpoint(self, meta: Mapping | None = None, **options) -> Checkpoint | None:
         """Save as SpeechBrain does, then mark the checkpoint as whole."""
@@ -175,11 +182,37 @@ def _mean_over_processes(value: float, device: str) -> float:
 
 
 class ResumableBrain(sb.Brain):
-    """A Brain whose killed run ends with the same weights as an unbroken one.
+    """A Brain whose interrupted run ends, once resumed, with the same weights as an uninterrupted one.
 
     Randomness is seeded anew from the seed and the epoch, so an epoch does not depend on how the ones before it were
-    reached. `hparams` must hold `seed`, `epoch_counter`, `train_logger` and `log_interval` (epochs between two lines
-    of the log, and between two checkpoints).
+    reached.
+
+    Parameters
+    ----------
+    *args, **options
+        See `speechbrain.Brain`. `hparams` must hold `seed`, `epoch_counter`, `train_logger` and `log_interval` (epochs
+        between two lines of the log, and between two checkpoints); a checkpointer is needed.
+
+    Example
+    -------
+    >>> import functools, tempfile
+    >>> from speechbrain.utils.train_logger import FileTrainLogger
+    >>> class Regression(ResumableBrain):
+    ...     def compute_forward(self, batch, stage):
+    ...         return self.modules.line(batch)
+    ...     def compute_objectives(self, predictions, batch, stage):
+    ...         return predictions.square().mean()
+    >>> folder, counter, line = Path(tempfile.mkdtemp()), EpochCounter(3), torch.nn.Linear(2, 1)
+    >>> logger = FileTrainLogger(folder / "train_log.txt")
+    >>> brain = Regression(
+    ...     modules={"line": line},
+    ...     opt_class=functools.partial(torch.optim.SGD, lr=0.1),
+    ...     hparams={"seed": 1, "epoch_counter": counter, "log_interval": 2, "train_logger": logger},
+    ...     checkpointer=AtomicCheckpointer(folder / "save", {"line": line, "counter": counter}),
+    ... )
+    >>> fit(brain, torch.utils.data.DataLoader(torch.ones(4, 2)), "regression")
+    >>> [text.split(" - ")[0] for text in (folder / "train_log.txt").read_text().splitlines()]
+    ['epoch: 2', 'epoch: 3']
     """
 
     def __init__(self, *args, **options):
@@ -245,61 +278,6 @@ class ResumableBrain(sb.Brain):
         self.checkpointer.save_and_keep_only(meta={"epoch": epoch}, num_to_keep=1)
 
 
-def same_settings(path: str | Path, settings: Mapping) -> bool:
-    """Tell whether a folder's finished or begun work was done with these settings."""
-    path, settings = Path(path), json.loads(json.dumps(settings))
-    found = _read_settings(path)
-    if found is None:
-        atomic_write(path, json.dumps(settings, indent=1))
-        return False
-    require_unchanged(path, {**dict.fromkeys(found), **settings}, found)
-    return True
-
-
-def require_unchanged(path: str | Path, wanted: Mapping, found: Mapping | None = None) -> None:
-    """Refuse a folder whose work was done with other settings."""
-    path = Path(path)
-    found = _read_settings(path) if found is None else found
-    if found is None:
-        return
-    differs = _changes(found, json.loads(json.dumps(wanted)))
-    if differs:
-        raise SettingsError(
-            f"{path.parent} holds work of other settings ({'; '.join(differs)}). Pass another --output_folder, delete "
-            "that one, or go back to the old settings."
-        )
-
-
-def _read_settings(path: Path) -> dict | None:
-    """Read a settings file; `None` where there is none."""
-    try:
-        return json_object(path) if path.exists() else None
-    except ValueError as error:
-        raise SettingsError(f"{path}: damaged ({error}). Delete the folder {path.parent}.") from None
-
-
-def _changes(found: Mapping, wanted: Mapping, prefix: str = "") -> list[str]:
-    """Say which of the wanted settings differ, `old -> new`; of a digest only what it is of."""
-    lines = []
-    for key in sorted(wanted):
-        old, new = found.get(key), wanted[key]
-        if old == new:
-            continue
-        if isinstance(old, Mapping) and isinstance(new, Mapping):
-            lines += _changes(old, {**dict.fromkeys(old), **new}, f"{prefix}{key}: ")
-        elif any(map(_is_digest, (old, new))):
-            lines.append(f"{prefix}{DIGESTS.get(key, key)} changed")
-        else:
-            lines.append(f"{prefix}{key}: {json.dumps(old)} -> {json.dumps(new)}")
-    return lines
-
-
-def _is_digest(value) -> bool:
-    if isinstance(value, list):
-        return bool(value) and all(map(_is_digest, value))
-    return isinstance(value, str) and bool(re.fullmatch(r"[0-9a-f]{16}|[0-9a-f]{64}", value))
-
-
 def require_trainable(emotions: Sequence[str | None], where: str, labels: Sequence[str] | None = None) -> None:
     """Refuse a training set from which nothing can be learned."""
     if len(emotions) < 2:
@@ -325,7 +303,7 @@ def watched(counter: EpochCounter, bar):
 
 
 @contextlib.contextmanager
-def one_at_a_time(path: str | Path, doing: str = "is at it"):
+def exclusive_lock(path: str | Path, doing: str = "is at it"):
     """Hold a lock that other runs respect; say so before waiting for it."""
     lock = FileLock(path)
     try:
@@ -342,29 +320,51 @@ def one_at_a_time(path: str | Path, doing: str = "is at it"):
 
 
 @contextlib.contextmanager
-def alone_at(folder: Path):
+def training_lock(folder: Path):
     """Let one run at a time train in a folder: two would delete each other's checkpoints."""
     with contextlib.ExitStack() as held:
         with writing(folder):
-            held.enter_context(one_at_a_time(folder.with_name(f"{folder.name}.lock"), "trains there"))
+            held.enter_context(exclusive_lock(folder.with_name(f"{folder.name}.lock"), "trains there"))
             # The other run may have removed its checkpoints when it was done.
             folder.mkdir(exist_ok=True)
         yield
 
 
-def fit(brain: sb.Brain, train, told: str, batch_size: int | None = None) -> None:
+def fit(brain: sb.Brain, train, description: str, batch_size: int | None = None) -> None:
     """Train until the Brain's epoch counter ends; an interrupted run resumes from its last checkpoint.
 
-    `train` is a training set that is drawn in batches of `batch_size` (all of it, if it is smaller), or a loader
-    that makes batches of its own; `told` names it on the progress bar.
+    Parameters
+    ----------
+    brain : ResumableBrain
+        What is trained; its class has an example.
+    train : DynamicItemDataset or DataLoader
+        A training set, or a loader that makes batches of its own.
+    description : str
+        Names the training on the progress bar and in errors.
+    batch_size : int, optional
+        Recordings in a batch of all processes together (the whole set, if it is smaller); none for a loader.
+
+    Raises
+    ------
+    UserError
+        If there are fewer than two recordings, or the processes cannot share a batch.
+    CheckpointError
+        If a checkpoint is damaged, or cannot be written.
+
+    Example
+    -------
+    >>> fit(sb.Brain(hparams={"epoch_counter": EpochCounter(1)}), ["one recording"], "toy", batch_size=8)
+    Traceback (most recent call last):
+    ...
+    speechbrain_mifuse.utils.errors.UserError: toy: 1 usable recording, and training needs two different ones at ...
     """
-    loader = {} if batch_size is None else _loader_options(train, told, batch_size)
+    loader = {} if batch_size is None else _loader_options(train, description, batch_size)
     counter, hidden = brain.hparams.epoch_counter, not if_main_process()
     with contextlib.ExitStack() as around:
         if brain.checkpointer is not None:
-            around.enter_context(alone_at(brain.checkpointer.checkpoints_dir))
+            around.enter_context(training_lock(brain.checkpointer.checkpoints_dir))
         around.enter_context(quiet(*EVERY_EPOCH))
-        bar = around.enter_context(progress(total=counter.limit, desc=told, unit="epoch", disable=hidden))
+        bar = around.enter_context(progress(total=counter.limit, desc=description, unit="epoch", disable=hidden))
         brain.fit(watched(counter, bar), train, progressbar=False, train_loader_kwargs=loader)
     # What comes next is done by one process, and in DDP a forward pass would wait for the others.
     for name, module in brain.modules.items():
@@ -372,9 +372,9 @@ def fit(brain: sb.Brain, train, told: str, batch_size: int | None = None) -> Non
             brain.modules[name] = module.module
 
 
-def _loader_options(train, told: str, batch_size: int) -> dict:
+def _loader_options(train, description: str, batch_size: int) -> dict:
     """Say how a training set is drawn: shuffled by the seed, in batches that several processes share."""
-    require_trainable([None] * len(train), told)
+    require_trainable([None] * len(train), description)
     processes = process_count()
     # A small last batch would make the diversity term, a statistic of the batch, mean something else.
     options = frame_batches(batch_size=min(batch_size, len(train)) // processes, drop_last=True)

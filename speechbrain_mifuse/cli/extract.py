@@ -34,13 +34,13 @@ def add_extract(commands) -> None:
 def wanted_corpora(hparams: Mapping) -> Iterator[CorpusSettings]:
     """List the corpora whose frames a recipe stores: not where something trained takes the place of a corpus."""
     from speechbrain_mifuse.experiments.features import CorpusSettings
-    from speechbrain_mifuse.experiments.teacher import TeacherSettings
+    from speechbrain_mifuse.experiments.teacher import teacher_of
 
     if "prepare_target" in hparams:
         yield CorpusSettings.target_of(hparams)
     if "prepare_source" in hparams and hparams.get("source_recogniser") is None:
         yield CorpusSettings.source_of(hparams)
-    if "prepare_teacher" in hparams and TeacherSettings.of(hparams).is_local:
+    if "prepare_teacher" in hparams and teacher_of(hparams).serves_classifier:
         yield CorpusSettings.teacher_of(hparams)
     for name, source in hparams.get("sources", {}).items():
         yield CorpusSettings(name, Path(source.manifests), source.prepare, hparams["feature_folder"])
@@ -69,12 +69,12 @@ def run_extract(options: argparse.Namespace) -> None:
 
 def extracted(corpus: CorpusSettings, reader, shard=None) -> str:
     """Prepare a corpus and fill its store."""
-    from speechbrain_mifuse.brains.training import one_at_a_time
+    from speechbrain_mifuse.brains.training import exclusive_lock
     from speechbrain_mifuse.features.extract import fill_store
 
     corpus.manifests.parent.mkdir(parents=True, exist_ok=True)
     # Machines that begin together must not prepare at the same time; the second finds it done.
-    with one_at_a_time(f"{corpus.manifests}.lock"):
+    with exclusive_lock(f"{corpus.manifests}.lock"):
         corpus.prepare()
     manifests = sorted(corpus.manifests.glob("*_unlabelled.json"))
     store = fill_store(corpus.name, manifests, reader, corpus.feature_folder, shard)

@@ -187,29 +187,30 @@ def run_batch(options: argparse.Namespace) -> None:
         raise UserError(
             f"{options.yaml}: no such file. The recipe's YAML file comes after the step, as hparams/nemo2rav.yaml"
         )
-    from speechbrain_mifuse.experiments.settings import known_ones, load_hparams
-    from speechbrain_mifuse.experiments.teacher import TeacherSettings, wanted_recordings
+    from speechbrain_mifuse.experiments.adaptation import AdaptationExperiment
+    from speechbrain_mifuse.experiments.settings import load_hparams
+    from speechbrain_mifuse.experiments.teacher import ApiTeacher, wanted_recordings
     from speechbrain_mifuse.lalm.batch import BatchJob
     from speechbrain_mifuse.lalm.store import LabelStore
 
     hparams, _ = load_hparams(options.yaml, options.flags)
-    teacher, known = TeacherSettings.of(hparams), hparams["adaptation"]["methods"]
-    methods = [known[name] for name in known_ones(hparams["method"], known, "--method")]
-    if teacher.is_local:
+    experiment = AdaptationExperiment.of(hparams)
+    teacher, target = experiment.teacher, experiment.target
+    if not isinstance(teacher, ApiTeacher) or teacher.serves_classifier:
         raise UserError(
-            "batch: the teacher is a classifier on this machine, which has no Batch API. Name a provider by a file of "
+            "batch: the teacher is a model on this machine, which has no Batch API. Name a provider by a file of "
             "hparams/lalm, or by --lalm_base_url and --lalm_model."
         )
-    hparams["prepare_target"]()
-    wavs = list(wanted_recordings(Path(hparams["target_manifests"]), methods).items())
+    target.prepare()
+    wavs = list(wanted_recordings(target.manifests, experiment.methods.values()).items())
     path = teacher.label_store
     path.parent.mkdir(parents=True, exist_ok=True)
-    query = teacher.query(teacher.base_url)
+    query = teacher.query()
     with LabelStore(path) as store:
-        client = teacher.client(teacher.base_url, store, query)
+        client = teacher.client(store, query)
         with BatchJob(teacher.prompt, client, store, query) as job:
             try:
                 with stopped_by_ctrl_c():
-                    print(STEPS[options.step](job, wavs, teacher.samples, options.every))
+                    print(STEPS[options.step](job, wavs, teacher.lalm_samples, options.every))
             finally:
                 print(job.status(), flush=True)

@@ -167,7 +167,7 @@ def add_collect(commands) -> None:
     collect = commands.add_parser(
         "collect",
         help="ask a language model for the answers that a recipe needs, or only plan it",
-        usage="%(prog)s YAML [--dry_run] [--budget MONEY] [--deadline SECONDS] [FLAGS OF THE RECIPE]",
+        usage="%(prog)s YAML [--dry_run] [--lalm_budget MONEY] [--lalm_deadline SECONDS] [FLAGS OF THE RECIPE]",
         description="Prepares the target corpus of a recipe and fills its label store: what the recipe does before it "
         "trains, on a machine that need not train. The plan comes first: one question, calls, tokens, cost, time. What "
         "is stored is not asked again; the same command goes on after a stop. The key comes from OPENAI_API_KEY.",
@@ -175,8 +175,8 @@ def add_collect(commands) -> None:
     )
     collect.add_argument("yaml", type=Path, metavar="YAML", help="of the recipe, as hparams/nemo2rav.yaml; comes first")
     collect.add_argument("--dry_run", action="store_true", help="print the plan and ask nothing")
-    collect.add_argument("--budget", metavar="MONEY", help="same as --lalm_budget: stop before more is spent")
-    collect.add_argument("--deadline", metavar="SECONDS", help="same as --lalm_deadline: stop after this time")
+    collect.add_argument("--lalm_budget", "--budget", metavar="MONEY", help="stop before more is spent")
+    collect.add_argument("--lalm_deadline", "--deadline", metavar="SECONDS", help="stop after this time")
     collect.set_defaults(run=run_collect, recipe_flags=True)
 
 
@@ -251,24 +251,24 @@ def run_collect(options: argparse.Namespace) -> None:
     """Collect the answers that a recipe needs, or only plan it."""
     if not options.yaml.is_file():
         raise UserError(f"{options.yaml}: no such file. The recipe's YAML file comes first, as hparams/nemo2rav.yaml")
-    from speechbrain_mifuse.experiments.features import CorpusSettings, EncoderSettings, open_reader
-    from speechbrain_mifuse.experiments.settings import known_ones, load_hparams
+    from speechbrain_mifuse.experiments.adaptation import AdaptationExperiment
+    from speechbrain_mifuse.experiments.features import open_reader
+    from speechbrain_mifuse.experiments.settings import load_hparams
     from speechbrain_mifuse.experiments.source import prepare_labelled, trained_recogniser
-    from speechbrain_mifuse.experiments.teacher import TeacherSettings, collect_answers
+    from speechbrain_mifuse.experiments.teacher import collect_answers
 
-    given = {"lalm_budget": options.budget, "lalm_deadline": options.deadline}
+    given = {"lalm_budget": options.lalm_budget, "lalm_deadline": options.lalm_deadline}
     flags = [f"--{key}={value}" for key, value in given.items() if value is not None]
     hparams, run_opts = load_hparams(options.yaml, [*options.flags, *flags])
+    experiment = AdaptationExperiment.of(hparams)
+    corpus = experiment.teacher_corpus
 
     def train() -> Path:
-        corpus = CorpusSettings.teacher_of(hparams)
         prepare_labelled(corpus)
-        return trained_recogniser(corpus, open_reader(EncoderSettings.of(hparams), run_opts), run_opts)
+        return trained_recogniser(corpus, open_reader(experiment.encoder, run_opts), run_opts)
 
     with stopped_by_ctrl_c():
-        methods, target = hparams["adaptation"]["methods"], CorpusSettings.target_of(hparams)
-        chosen = {name: methods[name] for name in known_ones(hparams["method"], methods, "--method")}
-        collect_answers(TeacherSettings.of(hparams), chosen, target, train, options.dry_run)
+        collect_answers(experiment.teacher, experiment.methods, experiment.target, train, options.dry_run)
 
 
 def run_probe(options: argparse.Namespace) -> None:
@@ -321,7 +321,7 @@ def run_serve(options: argparse.Namespace) -> None:
     grace = check_seconds("grace", options.grace)
     key = checked_key(os.environ.get(KEY_VARIABLE), KEY_VARIABLE)
     recogniser = load(options)
-    logging.basicConfig(level=logging.WARNING)  # a failing recogniser is told of here, and not to the client
+    logging.basicConfig(level=logging.WARNING)  # a failing recogniser is reported here, and not to the client
     server = EmotionServer(recogniser, options.model, options.host, options.port, limits, key)
     if key is None and not is_loopback(server.base_url):
         print(f"warning: whoever reaches {server.base_url} may ask; {KEY_VARIABLE} sets a key", file=sys.stderr)

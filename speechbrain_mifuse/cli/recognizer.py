@@ -244,7 +244,7 @@ def named(probs, labels: Sequence[str]) -> dict[str, float]:
 
 def run_adapt(options: argparse.Namespace) -> None:
     """Adapt a recogniser and print what came of it."""
-    from speechbrain_mifuse.evaluation.verdict import told
+    from speechbrain_mifuse.evaluation.verdict import verdict_text
     from speechbrain_mifuse.experiments.adapt import SETTINGS, run
     from speechbrain_mifuse.experiments.settings import parse_arguments
 
@@ -252,5 +252,6 @@ def run_adapt(options: argparse.Namespace) -> None:
     _, run_opts, overrides = parse_arguments([str(SETTINGS), *options.flags])
     with stopped_by_ctrl_c():
         found = run(options.source, options.wav_folder, options.teacher, options.output_folder, overrides, run_opts)
-    print(f"\n{(found.recogniser.parent.parent / 'results.md').read_text(encoding='utf-8')}\n{told(found.verdict)}")
+    table = (found.recogniser.parent.parent / "results.md").read_text(encoding="utf-8")
+    print(f"\n{table}\n{verdict_text(found.verdict)}")
     print(f"speechbrain-mifuse predict --source {shlex.quote(str(found.recogniser))} FILE_OR_FOLDER")

@@ -10,7 +10,9 @@ from functools import cached_property
 from pathlib import Path
 
 import numpy as np
+import torch
 
+from speechbrain_mifuse.evaluation.metrics import mean_recall, unweighted_accuracy
 from speechbrain_mifuse.utils.errors import UserError
 from speechbrain_mifuse.utils.files import atomic_write
 from speechbrain_mifuse.utils.texts import csv_text, markdown_cell, shown
@@ -92,18 +94,6 @@ def _agree(transfer: Transfer, records: Sequence[Mapping]) -> None:
             )
 
 
-def recalls_to_accuracy(hits: np.ndarray, total: np.ndarray) -> np.ndarray:
-    """Mean recall over the classes that occur."""
-    recalls = np.where(total > 0, hits / np.maximum(total, 1), 0.0)
-    with np.errstate(invalid="ignore"):
-        return recalls.sum(-1) / (total > 0).sum(-1)
-
-
-def unweighted_accuracy(counts: np.ndarray) -> np.ndarray:
-    """Mean recall over the classes that occur, of confusion counts."""
-    return recalls_to_accuracy(np.diagonal(counts[..., :-1], axis1=-2, axis2=-1), counts.sum(-1))
-
-
 def bootstrap(counts: np.ndarray, generator: np.random.Generator, draws: int = 2000) -> np.ndarray:
     """Draw test speakers and seeds of one transfer with replacement; the mean UA over the seeds of each draw."""
     seeds, speakers = counts.shape[1:3]
@@ -118,8 +108,8 @@ def _weights(generator: np.random.Generator, count: int, draws: int) -> np.ndarr
 
 def _reweighted(counts: np.ndarray, seed_weight: np.ndarray, speaker_weight: np.ndarray) -> np.ndarray:
     hits = np.diagonal(counts[..., :-1], axis1=-2, axis2=-1)  # [methods, seeds, speakers, C]
-    drawn = [np.tensordot(speaker_weight, part, axes=(1, 2)) for part in (hits, counts.sum(-1))]
-    accuracy = recalls_to_accuracy(*drawn)  # [draws, methods, seeds]
+    drawn = [torch.from_numpy(np.tensordot(speaker_weight, part, axes=(1, 2))) for part in (hits, counts.sum(-1))]
+    accuracy = mean_recall(*drawn).numpy()  # [draws, methods, seeds]
     return np.einsum("dms,ds->dm", accuracy, seed_weight) / counts.shape[1]
 
 
@@ -129,6 +119,27 @@ def bootstrap_transfers(arrays: Mapping[Transfer, np.ndarray], draws: int = 2000
     Transfers to one corpus are tested on the same people, who are drawn once for all of them; so are the seeds. The
     transfers themselves are fixed: the interval speaks of other speakers and seeds on these corpora, not of other
     corpora.
+
+    Parameters
+    ----------
+    arrays : mapping of Transfer to numpy.ndarray
+        Confusion counts `[methods, seeds, speakers, C, C + 1]` by (source, target, teacher).
+    draws : int
+        Number of bootstrap draws.
+    seed : int
+        Of the draws.
+
+    Returns
+    -------
+    numpy.ndarray
+        `[transfers, draws, methods]`, UA in [0, 1].
+
+    Example
+    -------
+    >>> right = np.array([[2, 0, 0], [0, 2, 0]])
+    >>> counts = {("a", "b", "c"): right.reshape(1, 1, 1, 2, 3)}  # one method, seed and speaker
+    >>> bootstrap_transfers(counts, draws=3).tolist()
+    [[[1.0], [1.0], [1.0]]]
     """
     generator = np.random.default_rng(seed)
     # All transfers have the same number of seeds.
@@ -176,7 +187,7 @@ class Comparison:
     @cached_property
     def accuracy(self) -> np.ndarray:
         """UA in percent, `[transfers, methods, seeds]`."""
-        return np.stack([100 * unweighted_accuracy(counts.sum(2)) for counts in self.counts.values()])
+        return np.stack([100 * unweighted_accuracy(counts.sum(2)).numpy() for counts in self.counts.values()])
 
     @cached_property
     def means(self) -> np.ndarray:
@@ -257,7 +268,22 @@ def _latex_cell(cell: str) -> str:
 def transfer_table(comparison: Comparison) -> Table:
     """UA of each transfer: mean ± standard deviation over seeds, then mean, its interval, share of the way to labels.
 
-    Bold is the highest of the methods that use no labels.
+    Parameters
+    ----------
+    comparison : Comparison
+        Methods on the same transfers with the same seeds.
+
+    Returns
+    -------
+    Table
+        A row for each method, in percent; bold is the highest of the methods that use no labels.
+
+    Example
+    -------
+    >>> record = {"source": "a", "target": "b", "teacher": "c", "method": "mi_fuse", "seed": 1}
+    >>> record["by_speaker"] = {"anna": [[2, 0, 0], [1, 1, 0]], "ben": [[2, 0, 0], [1, 1, 0]]}
+    >>> transfer_table(Comparison([record], ["mi_fuse"])).rows
+    [['mi_fuse', '**75.0** ± 0.0', '**75.0**', '75.0 to 75.0']]
     """
     methods, gaps = comparison.methods, [comparison.gap_closed(name) for name in comparison.methods]
     with_gap = any(gap is not None for gap in gaps)
@@ -325,7 +351,7 @@ def protocol(comparison: Comparison, teacher: str = "") -> str:
     adapted = {r["target"]: max(x["n_train"] for x in records if x["target"] == r["target"]) for r in records}
     unknown = {r["target"]: r.get("test_recordings_without_speaker", 0) for r in records}
     sizes = {r["target"]: (adapted[r["target"]], r["n_test"], r["test_speakers"]) for r in records}
-    told = "; ".join(
+    sizes_text = "; ".join(
         f"{t}: {a} to adapt, {n} to test of {many(s, 'speaker')}"
         + f" and {many(unknown[t], 'recording')} without a known speaker" * (unknown[t] > 0)
         for t, (a, n, s) in sorted(sizes.items())
@@ -337,7 +363,7 @@ def protocol(comparison: Comparison, teacher: str = "") -> str:
     parts = [
         f"UA in percent, mean ± standard deviation over {many(len(comparison.seeds), 'seed')}.",
         f"{distinct(len(r['labels']) for r in records)} classes, speaker-independent"
-        f"{' as far as speakers are known' if any(unknown.values()) else ''}: {told}.",
+        f"{' as far as speakers are known' if any(unknown.values()) else ''}: {sizes_text}.",
         f"{'; '.join(copies)}." if copies else "",
         f"API teacher, one for all seeds ({teachers}){': ' + teacher if teacher else ''}.",
         f"Encoder: {distinct(r['encoder'] for r in records)}.",

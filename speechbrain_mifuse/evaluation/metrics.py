@@ -15,18 +15,41 @@ BINS = 10
 
 
 def confusion(predicted: torch.Tensor, reference: torch.Tensor, n_classes: int) -> torch.Tensor:
-    """Count reference classes (rows) against predicted ones (columns)."""
+    """Count reference classes (rows) against predicted ones (columns).
+
+    Parameters
+    ----------
+    predicted, reference : torch.Tensor
+        `[N]`, class indices; a negative prediction is no answer.
+    n_classes : int
+        C.
+
+    Returns
+    -------
+    torch.Tensor
+        `[C, C + 1]`, integers; the last column counts utterances without an answer.
+
+    Example
+    -------
+    >>> confusion(torch.tensor([0, 1, -1]), torch.tensor([0, 0, 1]), n_classes=2).tolist()
+    [[1, 1, 0], [0, 0, 1]]
+    """
     column = torch.where(predicted < 0, n_classes, predicted)
     flat = torch.bincount(reference * (n_classes + 1) + column, minlength=n_classes * (n_classes + 1))
     return flat.view(n_classes, n_classes + 1)
 
 
-def unweighted_accuracy(counts: torch.Tensor) -> torch.Tensor:
+def mean_recall(hits: torch.Tensor, total: torch.Tensor) -> torch.Tensor:
+    """Mean of `hits / total`, `[..., C]`, over the classes that occur."""
+    return (hits.double() / total).nanmean(-1)
+
+
+def unweighted_accuracy(counts: torch.Tensor | np.ndarray) -> torch.Tensor:
     """UA of confusion matrices: `mean_c recall_c` over the classes that occur.
 
     Parameters
     ----------
-    counts : torch.Tensor
+    counts : torch.Tensor or numpy.ndarray
         `[..., C, C + 1]`, as `confusion` gives.
 
     Returns
@@ -39,12 +62,28 @@ def unweighted_accuracy(counts: torch.Tensor) -> torch.Tensor:
     >>> unweighted_accuracy(torch.tensor([[[3, 1, 0], [0, 2, 0]], [[1, 1, 0], [0, 0, 0]]])).tolist()
     [0.875, 0.5]
     """
-    counts = counts.double()
-    return (counts.diagonal(dim1=-2, dim2=-1) / counts.sum(-1)).nanmean(-1)
+    counts = torch.as_tensor(counts)
+    return mean_recall(counts.diagonal(dim1=-2, dim2=-1), counts.sum(-1))
 
 
 def scores_of(counts: torch.Tensor) -> dict[str, float]:
-    """UA, WA and macro-F1 of a confusion matrix."""
+    """UA, WA and macro-F1 of a confusion matrix.
+
+    Parameters
+    ----------
+    counts : torch.Tensor
+        `[C, C + 1]`, as `confusion` gives; a class that does not occur is left out.
+
+    Returns
+    -------
+    dict of str to float
+        `UA` (unweighted accuracy, the mean recall over classes), `WA` (accuracy) and `macro_F1`, in [0, 1].
+
+    Example
+    -------
+    >>> scores_of(torch.tensor([[3, 1, 0], [0, 2, 0]]))["WA"]  # 5 of 6
+    0.8333333333333334
+    """
     counts = counts.double()
     hits, total = counts.diagonal(), counts.sum(1)
     occurs = total > 0
@@ -57,7 +96,27 @@ def scores_of(counts: torch.Tensor) -> dict[str, float]:
 
 
 def scores(predicted: torch.Tensor, reference: torch.Tensor, n_classes: int) -> dict[str, float]:
-    """UA, WA and macro-F1 of predictions; see `confusion` and `scores_of`."""
+    """UA, WA and macro-F1 of predictions.
+
+    Parameters
+    ----------
+    predicted : torch.Tensor
+        `[N]`, class indices; a negative one is no answer, and counts as wrong.
+    reference : torch.Tensor
+        `[N]`, class indices.
+    n_classes : int
+        C.
+
+    Returns
+    -------
+    dict of str to float
+        As `scores_of` gives.
+
+    Example
+    -------
+    >>> scores(torch.tensor([0, 1, 1]), torch.tensor([0, 0, 1]), n_classes=2)["UA"]  # recalls 1/2 and 1
+    0.75
+    """
     return scores_of(confusion(predicted, reference, n_classes))
 
 
@@ -83,7 +142,25 @@ def reliability(stated: torch.Tensor, happened: torch.Tensor) -> Reliability:
 
 
 def kappa(one: torch.Tensor, other: torch.Tensor, n_classes: int) -> float | None:
-    """Cohen's kappa: agreement of two raters with what chance gives taken out; `None` where chance gives all of it."""
+    """Cohen's kappa: agreement of two raters with what chance gives taken out, `(p_o - p_e) / (1 - p_e)`.
+
+    Parameters
+    ----------
+    one, other : torch.Tensor
+        `[N]`, class indices, N > 0.
+    n_classes : int
+        C.
+
+    Returns
+    -------
+    float or None
+        At most 1; `None` where chance gives all of it.
+
+    Example
+    -------
+    >>> kappa(torch.tensor([0, 0, 1, 1]), torch.tensor([0, 0, 1, 0]), n_classes=2)
+    0.5
+    """
     marginals = [torch.bincount(rater, minlength=n_classes).double() / len(one) for rater in (one, other)]
     chance = float(marginals[0] @ marginals[1])
     agreed = float((one == other).double().mean())
@@ -104,6 +181,26 @@ def speaker_bootstrap(counts: torch.Tensor, draws: int = 2000, seed: int = 0) ->
 
     With few speakers (two in one of the open corpora's test sets) such an interval is coarse and rather too narrow;
     the number of speakers belongs beside it.
+
+    Parameters
+    ----------
+    counts : torch.Tensor
+        `[S, C, C + 1]`, confusion counts of each speaker, as `speaker_counts` gives.
+    draws : int
+        Number of bootstrap draws.
+    seed : int
+        Of the draws.
+
+    Returns
+    -------
+    tuple of float
+        2.5 % and 97.5 % percentile of UA, in [0, 1].
+
+    Example
+    -------
+    >>> right, wrong = [[2, 0, 0], [0, 2, 0]], [[0, 2, 0], [2, 0, 0]]
+    >>> speaker_bootstrap(torch.tensor([right, wrong]))
+    (0.0, 1.0)
     """
     generator = np.random.default_rng(seed)
     picks = generator.integers(0, len(counts), size=(draws, len(counts)))

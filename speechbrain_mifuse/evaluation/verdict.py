@@ -53,10 +53,26 @@ def scored(verdict: Mapping, accuracy: Mapping[str, float]) -> dict:
 
 
 def judge(student: torch.Tensor, source: torch.Tensor, teacher: torch.Tensor, labels: Sequence[str]) -> dict:
-    """Compare a student with both of its teachers on recordings without labels: figures, warnings, a caveat.
+    """Compare a student with both of its teachers on recordings without labels.
 
-    The probabilities `[N, C]` are those after adaptation, before it, and of the language model (mean of its answers; an
-    all-zero row is no answer). Shares are in [0, 1]; agreement with chance taken out is Cohen's kappa.
+    Parameters
+    ----------
+    student, source, teacher : torch.Tensor
+        `[N, C]`, probabilities after adaptation, before it, and of the language model (mean of its answers; an all-zero
+        row is no answer).
+    labels : sequence of str
+        The C classes.
+
+    Returns
+    -------
+    dict
+        `figures` (shares in [0, 1], agreement as Cohen's kappa), `warnings` (sentences) and `caveat`.
+
+    Example
+    -------
+    >>> source = torch.tensor([[0.9, 0.1], [0.1, 0.9]] * 30)
+    >>> judge(student=source, source=source, teacher=source, labels=["angry", "sad"])["warnings"]
+    ['0 % of the answers changed: adaptation did next to nothing.']
     """
     said = teacher.sum(1) > 0
     chosen = {"student": student.argmax(1), "source": source.argmax(1), "teacher": teacher.argmax(1)}
@@ -114,7 +130,7 @@ def warnings(figures: Mapping) -> list[str]:
         (changed < NONE, f"{100 * changed:.0f} % of the answers changed: adaptation did next to nothing."),
         (figures["certainty"] < 1 - UNDECIDED, "The student is nearly undecided about everything."),
     ]
-    return [told for true, told in found if true] + collapse(figures["class_shares"])
+    return [message for applies, message in found if applies] + collapse(figures["class_shares"])
 
 
 def collapse(class_shares: Mapping[str, Mapping[str, float]]) -> list[str]:
@@ -146,7 +162,7 @@ def shares(chosen: torch.Tensor, labels: Sequence[str]) -> dict[str, float]:
     return dict(zip(labels, counts.tolist(), strict=True))
 
 
-def told(verdict: Mapping) -> str:
+def verdict_text(verdict: Mapping) -> str:
     """Put a verdict into words."""
     figures, found = verdict["figures"], verdict["warnings"]
     agreement, by = figures["agreement"], figures["class_shares"]

@@ -17,7 +17,7 @@ from speechbrain_mifuse.utils.errors import UserError, require_device, writing
 SETTINGS = shipped("hparams/rav2folder.yaml")
 
 # The best on the open transfers, with and without class skew (docs/results); the recipe's own default is the paper's.
-# Skew is not warned of: of even recordings, too, a source and a teacher from other corpora hardly say some classes.
+# Nothing warns of skew: on evenly spread recordings, too, a source and a teacher of other corpora miss some classes.
 METHOD = "mi_fuse_plus"
 
 # Beside the method: what it has to be compared with.
@@ -25,10 +25,16 @@ TEACHERS = ("source_only", "lalm_zero_shot")
 
 
 class Adapted(NamedTuple):
-    """What an adaptation gave.
+    """Result of `adapt`.
 
-    `recogniser` is a folder for `EmotionRecognizer.from_hparams`; `results` is the method's `results.json`, with scores
-    if the recordings have labels; `verdict` is what `judge` says without them.
+    Attributes
+    ----------
+    recogniser : pathlib.Path
+        Folder of the adapted recognizer, for `EmotionRecognizer.from_hparams`.
+    results : dict
+        The method's `results.json`, with scores if the recordings have labels.
+    verdict : dict
+        What can be said without labels: see `judge`.
     """
 
     recogniser: Path
@@ -44,34 +50,34 @@ def adapt(
     run_opts: Mapping | None = None,
     **overrides,
 ) -> Adapted:
-    """Adapt a recogniser to unlabelled recordings, and export the adapted one.
+    """Adapt a recognizer to unlabelled recordings, and export the adapted one.
 
     It does what `recipes/Folder/mifuse/train.py` does with `hparams/rav2folder.yaml`: lists the recordings, stores
-    encoder frames, asks the teacher, adapts, exports. What is done is skipped, so the same call goes on after a stop.
-    Encoder, layer, labels and preprocessing are the source's.
+    encoder frames, asks the teacher, adapts, exports. Completed steps are skipped, so the same call resumes after a
+    stop. Encoder, layer, labels and preprocessing are the source's.
 
     Parameters
     ----------
     source_checkpoint : str or pathlib.Path
-        Folder of the recogniser to start from.
+        Folder of the recognizer to start from.
     wav_folder : str or pathlib.Path
         Recordings, at any depth. With a `labels.csv`, or folders named like labels, about four in ten recordings of
         each class, by whole speakers, are scored and not adapted to (see `corpora/folder.py`).
     teacher : str or pathlib.Path
         Base URL of an OpenAI-compatible API that hears audio (the key is read from `OPENAI_API_KEY`; name its model
-        with `lalm_model=`), or the folder of another recogniser, which is served on this machine for the time.
+        with `lalm_model=`), or the folder of another recognizer, which is served on this machine during the call.
     output_folder : str or pathlib.Path, optional
         `results/adapted/<name of wav_folder>` by default.
     run_opts : mapping, optional
-        SpeechBrain's run options, as `{"device": "cuda"}`.
+        SpeechBrain's run options, such as `{"device": "cuda"}`.
     **overrides
-        Any other key of `hparams/rav2folder.yaml`, as `number_of_steps=100`, or `method="mi_fuse_product_prior"`, which
-        gains less on the mean and loses least where some classes are rare.
+        Any other key of `hparams/rav2folder.yaml`, such as `number_of_steps=100`, or `method="mi_fuse_product_prior"`,
+        which gains less on the mean and loses least where some classes are rare.
 
     Returns
     -------
     Adapted
-        `verdict.md` and `verdict.json` in the output folder hold the same verdict; `report.html` and the recogniser's
+        `verdict.md` and `verdict.json` in the output folder hold the same verdict; `report.html` and the recognizer's
         model card repeat its warnings.
 
     Raises
@@ -102,8 +108,9 @@ def run(
     """Do what `adapt` does, with overrides as a command line gives them."""
     import speechbrain as sb
 
-    from speechbrain_mifuse.experiments.preflight import require_ready
-    from speechbrain_mifuse.experiments.results import summary
+    from speechbrain_mifuse.experiments.adaptation import AdaptationExperiment
+    from speechbrain_mifuse.experiments.preflight import require_adaptation
+    from speechbrain_mifuse.experiments.run_report import summary
     from speechbrain_mifuse.experiments.settings import overrides_of, read_hparams
     from speechbrain_mifuse.inference.recognizer_folder import read_about
 
@@ -112,22 +119,22 @@ def run(
     if run_opts and run_opts.get("device"):
         require_device(run_opts["device"])
     folder = Path(output_folder or Path("results") / "adapted" / Path(wav_folder).resolve().name)
-    settings = {**source_settings(source, about), **teacher_settings(teacher, source, about["labels"])}
-    settings |= {"data_folder": str(Path(wav_folder).resolve()), "output_folder": str(folder), "method": METHOD}
-    served = settings.pop("teacher_recogniser", None)
-    require_model(settings.get("lalm_base_url"), overrides)
-    overrides = {**overrides_of(settings), **overrides}
+    flags = {**source_settings(source, about), **teacher_settings(teacher, source, about["labels"])}
+    flags |= {"data_folder": str(Path(wav_folder).resolve()), "output_folder": str(folder), "method": METHOD}
+    served = flags.pop("teacher_recogniser", None)
+    require_model(flags.get("lalm_base_url"), overrides)
+    overrides = {**overrides_of(flags), **overrides}
     hparams = read_hparams(SETTINGS, overrides)
     method = trained_method(hparams)
-    names = [*TEACHERS, method]
-    require_ready(hparams, names, run_opts, served)
+    experiment = AdaptationExperiment.of(hparams, [*TEACHERS, method], served)
+    require_adaptation(experiment, run_opts)
     hook = sys.excepthook
     with writing(hparams["output_folder"]):
         sb.create_experiment_directory(hparams["output_folder"], SETTINGS, overrides, save_env_desc=False)
     sys.excepthook = hook
-    load_recipe("recipes/RAVDESS/mifuse/train.py").run(hparams, names, run_opts, served)
-    folder = Path(hparams["output_folder"])
-    summary(folder, names, list(hparams["adaptation"]["methods"]))
+    load_recipe("recipes/RAVDESS/mifuse/train.py").run(experiment, run_opts)
+    folder = experiment.output_folder
+    summary(folder, experiment.methods, experiment.adaptation["methods"])
     results = json.loads((folder / method / "results.json").read_text())
     verdict = judged(folder, method, hparams["labels"])
     keep_verdict(folder, method, results, verdict)
@@ -144,7 +151,7 @@ def require_recordings(wav_folder: str | Path, given: Collection[str]) -> None:
 
 def source_settings(folder: str | Path, about: Mapping) -> dict:
     """Take the settings of a run from the recogniser that it starts from."""
-    from speechbrain_mifuse.experiments.results import corpus_of
+    from speechbrain_mifuse.experiments.run_report import corpus_of
     from speechbrain_mifuse.inference.recognizer_folder import read_settings
 
     values = read_settings(Path(folder) / "hyperparams.yaml")
@@ -170,7 +177,7 @@ def source_settings(folder: str | Path, about: Mapping) -> dict:
 
 def teacher_settings(teacher: str | Path, source: str | Path, labels: list) -> dict:
     """Say how the teacher is reached."""
-    from speechbrain_mifuse.experiments.results import corpus_of
+    from speechbrain_mifuse.experiments.run_report import corpus_of
     from speechbrain_mifuse.inference.recognizer_folder import read_about, recogniser_digest
 
     if str(teacher).startswith(("http://", "https://")):
@@ -212,7 +219,7 @@ def judged(folder: Path, method: str, labels: list) -> dict:
     """Judge an adaptation without labels, and write what was found."""
     import torch
 
-    from speechbrain_mifuse.evaluation.verdict import judge, scored, told
+    from speechbrain_mifuse.evaluation.verdict import judge, scored, verdict_text
     from speechbrain_mifuse.utils.files import atomic_write
 
     student, source, teacher = (
@@ -226,7 +233,7 @@ def judged(folder: Path, method: str, labels: list) -> dict:
     if len(accuracy) == 3 and None not in accuracy:
         verdict = scored(verdict, dict(zip(("student", "source", "teacher"), accuracy, strict=True)))
     atomic_write(folder / "verdict.json", json.dumps(verdict, indent=1))
-    atomic_write(folder / "verdict.md", told(verdict))
+    atomic_write(folder / "verdict.md", verdict_text(verdict))
     return verdict
 
 

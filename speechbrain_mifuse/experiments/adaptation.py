@@ -1,11 +1,11 @@
-"""What surrounds the training of one adaptation method: finding it done, and writing what came of it."""
+"""Settings of an adaptation recipe, and what surrounds the training of one method."""
 
 from __future__ import annotations
 
 import hashlib
 import json
-import logging
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import safetensors.torch
@@ -15,15 +15,78 @@ from speechbrain.dataio.dataset import DynamicItemDataset
 from speechbrain_mifuse.adaptation.method import AdaptationMethod, Survey
 from speechbrain_mifuse.adaptation.mi_fuse import MIFuse
 from speechbrain_mifuse.brains.adaptation import AdaptationBrain
-from speechbrain_mifuse.brains.training import same_settings
+from speechbrain_mifuse.experiments.features import CorpusSettings, EncoderSettings
+from speechbrain_mifuse.experiments.same_settings import completed
+from speechbrain_mifuse.experiments.settings import known_ones
+from speechbrain_mifuse.experiments.teacher import ApiTeacher, AudioTextTeacher, teacher_of
 from speechbrain_mifuse.inference.recognizer_folder import export_student, recogniser_digest
 from speechbrain_mifuse.nnet.calibration import fit_temperature
 from speechbrain_mifuse.utils.files import atomic_write
 
-logger = logging.getLogger(__name__)
-
 # What decides the adapted weights, beside method and data.
 DECISIVE = ("seed", "number_of_steps", "batch_size", "learning_rate", "ema_window", "passes", "selection", "layer")
+# Keys of the recipe that decide the target's data, and what the teacher says of it.
+TARGET_KEYS = (
+    *("target", "labels", "trim_db", "frame_average", "speaker_norm", "speaker_norm_strength"),
+    *("speaker_embedding", "speaker_clusters"),
+)
+ANSWER_KEYS = (
+    *("teacher", "teacher_layer", "teacher_alm", "teacher_prompts", "lalm_base_url", "lalm_model", "lalm_answer_form"),
+    *("lalm_samples", "lalm_temperature", "lalm_prompts", "lalm_shuffle_labels"),
+)
+
+
+@dataclass(frozen=True)
+class AdaptationExperiment:
+    """What an adaptation recipe reads from its YAML file and its flags.
+
+    `methods` are the chosen ones by their names, `adaptation` is what `hparams/base/adaptation.yaml` defines, and
+    `decisive` holds what an earlier run in the same folder must agree in.
+    """
+
+    target: CorpusSettings
+    source: CorpusSettings
+    teacher_corpus: CorpusSettings
+    encoder: EncoderSettings
+    teacher: ApiTeacher | AudioTextTeacher
+    methods: Mapping[str, AdaptationMethod]
+    adaptation: Mapping
+    layer: int | None
+    source_recogniser: str | None
+    output_folder: Path
+    decisive: Mapping
+
+    @classmethod
+    def of(
+        cls, hparams: Mapping, names: Sequence[str] | None = None, teacher_recogniser: Path | None = None
+    ) -> AdaptationExperiment:
+        """Read them from a recipe's hparams; `names` are methods in place of those that `--method` chooses."""
+        known, options = hparams["adaptation"]["methods"], getattr(hparams["prepare_target"], "keywords", {})
+        decisive = {key: hparams[key] for key in (*TARGET_KEYS, *ANSWER_KEYS)}
+        decisive |= {f"prepare_target: {key}": options.get(key) for key in ("splits", "keep")}
+        return cls(
+            target=CorpusSettings.target_of(hparams),
+            source=CorpusSettings.source_of(hparams),
+            teacher_corpus=CorpusSettings.teacher_of(hparams),
+            encoder=EncoderSettings.of(hparams),
+            teacher=teacher_of(hparams, teacher_recogniser),
+            methods={name: known[name] for name in names or known_ones(hparams["method"], known, "--method")},
+            adaptation=hparams["adaptation"],
+            layer=hparams["layer"],
+            source_recogniser=hparams["source_recogniser"],
+            output_folder=Path(hparams["output_folder"]),
+            decisive=decisive,
+        )
+
+    @property
+    def asks_teacher(self) -> bool:
+        """Whether a chosen method needs the teacher's answers."""
+        return any(method.answers_for for method in self.methods.values())
+
+    @property
+    def trains_teacher(self) -> bool:
+        """Whether the teacher is a classifier that is trained here and served on this machine."""
+        return self.asks_teacher and self.teacher.serves_classifier and self.teacher.recogniser is None
 
 
 def chosen_settings(settings: Mapping, method: AdaptationMethod) -> dict:
@@ -34,14 +97,14 @@ def chosen_settings(settings: Mapping, method: AdaptationMethod) -> dict:
 def adaptation_settings(
     settings: Mapping,
     method: AdaptationMethod,
-    front,
+    frame_source,
     source: str | Path,
     datasets: Mapping[str, DynamicItemDataset],
 ) -> dict:
     """Everything that decides the adapted weights."""
     return {
         **chosen_settings(settings, method),
-        "features": front.fingerprint,
+        "features": frame_source.fingerprint,
         "source": recogniser_digest(source),
         "data": fingerprint_answers(datasets, method.answers_for),
     }
@@ -60,12 +123,10 @@ def fingerprint_answers(datasets: Mapping[str, DynamicItemDataset], answers_for:
 
 def finished(folder: Path, method: AdaptationMethod, settings: Mapping) -> dict[str, list[float]] | None:
     """Give the predictions of a method that ran to its end with these settings; none if it did not."""
-    predictions = folder / "predictions.json"
-    exported = not method.trains or (folder / "recogniser" / "about.json").exists()
-    if not (same_settings(folder / "settings.json", settings) and predictions.exists() and exported):
+    files = ["predictions.json", *(["recogniser/about.json"] if method.trains else [])]
+    if not completed(folder, settings, *files, what="done already, skipped."):
         return None
-    logger.info("%s: done already, skipped.", folder)
-    return json.loads(predictions.read_text())
+    return json.loads((folder / "predictions.json").read_text())
 
 
 def finish(name: str, brain: AdaptationBrain, folder: Path, source: str | Path) -> dict[str, list[float]]:
@@ -91,7 +152,7 @@ def _keep_student(name: str, brain: AdaptationBrain, folder: Path, source: str |
     embeddings = {"ids": brain.test_keys, **plane(hidden, brain.test.student().hidden)}
     atomic_write(folder / "embeddings.json", json.dumps(embeddings))
     if isinstance(method, MIFuse):
-        atomic_write(folder / "weighing.json", json.dumps(brain.weighing()))
+        atomic_write(folder / "weighing.json", json.dumps(brain.teacher_weights()))
 
 
 def label_free_temperature(method: AdaptationMethod, survey: Survey, source: torch.Tensor) -> float:

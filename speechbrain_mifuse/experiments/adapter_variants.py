@@ -41,7 +41,9 @@ class Arm:
     learning_rate: float | None = None
 
 
-def pretraining_settings(name: str, settings: Mapping, manifests: Sequence[str | Path], front, seed: int) -> dict:
+def pretraining_settings(
+    name: str, settings: Mapping, manifests: Sequence[str | Path], frame_source, seed: int
+) -> dict:
     """Everything that decides the pretrained weights."""
     objectives = {}
     for key, objective in settings["pretrainings"][name].items():
@@ -50,7 +52,7 @@ def pretraining_settings(name: str, settings: Mapping, manifests: Sequence[str |
         "pretraining": name,
         "seed": seed,
         "manifests": [file_digest(path) for path in manifests],
-        "features": {**front.fingerprint, "layer": front.layer},
+        "features": {**frame_source.fingerprint, "layer": frame_source.layer},
         "network": described("network", settings["network"]),
         "objectives": objectives,
         **{key: settings[key] for key in DECISIVE},
@@ -70,13 +72,13 @@ def pretraining_audio(pretrain_on: str | Sequence[str]) -> str:
 
 
 def survey_utterances(
-    manifests: Sequence[str | Path], front, prosody: Callable[[], Mapping[str, torch.Tensor]]
+    manifests: Sequence[str | Path], frame_source, prosody: Callable[[], Mapping[str, torch.Tensor]]
 ) -> tuple[UtteranceSurvey, torch.Tensor, torch.Tensor]:
     """Go through a pretraining set once: statistics of each utterance, mean and deviation of all frames."""
-    rows = {key: row for path in manifests for key, row in encoded_rows(path, front.store).items()}
+    rows = {key: row for path in manifests for key, row in encoded_rows(path, frame_source.store).items()}
     means, squares, counts = [], [], []
     for key, row in rows.items():
-        frames = front.read(key, row["wav"]).float()
+        frames = frame_source.read(key, row["wav"]).float()
         means.append(frames.mean(0))
         squares.append(frames.square().mean(0))
         counts.append(len(frames))
@@ -109,15 +111,15 @@ def finish_pretraining(brain: AdapterBrain, folder: Path, trained_with: Mapping)
     rows = brain.hparams.history.rows
     plot_codebook(folder / "codebook.png", rows)
     plot_layer_weights(folder / "layer_weights.png", rows)
-    told = {**trained_with, "epochs": len(rows), "steps": brain.optimizer_step, "last_epoch": rows[-1]}
-    export_adapter(folder / "adapter", brain.modules.student.adapter, trained_with["features"], told)
+    about = {**trained_with, "epochs": len(rows), "steps": brain.optimizer_step, "last_epoch": rows[-1]}
+    export_adapter(folder / "adapter", brain.modules.student.adapter, trained_with["features"], about)
     shutil.rmtree(folder / "save")
     return folder / "adapter"
 
 
-def arm_settings(arm: Arm, settings: Mapping, run: Run, front, adapters: Mapping[str, Path]) -> dict:
+def arm_settings(arm: Arm, settings: Mapping, run: Run, frame_source, adapters: Mapping[str, Path]) -> dict:
     """Everything that decides an arm's result."""
-    found = {**shared_settings(settings, run, front), **described("classifier", arm.classifier)}
+    found = {**shared_settings(settings, run, frame_source), **described("classifier", arm.classifier)}
     return {**found, **adapter_settings(arm, settings, adapters)}
 
 
@@ -129,31 +131,36 @@ def adapter_settings(arm: Arm, settings: Mapping, adapters: Mapping[str, Path]) 
     return {**described("network", settings["network"]), "adapter": digest}
 
 
-def starting_adapter(arm: Arm, settings: Mapping, run: Run, front, adapters: Mapping[str, Path]):
+def starting_adapter(arm: Arm, settings: Mapping, run: Run, frame_source, adapters: Mapping[str, Path]):
     """Give an arm's adapter as it starts: none, random, or pretrained."""
     if not arm.adapter:
         return None
-    adapter = settings["network"](input_size=front.dim)
+    adapter = settings["network"](input_size=frame_source.dim)
     if arm.pretraining is not None:
-        pretrained = load_adapter(adapters[arm.pretraining], {**front.fingerprint, "layer": front.layer})
+        pretrained = load_adapter(adapters[arm.pretraining], {**frame_source.fingerprint, "layer": frame_source.layer})
         adapter.load_state_dict(pretrained.state_dict())
         return adapter
-    _, mean, deviation = survey_utterances([unlabelled(run.splits[0])], front, prosody=dict)
+    _, mean, deviation = survey_utterances([unlabelled(run.splits[0])], frame_source, prosody=dict)
     adapter.standardise_by(mean, deviation)
     return adapter
 
 
 @torch.inference_mode()
-def show_attention(name: str, classifier: AdapterClassifier, front, run: Run) -> None:
+def show_attention(name: str, classifier: AdapterClassifier, frame_source, run: Run) -> None:
     """Draw the pooling's attention over one test utterance, where the pooling has any."""
     if not hasattr(classifier.pooling, "attention"):
         return
     rows, device = read_manifest(run.splits[1]), next(classifier.parameters()).device
     # The longest recording shows most, and which one it is does not depend on the arm.
-    key = max((key for key in rows if key in front.store), key=lambda key: (front.store.rows[key].frames, key))
-    frames, lengths = front.read(key, rows[key]["wav"]).float().unsqueeze(0).to(device), torch.ones(1, device=device)
+    key = max(
+        (key for key in rows if key in frame_source.store), key=lambda key: (frame_source.store.rows[key].frames, key)
+    )
+    frames, lengths = (
+        frame_source.read(key, rows[key]["wav"]).float().unsqueeze(0).to(device),
+        torch.ones(1, device=device),
+    )
     attention = classifier.pooling.attention(classifier.adapted(frames, lengths), lengths)[0].cpu()
-    rate = front.store.fingerprint["sample_rate"]
-    wave = trim_silence(load_audio(rows[key]["wav"], rate), front.store.fingerprint["trim_db"])
+    rate = frame_source.store.fingerprint["sample_rate"]
+    wave = trim_silence(load_audio(rows[key]["wav"], rate), frame_source.store.fingerprint["trim_db"])
     path = run.arm_folder(name) / "attention.png"
     plot_attention(path, wave, attention, rate, f"{name}: {key}, {rows[key]['emo']}")

@@ -10,11 +10,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from speechbrain_mifuse import __version__
-from speechbrain_mifuse.brains.training import same_settings
 from speechbrain_mifuse.corpora.folds import fold_folder
 from speechbrain_mifuse.evaluation.aggregate import write_csv
-from speechbrain_mifuse.evaluation.results import evaluate
+from speechbrain_mifuse.evaluation.scoring import evaluate
 from speechbrain_mifuse.experiments.features import norm_of
+from speechbrain_mifuse.experiments.same_settings import same_settings
 from speechbrain_mifuse.experiments.settings import chosen_among, known_ones
 from speechbrain_mifuse.features.dataset import encoded_rows, label_index
 from speechbrain_mifuse.inference.model_card import encoder_told
@@ -49,7 +49,7 @@ class Run:
         """Where an arm's results go."""
         return self.folder / f"labels_{self.labels_per_class}" / name
 
-    def told(self, name: str) -> str:
+    def progress_label(self, name: str) -> str:
         """Name an arm of the run on a progress bar."""
         return f"fold {self.fold}, seed {self.seed}, {name}"
 
@@ -66,13 +66,14 @@ class Comparison:
     corpus: str
     manifests: Path
     output_folder: Path
+    feature_folder: str | None
     about: Mapping
 
     @classmethod
     def of(cls, hparams: Mapping, arms: Mapping, **about: str) -> Comparison:
         """Read it from a recipe's hparams; `arms` are those that there are, `about` goes into every record."""
         norm, amounts, n_folds = norm_of(hparams), hparams["labels_per_class"], len(hparams["folds"])
-        told = {
+        shared = {
             "corpus": hparams["source"],
             "encoder": f"{encoder_told(hparams['encoder'])}, layer {hparams['layer']}, frozen",
             "protocol": f"{n_folds} folds, {hparams['protocol']}, {len(hparams['labels'])} classes",
@@ -87,7 +88,8 @@ class Comparison:
             corpus=hparams["source"],
             manifests=Path(hparams["manifests"]),
             output_folder=Path(hparams["output_folder"]),
-            about={**told, **about},
+            feature_folder=hparams["feature_folder"],
+            about={**shared, **about},
         )
 
     def run(self, fold: int, seed: int, labels_per_class: int | str = "all") -> Run:
@@ -128,16 +130,12 @@ def rows_of_fold(run: Run, labels: Sequence[str], store) -> tuple[dict[str, dict
     return {key: train[key] for key in few_labels(train, run.labels_per_class, run.seed)}, test
 
 
-def shared_settings(settings: Mapping, run: Run, front) -> dict:
+def shared_settings(settings: Mapping, run: Run, frame_source) -> dict:
     """Everything that decides an arm's result but the arm itself."""
     digests = [file_digest(path) for path in run.splits]
     found = {"manifests": digests, "seed": run.seed, "labels_per_class": run.labels_per_class}
-    return {**found, **chosen_settings(settings), "features": {**front.fingerprint, "layer": front.layer}}
-
-
-def chosen_settings(settings: Mapping) -> dict:
-    """Give what a recipe says of the training, the part of `shared_settings` that is known before it begins."""
-    return {key: settings[key] for key in DECISIVE}
+    found |= {key: settings[key] for key in DECISIVE}
+    return {**found, "features": {**frame_source.fingerprint, "layer": frame_source.layer}}
 
 
 def finished(folder: Path, settings: Mapping) -> dict | None:

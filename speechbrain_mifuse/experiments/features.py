@@ -14,6 +14,8 @@ from speechbrain_mifuse.features.speakers import FoundSpeakers, KnownSpeakers, c
 from speechbrain_mifuse.features.store import FeatureStore
 from speechbrain_mifuse.utils.errors import UserError
 
+SpeakerNorm = KnownSpeakers | FoundSpeakers
+
 
 @dataclass(frozen=True)
 class EncoderSettings:
@@ -48,7 +50,7 @@ class CorpusSettings:
     prepare: Callable[[], None]
     feature_folder: str | None
     classifier: Mapping | None = None
-    norm: KnownSpeakers | FoundSpeakers | None = None
+    norm: SpeakerNorm | None = None
 
     @classmethod
     def target_of(cls, hparams: Mapping) -> CorpusSettings:
@@ -96,7 +98,7 @@ class CorpusSettings:
         )
 
 
-def norm_of(hparams: Mapping) -> KnownSpeakers | FoundSpeakers | None:
+def norm_of(hparams: Mapping) -> SpeakerNorm | None:
     """Read the speaker normalization that a recipe asks for."""
     return chosen_norm(
         {
@@ -129,7 +131,7 @@ def store_frames(corpus: CorpusSettings, reader: FrameReader) -> FeatureStore:
     return fill_store(corpus.name, _unlabelled_manifests(corpus), reader, corpus.feature_folder)
 
 
-def open_front(corpus: CorpusSettings, layer: int | None, reader: FrameReader) -> StoredFrames:
+def open_frame_source(corpus: CorpusSettings, layer: int | None, reader: FrameReader) -> StoredFrames:
     """Fill the feature store of a corpus and read its frames, speaker-normalized if asked."""
     store = store_frames(corpus, reader)
     if corpus.norm is None:
@@ -137,7 +139,7 @@ def open_front(corpus: CorpusSettings, layer: int | None, reader: FrameReader) -
     return StoredFrames(store, layer, speaker_offsets(_unlabelled_manifests(corpus), store, corpus.norm))
 
 
-def finetuned_front(source: str, trim_db: float | None, norm: KnownSpeakers | FoundSpeakers | None) -> FinetunedEncoder:
+def finetuned_frame_source(source: str, trim_db: float | None, norm: SpeakerNorm | None) -> FinetunedEncoder:
     """Load an encoder to be trained along."""
     if norm is not None:
         raise UserError(

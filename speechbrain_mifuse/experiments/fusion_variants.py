@@ -14,7 +14,7 @@ import torch
 from speechbrain_mifuse.adaptation.method import described
 from speechbrain_mifuse.corpora.manifest import read_manifest, unlabelled
 from speechbrain_mifuse.evaluation.metrics import scores_of
-from speechbrain_mifuse.evaluation.results import counts_by_speaker
+from speechbrain_mifuse.evaluation.scoring import counts_by_speaker
 from speechbrain_mifuse.experiments.adapter_variants import Arm, adapter_settings
 from speechbrain_mifuse.experiments.comparison import Run, few_labels, shared_settings
 from speechbrain_mifuse.experiments.settings import known_ones
@@ -118,8 +118,8 @@ def prepared(arm: FusionArm, table: ScoreTable, run: Run) -> ScoreTable:
     if arm.standardised:
         keys = list(table.values)
         values = normalise_scores(table.of(keys), table.of(splits[0]))
-        told = {"standardised_by": hashlib.sha256("".join(sorted(splits[0])).encode()).hexdigest()}
-        table = ScoreTable(table.labels, dict(zip(keys, values, strict=True)), {**table.about, **told})
+        by = {"standardised_by": hashlib.sha256("".join(sorted(splits[0])).encode()).hexdigest()}
+        table = ScoreTable(table.labels, dict(zip(keys, values, strict=True)), {**table.about, **by})
     return dealt(table, splits, run.seed) if arm.permuted else table
 
 
@@ -128,12 +128,12 @@ def fusion_settings(
     specialist: Specialist,
     settings: Mapping,
     run: Run,
-    front,
+    frame_source,
     table: ScoreTable,
     adapters: Mapping[str, Path],
 ) -> dict:
     """Everything that decides an arm's result."""
-    found = {**shared_settings(settings, run, front), **described("classifier", arm.classifier)}
+    found = {**shared_settings(settings, run, frame_source), **described("classifier", arm.classifier)}
     found |= described("specialist", specialist.classifier)
     found |= adapter_settings(specialist, settings, adapters)
     digest = hashlib.sha256(json.dumps([table.about, list(table.labels)], sort_keys=True).encode()).hexdigest()[:16]

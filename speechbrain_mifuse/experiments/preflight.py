@@ -1,7 +1,8 @@
 """Checks before a run: whatever would stop it late, after hours of computing or a paid question, stops it here.
 
-`require_ready` looks at what is outside the settings, before the first file is written; `require_data` and
-`require_recordings` at the corpora, before anything is encoded, trained, or asked.
+The functions for one kind of recipe each look at what is outside the settings, before the first file is written;
+`require_methods_fit`, `require_recordings` and `require_folds` at the corpora, before anything is encoded, trained, or
+asked.
 """
 
 from __future__ import annotations
@@ -17,21 +18,19 @@ from pathlib import Path
 from ruamel.yaml import YAML
 from ruamel.yaml.error import YAMLError
 
-from speechbrain_mifuse.adaptation.method import AdaptationMethod
 from speechbrain_mifuse.adaptation.selection import known_rule
 from speechbrain_mifuse.brains.dual_encoder import POSITIVES
-from speechbrain_mifuse.brains.training import require_trainable, require_unchanged
+from speechbrain_mifuse.brains.training import require_trainable
 from speechbrain_mifuse.corpora.folds import fold_folder
 from speechbrain_mifuse.corpora.manifest import read_manifest, unlabelled
-from speechbrain_mifuse.evaluation.results import labelled
-from speechbrain_mifuse.experiments import adapter_variants, comparison
+from speechbrain_mifuse.evaluation.scoring import labelled
+from speechbrain_mifuse.experiments import adapter_variants, comparison, dual_encoder, source
+from speechbrain_mifuse.experiments.adaptation import ANSWER_KEYS, AdaptationExperiment
 from speechbrain_mifuse.experiments.adaptation import chosen_settings as chosen_adaptation
-from speechbrain_mifuse.experiments.dual_encoder import DECISIVE as DUAL_ENCODER_DECISIVE
-from speechbrain_mifuse.experiments.features import CorpusSettings, norm_of
+from speechbrain_mifuse.experiments.features import CorpusSettings
+from speechbrain_mifuse.experiments.same_settings import require_unchanged
 from speechbrain_mifuse.experiments.settings import known_ones, require_layer
-from speechbrain_mifuse.experiments.source import chosen_settings as chosen_classifier
-from speechbrain_mifuse.experiments.source import prepare_labelled
-from speechbrain_mifuse.experiments.teacher import TeacherSettings, zero_shot_teacher
+from speechbrain_mifuse.experiments.teacher import AudioTextTeacher
 from speechbrain_mifuse.features.dataset import encoded_rows
 from speechbrain_mifuse.features.extract import FrameReader
 from speechbrain_mifuse.features.store import FeatureStore
@@ -42,68 +41,82 @@ from speechbrain_mifuse.nnet.adapter_files import adapter_digest
 from speechbrain_mifuse.report.cases import cases_of
 from speechbrain_mifuse.utils.errors import UserError, require_writable
 from speechbrain_mifuse.utils.files import cache_folder
-from speechbrain_mifuse.zero_shot import AUDIO_TEXT_TEACHER
 from speechbrain_mifuse.zero_shot.captions import read_captions
 from speechbrain_mifuse.zero_shot.prompts import read_prompts
 
-# Whose classifiers may be trained here.
-ROLES = ("source", "teacher")
 # Seconds to wait for a server to accept a connection.
 PATIENCE_S = 10
-# What decides the target's data and what the teacher says of it, by key of the recipe.
-TARGET_KEYS = (
-    *("target", "labels", "trim_db", "frame_average", "speaker_norm", "speaker_norm_strength"),
-    *("speaker_embedding", "speaker_clusters"),
-)
-ANSWER_KEYS = (
-    *("teacher", "teacher_layer", "teacher_alm", "teacher_prompts", "lalm_base_url", "lalm_model", "lalm_answer_form"),
-    *("lalm_samples", "lalm_temperature", "lalm_prompts", "lalm_shuffle_labels"),
-)
 
 
-def require_ready(
-    hparams: Mapping,
-    names: Sequence[str] = (),
-    run_opts: Mapping | None = None,
-    teacher_recogniser: Path | None = None,
-) -> None:
-    """Make sure that a recipe can run to its end, as far as that can be known before it begins."""
-    if "speaker_norm" in hparams:
-        norm_of(hparams)
-    _require_files(hparams)
-    if "adaptation" in hparams:
-        known_rule(hparams["adaptation"]["selection"])
-        require_source(hparams)
-    _require_same_settings(hparams, names)
-    if "adaptation" in hparams:
-        require_teacher(hparams, names, TeacherSettings.of(hparams, teacher_recogniser), run_opts)
-    require_writable(hparams["output_folder"], "--output_folder")
-    if "feature_folder" in hparams:
-        require_writable(hparams["feature_folder"] or cache_folder() / "features", "--feature_folder")
+def require_adaptation(experiment: AdaptationExperiment, run_opts: Mapping | None = None) -> None:
+    """Make sure that an adaptation recipe can run to its end, as far as that can be known before it begins."""
+    classifiers = (experiment.source.classifier, experiment.teacher_corpus.classifier)
+    _require_adapters(*(classifier["adapter"] for classifier in classifiers))
+    known_rule(experiment.adaptation["selection"])
+    require_source(experiment)
+    _require_same_adaptation(experiment)
+    for classifier in classifiers[0 if experiment.source_recogniser is None else 1 :]:
+        _require_same_classifier(classifier)
+    require_teacher(experiment, run_opts)
+    _require_folders(experiment.output_folder, experiment.target.feature_folder)
 
 
-def _require_files(hparams: Mapping) -> None:
-    """Refuse adapters, prompts, captions, and names of choices that are read only after encoding."""
-    trained = [hparams.get("source_classifier"), hparams.get("teacher_classifier")]
-    pretrained = [hparams.get("adapter_folder"), *(options["adapter"] for options in trained if options)]
-    for folder in filter(None, pretrained):
+def require_classifier(corpus: CorpusSettings, output_folder: str) -> None:
+    """Make sure that a classifier recipe can run to its end."""
+    _require_adapters(corpus.classifier["adapter"])
+    _require_same_classifier(corpus.classifier)
+    _require_folders(output_folder, corpus.feature_folder)
+
+
+def require_comparison(runs: comparison.Comparison, settings: Mapping, adapter_folder: str | None = None) -> None:
+    """Make sure that a recipe that compares variants can; `settings` is what its file of `hparams/base` defines."""
+    _require_adapters(adapter_folder)
+    for name in runs.arms:
+        rate = getattr(settings["arms"][name], "learning_rate", None)
+        own = {} if rate is None else {"adapter_learning_rate": rate}
+        for path in sorted(runs.output_folder.glob(f"fold_*/seed_*/labels_*/{name}/settings.json")):
+            _require_same(path, {**settings, **own}, comparison.DECISIVE)
+    if "pretrainings" in settings:
+        for path in sorted(runs.output_folder.glob("fold_*/seed_*/pretraining_*/settings.json")):
+            _require_same(path, settings, adapter_variants.DECISIVE)
+    _require_folders(runs.output_folder, runs.feature_folder)
+
+
+def require_dual_encoder(settings: Mapping, feature_folder: str | None) -> None:
+    """Make sure that a dual encoder recipe can run; `settings` is what `hparams/base/dual_encoder.yaml` defines."""
+    read_captions(settings["captions"], read_prompts(settings["prompts"]))
+    FrozenTextEncoder(settings["text_encoder"])
+    known_ones(settings["positives"], POSITIVES, "--dual_encoder positives")
+    _require_same(Path(settings["output_folder"]) / "settings.json", settings, dual_encoder.DECISIVE)
+    _require_folders(settings["output_folder"], feature_folder)
+
+
+def _require_folders(output_folder: str | Path, feature_folder: str | None) -> None:
+    require_writable(output_folder, "--output_folder")
+    require_writable(feature_folder or cache_folder() / "features", "--feature_folder")
+
+
+def _require_adapters(*folders: str | None) -> None:
+    for folder in filter(None, folders):
         adapter_digest(folder)
-    if "pretrain_on" in hparams:
-        adapter_variants.pretraining_splits(hparams["pretrain_on"])
-    prompts = read_prompts(hparams["prompts"]) if "prompts" in hparams else None
-    if "captions" in hparams:
-        read_captions(hparams["captions"], prompts)
-        FrozenTextEncoder(hparams["text_encoder"])
-        known_ones(hparams["dual_encoder"]["positives"], POSITIVES, "--dual_encoder positives")
 
 
-def require_source(hparams: Mapping, reader: FrameReader | None = None) -> None:
+def _require_same(path: Path, settings: Mapping, keys: Sequence[str]) -> None:
+    """Refuse a folder whose work was done with other settings."""
+    require_unchanged(path, {key: settings[key] for key in keys})
+
+
+def _require_same_classifier(classifier: Mapping) -> None:
+    _require_same(Path(classifier["output_folder"]) / "settings.json", classifier, source.DECISIVE)
+
+
+def require_source(experiment: AdaptationExperiment, reader: FrameReader | None = None) -> None:
     """Make sure that the source recognizer, if one is given, can be adapted with these settings."""
-    folder = hparams["source_recogniser"]
+    folder = experiment.source_recogniser
     if folder is None:
         return
     about = _whole_recogniser(folder, "--source_recogniser")
-    labels, layer = list(hparams["labels"]), hparams["layer"]
+    labels, layer = list(experiment.adaptation["labels"]), experiment.layer
     if about["labels"] != labels:
         raise UserError(
             f"--source_recogniser: {folder} knows {', '.join(about['labels'])}, and --labels are {', '.join(labels)}. "
@@ -115,9 +128,9 @@ def require_source(hparams: Mapping, reader: FrameReader | None = None) -> None:
             f"Pass --layer {about['layer']}, or another recognizer."
         )
     if reader is not None:
-        features, norm = reader.fingerprint(), norm_of(hparams)
+        features = reader.fingerprint()
         # What speakers' offsets are depends on the recordings; how they are made must be the same.
-        features |= {} if norm is None else {"speaker_norm": about["features"].get("speaker_norm")}
+        features |= {} if experiment.target.norm is None else {"speaker_norm": about["features"].get("speaker_norm")}
         load_classifier(folder, labels, features)
 
 
@@ -132,28 +145,26 @@ def _whole_recogniser(folder: str | Path, flag: str) -> dict:
     return about
 
 
-def require_teacher(
-    hparams: Mapping, names: Sequence[str], teacher: TeacherSettings, run_opts: Mapping | None = None
-) -> None:
+def require_teacher(experiment: AdaptationExperiment, run_opts: Mapping | None = None) -> None:
     """Make sure that the teacher can be asked, if a chosen method needs its answers."""
-    if not any(hparams["adaptation"]["methods"][name].answers_for for name in names):
+    teacher = experiment.teacher
+    if not experiment.asks_teacher:
         return
-    if teacher.name == AUDIO_TEXT_TEACHER:
-        read_prompts(teacher.alm_prompts)
-        zero_shot_teacher(teacher, hparams["target"], run_opts)
+    if isinstance(teacher, AudioTextTeacher):
+        read_prompts(teacher.teacher_prompts)
+        teacher.load(experiment.target.name, run_opts)
         return
     if teacher.recogniser:
         _whole_recogniser(teacher.recogniser, "--teacher")
-    elif teacher.is_local:
-        require_layer(hparams, "teacher_layer")
-    store = teacher.label_store
+    elif teacher.serves_classifier:
+        require_layer("teacher_layer", experiment.teacher_corpus.classifier["layer"], experiment.encoder.layers)
+    store, query = teacher.label_store, teacher.query()
     with LabelStore(store if store.exists() else ":memory:") as answers:
-        query = teacher.query(teacher.base_url)
-        teacher.client(teacher.base_url, answers, query)
+        teacher.client(answers, query)
         asked_before = bool(answers.have(query))
     # Where answers are stored, there may be nothing left to ask.
-    if not teacher.is_local and not asked_before:
-        require_api(teacher.base_url)
+    if not teacher.serves_classifier and not asked_before:
+        require_api(teacher.profile.base_url)
 
 
 def require_api(base_url: str) -> None:
@@ -173,113 +184,63 @@ def require_api(base_url: str) -> None:
         ) from None
 
 
-def _require_same_settings(hparams: Mapping, names: Sequence[str]) -> None:
+def _require_same_adaptation(experiment: AdaptationExperiment) -> None:
     """Refuse an output folder that holds what was made with other settings, before anything in it changes."""
-    folder = Path(hparams["output_folder"])
-    if "adaptation" in hparams:
-        methods = hparams["adaptation"]["methods"]
-        for name in names:
-            settings = chosen_adaptation(hparams["adaptation"], methods[name])
-            require_unchanged(folder / name / "settings.json", settings)
-        done = [name for name in names if (folder / name / "settings.json").is_file()]
-        answered = any(methods[name].answers_for for name in done)
-        _require_same_page(folder, hparams)
-        if done:
-            _require_same_data(hparams, (*TARGET_KEYS, *(ANSWER_KEYS if answered else ())))
-    source = hparams.get("source_classifier") if hparams.get("source_recogniser") is None else None
-    for options in (source, hparams.get("teacher_classifier")):
-        if options is not None:
-            require_unchanged(Path(options["output_folder"]) / "settings.json", chosen_classifier(options))
-    for kind in ("adapter", "zsfuse"):
-        if isinstance(hparams.get(kind), Mapping):
-            _require_same_arms(folder, hparams[kind], names)
-    if "sources" in hparams:
-        options = hparams["dual_encoder"]
-        settings = {key: options[key] for key in DUAL_ENCODER_DECISIVE}
-        require_unchanged(Path(options["output_folder"]) / "settings.json", settings)
-
-
-def _require_same_page(folder: Path, hparams: Mapping) -> None:
-    """Refuse a folder whose page, which shows all methods in it, would be wrong in the end."""
+    folder, done = experiment.output_folder, []
+    for name, method in experiment.methods.items():
+        path = folder / name / "settings.json"
+        require_unchanged(path, chosen_adaptation(experiment.adaptation, method))
+        done += [method] if path.is_file() else []
+    # The page shows all methods of the folder, chosen now or not.
+    wanted = {"seed": experiment.adaptation["seed"], "labels": list(experiment.adaptation["labels"])}
     for case in cases_of(sorted(folder.glob("*/results.json"))):
         for outcome in (outcome for run in case.runs for outcome in run.outcomes.values()):
-            wanted = {"seed": hparams["seed"], "labels": list(hparams["labels"])}
             require_unchanged(outcome.folder / "results.json", wanted, outcome.record)
+    if done:
+        ignored = () if any(method.answers_for for method in done) else ANSWER_KEYS
+        values = {key: value for key, value in experiment.decisive.items() if key not in ignored}
+        _require_same_values(folder / "hyperparams.yaml", values)
 
 
-def _require_same_arms(folder: Path, options: Mapping, names: Sequence[str]) -> None:
-    for name in names:
-        rate = getattr(options["arms"].get(name), "learning_rate", None)
-        own = {} if rate is None else {"adapter_learning_rate": rate}
-        for path in sorted(folder.glob(f"fold_*/seed_*/labels_*/{name}/settings.json")):
-            require_unchanged(path, comparison.chosen_settings({**options, **own}))
-    for path in sorted(folder.glob("fold_*/seed_*/pretraining_*/settings.json")):
-        if "pretrainings" in options:
-            require_unchanged(path, {key: options[key] for key in adapter_variants.DECISIVE})
-
-
-def _require_same_data(hparams: Mapping, keys: Sequence[str]) -> None:
+def _require_same_values(path: Path, wanted: Mapping) -> None:
     """Compare with the settings that an earlier run left in its folder; what it does not say is not compared."""
-    path = Path(hparams["output_folder"]) / "hyperparams.yaml"
     try:
         before = YAML().load(path.read_text(encoding="utf-8"))
     except (OSError, ValueError, YAMLError):
         return
-    wanted = {key: hparams[key] for key in keys if key in hparams}
-    found = {key: getattr(before.get(key), "value", before.get(key)) for key in wanted if key in before}
-    prepare = getattr(hparams["prepare_target"], "keywords", {})
-    for key in ("splits", "keep"):
-        wanted[f"prepare_target: {key}"] = prepare.get(key)
-        found[f"prepare_target: {key}"] = (before.get("prepare_target") or {}).get(key)
-    require_unchanged(path, wanted, found)
+    prepared = before.get("prepare_target") or {}
+    before = {**before, **{f"prepare_target: {key}": prepared.get(key) for key in ("splits", "keep")}}
+    found = {key: getattr(before[key], "value", before[key]) for key in wanted if key in before}
+    require_unchanged(path, {key: wanted[key] for key in found}, found)
 
 
-def require_data(hparams: Mapping, names: Sequence[str], reader: FrameReader, teacher: TeacherSettings) -> None:
-    """Prepare the corpora that an adaptation recipe trains on, and make sure that all of its data suffice."""
-    methods = {name: hparams["adaptation"]["methods"][name] for name in names}
-    target = CorpusSettings.target_of(hparams)
-    require_labels(methods, target)
-    require_source(hparams, reader)
-    require_recordings(target, methods, hparams["output_folder"])
-    if hparams["source_recogniser"] is None:
-        prepare_labelled(CorpusSettings.source_of(hparams))
-    asked = any(method.answers_for for method in methods.values())
-    if asked and teacher.is_local and teacher.recogniser is None:
-        prepare_labelled(CorpusSettings.teacher_of(hparams))
+def require_methods_fit(experiment: AdaptationExperiment) -> None:
+    """Refuse a method that uses the target's labels where there are none, and a target with too few recordings."""
+    target, manifest = experiment.target, experiment.target.manifests / "adapt.json"
+    wanting = [name for name, method in experiment.methods.items() if method.uses_labels]
+    if wanting and not labelled(read_manifest(manifest)):
+        raise UserError(
+            f"--method: {', '.join(wanting)} is trained on the target's labels, and '{target.name}' has none "
+            f"({manifest}). Leave it out of --method, or give the recordings labels."
+        )
+    require_recordings(experiment)
 
 
-def require_recordings(
-    target: CorpusSettings,
-    methods: Mapping[str, AdaptationMethod],
-    output_folder: str | Path,
-    store: FeatureStore | None = None,
-) -> None:
+def require_recordings(experiment: AdaptationExperiment, store: FeatureStore | None = None) -> None:
     """Make sure that there is enough to adapt to: of what could be encoded, once `store` is filled."""
+    target, methods = experiment.target, experiment.methods
     paths = [unlabelled(target.manifests / f"{split}.json") for split in ("adapt", "test")]
     adapted, tested = (encoded_rows(path, store) for path in paths)
     if any(method.trains for method in methods.values()):
         require_trainable([None] * len(adapted), f"{target.name} ({paths[0]})")
     for name in methods:
-        path = Path(output_folder) / name / "predictions.json"
+        path = experiment.output_folder / name / "predictions.json"
         gone = set(json.loads(path.read_text())) - set(tested) if path.is_file() else set()
         if gone:
             raise UserError(
                 f"{path}: holds predictions about {len(gone)} recordings that are not in --data_folder now, such as "
                 f"{min(gone)}. Pass another --output_folder, or the recordings of before."
             )
-
-
-def require_labels(methods: Mapping[str, AdaptationMethod], target: CorpusSettings) -> None:
-    """Refuse a method that uses the target's labels where there are none, before anything long is begun."""
-    wanting = [name for name, method in methods.items() if method.uses_labels]
-    if not wanting:
-        return
-    manifest = target.manifests / "adapt.json"
-    if not labelled(read_manifest(manifest)):
-        raise UserError(
-            f"--method: {', '.join(wanting)} is trained on the target's labels, and '{target.name}' has none "
-            f"({manifest}). Leave it out of --method, or give the recordings labels."
-        )
 
 
 def require_folds(manifests: str | Path, folds: Sequence[int]) -> None:

@@ -46,7 +46,7 @@ CHECKED_ELSEWHERE = ("lalm_profile",)
 class Rule:
     """What the value of a key must be."""
 
-    told: str
+    wanted: str
     fits: Callable[[object], bool]
     optional: bool = False
     reason: str = ""
@@ -56,21 +56,21 @@ class Rule:
         if self.fits(value) or (self.optional and value is None):
             return ""
         or_null = " or null" if self.optional else ""
-        return f"must be {self.told}{or_null}{f', because {self.reason}' if self.reason else ''}"
+        return f"must be {self.wanted}{or_null}{f', because {self.reason}' if self.reason else ''}"
 
 
 def _whole(least: int, most: float = math.inf, **more) -> Rule:
     """Rule of a whole number."""
-    told = f"a whole number from {least} to {most}" if most < math.inf else f"a whole number of at least {least}"
-    return Rule(told, lambda value: _is(value, int) and least <= value <= most, **more)
+    wanted = f"a whole number from {least} to {most}" if most < math.inf else f"a whole number of at least {least}"
+    return Rule(wanted, lambda value: _is(value, int) and least <= value <= most, **more)
 
 
-def _number(told: str, fits: Callable[[float], bool], **more) -> Rule:
+def _number(wanted: str, fits: Callable[[float], bool], **more) -> Rule:
     """Rule of a finite number."""
-    return Rule(told, lambda value: _is(value, int, float) and math.isfinite(value) and fits(value), **more)
+    return Rule(wanted, lambda value: _is(value, int, float) and math.isfinite(value) and fits(value), **more)
 
 
-def _list_of(rule: Rule, told: str, single: bool = False) -> Rule:
+def _list_of(rule: Rule, wanted: str, single: bool = False) -> Rule:
     """Rule of a list that is not empty, or of a single value where that is allowed."""
 
     def fits(value) -> bool:
@@ -78,7 +78,7 @@ def _list_of(rule: Rule, told: str, single: bool = False) -> Rule:
             return bool(value) and all(map(rule.fits, value))
         return single and rule.fits(value)
 
-    return Rule(told, fits)
+    return Rule(wanted, fits)
 
 
 def _is(value, *kinds: type) -> bool:
@@ -385,15 +385,14 @@ def _flag(path: Sequence[str], value) -> str:
 
 def _check_together(values: Mapping) -> None:
     """Hold values against each other."""
-    require_layer(values, "layer")
+    require_layer("layer", values.get("layer"), values.get("encoder_layers"))
     width, heads = values.get("d_model"), values.get("n_heads")
     if COUNT.fits(width) and COUNT.fits(heads) and width % heads:
         raise UserError(f"--d_model {width}: must be a multiple of --n_heads, which is {heads}.")
 
 
-def require_layer(values: Mapping, key: str) -> None:
+def require_layer(key: str, used: int | None, stored: int | Sequence[int] | None) -> None:
     """Refuse a layer that is not among those whose frames are stored."""
-    used, stored = values.get(key), values.get("encoder_layers")
     stored = [stored] if _is(stored, int) else stored
     # Only the encoder can tell what is meant by a negative number.
     if stored and _is(used, int) and min(used, *stored) >= 0 and used not in stored:

@@ -14,11 +14,11 @@ from speechbrain.utils.distributed import run_on_main
 from torch.nn import functional as F
 
 from speechbrain_mifuse.brains.classifier import ClassifierBrain
-from speechbrain_mifuse.brains.training import one_at_a_time, require_trainable, same_settings
+from speechbrain_mifuse.brains.training import exclusive_lock, require_trainable
 from speechbrain_mifuse.corpora.manifest import read_manifest
 from speechbrain_mifuse.evaluation.metrics import scores, speaker_bootstrap
-from speechbrain_mifuse.evaluation.results import counts_by_speaker
-from speechbrain_mifuse.experiments.features import CorpusSettings, open_front
+from speechbrain_mifuse.evaluation.scoring import counts_by_speaker
+from speechbrain_mifuse.experiments.features import CorpusSettings, open_frame_source
 from speechbrain_mifuse.experiments.recipes import load_recipe
 from speechbrain_mifuse.features.dataset import frame_batches
 from speechbrain_mifuse.features.extract import FrameReader
@@ -41,8 +41,8 @@ def trained_recogniser(corpus: CorpusSettings, reader: FrameReader, run_opts: Ma
     folder.mkdir(parents=True, exist_ok=True)
     recipe = load_recipe("recipes/RAVDESS/classifier/train.py")
     # Runs side by side may share a source or a teacher: the first trains it, the others wait and find it.
-    with one_at_a_time(folder / "lock"):
-        return recipe.train_classifier(classifier, open_front(corpus, classifier["layer"], reader), run_opts)
+    with exclusive_lock(folder / "lock"):
+        return recipe.train_classifier(classifier, open_frame_source(corpus, classifier["layer"], reader), run_opts)
 
 
 def prepare_labelled(corpus: CorpusSettings) -> None:
@@ -50,32 +50,20 @@ def prepare_labelled(corpus: CorpusSettings) -> None:
     classifier = corpus.classifier
     folder = Path(classifier["output_folder"])
     folder.mkdir(parents=True, exist_ok=True)
-    with one_at_a_time(folder / "lock"):
+    with exclusive_lock(folder / "lock"):
         run_on_main(corpus.prepare)
     rows = read_manifest(classifier["train_manifest"]).values()
     where = f"{classifier['name']} ({classifier['train_manifest']})"
     require_trainable([row.get("emo") for row in rows], where, classifier["labels"])
 
 
-def classifier_settings(settings: Mapping, front) -> dict:
+def classifier_settings(settings: Mapping, frame_source) -> dict:
     """Everything that decides the trained weights."""
     manifest = file_digest(settings["train_manifest"])
-    features = {"finetuned": settings["encoder"]} if front.store is None else front.fingerprint
+    features = {"finetuned": settings["encoder"]} if frame_source.store is None else frame_source.fingerprint
     adapter = {} if settings["adapter"] is None else {"adapter": adapter_digest(settings["adapter"])}
-    return {"train_manifest": manifest, "features": features, **chosen_settings(settings), **adapter}
-
-
-def chosen_settings(settings: Mapping) -> dict:
-    """Give what a recipe says of the training, the part of `classifier_settings` that is known before it begins."""
-    return {name: settings[name] for name in DECISIVE}
-
-
-def finished(folder: Path, settings: Mapping) -> bool:
-    """Tell whether a classifier was trained to its end with these settings."""
-    if not (same_settings(folder / "settings.json", settings) and (folder / "recogniser" / "about.json").exists()):
-        return False
-    logger.info("%s: classifier is trained already, training skipped.", folder)
-    return True
+    decisive = {key: settings[key] for key in DECISIVE}
+    return {"train_manifest": manifest, "features": features, **decisive, **adapter}
 
 
 def validate(brain: ClassifierBrain, valid: DynamicItemDataset, settings: Mapping) -> dict:
@@ -98,7 +86,7 @@ def validate(brain: ClassifierBrain, valid: DynamicItemDataset, settings: Mappin
 
 def export_classifier(
     brain: ClassifierBrain,
-    front,
+    frame_source,
     train: DynamicItemDataset,
     settings: Mapping,
     trained_with: Mapping,
@@ -109,4 +97,4 @@ def export_classifier(
     about = {**trained_with, "corpus": settings["name"], "counts": dict(sorted(counts.items()))}
     about |= {"encoder": encoder_told(settings["encoder"]), "validation": validation}
     folder = Path(settings["output_folder"]) / "recogniser"
-    export_recogniser(folder, brain.modules.classifier.cpu(), front, settings, about, validation["temperature"])
+    export_recogniser(folder, brain.modules.classifier.cpu(), frame_source, settings, about, validation["temperature"])

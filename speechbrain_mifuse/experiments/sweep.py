@@ -142,7 +142,7 @@ class Plan:
         """Say what the API teachers are, from YAML files and flags; results tell an audio-text model's weights."""
         models = [record["teacher_model"] for record in records if record.get("teacher_model")]
         weights = " and ".join(dict.fromkeys(model["weights"][:16] for model in models))
-        told = {}
+        descriptions = {}
         for recipe in self.recipes:
             values = {**recipe.values, **flag_values(self.flags)}
             who = f"a classifier of that corpus on layer {values.get('teacher_layer')}, behind HTTP on this machine"
@@ -152,8 +152,8 @@ class Plan:
             if values.get("teacher") == AUDIO_TEXT_TEACHER:
                 who = f"an audio-text model on this machine{f' (weights {weights})' if weights else ''}"
                 form = "prompts drawn at random"
-            told[f"{who}, {values.get('lalm_samples')} stochastic answers each ({form})"] = 1
-        return " or ".join(told)
+            descriptions[f"{who}, {values.get('lalm_samples')} stochastic answers each ({form})"] = 1
+        return " or ".join(descriptions)
 
 
 def make_plan(
@@ -352,13 +352,13 @@ def run_plan(plan: Plan, jobs: int) -> None:
         print(f"stopped; {done} of {len(runs)} runs are done. The same command goes on from here.", file=sys.stderr)
         raise SystemExit(130) from None
     if failed:
-        told = [
+        causes = [
             f"  {run.pair}, seed {run.seed}: status {status}; {run.log}\n    {_last_line(run.log)}"
             for run, status in failed
         ]
         raise UserError(
             f"{len(failed)} of {len(runs)} runs failed, so no table is written. Mend the cause; the same command goes "
-            "on from here.\n" + "\n".join(told)
+            "on from here.\n" + "\n".join(causes)
         )
     took = (time.monotonic() - begin) / 60
     print(f"{len(missing)} runs in {took:.1f} minutes, {jobs} at a time.", file=sys.stderr, flush=True)

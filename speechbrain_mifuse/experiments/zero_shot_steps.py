@@ -11,9 +11,10 @@ import numpy as np
 
 from speechbrain_mifuse.brains.dual_encoder import Source
 from speechbrain_mifuse.corpora.manifest import read_manifest, unlabelled
-from speechbrain_mifuse.evaluation.aggregate import bootstrap, signed, unweighted_accuracy
-from speechbrain_mifuse.evaluation.results import counts_by_speaker
-from speechbrain_mifuse.experiments.dual_encoder import classifier_scores, source_fronts, train_source_classifier
+from speechbrain_mifuse.evaluation.aggregate import bootstrap, signed
+from speechbrain_mifuse.evaluation.metrics import unweighted_accuracy
+from speechbrain_mifuse.evaluation.scoring import counts_by_speaker
+from speechbrain_mifuse.experiments.dual_encoder import classifier_scores, frame_sources_of, train_source_classifier
 from speechbrain_mifuse.experiments.features import (
     CorpusSettings,
     EncoderSettings,
@@ -50,7 +51,7 @@ class ScoringSettings:
     alm: str
     alm_window: str
     alm_trust_remote_code: bool
-    prompts: str
+    prompts: PromptSet
     audio_repeats: Sequence[int]
     text_repeats: Sequence[int]
     output_folder: Path
@@ -70,7 +71,7 @@ class ScoringSettings:
             alm=hparams["alm"],
             alm_window=hparams["alm_window"],
             alm_trust_remote_code=hparams["alm_trust_remote_code"],
-            prompts=hparams["prompts"],
+            prompts=read_prompts(hparams["prompts"]),
             audio_repeats=hparams["audio_repeats"],
             text_repeats=hparams["text_repeats"],
             output_folder=Path(hparams["output_folder"]),
@@ -83,8 +84,9 @@ class ScoringSettings:
         """Labelled manifests that hold every utterance of the target once."""
         return [self.target.manifests / "train.json", self.target.manifests / "test.json"]
 
-    def told(self) -> str:
-        """Say where scores come from."""
+    @property
+    def description(self) -> str:
+        """Where the scores come from, for the records."""
         own = "our dual encoder, trained on other corpora with the run's seed"
         return f"{own if self.alm == OWN else self.alm}; (N, M) chosen on the training folds' labels"
 
@@ -103,21 +105,23 @@ class Trained:
         self.reader = open_reader(EncoderSettings.of(self.hparams), run_opts)
         self.sources: Mapping[str, Source] = self.hparams["sources"]
         given = (self.hparams["layer"], self.hparams["feature_folder"])
-        self.fronts = source_fronts(self.sources, self.reader, *given)
+        self.frame_sources = frame_sources_of(self.sources, self.reader, *given)
 
     def dual_encoder(self) -> AudioTextModel:
         """Train or find the dual encoder."""
         recipe = load_recipe("recipes/RAVDESS/dual_encoder/train.py")
-        folder = recipe.train_dual_encoder(self.hparams["dual_encoder"], self.sources, self.fronts, self.run_opts)
+        folder = recipe.train_dual_encoder(
+            self.hparams["dual_encoder"], self.sources, self.frame_sources, self.run_opts
+        )
         return load_dual_encoder(folder).to(device_of(self.run_opts))
 
     def classifier_table(self, settings: ScoringSettings) -> ScoreTable:
         """Log-probabilities of the plain classifier for every utterance of the target."""
-        given = (self.hparams["dual_encoder"], self.sources, self.fronts, self.folder / "source_classifier")
+        given = (self.hparams["dual_encoder"], self.sources, self.frame_sources, self.folder / "source_classifier")
         brain = train_source_classifier(*given, self.run_opts)
         target = replace(settings.target, feature_folder=self.hparams["feature_folder"])
-        front = StoredFrames(store_frames(target, self.reader), self.hparams["layer"])
-        tables = [classifier_scores(brain, front, unlabelled(path)) for path in settings.manifests]
+        frame_source = StoredFrames(store_frames(target, self.reader), self.hparams["layer"])
+        tables = [classifier_scores(brain, frame_source, unlabelled(path)) for path in settings.manifests]
         values = {key: value for table in tables for key, value in table.items()}
         weights = json.loads((self.folder / "source_classifier" / "settings.json").read_text())
         return ScoreTable(self.hparams["labels"], values, {"source_classifier": weights})
@@ -143,7 +147,7 @@ def zero_shot_tables(
     settings: ScoringSettings, trained: Trained | None, run_opts: Mapping | None = None
 ) -> dict[Amplification, ScoreTable]:
     """Cosines of every utterance and class, at each number of repeats."""
-    prompts = read_prompts(settings.prompts)  # before anything is trained
+    prompts = settings.prompts
     if trained:
         model = trained.dual_encoder()
     else:
@@ -176,8 +180,8 @@ def write_hearing(
     given = (None if size is None else size / rate, rate, model.policy)
     windows = audit_table(summarise_windows(audit_windows(lengths, settings.audio_repeats, *given)))
     texts = audit_table(audit_texts(model, prompts, labels, settings.text_repeats))
-    told = "no window: all of every copy is heard" if size is None else f"a window of {given[0]:g} s, {model.policy}"
-    text = f"What {markdown(model.name)} hears of {len(lengths)} recordings ({told}), before silence is cut: "
+    hearing = "no window: all of every copy is heard" if size is None else f"a window of {given[0]:g} s, {model.policy}"
+    text = f"What {markdown(model.name)} hears of {len(lengths)} recordings ({hearing}), before silence is cut: "
     text += "means and shares."
     text += f"\n\n```\n{windows}\n```\n\nTokens of the prompts:\n\n```\n{texts}\n```\n"
     atomic_write(settings.output_folder / HEARD, text)
@@ -200,12 +204,12 @@ def amplification_report(settings: ScoringSettings, tables: Mapping[int, Mapping
         cells = [f"{drawn[0]:.1f} | {'' if pair == pairs[0] else above(drawn, first)}" for drawn, first in sides]
         lines.append(f"| {pair[0]} | {pair[1]} | {' | '.join(cells)} |")
     speakers = len({row["speaker"] for row in rows.values()})
-    told = f"Mean over {len(tables)} seeds of the model; intervals: bootstrap over {speakers} speakers, paired. N, M: "
-    told += "repeats of the audio, of the texts. Standardised: each class's scores over these recordings, no labels."
+    notes = f"Mean over {len(tables)} seeds of the model; intervals: bootstrap over {speakers} speakers, paired. N, M: "
+    notes += "repeats of the audio, of the texts. Standardised: each class's scores over these recordings, no labels."
     known = next(iter(next(iter(tables.values())).values())).labels
     if missed := [label for label in classes if label not in known]:
-        told += f" The model does not know {', '.join(map(markdown, missed))}: all of these count as missed."
-    text = "\n".join([*lines, "", f"{len(rows)} utterances, {len(settings.labels)} classes. {told}", ""])
+        notes += f" The model does not know {', '.join(map(markdown, missed))}: all of these count as missed."
+    text = "\n".join([*lines, "", f"{len(rows)} utterances, {len(settings.labels)} classes. {notes}", ""])
     if (folder / HEARD).is_file():
         text += f"\n{(folder / HEARD).read_text()}"
     atomic_write(folder / "amplification.md", text)
@@ -245,4 +249,4 @@ def amplified(
         [sum(counts_by_speaker(by[pair].decisions(classes), rows, classes) for by in tables.values()) for pair in pairs]
     )
     drawn = bootstrap(counts[:, None], np.random.default_rng(0))  # [draws, pairs]
-    return 100 * np.column_stack([unweighted_accuracy(counts.sum(1)), drawn.T])
+    return 100 * np.column_stack([unweighted_accuracy(counts.sum(1)).numpy(), drawn.T])

@@ -17,9 +17,9 @@ import numpy as np
 
 from speechbrain_mifuse.corpora.manifest import read_manifest
 from speechbrain_mifuse.evaluation.aggregate import LOWER, UPPER
-from speechbrain_mifuse.evaluation.results import labelled
+from speechbrain_mifuse.evaluation.scoring import labelled
 from speechbrain_mifuse.features.dataset import label_index
-from speechbrain_mifuse.report.results import FIELDS
+from speechbrain_mifuse.report.result_files import FIELDS
 from speechbrain_mifuse.utils.errors import UserError
 
 RESULTS = "results.json"
@@ -45,7 +45,7 @@ class Outcome:
 
     @cached_property
     def saved_weights(self) -> dict | None:
-        """What `AdaptationBrain.weighing` gave at the end of the run, if it was asked."""
+        """What `AdaptationBrain.teacher_weights` gave at the end of the run, if it was asked."""
         return _read_json(self.folder / "weighing.json")
 
     @cached_property

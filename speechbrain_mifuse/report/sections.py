@@ -25,9 +25,8 @@ from speechbrain_mifuse.evaluation.aggregate import (
     many,
     seed_table,
     transfer_table,
-    unweighted_accuracy,
 )
-from speechbrain_mifuse.evaluation.metrics import Reliability, reliability
+from speechbrain_mifuse.evaluation.metrics import Reliability, reliability, unweighted_accuracy
 from speechbrain_mifuse.nnet.calibration import tempered
 from speechbrain_mifuse.report.cases import TEACHER, Case, Outcome, Run
 from speechbrain_mifuse.report.figures import Line, curves, histogram, limits, reliability_figure, scatter
@@ -151,7 +150,7 @@ def _shaded(names: Sequence[str], values: Sequence[np.ndarray], digits: int) -> 
 def _speakers_section(case: Case) -> Section | None:
     if not case.scored:
         return None
-    values = [100 * unweighted_accuracy(case.by_speaker(name)) for name in case.methods]
+    values = [100 * unweighted_accuracy(case.by_speaker(name)).numpy() for name in case.methods]
     head = list(case.record["by_speaker"])
     data = {"speakers": len(head), "quantiles": len(head) > MAX_SPEAKERS}
     if data["quantiles"]:

@@ -17,7 +17,7 @@ from speechbrain_mifuse import __version__
 from speechbrain_mifuse.adaptation.uncertainty import masked_mean, mutual_information
 from speechbrain_mifuse.corpora.manifest import read_manifest
 from speechbrain_mifuse.evaluation.metrics import kappa, reliability, scores
-from speechbrain_mifuse.evaluation.results import labelled
+from speechbrain_mifuse.evaluation.scoring import labelled
 from speechbrain_mifuse.features.dataset import label_index
 from speechbrain_mifuse.inference.recognizer import EmotionRecognizer
 from speechbrain_mifuse.inference.recognizer_folder import recogniser_digest

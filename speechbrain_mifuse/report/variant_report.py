@@ -6,7 +6,8 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 
-from speechbrain_mifuse.evaluation.aggregate import Table, bootstrap, many, signed, unweighted_accuracy
+from speechbrain_mifuse.evaluation.aggregate import Table, bootstrap, many, signed
+from speechbrain_mifuse.evaluation.metrics import unweighted_accuracy
 from speechbrain_mifuse.utils.errors import UserError
 
 COLUMNS = ("corpus", "fold", "seed", "labels_per_class", "arm", "UA", "WA", "macro_F1")
@@ -55,7 +56,7 @@ def arm_table(records: Sequence[Mapping], arms: Sequence[str], baselines: Sequen
     rows = []
     for (corpus, labels), found in _conditions(records).items():
         counts = pooled_counts(found, arms)
-        accuracy = 100 * unweighted_accuracy(counts.sum(2))  # [arms, seeds]
+        accuracy = 100 * unweighted_accuracy(counts.sum(2)).numpy()  # [arms, seeds]
         drawn = 100 * bootstrap(counts, np.random.default_rng(0))  # [draws, arms]
         for place, name in enumerate(arms):
             own = [record for record in found if record["arm"] == name]

@@ -395,7 +395,7 @@ KILLS = [
     ("speechbrain_mifuse.brains.adaptation", "AdaptationBrain.on_fit_batch_end", 35),
     ("speechbrain_mifuse.brains.snapshots", "save", 1),
     ("speechbrain_mifuse.brains.snapshots", "atomic_write", 2),
-    ("speechbrain_mifuse.evaluation.results", "atomic_write", 2),
+    ("speechbrain_mifuse.evaluation.scoring", "atomic_write", 2),
 ]
 
 

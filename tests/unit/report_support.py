@@ -7,7 +7,7 @@ import numpy as np
 
 from speechbrain_mifuse.corpora.manifest import read_manifest
 from speechbrain_mifuse.evaluation.metrics import scores_of
-from speechbrain_mifuse.evaluation.results import counts_by_speaker
+from speechbrain_mifuse.evaluation.scoring import counts_by_speaker
 from speechbrain_mifuse.utils.files import atomic_write
 
 LABELS = ("angry", "happy", "sad")

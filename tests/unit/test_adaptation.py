@@ -33,7 +33,7 @@ from speechbrain_mifuse.adaptation.mi_fuse import EntropyFusion, MeanFusion, MIF
 from speechbrain_mifuse.adaptation.references import LalmSfuda
 from speechbrain_mifuse.adaptation.uncertainty import entropy, masked_mean, mutual_information
 from speechbrain_mifuse.brains import adaptation as brains
-from speechbrain_mifuse.brains.training import SettingsError
+from speechbrain_mifuse.experiments.same_settings import SettingsError
 from speechbrain_mifuse.features import front
 from speechbrain_mifuse.inference.recognizer_folder import load_classifier
 from speechbrain_mifuse.nnet.classifier import EmotionClassifier

@@ -12,13 +12,13 @@ from hyperpyyaml import load_hyperpyyaml
 
 from speechbrain_mifuse.adaptation.method import described
 from speechbrain_mifuse.brains import adapter as brains
-from speechbrain_mifuse.brains.training import SettingsError
 from speechbrain_mifuse.corpora.folds import fold_splits, prepare_folds
 from speechbrain_mifuse.corpora.manifest import LABELS, CorpusError
 from speechbrain_mifuse.corpora.ravdess import prepare_ravdess_8
 from speechbrain_mifuse.experiments.adapter_variants import pretraining_audio
 from speechbrain_mifuse.experiments.comparison import few_labels
 from speechbrain_mifuse.experiments.recipes import load_recipe
+from speechbrain_mifuse.experiments.same_settings import SettingsError
 from speechbrain_mifuse.features.front import StoredFrames
 from speechbrain_mifuse.features.prosody import ProsodyReader
 from speechbrain_mifuse.inference.recognizer_folder import load_classifier

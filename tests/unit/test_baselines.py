@@ -26,7 +26,7 @@ from speechbrain_mifuse.adaptation.prode import Prode, denoised
 from speechbrain_mifuse.adaptation.references import LalmSfuda, LalmZeroShot, ZeroTraining
 from speechbrain_mifuse.adaptation.shot import Shot, centroid_labels
 from speechbrain_mifuse.brains import adaptation as brains
-from speechbrain_mifuse.brains.training import SettingsError
+from speechbrain_mifuse.experiments.same_settings import SettingsError
 from speechbrain_mifuse.utils.errors import UserError
 
 REMEMBERING = {"shot": "labels", "nrc": "features", "dine": "memory", "prode": "source"}
@@ -508,7 +508,7 @@ def test_a_killed_run_of_a_method_that_remembers_ends_as_an_unbroken_one(name, w
 def test_a_run_killed_between_a_snapshot_and_its_checkpoint_ends_with_the_same_snapshots(rule, world, monkeypatch):
     options = {"number_of_steps": 20, "selection": rule}
     world.adapt("nrc", "whole", **options)
-    with killed_at(monkeypatch, RECIPE.WholeCheckpointer, "save_checkpoint", 3):
+    with killed_at(monkeypatch, RECIPE.AtomicCheckpointer, "save_checkpoint", 3):
         world.adapt("nrc", "broken", **options)
     world.adapt("nrc", "broken", **options)
     assert everything(world.folder / "broken" / "nrc") == everything(world.folder / "whole" / "nrc")

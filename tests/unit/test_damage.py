@@ -25,16 +25,11 @@ from filelock import FileLock
 from speechbrain.utils.epoch_loop import EpochCounter
 
 from speechbrain_mifuse.brains.train_log import TrainLog
-from speechbrain_mifuse.brains.training import (
-    WHOLE,
-    CheckpointError,
-    WholeCheckpointer,
-    alone_at,
-    same_settings,
-)
+from speechbrain_mifuse.brains.training import WHOLE, AtomicCheckpointer, CheckpointError, training_lock
 from speechbrain_mifuse.corpora.corpus import Corpus
 from speechbrain_mifuse.corpora.manifest import CorpusError, Utterance, read_manifest
 from speechbrain_mifuse.evaluation.aggregate import write_csv
+from speechbrain_mifuse.experiments.same_settings import same_settings
 from speechbrain_mifuse.features.extract import extract
 from speechbrain_mifuse.features.store import FeatureStore, StoreError
 from speechbrain_mifuse.inference.recognizer_folder import RECOGNIZER, RecogniserError, load_classifier
@@ -235,7 +230,7 @@ def training(folder, value=0.0):
     optimizer.step()
     counter = EpochCounter(9)
     counter.current = int(value)
-    return WholeCheckpointer(folder, {"network": network, "optimizer": optimizer, "counter": counter})
+    return AtomicCheckpointer(folder, {"network": network, "optimizer": optimizer, "counter": counter})
 
 
 def state_of(folder):
@@ -255,8 +250,8 @@ def saved(tmp_path):
 
 
 def test_a_later_checkpoint_costs_no_more_looks_at_the_folder_than_the_first(tmp_path, monkeypatch):
-    looks, checkpointer, listed = [], training(tmp_path), WholeCheckpointer.list_checkpoints
-    monkeypatch.setattr(WholeCheckpointer, "list_checkpoints", lambda self: looks.append(1) or listed(self))
+    looks, checkpointer, listed = [], training(tmp_path), AtomicCheckpointer.list_checkpoints
+    monkeypatch.setattr(AtomicCheckpointer, "list_checkpoints", lambda self: looks.append(1) or listed(self))
     counts = []
     for epoch in range(4):
         looks.clear()
@@ -497,7 +492,7 @@ def test_training_into_a_read_only_folder_is_one_clear_error_before_anything_is_
     read_only(tmp_path)
     with pytest.raises(WriteError, match=r"settings.json: cannot be written .*--output_folder"):
         same_settings(tmp_path / "settings.json", {"seed": 1})
-    with pytest.raises(WriteError, match=r"cannot be written .*--output_folder"), alone_at(tmp_path / "save"):
+    with pytest.raises(WriteError, match=r"cannot be written .*--output_folder"), training_lock(tmp_path / "save"):
         pass
     with pytest.raises(StoreError, match="cannot be written"):
         FeatureStore(tmp_path / "s", FINGERPRINT)
@@ -640,11 +635,11 @@ def test_a_second_run_in_a_folder_waits_for_the_first_and_says_so(tmp_path, capl
     entered = []
 
     def second():
-        with alone_at(tmp_path / "save"):
+        with training_lock(tmp_path / "save"):
             entered.append(True)
 
     other = threading.Thread(target=second)
-    with caplog.at_level("INFO"), alone_at(tmp_path / "save"):
+    with caplog.at_level("INFO"), training_lock(tmp_path / "save"):
         other.start()
         other.join(0.3)
         assert not entered and "another run trains there" in caplog.text

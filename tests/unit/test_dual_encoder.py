@@ -15,12 +15,12 @@ from torch.nn import functional as F
 
 from speechbrain_mifuse.brains import dual_encoder as brains
 from speechbrain_mifuse.brains.dual_encoder import Source
-from speechbrain_mifuse.brains.training import SettingsError
 from speechbrain_mifuse.corpora import emodb, iemocap, msp_improv, msp_podcast, nemo, ravdess
 from speechbrain_mifuse.corpora.manifest import CorpusError, read_manifest
 from speechbrain_mifuse.demo import encoder as demo
 from speechbrain_mifuse.experiments import zero_shot_steps as zero_shot_pipeline
 from speechbrain_mifuse.experiments.recipes import load_recipe
+from speechbrain_mifuse.experiments.same_settings import SettingsError
 from speechbrain_mifuse.features.encoder import FrozenEncoder
 from speechbrain_mifuse.features.extract import FrameReader
 from speechbrain_mifuse.features.front import StoredFrames
@@ -546,7 +546,7 @@ def test_a_dual_encoder_that_the_recipe_trains_scores_on_its_device(tmp_path, mo
     export_dual_encoder(tmp_path, DualEncoder(8, 6), toy_about())
     monkeypatch.setattr(RECIPE, "train_dual_encoder", lambda *given: tmp_path)
     hparams = {"dual_encoder": {}}
-    trained = SimpleNamespace(hparams=hparams, sources={}, fronts={}, run_opts={"device": "meta"})
+    trained = SimpleNamespace(hparams=hparams, sources={}, frame_sources={}, run_opts={"device": "meta"})
     assert zero_shot_pipeline.Trained.dual_encoder(trained).device.type == "meta"
 
 

@@ -232,7 +232,10 @@ def test_an_export_that_fails_leaves_the_old_file(store, tmp_path, monkeypatch):
     with pytest.raises(ZeroDivisionError):
         exported(store, path)
     assert path.read_bytes() == before and len([p for p in tmp_path.iterdir() if "jsonl" in p.name]) == 1
-    with pytest.raises(WriteError, match=r"labels.jsonl/b.jsonl: cannot be written \(.*\)\. Remove what is in its place, or choose another folder"):
+    with pytest.raises(
+        WriteError,
+        match=r"labels.jsonl/b.jsonl: cannot be written \(.*\)\. Remove what is in its place, or choose another folder",
+    ):
         exported(store, path / "b.jsonl")
 
 

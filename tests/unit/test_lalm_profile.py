@@ -7,7 +7,7 @@ import pytest
 import yaml
 from hyperpyyaml import load_hyperpyyaml
 
-from speechbrain_mifuse.experiments.teacher import TeacherSettings
+from speechbrain_mifuse.experiments.teacher import teacher_of
 from speechbrain_mifuse.lalm.answer import Reply
 from speechbrain_mifuse.lalm.profile import AUDIO_PARTS, CONSTRAINTS, Price, Profile, Tokens, read_profile
 from speechbrain_mifuse.lalm.prompt import ANSWER_FORMS, Prompt
@@ -52,7 +52,7 @@ def test_there_is_a_profile_for_each_provider_and_prices_say_that_they_must_be_c
 
 
 def test_one_include_switches_the_provider_and_flags_override_it(tmp_path):
-    ours, sglang = TeacherSettings.of(pair(tmp_path)).profile, TeacherSettings.of(pair(tmp_path, "sglang")).profile
+    ours, sglang = teacher_of(pair(tmp_path)).profile, teacher_of(pair(tmp_path, "sglang")).profile
     assert (ours.base_url, ours.model, ours.audio_part) == (None, "served-classifier", "input_audio")
     assert (sglang.base_url, sglang.audio_part, sglang.constraint) == (
         "http://127.0.0.1:30000/v1",
@@ -60,20 +60,20 @@ def test_one_include_switches_the_provider_and_flags_override_it(tmp_path):
         "regex",
     )
     flags = {"lalm_base_url": "http://127.0.0.1:1/v1", "lalm_model": "m", "lalm_answer_form": "label"}
-    given = TeacherSettings.of(pair(tmp_path, "sglang", flags)).profile
+    given = teacher_of(pair(tmp_path, "sglang", flags)).profile
     assert (given.base_url, given.model, given.answer_form, given.audio_part) == (*flags.values(), "audio_url")
 
 
 def test_a_local_classifier_in_place_of_a_provider_is_not_bound_by_its_limits(tmp_path):
     hparams = pair(tmp_path, "vllm_qwen2_audio", {"lalm_base_url": None}, "msp2iem")
-    profile = TeacherSettings.of(hparams).profile
+    profile = teacher_of(hparams).profile
     assert profile.longest_audio is None and profile.base_url is None
 
 
 @pytest.mark.parametrize("name", ["nemo2rav", "msp2iem"])
 def test_the_default_question_has_the_hash_that_stored_answers_bear(tmp_path, name):
     hparams = pair(tmp_path, {"nemo2rav": "mifuse_serve", "msp2iem": "vllm_qwen2_audio"}[name], name=name)
-    question = TeacherSettings.of(hparams).prompt
+    question = teacher_of(hparams).prompt
     assert question.prompt_hash() == "68b3b57e11f55ed339e6c275f17580176eff3b1c3eacb1634a8d9a406ab6dc49"
 
 

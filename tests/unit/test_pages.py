@@ -18,8 +18,8 @@ from toy_corpora import utterance, write_wav
 from speechbrain_mifuse.cli.recognizer import as_csv
 from speechbrain_mifuse.corpora.tables import read_table
 from speechbrain_mifuse.evaluation.aggregate import COLUMNS, Table, write_csv
-from speechbrain_mifuse.evaluation.results import side_by_side
-from speechbrain_mifuse.evaluation.verdict import told
+from speechbrain_mifuse.evaluation.scoring import side_by_side
+from speechbrain_mifuse.evaluation.verdict import verdict_text
 from speechbrain_mifuse.inference.model_card import adapted_card, dual_encoder_card, trained_card
 from speechbrain_mifuse.lalm.store import Samples
 from speechbrain_mifuse.nnet.adapter_files import adapter_card
@@ -71,7 +71,7 @@ def result_pages(name, folder):
     samples = Samples(torch.ones(1, 1, 2) / 2, torch.ones(1, 1, dtype=torch.bool), torch.zeros(1, 1, dtype=torch.int8))
     return [
         side_by_side(folder, ["m"]),
-        told({"figures": figures, "warnings": [name], "caveat": "None."}),
+        verdict_text({"figures": figures, "warnings": [name], "caveat": "None."}),
         Table(["method", name], [[name, "**58.7** ± 0.4"]]).markdown(),
         write_teacher_report(folder, samples, [name, "sad"], name),
     ]

@@ -18,10 +18,10 @@ from torchaudio.functional import resample
 from toy_corpora import LABELS, utterance, write_wav
 
 from speechbrain_mifuse.brains import classifier as brains
-from speechbrain_mifuse.brains.training import SettingsError
 from speechbrain_mifuse.cli.main import main
 from speechbrain_mifuse.corpora.manifest import CorpusError
 from speechbrain_mifuse.experiments.recipes import load_recipe
+from speechbrain_mifuse.experiments.same_settings import SettingsError
 from speechbrain_mifuse.features.encoder import FrozenEncoder
 from speechbrain_mifuse.features.extract import FrameReader, extract
 from speechbrain_mifuse.features.front import StoredFrames

@@ -15,7 +15,7 @@ import speechbrain_mifuse
 from speechbrain_mifuse.cli import main as cli
 from speechbrain_mifuse.evaluation.aggregate import Comparison, read_records, transfer_table
 from speechbrain_mifuse.evaluation.verdict import judge
-from speechbrain_mifuse.experiments import results, sweep
+from speechbrain_mifuse.experiments import run_report, sweep
 from speechbrain_mifuse.experiments.adaptation import plane
 from speechbrain_mifuse.report.cases import read_cases, read_log
 from speechbrain_mifuse.report.figures import Line, curves
@@ -285,9 +285,9 @@ def test_results_that_are_none_of_an_adaptation_and_copies_of_them_are_passed_ov
 
 
 def test_a_recipe_leaves_the_same_page_again(run, monkeypatch):
-    results.summary(run, ["mi_fuse"], list(METHODS))
+    run_report.summary(run, ["mi_fuse"], list(METHODS))
     first = (run / "report.html").read_bytes()
-    results.summary(run, ["mi_fuse"], list(METHODS))
+    run_report.summary(run, ["mi_fuse"], list(METHODS))
     assert (run / "report.html").read_bytes() == first
 
 

@@ -20,9 +20,9 @@ from speechbrain_mifuse.evaluation.aggregate import (
     transfer_table,
 )
 from speechbrain_mifuse.evaluation.metrics import scores, scores_of
-from speechbrain_mifuse.evaluation.results import evaluate, side_by_side
+from speechbrain_mifuse.evaluation.scoring import evaluate, side_by_side
 from speechbrain_mifuse.report.figures import plot_confusion, plot_heatmap, plot_transfers
-from speechbrain_mifuse.report.results import FIELDS, write_results
+from speechbrain_mifuse.report.result_files import FIELDS, write_results
 from speechbrain_mifuse.report.selection_report import selection_table, spearman
 from speechbrain_mifuse.utils.errors import UserError
 from speechbrain_mifuse.utils.files import atomic_write

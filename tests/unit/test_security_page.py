@@ -13,7 +13,7 @@ from speechbrain.inference.interfaces import foreign_class
 from speechbrain.utils.checkpoints import Checkpointer
 
 from speechbrain_mifuse.adaptation.method import AdaptationMethod
-from speechbrain_mifuse.brains.adaptation import Memory
+from speechbrain_mifuse.brains.adaptation import MethodState
 from speechbrain_mifuse.experiments.adapt import adapt, source_settings
 from speechbrain_mifuse.experiments.settings import load_hparams
 from speechbrain_mifuse.features.encoder import FrozenEncoder
@@ -70,7 +70,7 @@ def test_the_evil_file_of_these_tests_is_one(mark):
 def test_code_in_the_state_of_an_adaptation_is_refused(mark, tmp_path):
     torch.save({"seen": Evil(mark)}, tmp_path / "method.ckpt")
     with pytest.raises(pickle.UnpicklingError, match="weights_only"):
-        Memory(AdaptationMethod(), "cpu").load(tmp_path / "method.ckpt", end_of_epoch=True)
+        MethodState(AdaptationMethod(), "cpu").load(tmp_path / "method.ckpt", end_of_epoch=True)
     assert not mark.exists()
 
 

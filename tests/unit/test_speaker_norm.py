@@ -3,6 +3,7 @@
 import json
 import os
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import processes
@@ -12,8 +13,8 @@ from toy_corpora import LABELS, utterance, write_wav
 
 from speechbrain_mifuse.corpora.folder import prepare_folder
 from speechbrain_mifuse.evaluation.aggregate import Comparison, protocol
-from speechbrain_mifuse.evaluation.results import evaluate, side_by_side
-from speechbrain_mifuse.experiments import features, preflight, results
+from speechbrain_mifuse.evaluation.scoring import evaluate, side_by_side
+from speechbrain_mifuse.experiments import features, preflight, run_report
 from speechbrain_mifuse.experiments.registry import repository_root
 from speechbrain_mifuse.experiments.settings import load_hparams
 from speechbrain_mifuse.features.front import StoredFrames
@@ -30,7 +31,7 @@ from speechbrain_mifuse.features.speakers import (
 from speechbrain_mifuse.features.store import FeatureStore, StoreError
 from speechbrain_mifuse.inference.recognizer import EmotionRecognizer
 from speechbrain_mifuse.inference.recognizer_folder import RecogniserError, load_classifier, recogniser_digest
-from speechbrain_mifuse.report.results import write_results
+from speechbrain_mifuse.report.result_files import write_results
 from speechbrain_mifuse.utils.errors import UserError
 from speechbrain_mifuse.utils.files import atomic_write
 
@@ -144,7 +145,7 @@ def test_no_manifest_with_labels_is_opened(name, toy, tmp_path, monkeypatch):
     monkeypatch.setattr(features, "store_frames", lambda *arguments: toy[0])
     norm = chosen_norm({**OPTIONS, "speaker_norm": name})
     target = features.CorpusSettings("toy", tmp_path, None, None, norm=norm)
-    assert set(features.open_front(target, 1, None).offsets.offsets) == set(FRAMES)
+    assert set(features.open_frame_source(target, 1, None).offsets.offsets) == set(FRAMES)
 
 
 def test_the_api_teachers_frames_are_left_alone(toy, tmp_path, monkeypatch):
@@ -153,7 +154,7 @@ def test_the_api_teachers_frames_are_left_alone(toy, tmp_path, monkeypatch):
     hparams, _ = load_hparams(repository_root() / "hparams" / "nemo2rav.yaml", flags)
     assert features.CorpusSettings.target_of(hparams).norm is not None
     teacher = features.CorpusSettings.teacher_of(hparams)
-    assert features.open_front(teacher, 1, None).offsets is None
+    assert features.open_frame_source(teacher, 1, None).offsets is None
 
 
 def test_an_utterance_that_lacks_frames_is_passed_over_and_one_of_another_manifest_refused(toy, tmp_path):
@@ -293,7 +294,7 @@ def test_a_wrong_value_is_an_error_that_names_the_flag(wrong, said):
 
 def test_an_encoder_that_is_trained_along_has_no_frames_to_normalise():
     with pytest.raises(UserError, match=r"--speaker_norm known.*--features stored"):
-        features.finetuned_front("x", None, chosen_norm({**OPTIONS, "speaker_norm": "known"}))
+        features.finetuned_frame_source("x", None, chosen_norm({**OPTIONS, "speaker_norm": "known"}))
 
 
 # Speakers that are not known: what is said of them.
@@ -313,11 +314,11 @@ def nameless(tmp_path_factory):
 
 
 def test_the_protocol_tells_how_far_speakers_are_known(nameless):
-    told = results.protocol(LABELS, nameless)
+    told = run_report.protocol(LABELS, nameless)
     assert told.startswith("speaker-independent as far as speakers are known, 4 classes, ")
     assert "2 speakers to adapt, 2 others to test, 8 of 16 recordings without a known speaker" in told
     assert "transductive" not in told
-    told = results.protocol(LABELS, nameless, KnownSpeakers(10.0))
+    told = run_report.protocol(LABELS, nameless, KnownSpeakers(10.0))
     assert "; speaker_norm known (" in told and "n / (n + 10)" in told and "transductive" in told
 
 
@@ -442,8 +443,9 @@ def test_the_upper_bound_on_a_target_without_labels_is_one_error_that_says_what_
     for number in range(4):
         write_wav(tmp_path / "mine" / f"{number}.wav", utterance("sad", number, 1))
     prepare_folder(tmp_path / "mine", tmp_path / "manifests", {"adapt": 0.6, "test": 0.4})
-    methods = {name: type("Method", (), {"uses_labels": name == "oracle"}) for name in ("mi_fuse", "oracle")}
+    methods = {name: SimpleNamespace(uses_labels=name == "oracle", trains=True) for name in ("mi_fuse", "oracle")}
     target = features.CorpusSettings("folder", tmp_path / "manifests", None, None)
-    preflight.require_labels({"mi_fuse": methods["mi_fuse"]}, target)
+    without = {"target": target, "output_folder": tmp_path, "methods": {"mi_fuse": methods["mi_fuse"]}}
+    preflight.require_methods_fit(SimpleNamespace(**without))
     with pytest.raises(UserError, match=r"--method: oracle .*'folder' has none .*adapt.json.*Leave it out"):
-        preflight.require_labels(methods, target)
+        preflight.require_methods_fit(SimpleNamespace(**{**without, "methods": methods}))

@@ -16,7 +16,7 @@ from speechbrain_mifuse.corpora.manifest import LABELS
 from speechbrain_mifuse.experiments import zero_shot_steps as zero_shot_pipeline
 from speechbrain_mifuse.experiments.features import CorpusSettings, store_frames
 from speechbrain_mifuse.experiments.registry import repository_root
-from speechbrain_mifuse.experiments.teacher import zero_shot_teacher
+from speechbrain_mifuse.experiments.teacher import AudioTextTeacher
 from speechbrain_mifuse.features import pretrained
 from speechbrain_mifuse.features.extract import FrameReader
 from speechbrain_mifuse.features.store import StoreError
@@ -627,7 +627,7 @@ def test_a_folder_that_is_no_audio_text_model_is_one_error_naming_the_flag(tmp_p
 def test_the_flag_that_an_error_advises_is_that_of_whoever_asked(tmp_path):
     folder = str(with_code(tiny_clap.build(tmp_path / "spoilt")))
     with pytest.raises(UserError, match=r"^--teacher_alm: .* allow it with --teacher_alm_trust_remote_code True\.$"):
-        zero_shot_teacher(SimpleNamespace(alm=folder, alm_trust_remote_code=False), "toy")
+        AudioTextTeacher(["sad"], 1, teacher_alm=folder).load("toy")
 
 
 def test_a_hub_id_that_cannot_be_reached_is_one_error_naming_the_flag(monkeypatch):

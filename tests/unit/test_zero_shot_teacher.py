@@ -1,7 +1,6 @@
 """An audio-text model in the place of the API teacher."""
 
 import json
-from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -14,7 +13,8 @@ from toy_corpora import write_wav
 from speechbrain_mifuse.experiments import teacher
 from speechbrain_mifuse.experiments.features import CorpusSettings
 from speechbrain_mifuse.experiments.registry import repository_root
-from speechbrain_mifuse.experiments.teacher import TeacherSettings, ask_teacher, collect_answers, zero_shot_teacher
+from speechbrain_mifuse.experiments.settings import load_hparams
+from speechbrain_mifuse.experiments.teacher import AudioTextTeacher, ask_teacher, collect_answers, teacher_of
 from speechbrain_mifuse.features.store import FeatureStore
 from speechbrain_mifuse.nnet.dual_encoder import DualEncoder
 from speechbrain_mifuse.utils.errors import UserError
@@ -29,9 +29,7 @@ PROMPTS = PromptSet("toy", ("I am {e}.", "{e}!", "Such a {e} voice."), {"angry":
 
 def settings(**changes):
     """A teacher of which nothing but the given is known."""
-    given = {"name": "dual_encoder", "folder": Path(), "profile": SimpleNamespace(base_url=None), "label_store": Path()}
-    given |= {"prompt": SimpleNamespace(labels=LABELS), "samples": 3, "temperature": 1.0}
-    return TeacherSettings(**{**given, **changes})
+    return AudioTextTeacher(LABELS, lalm_samples=3, **changes)
 
 
 class Model:
@@ -96,7 +94,7 @@ def test_prompts_are_drawn_with_replacement_and_averaged():
 
 def test_a_teacher_without_a_model_is_one_clear_error():
     with pytest.raises(UserError, match="--teacher_alm FOLDER"):
-        zero_shot_teacher(settings(), "toy")
+        settings().load("toy")
 
 
 def test_there_is_nothing_to_collect_from_it():
@@ -112,12 +110,12 @@ def test_the_teacher_loads_on_the_runs_device_and_runs_its_code_only_if_allowed(
         return SimpleNamespace(trained_on=("emodb", "nemo"))
 
     monkeypatch.setattr(teacher, "open_alm", opens)
-    clap = settings(alm="clap", alm_trust_remote_code=True)
-    assert zero_shot_teacher(clap, "ravdess", {"device": "cuda:1"}).trained_on
+    clap = settings(teacher_alm="clap", teacher_alm_trust_remote_code=True)
+    assert clap.load("ravdess", {"device": "cuda:1"}).trained_on
     options = {"trust_remote_code": True, "device": "cuda:1", "flag": "--teacher_alm"}
     assert opened == [(("clap",), options)]
     with pytest.raises(UserError, match="--teacher_alm: this model was trained with the labels of nemo"):
-        zero_shot_teacher(clap, "nemo", {"device": "cuda:1"})
+        clap.load("nemo", {"device": "cuda:1"})
 
 
 @pytest.fixture(scope="module")
@@ -133,7 +131,9 @@ def clap_run(tmp_path_factory):
         atomic_write(folder / f"{split}_unlabelled.json", json.dumps(rows))
     atomic_write(folder / "corpus.json", json.dumps({"data_root": str(folder)}))
     alm, prompts = tiny_clap.build(folder / "small clap"), repository_root() / "hparams" / "prompts" / "english.yaml"
-    return settings(alm=str(alm), alm_prompts=prompts), CorpusSettings("toy", folder, None, folder / "features")
+    return settings(teacher_alm=str(alm), teacher_prompts=prompts), CorpusSettings(
+        "toy", folder, None, folder / "features"
+    )
 
 
 def test_answers_are_the_same_again_and_say_which_model_gave_them(clap_run):
@@ -141,14 +141,16 @@ def test_answers_are_the_same_again_and_say_which_model_gave_them(clap_run):
     asks = [SimpleNamespace(answers_for=("adapt", "test"))]
     first, second = (ask_teacher(teacher, asks, target, None, None) for _ in range(2))
     assert first.samples.probs.shape == (4, 3, 2) and torch.equal(first.samples.probs, second.samples.probs)
-    assert first.teacher == open_alm(teacher.alm).fingerprint() and json.dumps(first.teacher)
+    assert first.teacher == open_alm(teacher.teacher_alm).fingerprint() and json.dumps(first.teacher)
     assert ask_teacher(teacher, [SimpleNamespace(answers_for=())], target, None, None).teacher is None
 
 
 def test_results_name_the_teacher_that_was_asked(clap_run, tmp_path):
-    api = SimpleNamespace(base_url="https://host/v1", model="m")
-    assert settings(profile=api).told() == "dual_encoder"
-    assert settings(profile=api, name="emodb").told() == "m"
+    recipe = repository_root() / "hparams" / "nemo2rav.yaml"
+    flags = ["--lalm_base_url", "https://host/v1", "--lalm_model", "m", "--output_folder", str(tmp_path / "out")]
+    for name, shown in (("dual_encoder", "dual_encoder"), ("emodb", "m")):
+        hparams, _ = load_hparams(recipe, [*flags, "--teacher", name])
+        assert teacher_of(hparams).display_name == shown
     export_dual_encoder(tmp_path, DualEncoder(8, 6), toy_about())
-    assert settings(alm=str(tmp_path)).told() == "dual_encoder"
-    assert settings(alm=clap_run[0].alm).told() == "small-clap"
+    assert settings(teacher_alm=str(tmp_path)).display_name == "dual_encoder"
+    assert settings(teacher_alm=clap_run[0].teacher_alm).display_name == "small-clap"

@@ -20,33 +20,34 @@ from speechbrain.utils.seed import seed_everything
 
 from speechbrain_mifuse.brains.classifier import class_weights
 from speechbrain_mifuse.brains.dual_encoder import POSITIVES, Captioner, DualEncoderBrain
-from speechbrain_mifuse.brains.training import WholeCheckpointer, fit, require_one_process
+from speechbrain_mifuse.brains.training import AtomicCheckpointer, fit, require_one_process
 from speechbrain_mifuse.experiments.dual_encoder import (
     check_sources,
     dual_encoder_settings,
-    finished,
-    source_fronts,
+    frame_sources_of,
     trained_on,
     validate,
 )
 from speechbrain_mifuse.experiments.features import EncoderSettings, open_reader
-from speechbrain_mifuse.experiments.preflight import require_ready
+from speechbrain_mifuse.experiments.preflight import require_dual_encoder
+from speechbrain_mifuse.experiments.same_settings import completed
 from speechbrain_mifuse.experiments.settings import known_ones, parse_arguments, read_hparams
 from speechbrain_mifuse.features.dataset import encoded_rows, label_index
 from speechbrain_mifuse.features.text_encoder import FrozenTextEncoder
 from speechbrain_mifuse.nnet.dual_encoder import frame_statistics
 from speechbrain_mifuse.utils.errors import one_clear_error, writing
+from speechbrain_mifuse.utils.model_folder import ABOUT
 from speechbrain_mifuse.utils.progress import progress
 from speechbrain_mifuse.zero_shot.captions import read_captions
 from speechbrain_mifuse.zero_shot.own_dual_encoder import DualEncoderModel, export_dual_encoder
 from speechbrain_mifuse.zero_shot.prompts import read_prompts
 
 
-def dataio_prepare(settings, sources, fronts, captions):
+def dataio_prepare(settings, sources, frame_sources, captions):
     """Build the training set, of which frames are pooled once, and list the captions that fit each utterance."""
     data, fitting = {}, {}
     for name, source in sources.items():
-        rows = encoded_rows(source.manifest("train"), fronts[name].store)
+        rows = encoded_rows(source.manifest("train"), frame_sources[name].store)
         texts = {}
         for key, row in progress(rows.items(), desc=f"pool {name}", unit="clip"):
             label = label_index(settings["labels"], row, key)
@@ -54,7 +55,7 @@ def dataio_prepare(settings, sources, fronts, captions):
             if kind not in texts:
                 texts[kind] = tuple(captions.texts(*kind))
             fitting[key] = texts[kind]
-            frames = fronts[name].read(key, row["wav"]).float().unsqueeze(0)
+            frames = frame_sources[name].read(key, row["wav"]).float().unsqueeze(0)
             data[key] = {"pooled": frame_statistics(frames)[0], "label": label, "source": name}
     return DynamicItemDataset(data, output_keys=["id", "pooled", "label"]), fitting
 
@@ -80,34 +81,34 @@ def make_brain(settings, train, captioner, run_opts=None):
             "train_logger": settings["train_logger"],
         },
         run_opts=run_opts,
-        checkpointer=WholeCheckpointer(
+        checkpointer=AtomicCheckpointer(
             Path(settings["output_folder"]) / "save", {"dual_encoder": network, "counter": settings["epoch_counter"]}
         ),
     )
 
 
-def train_dual_encoder(settings, sources, fronts, run_opts=None):
+def train_dual_encoder(settings, sources, frame_sources, run_opts=None):
     """Train a dual encoder, or find it trained, and give its folder, for `load_dual_encoder`.
 
-    `settings` is what `hparams/base/dual_encoder.yaml` defines; `sources` are the corpora and `fronts` their frames.
-    The number of epochs is fixed and the last one counts; held-out speakers of the sources only report.
+    `settings` is what `hparams/base/dual_encoder.yaml` defines; `sources` are the corpora and `frame_sources` their
+    frames. The number of epochs is fixed and the last one counts; held-out speakers of the sources only report.
     """
-    check_sources(settings["target"], sources, fronts)
+    check_sources(settings["target"], sources, frame_sources)
     folder = Path(settings["output_folder"])
     prompts = read_prompts(settings["prompts"])
     captions = read_captions(settings["captions"], prompts)
     text_encoder = FrozenTextEncoder(settings["text_encoder"])
-    trained_with = dual_encoder_settings(settings, sources, fronts, captions, text_encoder)
-    if finished(folder, trained_with):
+    trained_with = dual_encoder_settings(settings, sources, frame_sources, captions, text_encoder)
+    if completed(folder, trained_with, f"model/{ABOUT}", what="dual encoder is trained already, training skipped."):
         return folder / "model"
     seed_everything(settings["seed"])
-    train, fitting = dataio_prepare(settings, sources, fronts, captions)
+    train, fitting = dataio_prepare(settings, sources, frame_sources, captions)
     captioner = Captioner(fitting, text_encoder, settings["seed"])
     brain = make_brain(settings, train, captioner, run_opts)
     fit(brain, train, "dual encoder", settings["batch_size"])
     about = {**trained_with, **trained_on(settings["labels"], train.data, sources, brain)}
     model = DualEncoderModel(brain.modules.dual_encoder.cpu(), about, text_encoder)
-    validation = validate(model, prompts, sources, fronts, folder)
+    validation = validate(model, prompts, sources, frame_sources, folder)
     export_dual_encoder(folder / "model", model.network, {**about, "validation": validation})
     return folder / "model"
 
@@ -117,9 +118,9 @@ if __name__ == "__main__":
         hparams_file, run_opts, overrides = parse_arguments(sys.argv[1:])
         require_one_process()
         hparams = read_hparams(hparams_file, overrides)
-        require_ready(hparams)
+        require_dual_encoder(hparams["dual_encoder"], hparams["feature_folder"])
         with writing(hparams["output_folder"]):
             sb.create_experiment_directory(hparams["output_folder"], hparams_file, overrides)
         reader = open_reader(EncoderSettings.of(hparams), run_opts)
-        fronts = source_fronts(hparams["sources"], reader, hparams["layer"], hparams["feature_folder"])
-        print(train_dual_encoder(hparams["dual_encoder"], hparams["sources"], fronts, run_opts))
+        frame_sources = frame_sources_of(hparams["sources"], reader, hparams["layer"], hparams["feature_folder"])
+        print(train_dual_encoder(hparams["dual_encoder"], hparams["sources"], frame_sources, run_opts))

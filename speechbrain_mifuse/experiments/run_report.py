@@ -17,33 +17,25 @@ from speechbrain_mifuse.corpora.manifest import (
     recordings_without_speaker,
     unlabelled,
 )
-from speechbrain_mifuse.evaluation.results import evaluate, score_snapshots, side_by_side
-from speechbrain_mifuse.experiments.features import CorpusSettings
+from speechbrain_mifuse.evaluation.scoring import evaluate, score_snapshots, side_by_side
+from speechbrain_mifuse.experiments.adaptation import AdaptationExperiment
 from speechbrain_mifuse.inference.model_card import encoder_told
 from speechbrain_mifuse.inference.recognizer_folder import read_about as read_recogniser
 from speechbrain_mifuse.inference.recognizer_folder import write_card
 from speechbrain_mifuse.report.page import write_report
-from speechbrain_mifuse.report.results import write_results
+from speechbrain_mifuse.report.result_files import write_results
 from speechbrain_mifuse.utils.files import atomic_write
 
 logger = logging.getLogger(__name__)
 
 
 def report(
-    name: str,
-    settings: Mapping,
-    target: CorpusSettings,
-    predictions: Mapping,
-    n_train: int,
-    *,
-    source: str,
-    teacher: str,
-    teacher_model: Mapping | None,
-    encoder: str,
+    name: str, experiment: AdaptationExperiment, teacher_model: Mapping | None, predictions: Mapping, n_train: int
 ) -> None:
     """Score one method's predictions and write its results; here the target's labels are opened, if there are any."""
-    method, rule, labels = settings["methods"][name], settings["selection"], settings["labels"]
-    folder, test = Path(settings["output_folder"]) / name, target.manifests / "test.json"
+    method, target, adaptation = experiment.methods[name], experiment.target, experiment.adaptation
+    rule, labels = adaptation["selection"], adaptation["labels"]
+    folder, test = experiment.output_folder / name, target.manifests / "test.json"
     scored = evaluate(predictions, test, labels)
     if scored["UA"] is None:
         logger.warning("%s has no labels, nothing is scored: see %s.", test, folder / "predictions.json")
@@ -53,19 +45,19 @@ def report(
         scored,
         labels,
         method=name,
-        source=source,
+        source=source_name(experiment.source.name, experiment.source_recogniser),
         target=target.name,
-        teacher=teacher,
+        teacher=experiment.teacher.display_name,
         teacher_model=teacher_model,
-        seed=settings["seed"],
-        encoder=f"{encoder_told(encoder)}, layer {settings['layer']}, frozen",
+        seed=adaptation["seed"],
+        encoder=f"{encoder_told(experiment.encoder.source)}, layer {experiment.layer}, frozen",
         protocol=protocol(labels, target.manifests, target.norm),
-        target_copy=copy_told(read_about(target.manifests / ABOUT)) or None,
+        target_copy=copy_description(read_about(target.manifests / ABOUT)) or None,
         speaker_norm="none" if target.norm is None else target.norm.told(),
         selection=known_rule(rule)[1],
         n_train=n_train if method.trains or "adapt" in method.answers_for else 0,
-        diversity_weight=settings["diversity_weight"],
-        temperature=settings["temperature"],
+        diversity_weight=adaptation["diversity_weight"],
+        temperature=adaptation["temperature"],
         steps=chosen_snapshot(snapshots, rule)["step"] if snapshots else 0,
         snapshots=score_snapshots(snapshots, test, labels),
     )
@@ -84,14 +76,14 @@ def corpus_of(folder: str | Path, about: Mapping) -> str:
     return about.get("corpus", Path(folder).resolve().parent.name.lstrip("!("))
 
 
-def copy_told(about: Mapping) -> str:
+def copy_description(about: Mapping) -> str:
     """Say in what a target differs from the whole published corpus, as far as is known."""
-    told, check = [], about.get("release_check") or {"matches": True}
+    differences, check = [], about.get("release_check") or {"matches": True}
     if not check["matches"]:
         usable = check["total_found"] - check.get("unusable", 0)
-        told.append(f"not the published release ({usable} of {check['total_expected']} utterances)")
+        differences.append(f"not the published release ({usable} of {check['total_expected']} utterances)")
     kept = ", ".join(f"{100 * share:g} % of {label}" for label, share in (about.get("keep") or {}).items())
-    return ", ".join([*told, *([f"of the adaptation set only {kept} kept"] if kept else [])])
+    return ", ".join([*differences, *([f"of the adaptation set only {kept} kept"] if kept else [])])
 
 
 def protocol(labels: Sequence[str], manifests: Path, norm=None) -> str:
@@ -102,12 +94,12 @@ def protocol(labels: Sequence[str], manifests: Path, norm=None) -> str:
     rows = {**splits[0], **splits[1]}
     without = recordings_without_speaker(rows)
     if adapt & test or len(rows) < len(splits[0]) + len(splits[1]):
-        told = f"adapted and predicted on the same speakers, {len(labels)} classes, {len(adapt | test)} speakers"
+        text = f"adapted and predicted on the same speakers, {len(labels)} classes, {len(adapt | test)} speakers"
     else:
-        told = f"speaker-independent{' as far as speakers are known' if without else ''}, {len(labels)} classes, "
-        told += f"{len(adapt)} speakers to adapt, {len(test)} others to test"
-    told += f", {without} of {len(rows)} recordings without a known speaker" if without else ""
-    return told if norm is None else f"{told}; speaker_norm {norm.told()}"
+        text = f"speaker-independent{' as far as speakers are known' if without else ''}, {len(labels)} classes, "
+        text += f"{len(adapt)} speakers to adapt, {len(test)} others to test"
+    text += f", {without} of {len(rows)} recordings without a known speaker" if without else ""
+    return text if norm is None else f"{text}; speaker_norm {norm.told()}"
 
 
 def summary(output_folder: str | Path, names: Sequence[str], order: Sequence[str]) -> str:

@@ -118,7 +118,7 @@ def side_by_side(folder: str | Path, order: Sequence[str]) -> str:
         markdown(
             f"Protocol: {first['protocol']}. Adapted on {adapted} utterances, tested on {first['n_test']}. "
             f"Selection: {selection}. Encoder: {first['encoder']}. "
-            f"{_interval_told(first)}Code {first['code_version']}."
+            f"{_interval_text(first)}Code {first['code_version']}."
         ),
         "",
     ]
@@ -127,7 +127,7 @@ def side_by_side(folder: str | Path, order: Sequence[str]) -> str:
     return text
 
 
-def _interval_told(record: Mapping) -> str:
+def _interval_text(record: Mapping) -> str:
     """Say what the interval of UA was drawn over, and what it is worth where speakers are not known."""
     if record["UA"] is None:
         return ""

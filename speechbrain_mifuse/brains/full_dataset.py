@@ -11,16 +11,34 @@ from speechbrain.dataio.dataset import DynamicItemDataset
 from speechbrain_mifuse.features.dataset import frame_batches
 
 
-class WholeSet:
-    """A dataset with the stored answers of the language model and a place for each utterance.
+class FullDataset:
+    """A dataset that is read as a whole, with the stored answers of the language model.
 
-    `frames` gives the length of each utterance: those of similar length are read together, which spares a third of the
-    padding. What is returned is in the order of `keys`, the dataset's.
+    Utterances of similar length are read together, which spares a third of the padding; results are in the order of
+    `keys`, the dataset's.
+
+    Parameters
+    ----------
+    dataset : DynamicItemDataset
+        Gives what `frame_batches` collates; its rows hold `lalm` (`[K, C]`) and `lalm_mask` (`[K]`).
+    frames : mapping of str to int
+        Number of frames by utterance id.
+    batch_size : int
+        Utterances read at a time.
+
+    Example
+    -------
+    >>> answer = {"lalm": torch.zeros(1, 2), "lalm_mask": torch.ones(1, dtype=torch.bool)}
+    >>> data = {key: {**answer, "feats": torch.ones(length, 4)} for key, length in {"a": 3, "b": 1, "c": 2}.items()}
+    >>> dataset = DynamicItemDataset(data, output_keys=["id", "feats"])
+    >>> full = FullDataset(dataset, {key: len(row["feats"]) for key, row in data.items()}, batch_size=2)
+    >>> full.gather(lambda batch: [batch.feats[0].sum((1, 2))])[0].tolist()
+    [12.0, 4.0, 8.0]
     """
 
     def __init__(self, dataset: DynamicItemDataset, frames: Mapping[str, int], batch_size: int):
         self.keys = list(dataset.data_ids)
-        self.places = {key: place for place, key in enumerate(self.keys)}
+        self.positions = {key: place for place, key in enumerate(self.keys)}
         order = sorted(range(len(self.keys)), key=lambda place: frames[self.keys[place]])
         self.back = torch.tensor(order).argsort()
         self.loader = make_dataloader(dataset, sampler=order, **frame_batches(batch_size=batch_size))
