@@ -126,5 +126,5 @@ def test_a_sampling_temperature_of_a_provider_is_no_temperature_of_the_fusion(tm
 
 
 def test_no_rule_takes_nan():
-    numbers = [rule for rule in RULES.values() if "number" in rule.told]
+    numbers = [rule for rule in RULES.values() if "number" in rule.wanted]
     assert len(numbers) > 20 and all(rule.fault(math.nan) for rule in numbers)
