@@ -87,8 +87,8 @@ class Dine(AdaptationMethod):
 
     refreshes = 10
 
-    def __init__(self, diversity_weight: float = 1.0, momentum: float = 0.6, mixup: float = 0.3):
-        super().__init__(diversity_weight)
+    def __init__(self, diversity_weight: float = 1.0, momentum: float = 0.6, mixup: float = 0.3, **options: bool):
+        super().__init__(diversity_weight, **options)
         self.momentum, self.mixup = momentum, mixup
 
     def refresh(self, survey: Survey) -> None:
