@@ -12,7 +12,6 @@ import torch
 from speechbrain_mifuse.adaptation.fusion import diversity, prior_corrected, soft_cross_entropy
 from speechbrain_mifuse.adaptation.uncertainty import masked_mean
 
-
 # Parameters that every method takes.
 OPTIONS = ("target_statistics", "prior_correction")
 
@@ -296,13 +295,17 @@ class AdaptationMethod:
         >>> AdaptationMethod(0.5).describe()
         {'method': 'speechbrain_mifuse.adaptation.method.AdaptationMethod', 'method.diversity_weight': 0.5}
         """
-        parameters = inspect.signature(type(self)).parameters.values()
-        names = [each.name for each in parameters if each.kind is each.POSITIONAL_OR_KEYWORD]
-        # An option counts only where it was chosen: results from before there were options stay valid.
-        names += [name for name in OPTIONS if getattr(self, name) and name not in names]
+        default = {name: False for name in OPTIONS}
+        always = set()
+        for each in inspect.signature(type(self)).parameters.values():
+            if each.kind is each.KEYWORD_ONLY:
+                # Counts only where it was chosen: results from before it was added stay valid.
+                default[each.name] = each.default
+            elif each.kind is not each.VAR_KEYWORD:
+                always.add(each.name)
+        names = sorted(always | {name for name, value in default.items() if getattr(self, name) != value})
         chosen = [described(f"method.{name}", getattr(self, name)) for name in names]
         return {"method": qualified(type(self))} | {key: value for part in chosen for key, value in part.items()}
-
 
     def traits(self) -> dict[str, str]:
         """Say what a table of methods must say of this one.

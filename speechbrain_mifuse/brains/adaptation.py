@@ -1,6 +1,6 @@
 """Source-free adaptation: one Brain for every method; what a method is, its object in `adaptation/` says.
 
-Nothing in this module opens a label of the target, but for the one method that declares `uses_labels`.
+Nothing in this module opens a label of the target, but for those methods that declare `uses_labels`.
 """
 
 from __future__ import annotations

@@ -186,7 +186,7 @@ def run_batch(options: argparse.Namespace) -> None:
         raise UserError(
             f"{options.yaml}: no such file. The recipe's YAML file comes after the step, as hparams/nemo2rav.yaml"
         )
-    from speechbrain_mifuse.experiments.settings import known_ones, load_hparams
+    from speechbrain_mifuse.experiments.settings import chosen_methods, load_hparams
     from speechbrain_mifuse.experiments.teacher import EVERY_REQUEST, TeacherSettings, wanted_recordings
     from speechbrain_mifuse.lalm.batch import BatchJob
     from speechbrain_mifuse.lalm.store import LabelStore
@@ -194,7 +194,7 @@ def run_batch(options: argparse.Namespace) -> None:
 
     hparams, _ = load_hparams(options.yaml, options.flags)
     teacher, known = TeacherSettings.of(hparams), hparams["adaptation"]["methods"]
-    methods = [known[name] for name in known_ones(hparams["method"], known, "--method")]
+    methods = [known[name] for name in chosen_methods(hparams)]
     if teacher.is_local:
         raise UserError(
             "batch: the teacher is a classifier on this machine, which has no Batch API. Name a provider by a file of "

@@ -252,7 +252,7 @@ def run_collect(options: argparse.Namespace) -> None:
     if not options.yaml.is_file():
         raise UserError(f"{options.yaml}: no such file. The recipe's YAML file comes first, as hparams/nemo2rav.yaml")
     from speechbrain_mifuse.experiments.features import CorpusSettings, EncoderSettings, open_reader
-    from speechbrain_mifuse.experiments.settings import known_ones, load_hparams
+    from speechbrain_mifuse.experiments.settings import chosen_methods, load_hparams
     from speechbrain_mifuse.experiments.source import prepare_labelled, trained_recogniser
     from speechbrain_mifuse.experiments.teacher import TeacherSettings, collect_answers
 
@@ -267,7 +267,7 @@ def run_collect(options: argparse.Namespace) -> None:
 
     with stopped_by_ctrl_c():
         methods, target = hparams["adaptation"]["methods"], CorpusSettings.target_of(hparams)
-        chosen = {name: methods[name] for name in known_ones(hparams["method"], methods, "--method")}
+        chosen = {name: methods[name] for name in chosen_methods(hparams)}
         collect_answers(TeacherSettings.of(hparams), chosen, target, train, options.dry_run)
 
 

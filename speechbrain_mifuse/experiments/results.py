@@ -66,6 +66,7 @@ def report(
         n_train=n_train if method.trains or "adapt" in method.answers_for else 0,
         diversity_weight=settings["diversity_weight"],
         temperature=settings["temperature"],
+        traits=method.traits(),
         steps=chosen_snapshot(snapshots, rule)["step"] if snapshots else 0,
         snapshots=score_snapshots(snapshots, test, labels),
     )

@@ -33,7 +33,7 @@ from speechbrain_mifuse.evaluation.aggregate import (
     transfer_table,
     write_csv,
 )
-from speechbrain_mifuse.experiments.registry import Recipe, adaptation_recipe
+from speechbrain_mifuse.experiments.registry import Recipe, adaptation_recipe, current_names
 from speechbrain_mifuse.experiments.settings import check_flags
 from speechbrain_mifuse.features.extract import usable_cores
 from speechbrain_mifuse.report.figures import plot_heatmap, plot_transfers
@@ -170,6 +170,7 @@ def make_plan(
     for key in flag_values(flags):
         if key in OWN_FLAGS:
             raise UserError(f"--{key}: the sweep gives this flag to each run; use {OWN_FLAGS[key]}.")
+    methods = current_names(methods, {old: new for r in recipes for old, new in r.renamed.items()}, "--methods")
     for recipe in recipes:
         unknown = [name for name in methods if name not in recipe.methods]
         if unknown:

@@ -85,7 +85,7 @@ class EmotionClassifier(nn.Module):
 
     @torch.no_grad()
     def renormalize(self, vectors: torch.Tensor) -> None:
-        """Normalize by the statistics of a set from now on: `vectors` are what `embed` gave of it in evaluation mode."""
+        """Normalize by the statistics of a set, of which `vectors` are what `embed` gave in evaluation mode."""
         variance = self.norm.running_var + self.norm.eps
         self.norm.running_mean += variance.sqrt() * vectors.mean(0)
         self.norm.running_var.copy_(variance * vectors.var(0, unbiased=False))

@@ -30,7 +30,7 @@ from speechbrain_mifuse.experiments.adaptation import adaptation_settings, finis
 from speechbrain_mifuse.experiments.features import CorpusSettings, EncoderSettings, device_of, open_front, open_reader
 from speechbrain_mifuse.experiments.preflight import require_data, require_ready, require_recordings
 from speechbrain_mifuse.experiments.results import report, source_name, summary
-from speechbrain_mifuse.experiments.settings import known_ones, parse_arguments, read_hparams
+from speechbrain_mifuse.experiments.settings import chosen_methods, parse_arguments, read_hparams
 from speechbrain_mifuse.experiments.source import trained_recogniser
 from speechbrain_mifuse.experiments.teacher import TeacherSettings, ask_teacher, report_answers
 from speechbrain_mifuse.features.dataset import encoded_rows, label_index
@@ -42,7 +42,7 @@ from speechbrain_mifuse.utils.errors import one_clear_error, writing
 def dataio_prepare(hparams, method, front, answers):
     """Build the adaptation and the test set: frames and the teacher's stored answers, without any label.
 
-    Only the upper bound, which says so by `uses_labels`, is given the reference labels of the adaptation set.
+    Only upper bounds, which say so by `uses_labels`, are given the reference labels of the adaptation set.
     """
 
     @sb.utils.data_pipeline.takes("id", "wav")
@@ -149,7 +149,7 @@ if __name__ == "__main__":
         hparams_file, run_opts, overrides = parse_arguments(sys.argv[1:])
         require_one_process()
         hparams = read_hparams(hparams_file, overrides)
-        names = known_ones(hparams["method"], hparams["adaptation"]["methods"], "--method")
+        names = chosen_methods(hparams)
         require_ready(hparams, names, run_opts)
         with writing(hparams["output_folder"]):
             sb.create_experiment_directory(hparams["output_folder"], hparams_file, overrides)
