@@ -104,7 +104,7 @@ adapter: $(VENV)/.installed
 zsfuse: $(VENV)/.installed
 	$(call compare,zsfuse)
 
-BENCHMARKS = recipe_form extraction million epoch mifuse_step memory adapter zero_shot recognise collect collect_faults label_store serve
+BENCHMARKS = recipe_form extraction million epoch mifuse_step closed_form memory adapter zero_shot recognise collect collect_faults label_store serve
 
 bench: $(VENV)/.installed
 	for name in $(BENCHMARKS); do $(RUN) benchmarks/run.py $$name --json docs/results/speed/$$name.json; done
