@@ -12,7 +12,7 @@ export PIP_CONSTRAINT = $(LOCK)
 export PIP_BUILD_CONSTRAINT = $(LOCK)
 endif
 
-.PHONY: demo test test_long lock newest table ablations weighting other_seeds skew sentences norms sensitivity adapter zsfuse bench faults fuzz docs clean
+.PHONY: demo test test_long lock newest table untrained ablations weighting other_seeds skew sentences norms sensitivity adapter zsfuse bench faults fuzz docs clean
 
 $(VENV)/.installed: pyproject.toml $(LOCK)
 	$(PYTHON) -m venv $(VENV)
@@ -51,6 +51,9 @@ ABLATIONS := $(ABLATIONS),mi_fuse_plus_no_prior,mi_fuse_plus_once,mi_fuse_plus_e
 ABLATIONS := $(ABLATIONS),mi_fuse_plus_random_folds,mi_fuse_plus_temperature_2
 SKEWED = --seeds 1-2 --methods source_only,lalm_sfuda,mi_fuse,mi_fuse_product_prior,mi_fuse_plus_equal_shares,mi_fuse_plus
 RIVALS = source_only,source_adabn,zero_training,mi_fuse
+UNTRAINED = source_only,source_adabn,source_adabn_prior,tent,t3a,lame,lalm_zero_shot,lalm_zero_shot_prior
+UNTRAINED := $(UNTRAINED),zero_training,zero_training_adabn,g_no_api,g_once,g_closed_form_permuted
+UNTRAINED := $(UNTRAINED),g_closed_form_adapt,g_closed_form,oracle_lda
 WEIGHTS = source_only,lalm_sfuda,mean_fusion,mi_fuse_permuted,mi_fuse
 OTHERS = source_only,lalm_sfuda,mi_fuse,mi_fuse_reciprocal,mi_fuse_plus,mi_fuse_plus_equal_shares,oracle
 NORMED = --methods source_only,lalm_sfuda,mean_fusion,mi_fuse,mi_fuse_plus,oracle --baselines mi_fuse
@@ -60,6 +63,11 @@ LESS = --prepare_target "{keep: {$(1): 0.2, $(2): 0.2}}"
 
 table: $(VENV)/.installed
 	$(SWEEP) --seeds 1-5 --name open_transfer --baselines $(RIVALS)
+
+# The rows that train no student: minutes for all of them.
+untrained: $(VENV)/.installed
+	$(SWEEP) --seeds 1-5 --name untrained --output results/open_transfer --methods $(UNTRAINED) \
+		--baselines source_only,source_adabn,zero_training
 
 ablations: $(VENV)/.installed
 	$(SWEEP) --seeds 1-3 --name ablations --output results/open_transfer --methods $(ABLATIONS),mi_fuse_plus \
