@@ -62,8 +62,8 @@ class Dine(AdaptationMethod):
     0.3)), mutual information at weight 1. Adapted to this harness: the black box is the language model's mean
     distribution (the paper's is a source model behind an API) and the student starts from the source; an utterance
     without answer starts from the student's own prediction; pooled vectors are mixed, since frames of utterances of
-    different length cannot be; the memory is renewed 10 times per run, the first renewal being its filling; there is no
-    second, purely unsupervised stage.
+    different length cannot be; the memory is renewed 10 times per run, the first renewal being its filling. By default
+    there is one black box, and no second, purely unsupervised stage.
 
     Parameters
     ----------
@@ -73,6 +73,10 @@ class Dine(AdaptationMethod):
         Share of the memory that a renewal keeps.
     mixup : float
         Both parameters of the Beta distribution.
+    both : bool
+        Start from the mean of two black boxes, language model and source classifier, as the paper does with several.
+    second_stage : float
+        Share of the run, its end, in which mutual information alone is maximized, as in the paper's second stage.
 
     Example
     -------
@@ -87,9 +91,19 @@ class Dine(AdaptationMethod):
 
     refreshes = 10
 
-    def __init__(self, diversity_weight: float = 1.0, momentum: float = 0.6, mixup: float = 0.3):
-        super().__init__(diversity_weight)
+    def __init__(
+        self,
+        diversity_weight: float = 1.0,
+        momentum: float = 0.6,
+        mixup: float = 0.3,
+        *,
+        both: bool = False,
+        second_stage: float = 0.0,
+        **options: bool,
+    ):
+        super().__init__(diversity_weight, **options)
         self.momentum, self.mixup = momentum, mixup
+        self.both, self.second_stage = both, second_stage
 
     def refresh(self, survey: Survey) -> None:
         """Fill the memory with what the teacher says, later mix the student in; see `AdaptationMethod.refresh`."""
@@ -97,8 +111,11 @@ class Dine(AdaptationMethod):
         if "memory" in self.state:
             self.state["memory"] = self.momentum * self.state["memory"] + (1 - self.momentum) * probs
         else:
-            said = torch.where(survey.lalm_available.unsqueeze(1), survey.lalm_mean, probs)
+            lalm = (survey.lalm_mean + probs) / 2 if self.both else survey.lalm_mean
+            said = torch.where(survey.lalm_available.unsqueeze(1), lalm, probs)
             self.state["memory"] = adaptive_label_smoothing(said)
+        if self.second_stage:
+            self.state["renewals"] = self.state.get("renewals", torch.tensor(0)) + 1
 
     def targets(self, teachers: Teachers) -> torch.Tensor:
         """Recall the memory of the batch; see `AdaptationMethod.targets`."""
@@ -109,6 +126,8 @@ class Dine(AdaptationMethod):
 
         See `AdaptationMethod.loss`.
         """
+        if self.second_stage and self.state["renewals"] > (1 - self.second_stage) * self.refreshes:
+            return information(student.logits, self.diversity_weight)
         distilled = divergence(student.logits, targets)
         return distilled + self.consistency(student) + information(student.logits, self.diversity_weight)
 

@@ -33,8 +33,31 @@ def principal_components(vectors: torch.Tensor, size: int) -> torch.Tensor:
     [2.0, 0.0, 2.0]
     """
     centred = vectors - vectors.mean(0)
-    directions = torch.linalg.svd(centred, full_matrices=False).Vh
-    return centred @ directions[:size].T
+    return centred @ principal_directions(vectors, size).T
+
+
+def principal_directions(vectors: torch.Tensor, size: int) -> torch.Tensor:
+    """Give the orthonormal directions in which vectors differ most.
+
+    Parameters
+    ----------
+    vectors : torch.Tensor
+        `[N, D]`.
+    size : int
+        Directions, at most.
+
+    Returns
+    -------
+    torch.Tensor
+        `[size, D]`.
+
+    Example
+    -------
+    >>> vectors = torch.tensor([[0.0, 0.0, 1.0], [2.0, 0.0, 1.0], [4.0, 0.0, 1.0]])
+    >>> principal_directions(vectors, 1).abs().round(decimals=4).tolist()
+    [[1.0, 0.0, 0.0]]
+    """
+    return torch.linalg.svd(vectors - vectors.mean(0), full_matrices=False).Vh[:size]
 
 
 def neighbourhoods(vectors: torch.Tensor, count: int, rounds: int = 30) -> torch.Tensor:
@@ -140,21 +163,14 @@ def with_class_shares(labels: torch.Tensor, shares: torch.Tensor, rounds: int = 
 def discriminant_scores(
     vectors: torch.Tensor, labels: torch.Tensor, queries: torch.Tensor, shrinkage: float = 0.3
 ) -> torch.Tensor:
-    """Linear discriminant analysis on soft labels: `s_c(x) = x' S^-1 mu_c - mu_c' S^-1 mu_c / 2`.
-
-    `mu_c` is the mean weighted by the labels, S the within-class covariance, drawn towards a multiple of the identity:
-    `S <- (1 - shrinkage) S + shrinkage tr(S) / D I`. Classes count alike, whatever their size.
+    """Score vectors by the linear discriminant of others: `s_c(x) = x' S^-1 mu_c - mu_c' S^-1 mu_c / 2`.
 
     Parameters
     ----------
-    vectors : torch.Tensor
-        `[N, D]`, to fit on.
-    labels : torch.Tensor
-        `[N, C]`, soft labels; an all-zero row counts for nothing.
+    vectors, labels, shrinkage
+        As for `discriminant`.
     queries : torch.Tensor
         `[M, D]`, to score.
-    shrinkage : float
-        In (0, 1].
 
     Returns
     -------
@@ -168,6 +184,41 @@ def discriminant_scores(
     >>> discriminant_scores(vectors, labels, torch.tensor([[0.5, 9.0], [3.5, -9.0]])).argmax(1).tolist()
     [0, 1]
     """
+    directions, offsets = discriminant(vectors, labels, shrinkage)
+    return queries @ directions - offsets
+
+
+def discriminant(
+    vectors: torch.Tensor, labels: torch.Tensor, shrinkage: float = 0.3
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Fit linear discriminant analysis on soft labels: directions `S^-1 mu_c` and offsets `mu_c' S^-1 mu_c / 2`.
+
+    `mu_c` is the mean weighted by the labels, S the within-class covariance, drawn towards a multiple of the identity:
+    `S <- (1 - shrinkage) S + shrinkage tr(S) / D I`. Classes count alike, whatever their size.
+
+    Parameters
+    ----------
+    vectors : torch.Tensor
+        `[N, D]`, to fit on.
+    labels : torch.Tensor
+        `[N, C]`, soft labels; an all-zero row counts for nothing.
+    shrinkage : float
+        In (0, 1].
+
+    Returns
+    -------
+    directions : torch.Tensor
+        `[D, C]`.
+    offsets : torch.Tensor
+        `[C]`; the score of `x` is `x @ directions - offsets`.
+
+    Example
+    -------
+    >>> vectors = torch.tensor([[-1.0], [1.0], [3.0], [5.0]])
+    >>> directions, offsets = discriminant(vectors, torch.eye(2).repeat_interleave(2, 0), shrinkage=1.0)
+    >>> directions.tolist(), offsets.tolist()
+    ([[0.0, 4.0]], [0.0, 8.0])
+    """
     sizes = labels.sum(0).clamp(min=1e-6)
     means = labels.T @ vectors / sizes[:, None]
     scatter = (vectors.T * labels.sum(1)) @ vectors - (means.T * sizes) @ means
@@ -177,7 +228,7 @@ def discriminant_scores(
     level = (covariance.trace() / dim).clamp(min=1e-6)
     covariance = (1 - shrinkage) * covariance + shrinkage * level * torch.eye(dim, device=vectors.device)
     directions = torch.linalg.solve(covariance, means.T)
-    return queries @ directions - (means.T * directions).sum(0) / 2
+    return directions, (means.T * directions).sum(0) / 2
 
 
 def cross_fitted_expert(

@@ -9,8 +9,11 @@ from dataclasses import dataclass, field
 
 import torch
 
-from speechbrain_mifuse.adaptation.fusion import diversity, soft_cross_entropy
+from speechbrain_mifuse.adaptation.fusion import diversity, prior_corrected, soft_cross_entropy
 from speechbrain_mifuse.adaptation.uncertainty import masked_mean
+
+# Parameters that every method takes.
+OPTIONS = ("target_statistics", "prior_correction")
 
 
 @dataclass(frozen=True)
@@ -27,6 +30,8 @@ class Outputs:
         `[N, C]`; of a training step with dropout, of a whole set without.
     head : callable, optional
         From vectors to logits, dropout as in `logits`.
+    templates : torch.Tensor, optional
+        `[C, H]`, weights of the output layer: what each class is compared with.
 
     Example
     -------
@@ -38,6 +43,7 @@ class Outputs:
     hidden: torch.Tensor
     logits: torch.Tensor
     head: Callable[[torch.Tensor], torch.Tensor] | None = None
+    templates: torch.Tensor | None = None
 
     @property
     def probs(self) -> torch.Tensor:
@@ -62,6 +68,8 @@ class Teachers:
         `[B]`, class indices; only given to a method with `uses_labels`.
     rows : torch.Tensor, optional
         `[B]`, place of each utterance in the adaptation set: where a method that remembers something finds it.
+    lalm_prior : torch.Tensor, optional
+        `[C]`, average of the language model's means over the adaptation set; given to a method with `prior_correction`.
 
     Example
     -------
@@ -76,11 +84,13 @@ class Teachers:
     classifier: Callable[[], torch.Tensor]
     reference: torch.Tensor | None = None
     rows: torch.Tensor | None = None
+    lalm_prior: torch.Tensor | None = None
 
     @property
     def lalm_mean(self) -> torch.Tensor:
-        """`[B, C]`, mean of the answers that are samples."""
-        return masked_mean(self.lalm, self.lalm_mask)
+        """`[B, C]`, mean of the answers that are samples, divided by its prior if there is one."""
+        mean = masked_mean(self.lalm, self.lalm_mask)
+        return mean if self.lalm_prior is None else prior_corrected(mean, self.lalm_prior)
 
     def lalm_smoothed(self, pseudo: torch.Tensor) -> torch.Tensor:
         """`[B, C]`, the same with some answers that say nothing; see `masked_mean`."""
@@ -98,11 +108,13 @@ class Teachers:
 
 @dataclass(frozen=True)
 class Survey(Teachers):
-    """What teachers and student say of a whole set, `rows` being 0 to N - 1; never with labels.
+    """What teachers and student say of a whole set, `rows` being 0 to N - 1.
+
+    Only an upper bound, which declares `uses_labels`, finds a `reference`, and only that of the adaptation set.
 
     Parameters
     ----------
-    lalm, lalm_mask, classifier, reference, rows
+    lalm, lalm_mask, classifier, reference, rows, lalm_prior
         As for `Teachers`, with N in the place of B.
     student : callable
         Gives the `Outputs` of the student as it is now, in evaluation mode and without gradient. Each call goes through
@@ -130,6 +142,12 @@ class AdaptationMethod:
     ----------
     diversity_weight : float
         lambda.
+    target_statistics : bool
+        Take the batch-normalization statistics of the adaptation set before anything else (AdaBN, Li et al. 2017).
+        Otherwise the classifier starts with those of its own corpus, and training replaces them little by little.
+    prior_correction : bool
+        Divide the language model's means by their average over the adaptation set; in a method that does not ask the
+        language model, divide the method's own answers by theirs. Both assume classes of comparable size.
 
     Attributes
     ----------
@@ -137,6 +155,8 @@ class AdaptationMethod:
         Whether there is anything to train; otherwise the method is the starting point or the teacher itself.
     uses_labels : bool
         Whether it is given the target's labels: true for the upper bound alone.
+    transductive : bool
+        Whether the answer to one test recording depends on the others.
     answers_for : tuple of str
         Which sets the language model is asked about: `adapt`, `test`, both or none.
     frozen : tuple of str
@@ -160,12 +180,16 @@ class AdaptationMethod:
 
     trains = True
     uses_labels = False
+    transductive = False
     answers_for: tuple[str, ...] = ("adapt",)
     frozen: tuple[str, ...] = ()
     refreshes = 0
 
-    def __init__(self, diversity_weight: float = 1.0):
+    def __init__(
+        self, diversity_weight: float = 1.0, *, target_statistics: bool = False, prior_correction: bool = False
+    ):
         self.diversity_weight = diversity_weight
+        self.target_statistics, self.prior_correction = target_statistics, prior_correction
         self.state: dict[str, torch.Tensor] = {}
         self.statistics: dict[str, float] = {}
 
@@ -271,9 +295,49 @@ class AdaptationMethod:
         >>> AdaptationMethod(0.5).describe()
         {'method': 'speechbrain_mifuse.adaptation.method.AdaptationMethod', 'method.diversity_weight': 0.5}
         """
-        names = [name for name in inspect.signature(type(self)).parameters]
+        default = {name: False for name in OPTIONS}
+        always = set()
+        for each in inspect.signature(type(self)).parameters.values():
+            if each.kind is each.KEYWORD_ONLY:
+                # Counts only where it was chosen: results from before it was added stay valid.
+                default[each.name] = each.default
+            elif each.kind is not each.VAR_KEYWORD:
+                always.add(each.name)
+        names = sorted(always | {name for name, value in default.items() if getattr(self, name) != value})
         chosen = [described(f"method.{name}", getattr(self, name)) for name in names]
         return {"method": qualified(type(self))} | {key: value for part in chosen for key, value in part.items()}
+
+    def traits(self) -> dict[str, str]:
+        """Say what a table of methods must say of this one.
+
+        Returns
+        -------
+        dict of str to str
+            `training`; which sets the language model is `asked` about; whose `statistics` normalize the vectors;
+            what has a `prior_correction`; whether it is `transductive`, seeing the test recordings together.
+
+        Example
+        -------
+        >>> AdaptationMethod(target_statistics=True).traits()["statistics"]
+        'target'
+        """
+        return {
+            "training": ("labels" if self.uses_labels else "yes") if self.trains else "no",
+            "asked": " and ".join(self.answers_for) or "no",
+            "statistics": "target" if self.target_statistics else "source to target" if self.trains else "source",
+            "prior_correction": self.corrected if self.prior_correction else "no",
+            "transductive": "yes" if self.transductive else "no",
+        }
+
+    @property
+    def corrects_answers(self) -> bool:
+        """Whether `prior_correction` concerns the method's own answers."""
+        return self.prior_correction and "adapt" not in self.answers_for
+
+    @property
+    def corrected(self) -> str:
+        """What `prior_correction` divides by its average, in words."""
+        return "answers" if self.corrects_answers else "language model"
 
 
 def qualified(thing: Callable) -> str:

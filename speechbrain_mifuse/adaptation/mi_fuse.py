@@ -47,9 +47,12 @@ class MIFuse(AdaptationMethod):
     least_samples = 2
 
     def __init__(
-        self, diversity_weight: float = 1.0, weight: Callable[[torch.Tensor], torch.Tensor] = exponential_weight
+        self,
+        diversity_weight: float = 1.0,
+        weight: Callable[[torch.Tensor], torch.Tensor] = exponential_weight,
+        **options: bool,
     ):
-        super().__init__(diversity_weight)
+        super().__init__(diversity_weight, **options)
         self.weight = weight
 
     def uncertainty(self, samples: torch.Tensor, mask: torch.Tensor | None = None) -> torch.Tensor:
@@ -180,5 +183,5 @@ class MeanFusion(MIFuse):
     [[0.5, 0.5], [0.0, 1.0]]
     """
 
-    def __init__(self, diversity_weight: float = 1.0):
-        super().__init__(diversity_weight, weight=torch.ones_like)
+    def __init__(self, diversity_weight: float = 1.0, **options: bool):
+        super().__init__(diversity_weight, weight=torch.ones_like, **options)

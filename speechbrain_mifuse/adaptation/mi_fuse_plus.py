@@ -42,9 +42,8 @@ class ProductFusion(AdaptationMethod):
     tensor([[0.9032, 0.0968]])
     """
 
-    def __init__(self, diversity_weight: float = 1.0, prior_correction: bool = True):
-        super().__init__(diversity_weight)
-        self.prior_correction = prior_correction
+    def __init__(self, diversity_weight: float = 1.0, prior_correction: bool = True, **options: bool):
+        super().__init__(diversity_weight, prior_correction=prior_correction, **options)
 
     def start(self, survey: Survey) -> None:
         """See what form the answers have and which classes are preferred; see `AdaptationMethod.start`."""
@@ -131,8 +130,9 @@ class MIFusePlus(ProductFusion):
         components: int = 256,
         folds: int = 5,
         together: int = 8,
+        **options: bool,
     ):
-        super().__init__(diversity_weight, prior_correction)
+        super().__init__(diversity_weight, prior_correction, **options)
         self.recursive, self.share_trust = recursive, share_trust
         self.temperature, self.shrinkage, self.components = temperature, shrinkage, components
         self.folds, self.together = folds, together

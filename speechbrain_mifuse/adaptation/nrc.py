@@ -113,8 +113,15 @@ class Nrc(AdaptationMethod):
 
     answers_for = ()
 
-    def __init__(self, diversity_weight: float = 1.0, neighbours: int = 4, expanded: int = 3, weak: float = 0.1):
-        super().__init__(diversity_weight)
+    def __init__(
+        self,
+        diversity_weight: float = 1.0,
+        neighbours: int = 4,
+        expanded: int = 3,
+        weak: float = 0.1,
+        **options: bool,
+    ):
+        super().__init__(diversity_weight, **options)
         self.neighbours, self.expanded, self.weak = neighbours, expanded, weak
 
     def start(self, survey: Survey) -> None:

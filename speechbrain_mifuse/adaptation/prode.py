@@ -65,8 +65,8 @@ class Prode(AdaptationMethod):
     tensor([[0.8000, 0.2000]])
     """
 
-    def __init__(self, diversity_weight: float = 1.0, omega: float = 1.0, floor: float = 0.01):
-        super().__init__(diversity_weight)
+    def __init__(self, diversity_weight: float = 1.0, omega: float = 1.0, floor: float = 0.01, **options: bool):
+        super().__init__(diversity_weight, **options)
         self.omega, self.floor = omega, floor
 
     def start(self, survey: Survey) -> None:

@@ -6,6 +6,7 @@ import torch
 from torch.nn import functional as F
 
 from speechbrain_mifuse.adaptation.fusion import prior_corrected, product_of_experts
+from speechbrain_mifuse.adaptation.geometry import discriminant, principal_directions
 from speechbrain_mifuse.adaptation.method import AdaptationMethod, Survey, Teachers
 from speechbrain_mifuse.adaptation.uncertainty import pseudo_answers
 
@@ -37,6 +38,11 @@ class LalmZeroShot(AdaptationMethod):
     trains = False
     answers_for = ("test",)
 
+    def __init__(self, **options: bool):
+        super().__init__(**options)
+        if self.prior_correction:
+            self.answers_for = ("adapt", "test")
+
     def predict(self, test: Survey) -> torch.Tensor:
         """`mean_L`; see `AdaptationMethod.predict`."""
         return test.lalm_mean
@@ -63,6 +69,11 @@ class ZeroTraining(AdaptationMethod):
 
     trains = False
     answers_for = ("adapt", "test")
+    corrects_answers = False
+    corrected = "every teacher"
+
+    def __init__(self, *, target_statistics: bool = False, prior_correction: bool = True):
+        super().__init__(target_statistics=target_statistics, prior_correction=prior_correction)
 
     def start(self, survey: Survey) -> None:
         """Estimate what each teacher says on average; see `AdaptationMethod.start`."""
@@ -72,8 +83,10 @@ class ZeroTraining(AdaptationMethod):
 
     def predict(self, test: Survey) -> torch.Tensor:
         """`q` proportional to `mean_L / prior_L * mean_S / prior_S`; see `AdaptationMethod.predict`."""
-        lalm = prior_corrected(test.lalm_smoothed(self.state["pseudo_answers"]), self.state["lalm"])
-        classifier = prior_corrected(test.classifier().mean(1), self.state["classifier"])
+        lalm, classifier = test.lalm_smoothed(self.state["pseudo_answers"]), test.classifier().mean(1)
+        if self.prior_correction:
+            lalm = prior_corrected(lalm, self.state["lalm"])
+            classifier = prior_corrected(classifier, self.state["classifier"])
         return product_of_experts([lalm, classifier])
 
 
@@ -95,6 +108,13 @@ class LalmSfuda(AdaptationMethod):
 class Oracle(AdaptationMethod):
     """Supervised training on the target's labels, from the same start with the same optimiser: the upper bound.
 
+    Parameters
+    ----------
+    diversity_weight : float
+        lambda.
+    class_balanced : bool
+        Let each class count the same, as the source classifier's training does: weights `N / (C N_c)`.
+
     Example
     -------
     >>> from speechbrain_mifuse.adaptation.method import Outputs
@@ -106,6 +126,56 @@ class Oracle(AdaptationMethod):
     uses_labels = True
     answers_for = ()
 
+    def __init__(self, diversity_weight: float = 1.0, *, class_balanced: bool = False, **options: bool):
+        super().__init__(diversity_weight, **options)
+        self.class_balanced = class_balanced
+
+    def start(self, survey: Survey) -> None:
+        """Count the classes if they are to be balanced; see `AdaptationMethod.start`."""
+        if self.class_balanced:
+            counts = survey.reference.bincount(minlength=survey.lalm.shape[-1])
+            self.state["weights"] = len(survey.reference) / (len(counts) * counts.clamp(min=1))
+
     def targets(self, teachers: Teachers) -> torch.Tensor:
-        """One-hot reference labels. See `AdaptationMethod.targets`."""
-        return F.one_hot(teachers.reference, teachers.lalm.shape[-1]).to(teachers.lalm.dtype)
+        """One-hot reference labels, times the weight of their class. See `AdaptationMethod.targets`."""
+        labels = F.one_hot(teachers.reference, teachers.lalm.shape[-1]).to(teachers.lalm.dtype)
+        return labels * self.state["weights"] if self.class_balanced else labels
+
+
+class OracleDiscriminant(AdaptationMethod):
+    """Supervised linear discriminant analysis on the target's labels: an upper bound for what G can be.
+
+    It works in the space of `ClosedForm`, of the first principal components, with the same shrinkage.
+
+    Parameters
+    ----------
+    shrinkage : float
+        See `geometry.discriminant`.
+    components : int
+        Dimension of the space.
+
+    Example
+    -------
+    >>> OracleDiscriminant.uses_labels, OracleDiscriminant.trains
+    (True, False)
+    """
+
+    trains = False
+    uses_labels = True
+    answers_for = ()
+
+    def __init__(self, shrinkage: float = 0.3, components: int = 256, **options: bool):
+        super().__init__(**options)
+        self.shrinkage, self.components = shrinkage, components
+
+    def start(self, survey: Survey) -> None:
+        """Fit the discriminant; see `AdaptationMethod.start`."""
+        vectors = survey.student().vectors
+        labels = F.one_hot(survey.reference, survey.lalm.shape[-1]).to(vectors.dtype)
+        axes = principal_directions(vectors, self.components).T
+        directions, self.state["offsets"] = discriminant(vectors @ axes, labels, self.shrinkage)
+        self.state["directions"] = axes @ directions
+
+    def predict(self, test: Survey) -> torch.Tensor:
+        """Softmax of the discriminant's scores; see `AdaptationMethod.predict`."""
+        return (test.student().vectors @ self.state["directions"] - self.state["offsets"]).softmax(-1)

@@ -96,8 +96,8 @@ class Shot(AdaptationMethod):
     frozen = ("output",)
     refreshes = 15
 
-    def __init__(self, diversity_weight: float = 1.0, pseudo_weight: float = 0.3):
-        super().__init__(diversity_weight)
+    def __init__(self, diversity_weight: float = 1.0, pseudo_weight: float = 0.3, **options: bool):
+        super().__init__(diversity_weight, **options)
         self.pseudo_weight = pseudo_weight
 
     def refresh(self, survey: Survey) -> None:

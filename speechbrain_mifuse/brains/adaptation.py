@@ -1,6 +1,6 @@
 """Source-free adaptation: one Brain for every method; what a method is, its object in `adaptation/` says.
 
-Nothing in this module opens a label of the target, but for the one method that declares `uses_labels`.
+Nothing in this module opens a label of the target, but for those methods that declare `uses_labels`.
 """
 
 from __future__ import annotations
@@ -8,11 +8,13 @@ from __future__ import annotations
 import functools
 import logging
 from collections.abc import Mapping
+from dataclasses import replace
 
 import speechbrain as sb
 import torch
 from speechbrain.utils.checkpoints import mark_as_loader, mark_as_saver, register_checkpoint_hooks
 
+from speechbrain_mifuse.adaptation.fusion import prior_corrected
 from speechbrain_mifuse.adaptation.method import AdaptationMethod, Outputs, Survey, Teachers
 from speechbrain_mifuse.adaptation.selection import criteria
 from speechbrain_mifuse.brains.full_dataset import FullDataset
@@ -105,6 +107,7 @@ class AdaptationBrain(ResumableBrain):
             classifier=lambda: whole.gather(lambda batch: [self.classifier_samples(batch.to(self.device))])[0],
             rows=torch.arange(len(whole.keys), device=self.device),
             student=functools.partial(self.student_of_set, whole),
+            reference=None if whole.reference is None else whole.reference.to(self.device),
         )
 
     def student_of_set(self, whole: FullDataset) -> Outputs:
@@ -113,7 +116,9 @@ class AdaptationBrain(ResumableBrain):
         self.modules.eval()
         found = whole.gather(lambda batch: self.modules.student.parts(*batch.to(self.device).feats))
         self.modules.train(training)
-        return Outputs(*found, head=functools.partial(self.modules.student.head, stochastic=False))
+        student = self.modules.student
+        head = functools.partial(student.head, stochastic=False)
+        return Outputs(*found, head=head, templates=student.output.weight.detach())
 
     def teachers(self, batch) -> Teachers:
         """Collect what the language model and the EMA classifier say of a batch."""
@@ -121,7 +126,9 @@ class AdaptationBrain(ResumableBrain):
         rows = None
         if self.positions is not None:
             rows = torch.tensor([self.positions[key] for key in batch.id], device=self.device)
-        return Teachers(batch.lalm, batch.lalm_mask, classifier, getattr(batch, "reference", None), rows)
+        reference = getattr(batch, "reference", None)
+        prior = None if self.adaptation is None else self.adaptation.lalm_prior
+        return Teachers(batch.lalm, batch.lalm_mask, classifier, reference, rows, prior)
 
     @torch.no_grad()
     def classifier_samples(self, batch) -> torch.Tensor:
@@ -130,11 +137,19 @@ class AdaptationBrain(ResumableBrain):
         return self.hparams.ema.module.stochastic_logits(frames, lengths, self.hparams.passes).softmax(-1)
 
     def begin(self) -> None:
-        """Let the method forget what it may know of another run and look at the adaptation set."""
+        """Let the method forget what it may know of another run and look at the adaptation set, with its options."""
         torch.manual_seed(self.hparams.seed)
-        self.hparams.method.state = {}
-        self.hparams.method.start(self.adaptation)
-        if self.hparams.method.trains:
+        method = self.hparams.method
+        method.state = {}
+        if method.target_statistics:
+            vectors = self.adaptation.student().vectors
+            for model in (self.modules.student, self.hparams.ema.module):
+                model.renormalize(vectors)
+        if method.prior_correction and "adapt" in method.answers_for:
+            prior = self.adaptation.lalm_average(0.0)
+            self.adaptation, self.test = (replace(known, lalm_prior=prior) for known in (self.adaptation, self.test))
+        method.start(self.adaptation)
+        if method.trains:
             self.untrained = self.adaptation.student().probs, self.test.student().hidden
 
     def on_stage_start(self, stage, epoch=None):
@@ -193,7 +208,10 @@ class AdaptationBrain(ResumableBrain):
         dict of str to list of float
             `[C]` by utterance id; an utterance without an answer is missing.
         """
-        probs = self.hparams.method.predict(self.test)
+        method = self.hparams.method
+        probs = method.predict(self.test)
+        if method.corrects_answers:
+            probs = prior_corrected(probs, method.predict(self.adaptation).mean(0))
         answered = (probs.sum(-1) > 0).tolist()
         rows = zip(self.test_keys, probs.tolist(), answered, strict=True)
         return {key: row for key, row, said in rows if said}

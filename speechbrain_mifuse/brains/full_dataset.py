@@ -45,6 +45,8 @@ class FullDataset:
         rows = [dataset.data[key] for key in self.keys]
         self.lalm = torch.stack([row["lalm"] for row in rows])
         self.lalm_mask = torch.stack([row["lalm_mask"] for row in rows])
+        # Only a method that declares `uses_labels` is given a dataset with labels.
+        self.reference = torch.stack([row["reference"] for row in rows]) if "reference" in rows[0] else None
 
     # Not in inference mode: what a method remembers of it takes part in losses.
     @torch.no_grad()

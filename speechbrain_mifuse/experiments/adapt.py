@@ -207,9 +207,9 @@ def require_model(base_url: str | None, given: Collection[str]) -> None:
 
 def trained_method(hparams: Mapping) -> str:
     """Name of the one method that is asked for, if it trains a student."""
-    from speechbrain_mifuse.experiments.settings import known_ones
+    from speechbrain_mifuse.experiments.settings import chosen_methods
 
-    names = known_ones(hparams["method"], hparams["adaptation"]["methods"], "--method")
+    names = chosen_methods(hparams)
     if len(names) != 1 or not hparams["adaptation"]["methods"][names[0]].trains:
         raise UserError(f"--method: name one method that trains a student, not {', '.join(names)}.")
     return names[0]

@@ -17,7 +17,7 @@ from speechbrain_mifuse.adaptation.mi_fuse import MIFuse
 from speechbrain_mifuse.brains.adaptation import AdaptationBrain
 from speechbrain_mifuse.experiments.features import CorpusSettings, EncoderSettings
 from speechbrain_mifuse.experiments.same_settings import completed
-from speechbrain_mifuse.experiments.settings import known_ones
+from speechbrain_mifuse.experiments.settings import chosen_methods
 from speechbrain_mifuse.experiments.teacher import ApiTeacher, AudioTextTeacher, teacher_of
 from speechbrain_mifuse.inference.recognizer_folder import export_student, recogniser_digest
 from speechbrain_mifuse.nnet.calibration import fit_temperature
@@ -63,14 +63,14 @@ class AdaptationExperiment:
         """Read them from a recipe's hparams; `names` are methods in place of those that `--method` chooses."""
         known, options = hparams["adaptation"]["methods"], getattr(hparams["prepare_target"], "keywords", {})
         decisive = {key: hparams[key] for key in (*TARGET_KEYS, *ANSWER_KEYS)}
-        decisive |= {f"prepare_target: {key}": options.get(key) for key in ("splits", "keep")}
+        decisive |= {f"prepare_target: {key}": options.get(key) for key in ("splits", "keep", "sentences")}
         return cls(
             target=CorpusSettings.target_of(hparams),
             source=CorpusSettings.source_of(hparams),
             teacher_corpus=CorpusSettings.teacher_of(hparams),
             encoder=EncoderSettings.of(hparams),
             teacher=teacher_of(hparams, teacher_recogniser),
-            methods={name: known[name] for name in names or known_ones(hparams["method"], known, "--method")},
+            methods={name: known[name] for name in names or chosen_methods(hparams)},
             adaptation=hparams["adaptation"],
             layer=hparams["layer"],
             source_recogniser=hparams["source_recogniser"],

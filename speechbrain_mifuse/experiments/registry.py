@@ -6,7 +6,8 @@ Nothing is constructed and torch is not imported, so a listing is instant.
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+import sys
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -102,6 +103,12 @@ class Recipe:
         return list(adaptation.get("methods") or ()) if isinstance(adaptation, Mapping) else []
 
     @property
+    def renamed(self) -> dict[str, str]:
+        """Earlier names of methods."""
+        adaptation = self.values.get("adaptation")
+        return dict(adaptation.get("renamed") or {}) if isinstance(adaptation, Mapping) else {}
+
+    @property
     def table(self) -> list[str]:
         """Methods that a table shows when none is named; the others are ablations."""
         adaptation = self.values.get("adaptation")
@@ -133,6 +140,14 @@ class Recipe:
         if value is None:
             return "?"
         return REFERENCE.sub(lambda found: self.value(found[1]), str(value))
+
+
+def current_names(names: Iterable[str], renamed: Mapping[str, str], flag: str) -> list[str]:
+    """Replace earlier names of methods by the current ones, with a hint."""
+    for name in names:
+        if name in renamed:
+            print(f"{flag}: '{name}' is now called '{renamed[name]}'.", file=sys.stderr)
+    return list(dict.fromkeys(renamed.get(name, name) for name in names))
 
 
 def repository_root(start: str | Path | None = None) -> Path:

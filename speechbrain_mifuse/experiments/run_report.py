@@ -28,6 +28,8 @@ from speechbrain_mifuse.utils.files import atomic_write
 
 logger = logging.getLogger(__name__)
 
+TOLD_SENTENCES = {"apart": "the others", "same": "the same ones"}
+
 
 def report(
     name: str, experiment: AdaptationExperiment, teacher_model: Mapping | None, predictions: Mapping, n_train: int
@@ -58,6 +60,7 @@ def report(
         n_train=n_train if method.trains or "adapt" in method.answers_for else 0,
         diversity_weight=adaptation["diversity_weight"],
         temperature=adaptation["temperature"],
+        traits=method.traits(),
         steps=chosen_snapshot(snapshots, rule)["step"] if snapshots else 0,
         snapshots=score_snapshots(snapshots, test, labels),
     )
@@ -83,6 +86,8 @@ def copy_description(about: Mapping) -> str:
         usable = check["total_found"] - check.get("unusable", 0)
         differences.append(f"not the published release ({usable} of {check['total_expected']} utterances)")
     kept = ", ".join(f"{100 * share:g} % of {label}" for label, share in (about.get("keep") or {}).items())
+    if sentences := about.get("sentences"):
+        differences.append(f"half of the sentences to test, {TOLD_SENTENCES[sentences]} to adapt")
     return ", ".join([*differences, *([f"of the adaptation set only {kept} kept"] if kept else [])])
 
 

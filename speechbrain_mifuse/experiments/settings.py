@@ -22,6 +22,7 @@ from ruamel.yaml.error import YAMLError
 from ruamel.yaml.scalarstring import DoubleQuotedScalarString
 from speechbrain.utils.run_opts import RunOptions
 
+from speechbrain_mifuse.experiments.registry import current_names
 from speechbrain_mifuse.utils.command_line import file_arguments
 from speechbrain_mifuse.utils.errors import UserError
 
@@ -406,6 +407,14 @@ def known_ones(value, known: Collection, flag: str) -> list:
     if unknown:
         raise UserError(f"{flag}: {', '.join(map(str, unknown))} is none of {', '.join(map(str, known))}.")
     return chosen
+
+
+def chosen_methods(hparams: Mapping) -> list[str]:
+    """Read `method` of a recipe's settings: names of adaptation methods, an earlier name as the current one."""
+    adaptation, value = hparams["adaptation"], hparams["method"]
+    names = [value] if isinstance(value, str) else value
+    current = current_names(names, adaptation.get("renamed") or {}, "--method")
+    return known_ones(current, adaptation["methods"], "--method")
 
 
 def chosen_among(value, known: Collection, flag: str) -> list:

@@ -30,10 +30,11 @@ from speechbrain_mifuse.evaluation.aggregate import (
     protocol,
     read_records,
     seed_table,
+    trait_table,
     transfer_table,
     write_csv,
 )
-from speechbrain_mifuse.experiments.registry import Recipe, adaptation_recipe
+from speechbrain_mifuse.experiments.registry import Recipe, adaptation_recipe, current_names
 from speechbrain_mifuse.experiments.settings import check_flags
 from speechbrain_mifuse.features.extract import usable_cores
 from speechbrain_mifuse.report.figures import plot_heatmap, plot_transfers
@@ -170,6 +171,7 @@ def make_plan(
     for key in flag_values(flags):
         if key in OWN_FLAGS:
             raise UserError(f"--{key}: the sweep gives this flag to each run; use {OWN_FLAGS[key]}.")
+    methods = current_names(methods, {old: new for r in recipes for old, new in r.renamed.items()}, "--methods")
     for recipe in recipes:
         unknown = [name for name in methods if name not in recipe.methods]
         if unknown:
@@ -381,7 +383,7 @@ def collect(
     baselines = list(baselines) or [method for method in BASELINES if method in plan.methods]
     drawn = list(figure_methods) or [method for method in FIGURE_METHODS if method in plan.methods]
     main, differences = transfer_table(comparison), difference_table(comparison, baselines)
-    tables = [table for table in (main, differences) if table is not None]
+    tables = [table for table in (main, differences, trait_table(comparison)) if table is not None]
     teacher = plan.teacher(records)
     about = markdown(protocol(comparison, teacher)) + "\n"
     text = "\n".join([*(table.markdown() for table in tables), about])

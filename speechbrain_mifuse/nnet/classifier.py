@@ -94,6 +94,13 @@ class EmotionClassifier(nn.Module):
         frames = frames if self.adapter is None else self.adapter(frames, lengths)
         return self.norm(self.pooling(frames, lengths))
 
+    @torch.no_grad()
+    def renormalize(self, vectors: torch.Tensor) -> None:
+        """Normalize by the statistics of a set, of which `vectors` are what `embed` gave in evaluation mode."""
+        variance = self.norm.running_var + self.norm.eps
+        self.norm.running_mean += variance.sqrt() * vectors.mean(0)
+        self.norm.running_var.copy_(variance * vectors.var(0, unbiased=False))
+
     def head(self, vectors: torch.Tensor, stochastic: bool) -> torch.Tensor:
         """Give logits `[..., C]` of pooled vectors `[..., 2 D]`."""
         return self.output(F.dropout(self.hidden_units(vectors), self.dropout, stochastic))

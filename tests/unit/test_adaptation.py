@@ -247,14 +247,15 @@ def test_targets_are_distributions_or_zero_where_nobody_answered(name):
 
 def test_methods_that_train_nothing_have_no_targets():
     silent = [method for method in recipe("x")["methods"].values() if not method.trains]
-    assert len(silent) == 3
+    assert len(silent) >= 3
     for method in silent:
         with pytest.raises(NotImplementedError):
             method.targets(some_teachers())
 
 
-def test_only_the_upper_bound_uses_labels():
-    assert [name for name, method in recipe("x")["methods"].items() if method.uses_labels] == ["oracle"]
+def test_only_upper_bounds_use_labels():
+    using = [name for name, method in recipe("x")["methods"].items() if method.uses_labels]
+    assert using == ["oracle_lda", "oracle_balanced", "oracle"]
 
 
 @pytest.mark.parametrize("method", [MIFuse(), EntropyFusion(), MeanFusion(), LalmSfuda()])

@@ -29,7 +29,7 @@ from speechbrain_mifuse.brains import adaptation as brains
 from speechbrain_mifuse.experiments.same_settings import SettingsError
 from speechbrain_mifuse.utils.errors import UserError
 
-REMEMBERING = {"shot": "labels", "nrc": "features", "dine": "memory", "prode": "source"}
+REMEMBERING = {"shot": "labels", "nrc": "features", "dine": "memory", "prode_style": "source"}
 
 
 @pytest.fixture(autouse=True)
@@ -587,7 +587,7 @@ def test_looking_at_a_run_does_not_change_it(world, monkeypatch):
         ("nrc", Nrc(neighbours=7), "method.neighbours: 4 -> 7"),
         ("shot", Shot(pseudo_weight=0.5), "method.pseudo_weight: 0.3 -> 0.5"),
         ("dine", Dine(momentum=0.9), "method.momentum: 0.6 -> 0.9"),
-        ("prode", Prode(omega=2.0), "method.omega: 1.0 -> 2.0"),
+        ("prode_style", Prode(omega=2.0), "method.omega: 1.0 -> 2.0"),
         ("mi_fuse", MIFuse(weight=functools.partial(exponential_weight, temperature=3.0)), "temperature: 0.2 -> 3.0"),
         ("mi_fuse", MIFuse(weight=reciprocal_weight), "reciprocal_weight"),
         ("lalm_sfuda", Prode(), r"method: .*LalmSfuda. -> .*Prode"),

@@ -61,7 +61,7 @@ def prepare_data(experiment):
 def dataio_prepare(experiment, method, frame_source, answers):
     """Build the adaptation and the test set: frames and the teacher's stored answers, without any label.
 
-    Only the upper bound, which says so by `uses_labels`, is given the reference labels of the adaptation set.
+    Only upper bounds, which say so by `uses_labels`, are given the reference labels of the adaptation set.
     """
 
     @sb.utils.data_pipeline.takes("id", "wav")
