@@ -413,7 +413,7 @@ def chosen_methods(hparams: Mapping) -> list[str]:
     """Read `method` of a recipe's settings: names of adaptation methods, an earlier name as the current one."""
     adaptation, value = hparams["adaptation"], hparams["method"]
     names = [value] if isinstance(value, str) else value
-    current = current_names(names, adaptation.get("renamed") or {}, "--method")
+    current = current_names(names, adaptation["renamed"] if "renamed" in adaptation else {}, "--method")
     return known_ones(current, adaptation["methods"], "--method")
 
 

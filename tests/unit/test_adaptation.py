@@ -233,7 +233,8 @@ def test_the_loss_adds_diversity_at_its_weight():
 # Methods.
 
 
-@pytest.mark.parametrize("name", [name for name in trained_methods() if name != "nrc"])
+# Without those whose targets are no distributions: neighbours, and labels times the weight of their class.
+@pytest.mark.parametrize("name", [name for name in trained_methods() if name not in ("nrc", "oracle_balanced")])
 def test_targets_are_distributions_or_zero_where_nobody_answered(name):
     teachers, method = some_teachers(), recipe("x")["methods"][name]
     survey = dataclasses.replace(some_survey(), **{k: getattr(teachers, k) for k in ("lalm", "lalm_mask")})
@@ -241,8 +242,10 @@ def test_targets_are_distributions_or_zero_where_nobody_answered(name):
     method.refresh(survey)
     targets = method.targets(teachers)
     assert targets.shape == (12, C) and (targets >= 0).all()
-    silent = ~teachers.lalm_available if name == "lalm_sfuda" else torch.zeros(12, dtype=torch.bool)
-    torch.testing.assert_close(targets.sum(-1), (~silent).float())
+    sums, alone = targets.sum(-1), name.startswith("lalm_sfuda")
+    # Self-training leaves out what it is not sure of, the language model's student what was not answered.
+    wanted = sums.round() if name == "self_training" else teachers.lalm_available | torch.tensor(not alone)
+    torch.testing.assert_close(sums, wanted.float())
 
 
 def test_methods_that_train_nothing_have_no_targets():
@@ -434,7 +437,7 @@ def test_another_seed_gives_another_student(world):
 
 
 def test_every_trained_method_gives_another_student(world):
-    names = [name for name in trained_methods() if name != "oracle"]
+    names = [name for name in trained_methods() if not name.startswith("oracle")]
     for name in names:
         world.adapt(name)
     assert len({world.weights(name) for name in names}) == len(names) >= 9
