@@ -411,10 +411,10 @@ def known_ones(value, known: Collection, flag: str) -> list:
 
 def chosen_methods(hparams: Mapping) -> list[str]:
     """Read `method` of a recipe's settings: names of adaptation methods, an earlier name as the current one."""
-    adaptation, value = hparams["adaptation"], hparams["method"]
+    settings, value = hparams["adaptation"], hparams["method"]
     names = [value] if isinstance(value, str) else value
-    current = current_names(names, adaptation["renamed"] if "renamed" in adaptation else {}, "--method")
-    return known_ones(current, adaptation["methods"], "--method")
+    current = current_names(names, settings.get("renamed") or {}, "--method")
+    return known_ones(current, settings["methods"], "--method")
 
 
 def chosen_among(value, known: Collection, flag: str) -> list:
