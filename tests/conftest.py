@@ -4,6 +4,7 @@ import gc
 import hashlib
 import logging
 import os
+import signal
 import subprocess
 from pathlib import Path
 
@@ -90,6 +91,12 @@ def read_only():
     yield protect
     for folder in mounted:
         subprocess.run(["umount", str(folder)], check=True)
+
+
+@pytest.fixture(autouse=True, scope="session")
+def ctrl_c_works():
+    """A shell starts what it runs in the background with the interrupt signal ignored; undo that for the tests."""
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.fixture(autouse=True, scope="module")

@@ -99,15 +99,6 @@ def test_waveforms_may_come_from_a_function(store, teacher):
     assert store.have(query) == {(content_hash(tone(i)), 0) for i in range(2)}
 
 
-@pytest.fixture
-def ctrl_c_works():
-    """A shell starts what it runs in the background with the interrupt signal ignored; undo that for one test."""
-    before = signal.signal(signal.SIGINT, signal.default_int_handler)
-    yield
-    signal.signal(signal.SIGINT, before)
-
-
-@pytest.mark.usefixtures("ctrl_c_works")
 def test_interrupted_run_is_resumed_and_asks_only_for_the_rest(store, teacher, tmp_path):
     utterances = write_tones(tmp_path, 12)
 

@@ -45,14 +45,6 @@ def store(tmp_path):
         yield store
 
 
-@pytest.fixture
-def ctrl_c_works():
-    """A shell starts what it runs in the background with the interrupt signal ignored; undo that for one test."""
-    before = signal.signal(signal.SIGINT, signal.default_int_handler)
-    yield
-    signal.signal(signal.SIGINT, before)
-
-
 def settle(utterances):
     """Make recordings look as old as those of a corpus."""
     for _, path in utterances:
@@ -143,7 +135,6 @@ def test_the_deadline_ends_a_run_that_hangs_and_keeps_what_was_answered(store, t
         assert time.monotonic() - start < 20
 
 
-@pytest.mark.usefixtures("ctrl_c_works")
 @pytest.mark.parametrize("where", ["script", "asyncio.run", "notebook"])
 def test_ctrl_c_keeps_every_answer_that_came_in(store, tmp_path, where):
     asked = []
