@@ -57,7 +57,7 @@ UNTRAINED := $(UNTRAINED),g_closed_form_adapt,g_closed_form,oracle_lda
 WEIGHTS = source_only,lalm_sfuda,mean_fusion,mi_fuse_permuted,mi_fuse
 OTHERS = source_only,lalm_sfuda,mi_fuse,mi_fuse_reciprocal,mi_fuse_plus,mi_fuse_plus_equal_shares,oracle
 NORMED = --methods source_only,lalm_sfuda,mean_fusion,mi_fuse,mi_fuse_plus,oracle --baselines mi_fuse
-SAID = --seeds 1-5 --methods source_only,source_adabn,zero_training_adabn,g_closed_form,mi_fuse,mi_fuse_plus,oracle_lda,oracle
+SAID = --seeds 1-2 --methods source_only,source_adabn,zero_training_adabn,g_no_api,g_closed_form,oracle_lda
 SAID := $(SAID) --baselines source_adabn,zero_training_adabn
 LESS = --prepare_target "{keep: {$(1): 0.2, $(2): 0.2}}"
 
