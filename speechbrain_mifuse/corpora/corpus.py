@@ -22,7 +22,7 @@ from speechbrain_mifuse.corpora.manifest import (
     report_skipped,
     write_manifest,
 )
-from speechbrain_mifuse.corpora.splits import Splits, deal, leave_out_shared, settings_of, thin_out
+from speechbrain_mifuse.corpora.splits import Splits, by_sentence, deal, leave_out_shared, settings_of, thin_out
 from speechbrain_mifuse.utils.audio_files import ENDINGS
 from speechbrain_mifuse.utils.files import atomic_write
 from speechbrain_mifuse.utils.texts import shown
@@ -156,6 +156,8 @@ def write_splits(
     keep: Mapping[str, float] | None = None,
     facts: Mapping | None = None,
     balanced: bool = False,
+    sentences: str | None = None,
+    sentence_of: Callable[[Utterance], str] | None = None,
 ) -> dict[str, Path]:
     """Validate a corpus and write one manifest per split, with a twin that has no labels."""
     utterances = sorted(utterances, key=lambda utterance: utterance.utt_id)
@@ -172,6 +174,7 @@ def write_splits(
     lengths, skipped = find_unusable(u for u in utterances if u.utt_id in chosen_ids)
     placed = {split: [u for u in chosen if u.utt_id in lengths] for split, chosen in placed.items()}
     first = next(iter(placed))
+    placed = by_sentence(placed, sentences, sentence_of)
     placed[first] = thin_out(placed[first], keep)
     # First, because a kill between two splits must not leave manifests of two dealings that count as whole.
     (Path(save_folder) / ABOUT).unlink(missing_ok=True)
@@ -187,7 +190,7 @@ def write_splits(
     }
     about |= {"shared_speakers_left_out": len(shared), **with_unusable(facts or {}, len(skipped))}
     warn_of_unusable(corpus, about, save_folder)
-    settings = settings_of(corpus, utterances, data_folder, splits, keep)
+    settings = settings_of(corpus, utterances, data_folder, splits, keep, sentences)
     # Last, because its presence tells that everything before it is whole.
     atomic_write(Path(save_folder) / ABOUT, json.dumps(settings | about, indent=1))
     return paths
@@ -225,6 +228,8 @@ class Corpus:
         From the corpus's folder and its recordings to what `corpus.json` shall say about this copy.
     balanced : bool
         Whether splits balance the classes, for a corpus without an official partition or order.
+    sentence_of : callable, optional
+        From a recording to the sentence that is said in it, for an acted corpus.
 
     Example
     -------
@@ -243,8 +248,9 @@ class Corpus:
     group: str = "speaker"
     facts: Callable[[Path, list[Utterance]], Mapping] | None = None
     balanced: bool = False
+    sentence_of: Callable[[Utterance], str] | None = None
 
-    def prepare(self, data_folder, save_folder, splits, keep=None) -> None:
+    def prepare(self, data_folder, save_folder, splits, keep=None, sentences=None) -> None:
         """Find the corpus and write speaker-independent manifests, unless they are there already.
 
         Parameters
@@ -257,23 +263,27 @@ class Corpus:
             For each split its share of the speakers or sessions, or its list of official partitions.
         keep : mapping of str to float, optional
             Simulated class skew: share of a class's recordings that stays in the first split.
+        sentences : str, optional
+            Every second sentence alone is left in the last split; `apart` leaves the first split the other ones, so
+            that nothing is tested that was adapted to in another voice, and `same` the same ones, for comparison.
 
         Raises
         ------
         CorpusError
             If the corpus is not found or a recording does not fit.
         """
-        self.prepare_in(find_corpus(self.folder_name, self.marker, data_folder), save_folder, splits, keep)
+        self.prepare_in(find_corpus(self.folder_name, self.marker, data_folder), save_folder, splits, keep, sentences)
 
-    def prepare_in(self, folder: Path, save_folder, splits, keep=None) -> None:
+    def prepare_in(self, folder: Path, save_folder, splits, keep=None, sentences=None) -> None:
         """Do what `prepare` does with the corpus's own folder."""
         utterances = self.list_utterances(folder)
         # Also when the rest is skipped: a copy that is not the published release, or not whole, is said at every run.
         facts = self.facts(folder, utterances) if self.facts else None
-        if is_prepared(save_folder, settings_of(self.name, utterances, folder, splits, keep)):
+        if is_prepared(save_folder, settings_of(self.name, utterances, folder, splits, keep, sentences)):
             logger.info("%s: manifests in %s are up to date, preparation skipped.", self.name, save_folder)
             warn_of_unusable(self.name, read_about(Path(save_folder) / ABOUT), save_folder)
             return
         write_splits(
-            *(self.name, utterances, folder, save_folder, splits, self.order, self.group, keep, facts, self.balanced)
+            *(self.name, utterances, folder, save_folder, splits, self.order, self.group, keep, facts, self.balanced),
+            *(sentences, self.sentence_of),
         )

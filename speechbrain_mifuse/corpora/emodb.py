@@ -39,7 +39,12 @@ def speaker_gender(speaker: str) -> str | None:
     return ("male" if speaker in MEN else "female") if speaker in SPEAKERS else None
 
 
-EMODB = Corpus("emodb", "emodb*", "wav/[0-9]*", SPEAKERS, list_emodb)
+def sentence_of(utterance: Utterance) -> str:
+    """Give the code of the text that is said."""
+    return utterance.wav.stem[2:5]
+
+
+EMODB = Corpus("emodb", "emodb*", "wav/[0-9]*", SPEAKERS, list_emodb, sentence_of=sentence_of)
 EMODB_7 = replace(EMODB, list_utterances=partial(list_emodb, label_map=SEVEN_CLASSES))
 prepare_emodb = EMODB.prepare
 prepare_emodb_7 = EMODB_7.prepare

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import csv
 from collections.abc import Mapping
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -56,7 +57,12 @@ def speaker_gender(speaker: str) -> str | None:
     return ("male" if speaker in MEN else "female") if speaker in SPEAKERS else None
 
 
-NEMO = Corpus("nemo", "nemo", "data.tsv", SPEAKERS, list_nemo)
-NEMO_6 = Corpus("nemo", "nemo", "data.tsv", SPEAKERS, partial(list_nemo, label_map=SIX_CLASSES))
+def sentence_of(utterance: Utterance) -> str:
+    """Give the number of the sentence that is said."""
+    return utterance.utt_id.rsplit("_", 1)[-1]
+
+
+NEMO = Corpus("nemo", "nemo", "data.tsv", SPEAKERS, list_nemo, sentence_of=sentence_of)
+NEMO_6 = replace(NEMO, list_utterances=partial(list_nemo, label_map=SIX_CLASSES))
 prepare_nemo = NEMO.prepare
 prepare_nemo_6 = NEMO_6.prepare

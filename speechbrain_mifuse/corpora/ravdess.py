@@ -40,7 +40,13 @@ def speaker_gender(speaker: str) -> str | None:
     return ("female", "male")[int(speaker) % 2] if speaker in SPEAKERS else None
 
 
-RAVDESS = Corpus("ravdess", "ravdess", ("Actor_*", "[Aa]udio_[Ss]peech*/Actor_*"), SPEAKERS, list_ravdess)
+def sentence_of(utterance: Utterance) -> str:
+    """Give the number of the statement that is said."""
+    return utterance.wav.stem.split("-")[4]
+
+
+MARKERS = ("Actor_*", "[Aa]udio_[Ss]peech*/Actor_*")
+RAVDESS = Corpus("ravdess", "ravdess", MARKERS, SPEAKERS, list_ravdess, sentence_of=sentence_of)
 RAVDESS_8 = replace(RAVDESS, list_utterances=partial(list_ravdess, label_map=EIGHT_CLASSES))
 prepare_ravdess = RAVDESS.prepare
 prepare_ravdess_8 = RAVDESS_8.prepare

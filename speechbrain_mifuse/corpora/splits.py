@@ -6,7 +6,7 @@ import hashlib
 import json
 import logging
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 
 from speechbrain_mifuse import __version__
@@ -204,12 +204,41 @@ def thin_out(utterances: Sequence[Utterance], keep: Mapping[str, float] | None) 
     return [utterance for utterance in utterances if utterance.utt_id not in dropped]
 
 
+# How the sentences of the first split may relate to those of the last: all others, or the same ones.
+SENTENCES = ("apart", "same")
+
+
+def by_sentence(
+    placed: Mapping[str, Sequence[Utterance]], sentences: str | None, sentence_of: Callable[[Utterance], str] | None
+) -> dict[str, Sequence[Utterance]]:
+    """Leave every second sentence to the last split, and the others, or the same ones, to the first."""
+    if sentences is None:
+        return dict(placed)
+    if sentences not in SENTENCES or sentence_of is None:
+        what = "this corpus's file names do not name any" if sentence_of is None else f"'{sentences}'"
+        raise CorpusError(f"sentences: {what}; it must be null, or {' or '.join(SENTENCES)} for an acted corpus.")
+    if len(placed) < 2:
+        raise CorpusError("sentences: there must be two splits at least, one to adapt and one to test.")
+    first, *_, last = placed
+    known = sorted({sentence_of(utterance) for chosen in placed.values() for utterance in chosen})
+    tested = set(known[1::2])
+    if not tested:
+        raise CorpusError("sentences: all recordings say one sentence, so none is left to test on.")
+
+    def wanted(split: str, utterance: Utterance) -> bool:
+        in_test = sentence_of(utterance) in tested
+        return in_test if split == last else in_test == (sentences == "same") if split == first else True
+
+    return {split: [u for u in chosen if wanted(split, u)] for split, chosen in placed.items()}
+
+
 def settings_of(
     corpus: str,
     utterances: Iterable[Utterance],
     data_folder: str | Path,
     splits: Splits,
     keep: Mapping[str, float] | None,
+    sentences: str | None = None,
 ) -> dict:
     """Everything that decides what the manifests hold, but for the recordings' own bytes."""
     root = Path(data_folder)
@@ -219,6 +248,7 @@ def settings_of(
         "data_root": str(root.resolve()),
         "splits": {split: part if isinstance(part, int | float) else list(part) for split, part in splits.items()},
         "keep": dict(keep) if keep else None,
+        **({"sentences": sentences} if sentences else {}),
         "listing": hashlib.sha256(json.dumps(rows).encode()).hexdigest(),
         "code_version": __version__,
     }

@@ -11,13 +11,27 @@ from pathlib import Path
 
 import numpy as np
 
+from speechbrain_mifuse.evaluation.intervals import deviations, influences, margin
 from speechbrain_mifuse.utils.errors import UserError
 from speechbrain_mifuse.utils.files import atomic_write
 from speechbrain_mifuse.utils.texts import csv_text, markdown_cell, shown
 
 COLUMNS = ("source", "target", "teacher", "method", "seed", "UA", "WA", "macro_F1", "n_test")
-# Rows that no method without labels is measured against as a rival: where all start, and what labels would give.
+# Rows that no method without labels is measured against as a rival: where all start, and what labels would give. Names
+# that begin with `oracle` are upper bounds, too.
 LOWER, UPPER = "source_only", "oracle"
+# Lower bounds that the way to the upper one is measured from: the second has the target's statistics, for nothing.
+FLOORS = (LOWER, "source_adabn")
+# How names of forms of MI-Fuse, and of what our own form is made of, begin.
+OURS = ("mi_fuse", "g_")
+# What a table of methods shows, by the key of `AdaptationMethod.traits`.
+TRAITS = {
+    "training": "trains a student",
+    "asked": "asks the language model",
+    "statistics": "statistics of",
+    "prior_correction": "prior correction of",
+    "transductive": "transductive",
+}
 # What every result of one transfer must agree in, or its numbers do not belong beside each other.
 SHARED = ("encoder", "speaker_norm", "protocol", "target_copy", "labels", "n_test", "diversity_weight", "temperature")
 
@@ -123,25 +137,6 @@ def _reweighted(counts: np.ndarray, seed_weight: np.ndarray, speaker_weight: np.
     return np.einsum("dms,ds->dm", accuracy, seed_weight) / counts.shape[1]
 
 
-def bootstrap_transfers(arrays: Mapping[Transfer, np.ndarray], draws: int = 2000, seed: int = 0) -> np.ndarray:
-    """Give UA of each transfer in each bootstrap draw, `[transfers, draws, methods]` in [0, 1]; see `bootstrap`.
-
-    Transfers to one corpus are tested on the same people, who are drawn once for all of them; so are the seeds. The
-    transfers themselves are fixed: the interval speaks of other speakers and seeds on these corpora, not of other
-    corpora.
-    """
-    generator = np.random.default_rng(seed)
-    # All transfers have the same number of seeds.
-    seed_weight = _weights(generator, next(iter(arrays.values())).shape[1], draws)
-    people, found = {}, []
-    for (_, target, _), counts in arrays.items():
-        speakers = counts.shape[2]
-        if (target, speakers) not in people:
-            people[target, speakers] = _weights(generator, speakers, draws)
-        found.append(_reweighted(counts, seed_weight, people[target, speakers]))
-    return np.stack(found)
-
-
 @dataclass(frozen=True)
 class Comparison:
     """Methods on the same transfers with the same seeds."""
@@ -189,34 +184,69 @@ class Comparison:
         return np.column_stack([self.accuracy.mean(2).T, self.means])
 
     @cached_property
-    def draws(self) -> np.ndarray:
-        """Bootstrap draws of UA in percent, `[transfers, draws, methods]`."""
-        return 100 * bootstrap_transfers(self.counts)
+    def moved(self) -> list[np.ndarray]:
+        """How far each test speaker moves the mean UA in percent, `[methods, speakers]` for each group of people.
+
+        Transfers to one corpus are tested on the same people.
+        """
+        people: dict[tuple[str, int], np.ndarray] = {}
+        for (_, target, _), counts in self.counts.items():
+            part = 100 * influences(counts).mean(1) / len(self.counts)
+            people[target, part.shape[1]] = people.get((target, part.shape[1]), 0) + part
+        return list(people.values())
+
+    def _margin(self, speakers: Sequence[np.ndarray], seeds: np.ndarray) -> np.ndarray:
+        """Half-width over speakers, and over seeds where there are several; `seeds` is `[..., seeds]`."""
+        return margin([*speakers, *([deviations(seeds)] if seeds.shape[-1] > 1 else [])])
+
+    @cached_property
+    def mean_intervals(self) -> np.ndarray:
+        """95 % interval of the mean UA over other speakers and seeds, the transfers fixed, `[2, methods]`."""
+        half = self._margin(self.moved, self.accuracy.mean(0))
+        return np.clip([self.means - half, self.means + half], 0, 100)
 
     @cached_property
     def intervals(self) -> np.ndarray:
         """95 % interval of each transfer's UA, `[2, transfers, methods]`."""
-        return np.percentile(self.draws, [2.5, 97.5], axis=1)
+        half = [
+            self._margin([100 * influences(counts).mean(1)], scores)
+            for counts, scores in zip(self.counts.values(), self.accuracy, strict=True)
+        ]
+        middle = self.accuracy.mean(2)
+        return np.clip([middle - half, middle + half], 0, 100)
+
+    @property
+    def clusters(self) -> str:
+        """What intervals are over, in words."""
+        speakers = sum(group.shape[1] for group in self.moved)
+        return f"{many(speakers, 'speaker')}, {many(len(self.seeds), 'seed')}"
 
     @property
     def best_baseline(self) -> str | None:
         """Method with the highest mean of those that are no bound and no form of MI-Fuse; `None` without any."""
-        rivals = [name for name in self.methods if name not in (LOWER, UPPER) and not name.startswith("mi_fuse")]
+        rivals = [name for name in self.methods if name != LOWER and not name.startswith((UPPER, *OURS))]
         return max(rivals, key=lambda name: self.means[self.methods.index(name)], default=None)
 
-    def gap_closed(self, method: str) -> float | None:
-        """Percent of the way from the lower to the upper bound on the mean; `None` without both bounds."""
-        if not {LOWER, UPPER} <= set(self.methods):
+    def gap_closed(self, method: str, floor: str = LOWER) -> float | None:
+        """Percent of the way from a lower to the upper bound on the mean; `None` without both bounds."""
+        if not {floor, UPPER} <= set(self.methods):
             return None
-        low, value, high = (self.means[self.methods.index(name)] for name in (LOWER, method, UPPER))
+        low, value, high = (self.means[self.methods.index(name)] for name in (floor, method, UPPER))
         return 100 * (value - low) / (high - low) if high > low else None
 
     def difference(self, method: str, other: str) -> tuple[float, float, float]:
-        """Mean of `method` above that of `other`, with its paired 95 % interval, in percent points."""
+        """Mean of `method` above that of `other`, with its paired 95 % interval over speakers and seeds, in points."""
         row, column = self.methods.index(method), self.methods.index(other)
-        drawn = self.draws.mean(0)
-        low, high = np.percentile(drawn[:, row] - drawn[:, column], [2.5, 97.5])
-        return self.means[row] - self.means[column], low, high
+        gains = self.accuracy[:, row] - self.accuracy[:, column]  # [transfers, seeds]
+        half = float(self._margin([group[row] - group[column] for group in self.moved], gains.mean(0)))
+        return gains.mean(), gains.mean() - half, gains.mean() + half
+
+    def difference_over_transfers(self, method: str, other: str) -> tuple[float, float, float]:
+        """Give the same with an interval over other transfers: what a pair of corpora not tried might show."""
+        row, column = self.methods.index(method), self.methods.index(other)
+        gains = (self.accuracy[:, row] - self.accuracy[:, column]).mean(1)
+        half = float(margin([deviations(gains)]))
+        return gains.mean(), gains.mean() - half, gains.mean() + half
 
 
 @dataclass(frozen=True)
@@ -259,26 +289,31 @@ def transfer_table(comparison: Comparison) -> Table:
 
     Bold is the highest of the methods that use no labels.
     """
-    methods, gaps = comparison.methods, [comparison.gap_closed(name) for name in comparison.methods]
-    with_gap = any(gap is not None for gap in gaps)
-    head = ["UA %", *comparison.transfers, "mean", "95 % interval", *(["of the way to oracle"] if with_gap else [])]
+    methods = comparison.methods
+    ways = {floor: [comparison.gap_closed(name, floor) for name in methods] for floor in FLOORS}
+    ways = {floor: gaps for floor, gaps in ways.items() if None not in gaps}
+    head = ["UA %", *comparison.transfers, "mean", f"95 % interval ({comparison.clusters})"]
+    head += [f"of the way to {UPPER}" if floor == LOWER else f"from {floor}" for floor in ways]
     columns = comparison.grid.T  # [transfers + 1, methods]
-    blind, rounded = np.array([name != UPPER for name in methods]), np.round(columns, 1)
+    blind, rounded = np.array([not name.startswith(UPPER) for name in methods]), np.round(columns, 1)
     bold = blind & (rounded == rounded[:, blind].max(1, keepdims=True, initial=-np.inf))
-    bounds = np.percentile(comparison.draws.mean(0), [2.5, 97.5], axis=0)
+    bounds = comparison.mean_intervals
     ddof = min(1, len(comparison.seeds) - 1)
     rows = []
     for place, name in enumerate(methods):
         shown = [f"**{v:.1f}**" if b else f"{v:.1f}" for v, b in zip(columns[:, place], bold[:, place], strict=True)]
         spread = comparison.accuracy[:, place].std(1, ddof=ddof)
         cells = [f"{text} ± {sd:.1f}" for text, sd in zip(shown[:-1], spread, strict=True)]
-        gap = [f"{gaps[place]:.0f} %"] if with_gap else []
-        rows.append([name, *cells, shown[-1], f"{bounds[0, place]:.1f} to {bounds[1, place]:.1f}", *gap])
+        gaps = [f"{gaps[place]:.0f} %" for gaps in ways.values()]
+        rows.append([name, *cells, shown[-1], f"{bounds[0, place]:.1f} to {bounds[1, place]:.1f}", *gaps])
     return Table(head, rows)
 
 
 def difference_table(comparison: Comparison, baselines: Sequence[str]) -> Table | None:
-    """Paired differences of the mean UA to named methods and to the best baseline, with 95 % intervals."""
+    """Paired differences of the mean UA to named methods and to the best baseline, with 95 % intervals.
+
+    Each with two: over speakers and seeds on these transfers, and over transfers.
+    """
     unknown = [name for name in baselines if name not in comparison.methods]
     if unknown:
         raise UserError(f"--baselines: {', '.join(unknown)} is none of the methods {', '.join(comparison.methods)}.")
@@ -286,17 +321,38 @@ def difference_table(comparison: Comparison, baselines: Sequence[str]) -> Table 
     others = list(baselines) + ([best] if best is not None and best not in baselines else [])
     if not others:
         return None
-    head = ["difference of mean UA", "mean", *(f"above {n}" + ", best baseline" * (n == best) for n in others)]
+    several = len(comparison.counts) > 1
+    head = ["difference of mean UA", "mean"]
+    for name in others:
+        head += [f"above {name}" + ", best baseline" * (name == best), *["over transfers"] * several]
     rows = []
     for name, mean in zip(comparison.methods, comparison.means, strict=True):
-        cells = ["" if name == other else signed(*comparison.difference(name, other)) for other in others]
+        cells = []
+        for other in others:
+            cells.append("" if name == other else signed(*comparison.difference(name, other)))
+            if several:
+                cells.append("" if name == other else ranged(*comparison.difference_over_transfers(name, other)[1:]))
         rows.append([name, f"{mean:.1f}", *cells])
     return Table(head, rows)
 
 
 def signed(value: float, low: float, high: float) -> str:
     """Tell a difference with its interval."""
-    return f"{value:+.1f} ({low:+.1f} to {high:+.1f})"
+    return f"{value:+.1f} ({ranged(low, high)})"
+
+
+def ranged(low: float, high: float) -> str:
+    """Tell an interval of a difference."""
+    return f"{low:+.1f} to {high:+.1f}" if np.isfinite([low, high]).all() else "interval unknown"
+
+
+def trait_table(comparison: Comparison) -> Table | None:
+    """Say what each method trains, asks and was given: the options that rows differ in."""
+    traits = {record["method"]: record.get("traits") for record in comparison.records}
+    if not all(traits.values()):
+        return None
+    head = ["method", *TRAITS.values()]
+    return Table(head, [[name, *(traits[name][key] for key in TRAITS)] for name in comparison.methods])
 
 
 def seed_table(comparison: Comparison) -> Table:
@@ -315,7 +371,9 @@ def interval_table(comparison: Comparison) -> Table:
     """95 % interval of each transfer's UA."""
     by_method = zip(comparison.methods, comparison.intervals.transpose(2, 1, 0), strict=True)
     rows = [[name, *(f"{low:.1f} to {high:.1f}" for low, high in bounds)] for name, bounds in by_method]
-    return Table(["95 % interval of UA %", *comparison.transfers], rows)
+    speakers = [many(counts.shape[2], "speaker") for counts in comparison.counts.values()]
+    names = [f"{name} ({count})" for name, count in zip(comparison.transfers, speakers, strict=True)]
+    return Table(["95 % interval of UA %", *names], rows)
 
 
 def protocol(comparison: Comparison, teacher: str = "") -> str:
@@ -331,6 +389,7 @@ def protocol(comparison: Comparison, teacher: str = "") -> str:
         for t, (a, n, s) in sorted(sizes.items())
     )
     copies = sorted({f"{r['target']}: {r['target_copy']}" for r in records if r.get("target_copy")})
+    people = ", ".join(f"{target} {size[2]}" for target, size in sorted(sizes.items()))
     norms = distinct(r.get("speaker_norm", "none") for r in records)
     teachers = "; ".join(f"{name}: {t[2]}" for name, t in zip(comparison.transfers, comparison.counts, strict=True))
     best = comparison.best_baseline
@@ -346,9 +405,16 @@ def protocol(comparison: Comparison, teacher: str = "") -> str:
         f"lambda {distinct(r['diversity_weight'] for r in records)}, "
         f"tau {distinct(r['temperature'] for r in records)}.",
         f"Speaker normalisation: {norms}." if norms != "none" else "",
-        "Intervals: bootstrap over test speakers and seeds, transfers fixed; transfers to one corpus share its "
-        "speakers; differences are paired.",
-        "A recording without a known speaker is drawn by itself: too narrow where two share one."
+        f"Intervals: Student's t over test speakers ({people}) and {many(len(comparison.seeds), 'seed')}, transfers "
+        "fixed: for other speakers of these corpora; transfers to one corpus share its speakers; differences are "
+        "paired. "
+        + (
+            f"Over transfers: Student's t over {len(comparison.counts)} transfers, for other pairs of corpora; they "
+            f"share {many(len(sizes), 'target')}, so even this is rather too narrow."
+            if len(comparison.counts) > 1
+            else ""
+        ),
+        "A recording without a known speaker counts as a speaker: too narrow where two share one."
         if any(unknown.values())
         else "",
         f"Best baseline: {best}, of all that is neither MI-Fuse nor a bound, by its mean on these test sets."

@@ -11,6 +11,8 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
+from speechbrain_mifuse.evaluation.intervals import influences, margin
+
 BINS = 10
 
 
@@ -99,17 +101,10 @@ def speaker_counts(
     return torch.stack([confusion(predicted[rows], reference[rows], n_classes) for rows in chosen])
 
 
-def speaker_bootstrap(counts: torch.Tensor, draws: int = 2000, seed: int = 0) -> tuple[float, float]:
-    """95 % interval of UA when whole speakers are drawn with replacement (cluster bootstrap, percentile form).
+def speaker_interval(counts: torch.Tensor) -> tuple[float, float]:
+    """95 % interval of UA over speakers, by Student's t; from 0 to 1 where there is one speaker alone.
 
-    With few speakers (two in one of the open corpora's test sets) such an interval is coarse and rather too narrow;
-    the number of speakers belongs beside it.
+    `counts` is `[speakers, C, C + 1]`. The number of speakers belongs beside the interval.
     """
-    generator = np.random.default_rng(seed)
-    picks = generator.integers(0, len(counts), size=(draws, len(counts)))
-    # How often each draw holds each speaker, `[draws, speakers]`: the counts of all draws are then one product.
-    draw = np.arange(draws)[:, None]
-    times = np.bincount((draw * len(counts) + picks).ravel(), minlength=picks.size).reshape(picks.shape)
-    drawn = torch.from_numpy(times).double() @ counts.double().flatten(1)
-    low, high = np.percentile(unweighted_accuracy(drawn.view(draws, *counts.shape[1:])), [2.5, 97.5])
-    return float(low), float(high)
+    score, half = float(unweighted_accuracy(counts.sum(0))), float(margin([influences(counts.numpy())]))
+    return max(score - half, 0.0), min(score + half, 1.0)

@@ -10,7 +10,7 @@ import torch
 
 from speechbrain_mifuse.corpora.manifest import known_speakers, read_manifest, recordings_without_speaker
 from speechbrain_mifuse.evaluation.aggregate import Table
-from speechbrain_mifuse.evaluation.metrics import scores_of, speaker_bootstrap, speaker_counts
+from speechbrain_mifuse.evaluation.metrics import scores_of, speaker_counts, speaker_interval
 from speechbrain_mifuse.features.dataset import label_index
 from speechbrain_mifuse.utils.files import atomic_write
 from speechbrain_mifuse.utils.texts import markdown
@@ -33,8 +33,8 @@ def evaluate(predictions: Mapping[str, Sequence[float]], manifest: str | Path, l
     Returns
     -------
     dict
-        `UA`, `WA`, `macro_F1`, `ci95` (of UA, by speaker bootstrap), `n_test`, `test_speakers` (known ones),
-        `test_recordings_without_speaker` (each stands for itself in the bootstrap), `unanswered`, `counts`, the
+        `UA`, `WA`, `macro_F1`, `ci95` (of UA, over speakers), `n_test`, `test_speakers` (known ones),
+        `test_recordings_without_speaker` (each counts as a speaker in the interval), `unanswered`, `counts`, the
         confusion tensor, and `by_speaker`, the same for each speaker. Without labels the scores are `None`, and
         `counts` and `by_speaker` are missing.
 
@@ -63,7 +63,7 @@ def evaluate(predictions: Mapping[str, Sequence[float]], manifest: str | Path, l
     counts = by_speaker.sum(0)
     return {
         **scores_of(counts),
-        "ci95": list(speaker_bootstrap(by_speaker)),
+        "ci95": list(speaker_interval(by_speaker)),
         **about,
         "unanswered": int(counts[:, -1].sum()),
         "counts": counts,
@@ -128,13 +128,13 @@ def side_by_side(folder: str | Path, order: Sequence[str]) -> str:
 
 
 def _interval_told(record: Mapping) -> str:
-    """Say what the interval of UA was drawn over, and what it is worth where speakers are not known."""
+    """Say what the interval of UA is over, and what it is worth where speakers are not known."""
     if record["UA"] is None:
         return ""
     speakers, without = record["test_speakers"], record.get("test_recordings_without_speaker", 0)
     drawn = [f"the {speakers} test speakers"] if speakers or not without else []
     drawn += [f"{without} recordings without a known speaker, too narrow where these share one"] if without else []
-    return f"Interval of UA: bootstrap over {' and '.join(drawn)}. "
+    return f"Interval of UA: Student's t over {' and '.join(drawn)}. "
 
 
 def _row(record: Mapping) -> list[str]:

@@ -28,6 +28,8 @@ from speechbrain_mifuse.utils.files import atomic_write
 
 logger = logging.getLogger(__name__)
 
+TOLD_SENTENCES = {"apart": "the others", "same": "the same ones"}
+
 
 def report(
     name: str,
@@ -92,6 +94,8 @@ def copy_told(about: Mapping) -> str:
         usable = check["total_found"] - check.get("unusable", 0)
         told.append(f"not the published release ({usable} of {check['total_expected']} utterances)")
     kept = ", ".join(f"{100 * share:g} % of {label}" for label, share in (about.get("keep") or {}).items())
+    if sentences := about.get("sentences"):
+        told.append(f"half of the sentences to test, {TOLD_SENTENCES[sentences]} to adapt")
     return ", ".join([*told, *([f"of the adaptation set only {kept} kept"] if kept else [])])
 
 

@@ -16,7 +16,7 @@ from torch.nn import functional as F
 from speechbrain_mifuse.brains.classifier import ClassifierBrain
 from speechbrain_mifuse.brains.training import one_at_a_time, require_trainable, same_settings
 from speechbrain_mifuse.corpora.manifest import read_manifest
-from speechbrain_mifuse.evaluation.metrics import scores, speaker_bootstrap
+from speechbrain_mifuse.evaluation.metrics import scores, speaker_interval
 from speechbrain_mifuse.evaluation.results import counts_by_speaker
 from speechbrain_mifuse.experiments.features import CorpusSettings, open_front
 from speechbrain_mifuse.experiments.recipes import load_recipe
@@ -86,7 +86,7 @@ def validate(brain: ClassifierBrain, valid: DynamicItemDataset, settings: Mappin
     reference = torch.tensor([row["label"] for row in rows.values()])
     found = {**scores(probs.argmax(-1), reference, len(labels)), "n": len(reference)}
     counts = counts_by_speaker(by_key, rows, labels)
-    found |= {"ci95": list(speaker_bootstrap(counts)), "test_speakers": len(counts)}
+    found |= {"ci95": list(speaker_interval(counts)), "test_speakers": len(counts)}
     found["counts"] = {label: int((reference == index).sum()) for index, label in enumerate(labels)}
     said = F.one_hot(reference, len(labels))
     found["temperature"] = fit_temperature(probs, said)

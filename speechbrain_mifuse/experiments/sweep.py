@@ -30,6 +30,7 @@ from speechbrain_mifuse.evaluation.aggregate import (
     protocol,
     read_records,
     seed_table,
+    trait_table,
     transfer_table,
     write_csv,
 )
@@ -382,7 +383,7 @@ def collect(
     baselines = list(baselines) or [method for method in BASELINES if method in plan.methods]
     drawn = list(figure_methods) or [method for method in FIGURE_METHODS if method in plan.methods]
     main, differences = transfer_table(comparison), difference_table(comparison, baselines)
-    tables = [table for table in (main, differences) if table is not None]
+    tables = [table for table in (main, differences, trait_table(comparison)) if table is not None]
     teacher = plan.teacher(records)
     about = markdown(protocol(comparison, teacher)) + "\n"
     text = "\n".join([*(table.markdown() for table in tables), about])

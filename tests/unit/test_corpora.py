@@ -24,7 +24,7 @@ from speechbrain_mifuse.corpora.crema_d import list_crema_d, prepare_crema_d
 from speechbrain_mifuse.corpora.emodb import list_emodb, prepare_emodb
 from speechbrain_mifuse.corpora.folder import list_folder, prepare_folder
 from speechbrain_mifuse.corpora.iemocap import facts, list_iemocap, prepare_iemocap
-from speechbrain_mifuse.corpora.manifest import LABELS, CorpusError, read_manifest, unlabelled
+from speechbrain_mifuse.corpora.manifest import LABELS, CorpusError, Utterance, read_manifest, unlabelled
 from speechbrain_mifuse.corpora.msp_improv import list_msp_improv, prepare_msp_improv
 from speechbrain_mifuse.corpora.msp_podcast import list_msp_podcast, prepare_msp_podcast
 from speechbrain_mifuse.corpora.nemo import list_nemo, prepare_nemo
@@ -742,3 +742,54 @@ def test_real_corpora_are_prepared_whole_but_for_one_true_copy(name, count, copi
     assert len(skipped) == copies
     if copies:
         assert list(skipped) == ["rav-03-01-03-01-02-02-07"] and "is a copy of" in skipped["rav-03-01-03-01-02-02-07"]
+
+
+# Sentences.
+
+
+def sentences_of(folder, split):
+    return {utt_id.rsplit("_", 1)[-1] for utt_id in read_manifest(folder / f"{split}.json")}
+
+
+def test_sentences_apart_leave_nothing_to_test_that_was_adapted_to_and_the_same_ones_are_as_many(tmp_path):
+    root = write_nemo(tmp_path / "nemo", takes=4)
+    folders = {how: tmp_path / str(how) for how in (None, "apart", "same")}
+    for how, folder in folders.items():
+        prepare_nemo(root, folder, SHARES, sentences=how)
+    assert sentences_of(folders[None], "adapt") == sentences_of(folders[None], "test") == {"1", "2", "3", "4"}
+    for how, adapted in (("apart", {"1", "3"}), ("same", {"2", "4"})):
+        assert sentences_of(folders[how], "adapt") == adapted and sentences_of(folders[how], "test") == {"2", "4"}
+        assert about(folders[how])["sentences"] == how
+    # Speakers stay where they were, and the test sets of both are one.
+    for split in SHARES:
+        assert speakers_of(folders["apart"], split) == speakers_of(folders[None], split)
+    tests = [read_manifest(folders[how] / "test.json") for how in ("apart", "same")]
+    assert tests[0] == tests[1] and "sentences" not in about(folders[None])
+
+
+def test_the_sentence_is_read_from_the_names_of_each_acted_corpus(tmp_path):
+    def said(corpus, name):
+        return corpus.sentence_of(Utterance(name, Path(name), "sad", "1"))
+
+    assert said(emodb.EMODB, "03a01Wa.wav") == said(emodb.EMODB_7, "08a01Fb.wav") == "a01"
+    assert said(ravdess.RAVDESS, "03-01-03-01-02-01-12.wav") == "02"
+    assert said(nemo.NEMO_6, "nemo-SM0_anger_17") == "17"
+
+
+@pytest.mark.parametrize(
+    ("sentences", "splits", "said"),
+    [
+        ("aside", SHARES, "sentences: 'aside'; it must be null, or apart or same"),
+        ("apart", WHOLE, "there must be two splits"),
+    ],
+)
+def test_an_arm_of_sentences_that_cannot_be_is_one_clear_error(sentences, splits, said, tmp_path):
+    with pytest.raises(CorpusError, match=said):
+        prepare_nemo(write_nemo(tmp_path / "nemo", takes=2), tmp_path / "m", splits, sentences=sentences)
+
+
+def test_a_corpus_that_names_no_sentence_or_only_one_has_no_such_arm(tmp_path):
+    with pytest.raises(CorpusError, match="file names do not name any"):
+        prepare_iemocap(write_iemocap(tmp_path / "iem"), tmp_path / "m", SHARES, sentences="apart")
+    with pytest.raises(CorpusError, match="say one sentence"):
+        prepare_ravdess(write_ravdess(tmp_path / "rav"), tmp_path / "n", SHARES, sentences="apart")

@@ -1,9 +1,13 @@
 """Metrics and intervals against counting by hand."""
 
+import math
+
+import numpy as np
 import pytest
 import torch
+from scipy import stats
 
-from speechbrain_mifuse.evaluation.metrics import confusion, scores, scores_of, speaker_bootstrap, speaker_counts
+from speechbrain_mifuse.evaluation.metrics import confusion, scores, scores_of, speaker_counts, speaker_interval
 
 C = 4
 
@@ -72,17 +76,27 @@ def test_counts_of_speakers_add_up_and_are_sorted_by_name(predictions):
     assert counts[3].equal(confusion(predictions[0][own], predictions[1][own], C))
 
 
-def test_whole_speakers_are_drawn_not_utterances():
+def test_the_interval_is_over_speakers_not_utterances():
     right, wrong = torch.tensor([[50, 0, 0], [0, 50, 0]]), torch.tensor([[0, 50, 0], [50, 0, 0]])
-    assert speaker_bootstrap(torch.stack([right, wrong])) == (0.0, 1.0)
-    assert speaker_bootstrap(torch.stack([right + wrong] * 2)) == (0.5, 0.5)
+    assert speaker_interval(torch.stack([right, wrong])) == (0.0, 1.0)
+    assert speaker_interval(torch.stack([right + wrong] * 2)) == (0.5, 0.5)
 
 
-def test_each_draw_counts_only_the_classes_that_its_speakers_said():
-    happy = torch.tensor([[0, 0, 0], [0, 2, 0]])
-    both = torch.tensor([[0, 2, 0], [0, 2, 0]])
-    # Drawn alone, the first speaker has a UA of 1 and the second one of 1/2; together they have 1/2.
-    assert speaker_bootstrap(torch.stack([happy, both])) == (0.5, 1.0)
+def test_of_equal_speakers_the_interval_is_students_over_their_scores():
+    hits = [9, 7, 5]
+    counts = torch.tensor([[[n, 10 - n, 0], [0, 10, 0]] for n in hits])
+    scores = np.array([(n / 10 + 1) / 2 for n in hits])
+    half = stats.t.ppf(0.975, 2) * scores.std(ddof=1) / math.sqrt(3)
+    assert speaker_interval(counts) == pytest.approx((scores.mean() - half, min(scores.mean() + half, 1)))
+
+
+def test_one_speaker_tells_nothing_of_others():
+    assert speaker_interval(torch.tensor([[[9, 1, 0], [0, 10, 0]]])) == (0.0, 1.0)
+
+
+def test_a_class_that_nobody_said_takes_no_part():
+    both = torch.tensor([[[4, 1, 0, 0], [0, 5, 0, 0], [0, 0, 0, 0]], [[5, 0, 0, 0], [0, 5, 0, 0], [0, 0, 0, 0]]])
+    assert speaker_interval(both) == pytest.approx(speaker_interval(both[:, :2][:, :, [0, 1, 3]]))
 
 
 def test_the_interval_narrows_with_more_speakers_and_holds_the_mean():
@@ -91,15 +105,19 @@ def test_the_interval_narrows_with_more_speakers_and_holds_the_mean():
     counts = torch.zeros(40, 2, 3, dtype=torch.long)
     counts[:, 0, 0], counts[:, 0, 1] = hits[:, 0], 20 - hits[:, 0]
     counts[:, 1, 1], counts[:, 1, 0] = hits[:, 1], 20 - hits[:, 1]
-    (low, high), (few_low, few_high) = speaker_bootstrap(counts), speaker_bootstrap(counts[:6])
+    (low, high), (few_low, few_high) = speaker_interval(counts), speaker_interval(counts[:6])
     assert low < scores_of(counts.sum(0))["UA"] < high
     assert high - low < 0.6 * (few_high - few_low)
 
 
-def test_the_interval_depends_on_its_seed_alone(predictions):
-    counts = speaker_counts(*predictions, [f"s{number % 5}" for number in range(200)], C)
-    torch.manual_seed(1)
-    first = speaker_bootstrap(counts)
-    torch.manual_seed(2)
-    assert speaker_bootstrap(counts) == first
-    assert speaker_bootstrap(counts, seed=1) != first
+@pytest.mark.parametrize("speakers", [2, 4, 10])
+def test_intervals_of_few_speakers_hold_the_truth_about_as_often_as_they_say(speakers):
+    rng = np.random.default_rng(0)
+    skill = np.clip(rng.normal(0.6, 0.1, (1000, speakers, 2)), 0, 1)
+    hits = rng.binomial(20, skill)
+    counts = np.zeros((1000, speakers, 2, 3), int)
+    for label in range(2):
+        counts[..., label, label], counts[..., label, 1 - label] = hits[..., label], 20 - hits[..., label]
+    bounds = np.array([speaker_interval(torch.from_numpy(each)) for each in counts])
+    held = ((bounds[:, 0] <= 0.6) & (bounds[:, 1] >= 0.6)).mean()
+    assert 0.93 < held < 0.97

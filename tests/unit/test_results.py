@@ -7,16 +7,19 @@ import re
 import numpy as np
 import pytest
 import torch
+from scipy import stats
 
 from speechbrain_mifuse import __version__
 from speechbrain_mifuse.corpora.manifest import CorpusError
 from speechbrain_mifuse.evaluation.aggregate import (
     Comparison,
     bootstrap,
-    bootstrap_transfers,
     difference_table,
+    interval_table,
+    protocol,
     read_records,
     seed_table,
+    trait_table,
     transfer_table,
 )
 from speechbrain_mifuse.evaluation.metrics import scores, scores_of
@@ -191,8 +194,8 @@ def test_the_best_baseline_is_the_highest_that_is_neither_ours_nor_a_bound(compa
         difference_table(comparison, ["source_only"]).head,
         difference_table(comparison, ["source_only"]).rows[1],
     )
-    assert head[2:] == ["above source_only", "above nrc, best baseline"]
-    assert ours[0] == "mi_fuse" and ours[2].startswith("+30.0 (") and ours[3].startswith("+10.0 (")
+    assert head[2:] == ["above source_only", "over transfers", "above nrc, best baseline", "over transfers"]
+    assert ours[0] == "mi_fuse" and ours[2].startswith("+30.0 (") and ours[4].startswith("+10.0 (")
 
 
 def test_the_highest_without_labels_is_bold_and_the_bound_with_labels_is_not(comparison):
@@ -236,25 +239,83 @@ def test_bootstrap_gives_what_a_loop_over_draws_gives():
         assert found[draw] == pytest.approx(expected)
 
 
-def test_transfers_to_one_corpus_share_the_speakers_and_seeds_that_are_drawn():
-    rng = np.random.default_rng(5)
-    counts = rng.integers(0, 4, (2, 3, 6, 2, 3))
-    arrays = {("a", "b", "t"): counts, ("d", "b", "t"): counts, ("a", "c", "t"): counts}
-    same, to_b, to_c = bootstrap_transfers(arrays)
-    np.testing.assert_array_equal(same, to_b)
-    assert not np.array_equal(same, to_c)
-    # People of another corpus are drawn apart, but the seeds are those of all.
-    whole = counts.sum(2, keepdims=True)
-    first, second = bootstrap_transfers({("a", "b", "t"): whole, ("a", "c", "t"): whole})
-    np.testing.assert_array_equal(first, second)
+def t_half(values, weight=1.0):
+    """Half-width of Student's interval of a mean, by the textbook."""
+    values = weight * np.array(values)
+    return stats.t.ppf(0.975, len(values) - 1) * values.std(ddof=1) / math.sqrt(len(values))
 
 
-def test_an_interval_spans_the_speakers_of_its_transfer_and_differences_are_paired(comparison):
-    low, high = comparison.intervals[:, 0, comparison.methods.index("shot")]
-    assert (low, high) == pytest.approx((60, 80))
+def test_an_interval_is_students_over_the_speakers_of_its_transfer_and_differences_are_paired(comparison):
+    row = comparison.methods.index("shot")
+    low, high = comparison.intervals[:, 0, row]
+    half = t_half([60, 80])
+    assert (low, high) == pytest.approx((max(70 - half, 0), min(70 + half, 100)))
     # Both methods lose on the same speaker: their difference does not vary though each of them does.
     records = [result(m, 1, hits) for m, hits in {"shot": (1, 3), "mi_fuse": (2, 4)}.items()]
     assert Comparison(records, ["shot", "mi_fuse"]).difference("mi_fuse", "shot") == pytest.approx((10, 10, 10))
+
+
+def test_transfers_to_one_corpus_share_their_speakers_and_those_to_another_do_not():
+    same = [result("shot", 1, hits, source, "b") for source, hits in (("a", (1, 3, 5)), ("d", (1, 3, 5)))]
+    apart = [result("shot", 1, hits, "a", target) for target, hits in (("b", (1, 3, 5)), ("c", (1, 3, 5)))]
+    scores = [60, 80, 100]
+    one, two = (Comparison(records, ["shot"]).mean_intervals[:, 0] for records in (same, apart))
+    assert one == pytest.approx((max(80 - t_half(scores), 0), 100))
+    # Two groups of three: the variance halves, and the degrees of freedom are those of both.
+    half = stats.t.ppf(0.975, 4) * np.std(scores, ddof=1) / math.sqrt(6)
+    assert two[0] == pytest.approx(80 - half)
+
+
+def test_seeds_widen_an_interval_and_one_seed_alone_does_not():
+    records = [result("shot", seed, hits) for seed, hits in ((1, (1, 1)), (2, (3, 3)), (3, (5, 5)))]
+    low = Comparison(records, ["shot"]).mean_intervals[0, 0]
+    # Speakers do not differ, seeds do; all degrees of freedom are the seeds'.
+    assert low == pytest.approx(max(80 - t_half([60, 80, 100]), 0))
+    assert Comparison(records[:1], ["shot"]).mean_intervals[:, 0] == pytest.approx((60, 60))
+
+
+def test_a_difference_over_transfers_is_students_over_their_means():
+    hits = {"shot": ((1, 1), (2, 2), (3, 3)), "mi_fuse": ((2, 2), (4, 4), (4, 4))}
+    records = [result(m, 1, h, "a", t) for m, each in hits.items() for t, h in zip("bcd", each, strict=True)]
+    found = Comparison(records, list(hits)).difference_over_transfers("mi_fuse", "shot")
+    half = t_half([10, 20, 10])
+    assert found == pytest.approx((40 / 3, 40 / 3 - half, 40 / 3 + half))
+    table = difference_table(Comparison(records, list(hits)), ["shot"])
+    assert table.head == ["difference of mean UA", "mean", "above shot, best baseline", "over transfers"]
+
+
+def test_one_speaker_gives_no_interval():
+    records = [result(m, 1, hits) for m, hits in {"shot": (1,), "mi_fuse": (2,)}.items()]
+    found = Comparison(records, ["shot", "mi_fuse"])
+    assert found.mean_intervals[:, 0].tolist() == [0, 100]
+    assert difference_table(found, ["shot"]).rows[1][2] == "+10.0 (interval unknown)"
+
+
+def test_intervals_name_their_clusters(comparison):
+    assert transfer_table(comparison).head[4] == "95 % interval (4 speakers, 2 seeds)"
+    assert interval_table(comparison).head[1] == "b to a (2 speakers)"
+    assert "a 2, b 2) and 2 seeds" in protocol(comparison)
+
+
+def test_the_way_to_the_oracle_is_told_from_both_floors():
+    hits = {"source_only": (1, 1), "source_adabn": (3, 3), "shot": (4, 4), "oracle": (5, 5)}
+    table = transfer_table(Comparison([result(m, 1, h) for m, h in hits.items()], list(hits)))
+    assert table.head[-2:] == ["of the way to oracle", "from source_adabn"]
+    assert [row[-2:] for row in table.rows][2] == ["75 %", "50 %"]
+
+
+def test_what_a_method_was_given_stands_in_a_table_where_it_is_known():
+    traits = {"training": "no", "asked": "no", "statistics": "target", "prior_correction": "no", "transductive": "no"}
+    known = Comparison([result("shot", 1, (1, 1), traits=traits)], ["shot"])
+    assert trait_table(known).rows == [["shot", "no", "no", "target", "no", "no"]]
+    assert trait_table(Comparison([result("shot", 1, (1, 1))], ["shot"])) is None
+
+
+def test_upper_bounds_and_forms_of_our_own_are_no_rivals():
+    hits = {"source_only": (1, 1), "shot": (2, 2), "g_once": (4, 4), "oracle_lda": (5, 5), "oracle": (5, 5)}
+    found = Comparison([result(m, 1, h) for m, h in hits.items()], list(hits))
+    assert found.best_baseline == "shot"
+    assert [row[0] for row in transfer_table(found).rows if "**" in row[1]] == ["g_once"]
 
 
 @pytest.mark.parametrize(
