@@ -12,7 +12,7 @@ export PIP_CONSTRAINT = $(LOCK)
 export PIP_BUILD_CONSTRAINT = $(LOCK)
 endif
 
-.PHONY: demo test test_long lock newest table ablations weighting other_seeds skew norms sensitivity adapter zsfuse bench faults fuzz docs clean
+.PHONY: demo test test_long lock newest table ablations weighting other_seeds skew sentences norms sensitivity adapter zsfuse bench faults fuzz docs clean
 
 $(VENV)/.installed: pyproject.toml $(LOCK)
 	$(PYTHON) -m venv $(VENV)
@@ -50,13 +50,16 @@ ABLATIONS = lalm_sfuda,mi_fuse,mi_fuse_reciprocal,mi_fuse_tau_1,mi_fuse_product,
 ABLATIONS := $(ABLATIONS),mi_fuse_plus_no_prior,mi_fuse_plus_once,mi_fuse_plus_equal_shares
 ABLATIONS := $(ABLATIONS),mi_fuse_plus_random_folds,mi_fuse_plus_temperature_2
 SKEWED = --seeds 1-2 --methods source_only,lalm_sfuda,mi_fuse,mi_fuse_product_prior,mi_fuse_plus_equal_shares,mi_fuse_plus
+RIVALS = source_only,source_adabn,zero_training,mi_fuse
 WEIGHTS = source_only,lalm_sfuda,mean_fusion,mi_fuse_permuted,mi_fuse
 OTHERS = source_only,lalm_sfuda,mi_fuse,mi_fuse_reciprocal,mi_fuse_plus,mi_fuse_plus_equal_shares,oracle
 NORMED = --methods source_only,lalm_sfuda,mean_fusion,mi_fuse,mi_fuse_plus,oracle --baselines mi_fuse
+SAID = --seeds 1-5 --methods source_only,source_adabn,zero_training_adabn,g_closed_form,mi_fuse,mi_fuse_plus,oracle_lda,oracle
+SAID := $(SAID) --baselines source_adabn,zero_training_adabn
 LESS = --prepare_target "{keep: {$(1): 0.2, $(2): 0.2}}"
 
 table: $(VENV)/.installed
-	$(SWEEP) --seeds 1-5 --name open_transfer
+	$(SWEEP) --seeds 1-5 --name open_transfer --baselines $(RIVALS)
 
 ablations: $(VENV)/.installed
 	$(SWEEP) --seeds 1-3 --name ablations --output results/open_transfer --methods $(ABLATIONS),mi_fuse_plus \
@@ -74,6 +77,11 @@ other_seeds: $(VENV)/.installed
 skew: $(VENV)/.installed
 	$(SWEEP) $(SKEWED) --name skew_happy_neutral --baselines mi_fuse -- $(call LESS,happy,neutral)
 	$(SWEEP) $(SKEWED) --name skew_angry_sad --baselines mi_fuse -- $(call LESS,angry,sad)
+
+# What it is worth that the test sentences occur in the adaptation set, in other voices.
+sentences: $(VENV)/.installed
+	$(SWEEP) $(SAID) --name sentences_apart -- --prepare_target "{sentences: apart}"
+	$(SWEEP) $(SAID) --name sentences_same -- --prepare_target "{sentences: same}"
 
 norms: $(VENV)/.installed
 	$(SWEEP) $(NORMED) --seeds 1-2 --name speaker_norm_known -- --speaker_norm=known
@@ -96,7 +104,7 @@ adapter: $(VENV)/.installed
 zsfuse: $(VENV)/.installed
 	$(call compare,zsfuse)
 
-BENCHMARKS = recipe_form extraction million epoch mifuse_step memory adapter zero_shot recognise collect collect_faults label_store serve
+BENCHMARKS = recipe_form extraction million epoch mifuse_step closed_form memory adapter zero_shot recognise collect collect_faults label_store serve
 
 bench: $(VENV)/.installed
 	for name in $(BENCHMARKS); do $(RUN) benchmarks/run.py $$name --json docs/results/speed/$$name.json; done

@@ -18,6 +18,7 @@ from pathlib import Path
 
 BENCHMARKS = {
     "adapter": "adapter pretraining on stored frames, against the same step with the encoder run inside it",
+    "closed_form": "the closed form of mi_fuse_plus on one adaptation set, against its student",
     "collect": "ten thousand calls to a simulated API, against the least time they can take",
     "collect_faults": "collection killed at random moments, and with half of all replies faulty",
     "faults": "recipes killed at random moments: what the same command then makes, against an unbroken run",

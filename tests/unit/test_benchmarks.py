@@ -11,6 +11,7 @@ BENCHMARKS = Path(__file__).resolve().parents[2] / "benchmarks"
 LONG = ("million", "collect_faults")
 RATIOS = {
     "adapter": {"encoder_inside_ratio"},
+    "closed_form": {"student_ratio"},
     "collect": {"ideal_ratio", "cpu_ms_per_call", "resident_growth_mb"},
     "collect_faults": set(),
     "epoch": {"hubert_base_ratio", "whisper_tiny_ratio"},
