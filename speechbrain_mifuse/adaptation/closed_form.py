@@ -35,13 +35,13 @@ class ClosedForm(AdaptationMethod):
         `G * S`, without the API), or none (S and G alone).
     rounds : int
         How often G is fitted.
-    balance_gate : float, optional
-        Stay with the first G where the class shares that it was fitted with are further than this from equal ones
-        (total variation): further rounds help a target of balanced classes and hurt a skewed one.
     share_trust, temperature, shrinkage, components, folds, together
         As for `MIFusePlus`.
     target_statistics, prior_correction
         As for `AdaptationMethod`; the latter concerns every teacher.
+    balance_gate : float, optional
+        Stay with the first G where the class shares that it was fitted with are further than this from equal ones
+        (total variation): further rounds help a target of balanced classes and hurt a skewed one.
 
     Example
     -------
@@ -63,7 +63,6 @@ class ClosedForm(AdaptationMethod):
         self,
         answers: Sequence[str] = ("adapt", "test"),
         rounds: int = 10,
-        balance_gate: float | None = None,
         share_trust: float = 0.5,
         temperature: float = 1.0,
         shrinkage: float = 0.3,
@@ -72,8 +71,11 @@ class ClosedForm(AdaptationMethod):
         together: int = 8,
         target_statistics: bool = True,
         prior_correction: bool = True,
+        *,
+        balance_gate: float | None = None,
+        **options: bool,
     ):
-        super().__init__(target_statistics=target_statistics, prior_correction=prior_correction)
+        super().__init__(target_statistics=target_statistics, prior_correction=prior_correction, **options)
         self.answers, self.answers_for = list(answers), tuple(answers)
         self.rounds, self.balance_gate, self.share_trust = rounds, balance_gate, share_trust
         self.temperature, self.shrinkage, self.components = temperature, shrinkage, components
@@ -151,7 +153,7 @@ class PermutedClosedForm(ClosedForm):
 
     Parameters
     ----------
-    answers, rounds, balance_gate, share_trust, temperature, shrinkage, components, folds, together, target_statistics
+    answers, rounds, share_trust, temperature, shrinkage, components, folds, together, target_statistics
         As for `ClosedForm`.
     prior_correction : bool
         As for `ClosedForm`.

@@ -136,6 +136,16 @@ def test_the_gate_goes_on_where_classes_look_balanced_and_stops_after_one_round_
     assert answers[0].equal(answers[1])
 
 
+def test_the_mean_of_the_test_set_moves_while_a_method_answers_and_no_longer(filled_store, tmp_path):
+    world = make_world(filled_store, tmp_path)
+    plain = world.adapt("g_once")
+    moved = world.adapt("g_once_test_mean")
+    assert plain.keys() == moved.keys() and plain != moved
+    method = ClosedForm(rounds=1, test_mean=True)
+    assert method.traits()["transductive"] == "yes" and ClosedForm().traits()["transductive"] == "no"
+    assert method.describe()["method.test_mean"] is True and "method.test_mean" not in ClosedForm().describe()
+
+
 def test_a_set_smaller_than_its_folds_and_components_is_no_trouble():
     survey = some_survey(n=3)
     method = ClosedForm()

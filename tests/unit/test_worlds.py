@@ -74,6 +74,13 @@ def test_a_method_answers_on_vectors_as_its_class_says():
     with torch.no_grad():
         source = model.output(model.hidden_units(model.norm(found.vectors[test]))).softmax(-1)
     assert torch.allclose(worlds.predict(SourceOnly(), model, found, adapt, test), source, atol=1e-6)
+    # A shift of the whole test set is taken back, but only by a method that sees the set together.
+    far = worlds.Recordings(found.vectors.clone(), found.answers, found.labels, found.speakers, found.splits)
+    far.vectors[test] += 3.0
+    for test_mean in (False, True):
+        method = SourceOnly(target_statistics=True, test_mean=test_mean)
+        near, moved = (worlds.predict(method, model, each, adapt, test) for each in (found, far))
+        assert torch.allclose(near, moved, atol=1e-4) == test_mean
     # Both read the teacher's answers, which are right; the source is not trained.
     for method in (ZeroTraining(), ClosedForm(), ClosedForm(balance_gate=0.05)):
         assert worlds.accuracy(worlds.predict(method, model, found, adapt, test), found.labels[test]) > 0.95
