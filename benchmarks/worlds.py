@@ -15,6 +15,7 @@ import copy
 import csv
 import functools
 import hashlib
+import io
 import itertools
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -23,6 +24,7 @@ from typing import ClassVar
 
 import numpy as np
 import torch
+from matplotlib.figure import Figure
 from scipy.signal import butter, resample_poly, sosfiltfilt
 from torch.nn import functional as F
 
@@ -380,6 +382,59 @@ def world_table(rows: Sequence[Mapping], family: str, half: str) -> Table:
     return Table(["mean UA %", *groups, *(f"above {baseline}" for baseline in baselines)], lines)
 
 
+# What the short table and the figure show of the confirming half.
+SUMMARY = {
+    "balanced": lambda row: row["world"] == "balanced",
+    "skewed": lambda row: row["family"] == "skew" and row["world"] != "balanced",
+    "natural": lambda row: row["family"] == "natural",
+}
+SHOWN = ("zero_training", "g_closed_form", "g_gate", "g_once", "zero_training_test_mean", "g_once_test_mean")
+
+
+def gains(rows: Sequence[Mapping], method: str, baseline: str) -> tuple[float, float]:
+    """How far a method is above another, and half its interval over transfers."""
+    apart = by_transfer(rows, method) - by_transfer(rows, baseline)
+    return float(apart.mean()), float(margin([deviations(apart)]))
+
+
+def summary_table(rows: Sequence[Mapping]) -> Table:
+    """Mean UA in the three kinds of worlds, and the distance to the source and teacher multiplied."""
+    groups = {name: [row for row in rows if fits(row)] for name, fits in SUMMARY.items()}
+    groups = {name: found for name, found in groups.items() if found}
+    baseline, lines = "zero_training_adabn", []
+    for method in dict.fromkeys(row["method"] for row in rows):
+        cells = []
+        for found in groups.values():
+            gain, half = gains(found, method, baseline)
+            told = "" if method == baseline else f"{gain:+.1f} ± {half:.1f}"
+            cells += [f"{by_transfer(found, method).mean():.1f}", told]
+        lines.append([method, *cells])
+    head = [cell for name in groups for cell in (name, f"above {baseline}")]
+    return Table(["mean UA %", *head], lines)
+
+
+def draw(path: Path, rows: Sequence[Mapping]) -> None:
+    """Draw the distance of a few methods to the source and teacher multiplied, in the three kinds of worlds."""
+    figure = Figure(figsize=(7.5, 3.6), layout="constrained")
+    axes, drawn = figure.add_subplot(), set()
+    for index, method in enumerate(SHOWN):
+        for place, fits in enumerate(SUMMARY.values()):
+            found = [row for row in rows if fits(row)]
+            if any(row["method"] == method for row in found):
+                gain, half = gains(found, method, "zero_training_adabn")
+                label = None if method in drawn else method
+                drawn.add(method)
+                x = place + (index - len(SHOWN) / 2 + 0.5) * 0.13
+                axes.errorbar(x, gain, half, fmt="os^Dv*"[index], color=f"C{index}", label=label)
+    axes.axhline(0, color="0.5", linewidth=1)
+    axes.set_xticks(range(len(SUMMARY)), SUMMARY)
+    axes.set_ylabel("UA points above zero_training_adabn")
+    figure.legend(loc="outside upper center", ncols=3, frameon=False)
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png", dpi=120)
+    atomic_write(path, buffer.getvalue())
+
+
 ABOUT = """The mean over worlds of each transfer, then over six transfers; ± is half a 95 % interval by Student's t over
 the six transfers. Worlds are simulated: the target's labels and speakers decide which recordings are in them, and they
 score. Half A, on the recipes' test speakers, chose what is tried; half B, on speakers who adapt in the recipes,
@@ -402,6 +457,10 @@ def tables(records: Path, folder: Path) -> str:
         seeds = ", ".join(sorted({row["seed"] for row in chosen}))
         texts.append("\n".join([*parts, ABOUT.format(seeds=seeds), ""]))
         atomic_write(folder / f"worlds_{family}.md", texts[-1])
+    confirming = [row for row in rows if row["half"] == "B"]
+    if confirming:
+        atomic_write(folder / "what_helps.md", summary_table(confirming).markdown())
+        draw(folder / "what_helps.png", confirming)
     return "\n".join(texts)
 
 

@@ -89,10 +89,12 @@ def test_a_method_answers_on_vectors_as_its_class_says():
 def test_a_table_compares_within_transfers(tmp_path):
     rows = []
     for number, pair in enumerate([("a", "b"), ("b", "a")]):
-        for method, value in (("zero_training", 0.5), ("g_gate", 0.6 + 0.02 * number)):
+        for method, value in (("zero_training", 0.5), ("zero_training_adabn", 0.5), ("g_gate", 0.6 + 0.02 * number)):
             row = dict(family="skew", world="sad 5%", half="B", source=pair[0], target=pair[1], teacher="c")
             rows.append({**row, "method": method, "seed": 1, "UA": value, "n_adapt": 9, "n_test": 9})
     worlds.append(tmp_path / "records.csv", rows)
     text = worlds.tables(tmp_path / "records.csv", tmp_path)
     assert "Half B (confirms)" in text and "| g_gate |" in text and "+11.0 ± 12.7" in text
-    assert (tmp_path / "skew.csv").read_text().count("\n") == 5
+    assert (tmp_path / "skew.csv").read_text().count("\n") == 7
+    assert "g_gate | 61.0 | +11.0 ± 12.7" in (tmp_path / "what_helps.md").read_text()
+    assert (tmp_path / "what_helps.png").stat().st_size > 1000
