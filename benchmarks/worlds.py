@@ -174,7 +174,7 @@ class Target:
     # The frames by telephone, of all targets: they do not depend on source and seed.
     encoded: ClassVar[dict[str, torch.Tensor]] = {}
 
-    def __init__(self, pair: str, seed: int, output: Path):
+    def __init__(self, pair: str, seed: int, output: Path, answers: int = ANSWERS):
         plan = make_plan(ROOT, [pair], output, [seed])
         run = plan.runs()[0]
         flags = [f"--seed={seed}", f"--output_folder={run.folder}"]
@@ -184,7 +184,7 @@ class Target:
         self.corpus, self.layers = CorpusSettings.target_of(hparams), (hparams["layer"], hparams["teacher_layer"])
         self.corpus.prepare()
         self.reader = open_reader(EncoderSettings.of(hparams), run_opts)
-        self.known: dict[str, Recordings] = {}
+        self.answers, self.known = answers, {}
         self.rows = {split: read_manifest(f"{hparams['target_manifests']}/{split}.json") for split in ("adapt", "test")}
         front = open_front(self.corpus, self.layers[0], self.reader)
         sources = (run.folder / "source" / "recogniser", plan.teacher_folder(plan.recipes[0]) / "recogniser")
@@ -201,7 +201,7 @@ class Target:
     def _recordings(self, channel: str) -> Recordings:
         ids = {key: row for part in self.rows.values() for key, row in part.items()}
         torch.manual_seed(0)
-        pool, answer = self.model.pooling, functools.partial(self.teacher.stochastic_logits, passes=ANSWERS)
+        pool, answer = self.model.pooling, functools.partial(self.teacher.stochastic_logits, passes=self.answers)
         vectors, answers = [], []
         for keys in batched(list(ids), 64):
             for layer, function, found in zip(self.layers, (pool, answer), (vectors, answers), strict=True):
@@ -324,12 +324,12 @@ def read(path: Path) -> list[dict]:
         return list(csv.DictReader(file))
 
 
-def append(path: Path, rows: Sequence[Mapping]) -> None:
+def append(path: Path, rows: Sequence[Mapping], columns: Sequence[str] = COLUMNS) -> None:
     """Add rows to the file, with a header if it is new."""
     path.parent.mkdir(parents=True, exist_ok=True)
     new = not path.exists()
     with path.open("a", encoding="utf-8", newline="") as file:
-        writer = csv.DictWriter(file, COLUMNS)
+        writer = csv.DictWriter(file, columns)
         if new:
             writer.writeheader()
         writer.writerows(rows)
