@@ -91,6 +91,10 @@ sentences: $(VENV)/.installed
 	$(SWEEP) $(SAID) --name sentences_apart -- --prepare_target "{sentences: apart}"
 	$(SWEEP) $(SAID) --name sentences_same -- --prepare_target "{sentences: same}"
 
+# Simulated worlds on what `make table` trained: skewed classes and natural targets, for methods that train nothing.
+worlds: $(VENV)/.installed
+	$(RUN) benchmarks/worlds.py run results/open_transfer --seeds 1-5
+
 norms: $(VENV)/.installed
 	$(SWEEP) $(NORMED) --seeds 1-2 --name speaker_norm_known -- --speaker_norm=known
 	$(SWEEP) $(NORMED) --seeds 1 --name speaker_norm_clustered -- --speaker_norm=clustered

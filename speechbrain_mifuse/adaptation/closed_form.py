@@ -39,6 +39,9 @@ class ClosedForm(AdaptationMethod):
         As for `MIFusePlus`.
     target_statistics, prior_correction
         As for `AdaptationMethod`; the latter concerns every teacher.
+    balance_gate : float, optional
+        Stay with the first G where the class shares that it was fitted with are further than this from equal ones
+        (total variation): further rounds help a target of balanced classes and hurt a skewed one.
 
     Example
     -------
@@ -68,10 +71,13 @@ class ClosedForm(AdaptationMethod):
         together: int = 8,
         target_statistics: bool = True,
         prior_correction: bool = True,
+        *,
+        balance_gate: float | None = None,
+        **options: bool,
     ):
-        super().__init__(target_statistics=target_statistics, prior_correction=prior_correction)
+        super().__init__(target_statistics=target_statistics, prior_correction=prior_correction, **options)
         self.answers, self.answers_for = list(answers), tuple(answers)
-        self.rounds, self.share_trust = rounds, share_trust
+        self.rounds, self.balance_gate, self.share_trust = rounds, balance_gate, share_trust
         self.temperature, self.shrinkage, self.components = temperature, shrinkage, components
         self.folds, self.together = folds, together
 
@@ -105,11 +111,13 @@ class ClosedForm(AdaptationMethod):
         folds = dealt_folds(space, self.folds, self.together)
         expert = torch.full_like(source, 1 / source.shape[1])
         shares = expert[0]
-        for _ in range(self.rounds):
+        for number in range(self.rounds):
             estimated = product_of_experts([*self.teachers(survey, source, shares), expert]).mean(0)
             shares = self.share_trust * estimated + (1 - self.share_trust) / len(estimated)
             labels = product_of_experts([*self.teachers(survey, source, shares), expert])
             labels = with_class_shares(labels, shares)
+            if number == 0 and self.balance_gate is not None and unevenness(shares) >= self.balance_gate:
+                break
             expert = cross_fitted_expert(space, labels, folds, self.temperature, self.shrinkage)
         return labels
 
@@ -131,6 +139,11 @@ class ClosedForm(AdaptationMethod):
         if "test" not in self.answers_for:
             teachers = teachers[:1]
         return product_of_experts([(scores / self.temperature).softmax(-1), *teachers])
+
+
+def unevenness(shares: torch.Tensor) -> float:
+    """Total variation of class shares `[C]` from equal ones, in [0, 1)."""
+    return float((shares - 1 / len(shares)).abs().sum()) / 2
 
 
 class PermutedClosedForm(ClosedForm):

@@ -13,7 +13,7 @@ from speechbrain_mifuse.adaptation.fusion import diversity, prior_corrected, sof
 from speechbrain_mifuse.adaptation.uncertainty import masked_mean
 
 # Parameters that every method takes.
-OPTIONS = ("target_statistics", "prior_correction")
+OPTIONS = ("target_statistics", "prior_correction", "test_mean")
 
 
 @dataclass(frozen=True)
@@ -148,6 +148,9 @@ class AdaptationMethod:
     prior_correction : bool
         Divide the language model's means by their average over the adaptation set; in a method that does not ask the
         language model, divide the method's own answers by theirs. Both assume classes of comparable size.
+    test_mean : bool
+        Move the mean of the test set's pooled vectors onto that of the adaptation set before the method answers. Makes
+        the method transductive, and assumes that the test set holds the classes in similar shares.
 
     Attributes
     ----------
@@ -186,10 +189,16 @@ class AdaptationMethod:
     refreshes = 0
 
     def __init__(
-        self, diversity_weight: float = 1.0, *, target_statistics: bool = False, prior_correction: bool = False
+        self,
+        diversity_weight: float = 1.0,
+        *,
+        target_statistics: bool = False,
+        prior_correction: bool = False,
+        test_mean: bool = False,
     ):
         self.diversity_weight = diversity_weight
         self.target_statistics, self.prior_correction = target_statistics, prior_correction
+        self.test_mean = test_mean
         self.state: dict[str, torch.Tensor] = {}
         self.statistics: dict[str, float] = {}
 
@@ -326,7 +335,7 @@ class AdaptationMethod:
             "asked": " and ".join(self.answers_for) or "no",
             "statistics": "target" if self.target_statistics else "source to target" if self.trains else "source",
             "prior_correction": self.corrected if self.prior_correction else "no",
-            "transductive": "yes" if self.transductive else "no",
+            "transductive": "yes" if self.transductive or self.test_mean else "no",
         }
 
     @property

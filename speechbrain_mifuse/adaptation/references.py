@@ -72,8 +72,8 @@ class ZeroTraining(AdaptationMethod):
     corrects_answers = False
     corrected = "every teacher"
 
-    def __init__(self, *, target_statistics: bool = False, prior_correction: bool = True):
-        super().__init__(target_statistics=target_statistics, prior_correction=prior_correction)
+    def __init__(self, *, prior_correction: bool = True, **options: bool):
+        super().__init__(prior_correction=prior_correction, **options)
 
     def start(self, survey: Survey) -> None:
         """Estimate what each teacher says on average; see `AdaptationMethod.start`."""

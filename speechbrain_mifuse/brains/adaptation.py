@@ -5,6 +5,7 @@ Nothing in this module opens a label of the target, but for those methods that d
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import logging
 from collections.abc import Mapping
@@ -199,6 +200,23 @@ class AdaptationBrain(ResumableBrain):
         found = {"step": self.optimizer_step, **criteria(self.adaptation.student().probs)}
         self.snapshots.keep({**found, "predictions": self.predictions()}, self.modules.student)
 
+    @contextlib.contextmanager
+    def recentred(self):
+        """Move the test set's mean onto the adaptation set's for a while, where the method asks for that."""
+        if not self.hparams.method.test_mean:
+            yield
+            return
+        apart = self.test.student().vectors.mean(0) - self.adaptation.student().vectors.mean(0)
+        norms = [model.norm for model in (self.modules.student, self.hparams.ema.module)]
+        means = [norm.running_mean.clone() for norm in norms]
+        for norm in norms:
+            norm.running_mean += (norm.running_var + norm.eps).sqrt() * apart
+        try:
+            yield
+        finally:
+            for norm, mean in zip(norms, means, strict=True):
+                norm.running_mean.copy_(mean)
+
     @torch.no_grad()
     def predictions(self) -> dict[str, list[float]]:
         """Answers to the test utterances.
@@ -209,7 +227,8 @@ class AdaptationBrain(ResumableBrain):
             `[C]` by utterance id; an utterance without an answer is missing.
         """
         method = self.hparams.method
-        probs = method.predict(self.test)
+        with self.recentred():
+            probs = method.predict(self.test)
         if method.corrects_answers:
             probs = prior_corrected(probs, method.predict(self.adaptation).mean(0))
         answered = (probs.sum(-1) > 0).tolist()

@@ -123,6 +123,29 @@ def test_a_second_round_takes_in_what_the_first_expert_said_of_the_others():
     assert (again.argmax(1) == two.fused(space, survey, source).argmax(1)).float().mean() > 0.97
 
 
+@pytest.mark.parametrize("kept, like", [(1.0, 10), (0.1, 1)])
+def test_the_gate_goes_on_where_classes_look_balanced_and_stops_after_one_round_where_they_do_not(kept, like):
+    survey, reference = clustered(n=400, right=0.75)
+    chosen = (reference < 2) | (torch.arange(len(reference)) % 10 < 10 * kept)
+    outputs = Outputs(*(part[chosen] for part in (survey.student().vectors,) * 2), survey.student().logits[chosen])
+    skewed = Survey(survey.lalm[chosen], survey.lalm_mask[chosen], classifier=lambda: None, student=lambda: outputs)
+    answers = []
+    for method in (ClosedForm(balance_gate=0.05), ClosedForm(rounds=like)):
+        method.start(skewed)
+        answers.append(method.predict(skewed))
+    assert answers[0].equal(answers[1])
+
+
+def test_the_mean_of_the_test_set_moves_while_a_method_answers_and_no_longer(filled_store, tmp_path):
+    world = make_world(filled_store, tmp_path)
+    plain = world.adapt("g_once")
+    moved = world.adapt("g_once_test_mean")
+    assert plain.keys() == moved.keys() and plain != moved
+    method = ClosedForm(rounds=1, test_mean=True)
+    assert method.traits()["transductive"] == "yes" and ClosedForm().traits()["transductive"] == "no"
+    assert method.describe()["method.test_mean"] is True and "method.test_mean" not in ClosedForm().describe()
+
+
 def test_a_set_smaller_than_its_folds_and_components_is_no_trouble():
     survey = some_survey(n=3)
     method = ClosedForm()
