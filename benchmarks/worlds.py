@@ -33,7 +33,7 @@ from speechbrain_mifuse.adaptation.method import AdaptationMethod, Outputs, Surv
 from speechbrain_mifuse.corpora.manifest import read_manifest
 from speechbrain_mifuse.evaluation.aggregate import Table, write_csv
 from speechbrain_mifuse.evaluation.intervals import deviations, margin
-from speechbrain_mifuse.experiments.features import CorpusSettings, EncoderSettings, open_front, open_reader
+from speechbrain_mifuse.experiments.features import CorpusSettings, EncoderSettings, open_frame_source, open_reader
 from speechbrain_mifuse.experiments.settings import load_hparams
 from speechbrain_mifuse.experiments.sweep import make_plan, parse_seeds
 from speechbrain_mifuse.features.dataset import pad_frames
@@ -186,11 +186,11 @@ class Target:
         self.reader = open_reader(EncoderSettings.of(hparams), run_opts)
         self.answers, self.known = answers, {}
         self.rows = {split: read_manifest(f"{hparams['target_manifests']}/{split}.json") for split in ("adapt", "test")}
-        front = open_front(self.corpus, self.layers[0], self.reader)
+        source = open_frame_source(self.corpus, self.layers[0], self.reader)
         sources = (run.folder / "source" / "recogniser", plan.teacher_folder(plan.recipes[0]) / "recogniser")
         if not all(folder.is_dir() for folder in sources):
             raise UserError(f"{run.folder}: no trained source or teacher. Run `make table` first.")
-        self.model, self.teacher = (load_classifier(f, self.labels, front.fingerprint).eval() for f in sources)
+        self.model, self.teacher = (load_classifier(f, self.labels, source.fingerprint).eval() for f in sources)
 
     def recordings(self, channel: str) -> Recordings:
         """Pool the frames, clean or by telephone, and draw the teacher's answers on them, as its server would."""
@@ -217,10 +217,10 @@ class Target:
 
     def frames(self, keys: Sequence[str], rows: Mapping, layer: int, channel: str) -> list[torch.Tensor]:
         """Frames of some recordings, `[frames, D]` each."""
-        front = open_front(self.corpus, layer, self.reader)
+        source = open_frame_source(self.corpus, layer, self.reader)
         if channel == "clean":
-            return [front.read(key, rows[key]["wav"]) for key in keys]
-        return [self.by_telephone(key, rows[key]["wav"])[front.place] for key in keys]
+            return [source.read(key, rows[key]["wav"]) for key in keys]
+        return [self.by_telephone(key, rows[key]["wav"])[source.place] for key in keys]
 
     def by_telephone(self, key: str, wav: str) -> torch.Tensor:
         """Encode one recording as it comes from a telephone: `[layers, frames, D]`."""
