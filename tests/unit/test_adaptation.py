@@ -33,7 +33,7 @@ from speechbrain_mifuse.adaptation.mi_fuse import EntropyFusion, MeanFusion, MIF
 from speechbrain_mifuse.adaptation.references import LalmSfuda
 from speechbrain_mifuse.adaptation.uncertainty import entropy, masked_mean, mutual_information
 from speechbrain_mifuse.brains import adaptation as brains
-from speechbrain_mifuse.brains.training import SettingsError
+from speechbrain_mifuse.experiments.same_settings import SettingsError
 from speechbrain_mifuse.features import front
 from speechbrain_mifuse.inference.recognizer_folder import load_classifier
 from speechbrain_mifuse.nnet.classifier import EmotionClassifier
@@ -231,6 +231,7 @@ def test_the_loss_adds_diversity_at_its_weight():
 
 
 # Methods.
+
 
 # Rows of a bank, labels of the confident half, and weighted labels: each has a test of its own.
 OTHER_TARGETS = ("nrc", "self_training", "oracle_balanced")
