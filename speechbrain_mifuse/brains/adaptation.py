@@ -81,6 +81,7 @@ class AdaptationBrain(ResumableBrain):
     """
 
     positions: Mapping[str, int] | None = None
+    adaptation: Survey | None = None
     # Before training: the student's probabilities of the adaptation set, and its hidden units of the test set.
     untrained: tuple[torch.Tensor, torch.Tensor] | None = None
     refresh_steps: int | None = None

@@ -209,7 +209,7 @@ def _require_same_values(path: Path, wanted: Mapping) -> None:
     except (OSError, ValueError, YAMLError):
         return
     prepared = before.get("prepare_target") or {}
-    before = {**before, **{f"prepare_target: {key}": prepared.get(key) for key in ("splits", "keep")}}
+    before = {**before, **{f"prepare_target: {key}": prepared.get(key) for key in ("splits", "keep", "sentences")}}
     found = {key: getattr(before[key], "value", before[key]) for key in wanted if key in before}
     require_unchanged(path, {key: wanted[key] for key in found}, found)
 

@@ -85,9 +85,11 @@ def adapted_card(about: Mapping, record: Mapping) -> str:
     """Write the card of a student that was adapted to a target."""
     names = [record[role] for role in ("source", "teacher", "target")]
     source, teacher, target = map(markdown, names)
+    # Results from before traits were recorded knew one upper bound.
+    uses_labels = record.get("traits", {}).get("training") == "labels" or record["method"] == "oracle"
     training = (
         f"Started from a classifier of {source} and adapted with the method {code_span(record['method'])} to "
-        f"{record['n_train']} recordings of {target}, {'WITH' if record['method'] == 'oracle' else 'without'} their "
+        f"{record['n_train']} recordings of {target}, {'WITH' if uses_labels else 'without'} their "
         f"labels; teacher: {teacher}. Seed {record['seed']}; kept: {markdown(record['selection'])}. "
         f"Encoder: {markdown(record['encoder'])}."
     )

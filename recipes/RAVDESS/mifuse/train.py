@@ -93,7 +93,9 @@ def make_brain(settings, method, student, n_utterances, folder, run_opts=None):
         student.get_submodule(part).requires_grad_(False)
     ema = ema_copy(student, ema_decay(settings["ema_window"], number_of_steps))
     folder.mkdir(parents=True, exist_ok=True)
+    # What a method remembers of the adaptation set; "memory" is its name in checkpoints.
     method_state = MethodState(method, device_of(run_opts))
+    # Forward pass, targets and loss: `brains/adaptation.py`; what a method is: `adaptation/`.
     brain = AdaptationBrain(
         modules={"student": student},
         opt_class=settings["opt_class"],
