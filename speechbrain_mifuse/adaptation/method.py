@@ -339,6 +339,11 @@ class AdaptationMethod:
         }
 
     @property
+    def uses_adaptation_set(self) -> bool:
+        """Whether anything depends on the adaptation set: training, answers about it, or its statistics."""
+        return self.trains or "adapt" in self.answers_for or self.target_statistics or self.prior_correction
+
+    @property
     def corrects_answers(self) -> bool:
         """Whether `prior_correction` concerns the method's own answers."""
         return self.prior_correction and "adapt" not in self.answers_for

@@ -57,7 +57,7 @@ def report(
         target_copy=copy_description(read_about(target.manifests / ABOUT)) or None,
         speaker_norm="none" if target.norm is None else target.norm.told(),
         selection=known_rule(rule)[1],
-        n_train=n_train if method.trains or "adapt" in method.answers_for else 0,
+        n_train=n_train if method.uses_adaptation_set else 0,
         diversity_weight=adaptation["diversity_weight"],
         temperature=adaptation["temperature"],
         traits=method.traits(),
