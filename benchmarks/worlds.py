@@ -33,6 +33,7 @@ from speechbrain_mifuse.adaptation.method import AdaptationMethod, Outputs, Surv
 from speechbrain_mifuse.corpora.manifest import read_manifest
 from speechbrain_mifuse.evaluation.aggregate import Table, write_csv
 from speechbrain_mifuse.evaluation.intervals import deviations, margin
+from speechbrain_mifuse.evaluation.metrics import scores
 from speechbrain_mifuse.experiments.features import CorpusSettings, EncoderSettings, open_frame_source, open_reader
 from speechbrain_mifuse.experiments.settings import load_hparams
 from speechbrain_mifuse.experiments.sweep import make_plan, parse_seeds
@@ -278,9 +279,8 @@ def predict(
 
 
 def accuracy(answers: torch.Tensor, labels: np.ndarray) -> float:
-    """Unweighted accuracy: mean recall over the classes that occur."""
-    right = answers.argmax(1).numpy() == labels
-    return float(np.mean([right[labels == label].mean() for label in np.unique(labels)]))
+    """Unweighted accuracy of answers `[N, C]`."""
+    return scores(answers.argmax(1), torch.from_numpy(labels), answers.shape[1])["UA"]
 
 
 def worlds_of(target: Target, family: str, half: str, seeds: Sequence[int]) -> Iterator[tuple]:

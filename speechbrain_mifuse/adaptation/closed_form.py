@@ -15,6 +15,7 @@ from speechbrain_mifuse.adaptation.geometry import (
     dealt_folds,
     discriminant,
     principal_directions,
+    trusted_shares,
     with_class_shares,
 )
 from speechbrain_mifuse.adaptation.method import AdaptationMethod, Survey, Teachers
@@ -113,7 +114,7 @@ class ClosedForm(AdaptationMethod):
         shares = expert[0]
         for number in range(self.rounds):
             estimated = product_of_experts([*self.teachers(survey, source, shares), expert]).mean(0)
-            shares = self.share_trust * estimated + (1 - self.share_trust) / len(estimated)
+            shares = trusted_shares(estimated, self.share_trust)
             labels = product_of_experts([*self.teachers(survey, source, shares), expert])
             labels = with_class_shares(labels, shares)
             if number == 0 and self.balance_gate is not None and unevenness(shares) >= self.balance_gate:

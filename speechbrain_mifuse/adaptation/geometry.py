@@ -130,6 +130,29 @@ def dealt_folds(vectors: torch.Tensor, folds: int, together: int) -> torch.Tenso
     return (order[groups] % folds).to(vectors.device)
 
 
+def trusted_shares(estimated: torch.Tensor, trust: float) -> torch.Tensor:
+    """Draw estimated class shares towards equal ones.
+
+    Parameters
+    ----------
+    estimated : torch.Tensor
+        `[C]`, of sum 1.
+    trust : float
+        How far the estimate counts, from 0 (equal shares) to 1.
+
+    Returns
+    -------
+    torch.Tensor
+        `[C]`, of sum 1.
+
+    Example
+    -------
+    >>> trusted_shares(torch.tensor([0.75, 0.25]), 0.5).tolist()
+    [0.625, 0.375]
+    """
+    return trust * estimated + (1 - trust) / len(estimated)
+
+
 def with_class_shares(labels: torch.Tensor, shares: torch.Tensor, rounds: int = 20) -> torch.Tensor:
     """Scale soft labels until each class has a given share of the whole set (Sinkhorn's iteration).
 

@@ -13,6 +13,7 @@ from speechbrain_mifuse.adaptation.geometry import (
     cross_fitted_expert,
     dealt_folds,
     principal_components,
+    trusted_shares,
     with_class_shares,
 )
 from speechbrain_mifuse.adaptation.method import AdaptationMethod, Survey, Teachers
@@ -150,7 +151,7 @@ class MIFusePlus(ProductFusion):
         """Estimate the class shares and fit G anew; see `AdaptationMethod.refresh`."""
         classifier, expert = survey.classifier().mean(1), self.state["expert"]
         estimated = product_of_experts([self.lalm(survey), classifier, expert]).mean(0)
-        shares = self.share_trust * estimated + (1 - self.share_trust) / len(estimated)
+        shares = trusted_shares(estimated, self.share_trust)
         self.state["lalm_bias"] = self.bias(survey, shares)
         labels = product_of_experts([self.lalm(survey), classifier, expert], [1.0, 1.0, float(self.recursive)])
         labels = with_class_shares(labels, shares)
